@@ -1,0 +1,82 @@
+"""What every engine offers, so that any can be checked against any other.
+
+The NumPy reference, PyTorch, Numba and ONNX Runtime each have one class of this shape. Stages are
+reported to a trace in forward order, under the same names, so that a difference can be located.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from bitskip_ref.config import ModelConfig
+
+Trace = Callable[[str, np.ndarray], None]
+"""Receives (stage, values). Stages, i counting blocks from 0:
+
+embed [T, D]; layers.{i}.q [T, H, E] and .k [T, K, E] (after RoPE), .v [T, K, E],
+.attn [T, H * E] (SPEC 6.3, before any sub-norm), .mid [T, D] (after the attention sublayer),
+.act [T, F] (FFN activation, before any sub-norm), .out [T, D]; exit_norm [T, D]; logits [T, V].
+Arrays may be reused by the engine after the call: copy what is kept.
+"""
+
+
+class Probe(Protocol):
+    """What an exit rule may ask about the token at hand after a block (SPEC 8.4, 8.5)."""
+
+    def gate(self) -> np.float32:
+        """Exit probability of the block's routing gate."""
+
+    def max_probability(self) -> np.float32:
+        """Largest softmax probability of the logits at this exit."""
+
+    def margin(self) -> np.float32:
+        """Largest minus second largest softmax probability at this exit."""
+
+
+class ExitRule(Protocol):
+    """A way of choosing how many blocks a token runs."""
+
+    fixed_layer: int | None
+    """Blocks every token runs (SPEC 8.2); None: `stops` decides token by token (SPEC 8.3)."""
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ValueError, with the remedy, where the rule means nothing for this model."""
+
+    def stops(self, probe: Probe) -> bool:
+        """Whether to stop here; asked after each block but the last."""
+
+
+class Engine(Protocol):
+    """A loaded model. Batch size is 1; token ids are integers in 0..V-1."""
+
+    config: ModelConfig
+
+    def new_cache(self) -> Any:
+        """An empty KV cache for `config.max_position_embeddings` positions; has `.length`."""
+
+    def extend(
+        self,
+        token_ids: Sequence[int],
+        cache: Any,
+        *,
+        exit_layer: int | None = None,
+        last_only: bool = False,
+        trace: Trace | None = None,
+    ) -> np.ndarray:
+        """Run the tokens after what the cache holds; advance the cache.
+
+        `exit_layer` 1..L counts executed blocks (None: L). Returns logits f32 [T, V], or [1, V]
+        of the last token with `last_only`. Raises ValueError for an empty list, an id or exit out
+        of range, or more positions than the context.
+        """
+
+    def step(
+        self, token_id: int, cache: Any, rule: ExitRule, trace: Trace | None = None
+    ) -> tuple[np.ndarray, int]:
+        """Run one token under a rule (SPEC 8.2, 8.3, 8.6). Returns (logits f32 [V], depth)."""
+
+    def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
+        """`extend` on an empty cache: f32 [T, V]."""
