@@ -1,0 +1,29 @@
+"""The exit's own prediction decides (SPEC 8.5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.engine import Probe
+from bitskip_ref.exits.gate import check_threshold
+
+MEASURES = ("max", "margin")
+
+
+@dataclass(frozen=True)
+class ConfidenceExit:
+    """Stop after the first block whose prediction's `measure` exceeds `threshold`."""
+
+    threshold: float = 0.9
+    measure: str = "max"
+    fixed_layer: None = None
+
+    def check(self, config: ModelConfig) -> None:
+        check_threshold(self.threshold)
+        if self.measure not in MEASURES:
+            raise ValueError(f"confidence measure {self.measure!r}: one of {', '.join(MEASURES)}")
+
+    def stops(self, probe: Probe) -> bool:
+        value = probe.max_probability() if self.measure == "max" else probe.margin()
+        return float(value) > self.threshold

@@ -1,0 +1,37 @@
+"""Every token runs the same number of blocks (SPEC 8.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.engine import Probe
+
+
+def check_exit_layer(exit_layer: int | None, config: ModelConfig) -> int:
+    """Blocks to run, L for None. Raises ValueError outside 1..L."""
+    if exit_layer is None:
+        return config.num_hidden_layers
+    if not 1 <= exit_layer <= config.num_hidden_layers:
+        raise ValueError(
+            f"exit layer {exit_layer} is out of range: the model has "
+            f"{config.num_hidden_layers} blocks, choose 1..{config.num_hidden_layers}"
+        )
+    return int(exit_layer)
+
+
+@dataclass(frozen=True)
+class FixedExit:
+    """Run `layer` blocks, or all of them for None."""
+
+    layer: int | None = None
+
+    @property
+    def fixed_layer(self) -> int | None:
+        return self.layer
+
+    def check(self, config: ModelConfig) -> None:
+        check_exit_layer(self.layer, config)
+
+    def stops(self, probe: Probe) -> bool:
+        return False

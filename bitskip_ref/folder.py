@@ -1,0 +1,307 @@
+"""The model folder (FORMAT): reading with every check, writing whole or not at all.
+
+The safetensors header is read and written here, and not by its library, because the data must
+start at a multiple of 64 bytes, keep its order, and be mapped without a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.packing import IllegalCodeError, check_codes, packed_width
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
+DTYPES = {"U8": np.uint8, "I8": np.int8, "F32": np.float32, "F16": np.float16}
+DTYPE_NAMES = {np.dtype(kind): name for name, kind in DTYPES.items()}
+HEAD_DTYPES = {"int8": np.int8, "float32": np.float32, "float16": np.float16}
+ALIGNMENT = 64
+LARGEST_HEADER = 100 << 20  # as the safetensors library
+
+
+class FormatError(ValueError):
+    """A model folder that breaks FORMAT; the message names the file and the rule."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model as read. Arrays are read-only views of the mapped file."""
+
+    path: Path
+    config: ModelConfig
+    tensors: dict[str, np.ndarray]
+    tokenizer: Path | None
+    eos_token_id: int | None = None
+    bos_token_id: int | None = None
+    exit_layer: int | None = None  # the model's own recommendation
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[type, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of every tensor, in file order (FORMAT 3)."""
+    ternary = config.linear == "ternary"
+    blocks = range(config.num_hidden_layers)
+    table: dict[str, tuple[type, tuple[int, ...]]] = {}
+    for i in blocks:
+        for name, (rows, width) in config.linear_shapes().items():
+            table[f"layers.{i}.{name}.weight"] = (
+                (np.uint8, (rows, packed_width(width))) if ternary else (np.float32, (rows, width))
+            )
+    heads = ["embed_tokens"] + ([] if config.tie_word_embeddings else ["lm_head"])
+    exits = range(1, config.num_hidden_layers)
+    if config.exit_head == "per_layer":
+        heads += [f"exits.{n}.head" for n in exits]
+    for name in heads:
+        shape = (config.vocab_size, config.hidden_size)
+        table[f"{name}.weight"] = (HEAD_DTYPES[config.head_format], shape)
+    if ternary:
+        for i in blocks:
+            for name in config.linear_shapes():
+                table[f"layers.{i}.{name}.scale"] = (np.float32, (1,))
+    if config.head_format == "int8":
+        for name in heads:
+            table[f"{name}.scale"] = (np.float32, (config.vocab_size,))
+
+    def norm(name: str, width: int, biased: bool = config.norm == "layer") -> None:
+        table[f"{name}.weight"] = (np.float32, (width,))
+        if biased:
+            table[f"{name}.bias"] = (np.float32, (width,))
+
+    if config.embedding_norm:
+        norm("embedding_norm", config.hidden_size)
+    for i in blocks:
+        for name, width in config.norm_shapes().items():
+            norm(f"layers.{i}.{name}", width)
+        if config.gates:
+            norm(f"layers.{i}.gate.norm", config.hidden_size, biased=True)
+            inner = (config.gate_width, config.hidden_size)
+            table[f"layers.{i}.gate.fc1.weight"] = (np.float32, inner)
+            table[f"layers.{i}.gate.fc2.weight"] = (np.float32, (1, config.gate_width))
+    if config.exit_norm == "per_layer":
+        for n in exits:
+            norm(f"exits.{n}.norm", config.hidden_size)
+    norm("final_norm", config.hidden_size)
+    return table
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the full-precision parameters that training holds: no scales, no packing."""
+    shapes = {name: s for name, (_, s) in expected_tensors(config).items() if ".scale" not in name}
+    for i in range(config.num_hidden_layers):
+        for name, shape in config.linear_shapes().items():
+            shapes[f"layers.{i}.{name}.weight"] = shape
+    return shapes
+
+
+def check_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise FormatError unless names, dtypes, shapes and values are those of the config."""
+    expected = expected_tensors(config)
+    for problem, names in (
+        ("lacks", expected.keys() - tensors.keys()),
+        ("has an unknown", tensors.keys() - expected.keys()),
+    ):
+        if names:
+            raise FormatError(f"{WEIGHTS} {problem} tensor {min(names)!r} ({len(names)} in all)")
+    for name, (kind, shape) in expected.items():
+        t = tensors[name]
+        if t.dtype != kind or t.shape != shape:
+            raise FormatError(
+                f"{WEIGHTS}: {name} is {t.dtype}{list(t.shape)}, "
+                f"the config asks for {np.dtype(kind)}{list(shape)}"
+            )
+        if kind is np.uint8:
+            try:
+                check_codes(t)
+            except IllegalCodeError as error:
+                raise FormatError(f"{WEIGHTS}: {name}: {error}") from None
+        elif kind is np.int8:
+            if t.size and t.min() == -128:
+                raise FormatError(f"{WEIGHTS}: {name} holds the illegal int8 code -128")
+        elif not np.isfinite(t).all():
+            raise FormatError(f"{WEIGHTS}: {name} holds a value that is not finite")
+
+
+# ---- reading ------------------------------------------------------------------------
+
+
+def read_folder(path: str | os.PathLike[str]) -> Folder:
+    """Map a model folder. Raises FormatError (or its sub-case in the message) for any fault."""
+    root = Path(path)
+    if not root.is_dir():
+        raise FormatError(f"no model folder at {root}")
+    stored = _read_json(root / CONFIG)
+    if stored.pop("model_type", None) != "bitskip" or stored.pop("bitskip_format", None) != FORMAT:
+        raise FormatError(f"{root / CONFIG}: not a bitskip model of format {FORMAT}")
+    stored.pop("architectures", None)
+    digest = stored.pop("weights_sha256", None)
+    try:
+        config = ModelConfig.from_dict(stored)
+    except ConfigError as error:
+        raise FormatError(f"{root / CONFIG}: {error}") from None
+    weights = root / WEIGHTS
+    if not weights.is_file():
+        raise FormatError(f"{root} lacks {WEIGHTS}")
+    tensors = read_tensors(weights)
+    with open(weights, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise FormatError(
+                f"{weights} does not match the checksum in {CONFIG}: the file is damaged or was "
+                "exchanged; copy or export it again"
+            )
+    check_tensors(config, tensors)
+    extra = _read_json(root / GENERATION) if (root / GENERATION).exists() else {}
+    numbers = {}
+    for name, limit in (
+        ("eos_token_id", config.vocab_size - 1),
+        ("bos_token_id", config.vocab_size - 1),
+        ("exit_layer", config.num_hidden_layers),
+    ):
+        value = extra.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value <= limit):
+            raise FormatError(f"{root / GENERATION}: {name} = {value!r} is not in 0..{limit}")
+        numbers[name] = value
+    tokenizer = root / TOKENIZER
+    return Folder(root, config, tensors, tokenizer if tokenizer.is_file() else None, **numbers)
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Map a safetensors file. Raises FormatError if header, offsets or length are off."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(size - 8, LARGEST_HEADER):
+            raise FormatError(f"{path}: truncated, the header does not fit the file")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        entries = [(n, e["dtype"], e["shape"], e["data_offsets"]) for n, e in header.items()]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise FormatError(f"{path}: the header is not that of a safetensors file") from None
+    mapped = np.memmap(path, np.uint8, mode="r")
+    data = mapped[8 + length :]
+    tensors, end = {}, 0
+    for name, dtype, shape, offsets in entries:
+        if dtype not in DTYPES:
+            raise FormatError(f"{path}: {name} has dtype {dtype}, known: {', '.join(DTYPES)}")
+        natural = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+        count = np.dtype(DTYPES[dtype]).itemsize
+        for n in shape if natural else []:
+            count *= n
+        if not natural or offsets != [end, end + count] or end + count > data.size:
+            raise FormatError(f"{path}: {name} does not lie where the header says, or is cut off")
+        raw_tensor = data[end : end + count]
+        if (8 + length + end) % np.dtype(DTYPES[dtype]).itemsize:
+            raw_tensor = raw_tensor.copy()  # a view would be unaligned
+        tensors[name] = raw_tensor.view(DTYPES[dtype]).reshape(shape)
+        end += count
+    if end != data.size:
+        raise FormatError(f"{path}: {data.size - end} bytes after the last tensor")
+    return tensors
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{path.parent} lacks {path.name}: not a model folder") from None
+    except (ValueError, OSError) as error:
+        raise FormatError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: must hold a JSON object")
+    return value
+
+
+# ---- writing ------------------------------------------------------------------------
+
+
+def write_folder(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    tokenizer_json: str | None = None,
+    eos_token_id: int | None = None,
+    bos_token_id: int | None = None,
+    exit_layer: int | None = None,
+) -> None:
+    """Write a model folder; each file appears whole or not at all, config.json last.
+
+    Raises FormatError before anything is written if the tensors are not those of the config.
+    """
+    check_tensors(config, tensors)
+    root = Path(path)
+    root.mkdir(parents=True, exist_ok=True)
+    ordered = {name: tensors[name] for name in expected_tensors(config)}
+    digest = write_tensors(root / WEIGHTS, ordered)
+    if tokenizer_json is not None:
+        write_atomic(root / TOKENIZER, tokenizer_json)
+    generation = {
+        "eos_token_id": eos_token_id,
+        "bos_token_id": bos_token_id,
+        "exit_layer": exit_layer,
+    }
+    write_atomic(root / GENERATION, json.dumps(generation, indent=2) + "\n")
+    stored = {
+        "model_type": "bitskip",
+        "architectures": ["BitskipForCausalLM"],
+        "bitskip_format": FORMAT,
+        **config.to_dict(),
+        "weights_sha256": digest,
+    }
+    write_atomic(root / CONFIG, json.dumps(stored, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
+    """Write a safetensors file whose data starts at a multiple of 64. Returns its SHA-256."""
+    header: dict[str, Any] = {"__metadata__": {"format": "bitskip"}}
+    end = 0
+    for name, t in tensors.items():
+        header[name] = {
+            "dtype": DTYPE_NAMES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [end, end + t.nbytes],
+        }
+        end += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    digest = hashlib.sha256()
+
+    def write(file: Any) -> None:
+        for part in (struct.pack("<Q", len(text)), text, *tensors.values()):
+            raw = part if isinstance(part, bytes) else np.ascontiguousarray(part).data.cast("B")
+            digest.update(raw)
+            file.write(raw)
+
+    write_atomic(path, write)
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, content: str | Callable[[Any], None]) -> None:
+    """Write text, or let a function write bytes, under a temporary name; then rename."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode("utf-8"))
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide an installed model from others
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,245 @@
+"""The reference engine: one readable forward pass (SPEC section 7 and 8)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from bitskip_ref.attention import attention
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.engine import ExitRule, Trace
+from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.ffn import ffn_activation
+from bitskip_ref.folder import read_folder
+from bitskip_ref.functions import exp, relu, relu2, sigmoid
+from bitskip_ref.hadamard import rotate
+from bitskip_ref.norms import layer_norm, rms_norm
+from bitskip_ref.packing import unpack_ternary
+from bitskip_ref.quant import float_linear, int8_linear, ternary_linear
+from bitskip_ref.rope import apply_rope, rope_table
+from bitskip_ref.sums import feature_sum
+
+f32 = np.float32
+
+
+class KVCache:
+    """Keys (turned) and values per block, f32 [S, K, E] (SPEC 6.4)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        empty = np.zeros((0, config.num_key_value_heads, config.head_dim), f32)
+        self.keys = [empty] * config.num_hidden_layers
+        self.values = [empty] * config.num_hidden_layers
+        self.length = 0
+
+    def append(self, layer: int, k: np.ndarray, v: np.ndarray) -> None:
+        self.keys[layer] = np.concatenate([self.keys[layer], k])
+        self.values[layer] = np.concatenate([self.values[layer], v])
+
+
+class ReferenceModel:
+    """`bitskip_ref.engine.Engine` in NumPy. Slow and plain: this is the definition."""
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> None:
+        """`tensors` as in a model folder (FORMAT 3); ternary weights are unpacked here."""
+        self.config = config
+        self.tensors = dict(tensors)
+        if config.linear == "ternary":
+            for i in range(config.num_hidden_layers):
+                for name, (_, width) in config.linear_shapes().items():
+                    key = f"layers.{i}.{name}.weight"
+                    self.tensors[key] = unpack_ternary(tensors[key], width)
+        self.cos, self.sin = rope_table(config)
+
+    # ---- the forward pass, top to bottom --------------------------------------------
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """ids [T] -> x [T, D] (SPEC 4.4, 7.4)."""
+        x = self.tensors["embed_tokens.weight"][ids].astype(f32)
+        if self.config.head_format == "int8":
+            x = x * self.tensors["embed_tokens.scale"][ids][:, None]
+        return self.norm("embedding_norm", x) if self.config.embedding_norm else x
+
+    def block(
+        self, i: int, x: np.ndarray, cache: KVCache, trace: Trace = lambda *_: None
+    ) -> np.ndarray:
+        """Block i (from 0) on the tokens after `cache.length`: x [T, D] -> [T, D] (SPEC 7)."""
+        c, at = self.config, f"layers.{i}"
+        pre = c.norm_position == "pre"
+
+        a = self.norm(f"{at}.attn_norm", x) if pre else x
+        q, k, v = self.queries(i, a, cache.length), *self.keys_values(i, a, cache.length)
+        cache.append(i, k, v)
+        trace(f"{at}.q", q), trace(f"{at}.k", k), trace(f"{at}.v", v)
+        a = attention(q, cache.keys[i], cache.values[i])  # [T, H * E]
+        trace(f"{at}.attn", a)
+        if c.sub_norm:
+            a = self.norm(f"{at}.attn_sub_norm", a)
+        x = x + self.linear(f"{at}.o_proj", a)
+        if not pre:
+            x = self.norm(f"{at}.attn_norm", x)
+        trace(f"{at}.mid", x)
+
+        f = self.norm(f"{at}.ffn_norm", x) if pre else x
+        gate = self.linear(f"{at}.gate_proj", f) if c.gated else None
+        f = ffn_activation(c, self.linear(f"{at}.up_proj", f), gate)  # [T, F]
+        trace(f"{at}.act", f)
+        if c.sub_norm:
+            f = self.norm(f"{at}.ffn_sub_norm", f)
+        x = x + self.linear(f"{at}.down_proj", f)
+        if not pre:
+            x = self.norm(f"{at}.ffn_norm", x)
+        trace(f"{at}.out", x)
+        return x
+
+    def exit(self, x: np.ndarray, n: int, trace: Trace = lambda *_: None) -> np.ndarray:
+        """Logits after n blocks: x [T, D] -> [T, V] (SPEC 8.1)."""
+        early = n < self.config.num_hidden_layers
+        own_norm = early and self.config.exit_norm == "per_layer"
+        own_head = early and self.config.exit_head == "per_layer"
+        head = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        x = self.norm(f"exits.{n}.norm" if own_norm else "final_norm", x)
+        trace("exit_norm", x)
+        z = self.head(f"exits.{n}.head" if own_head else head, x)
+        trace("logits", z)
+        return z
+
+    # ---- its parts ------------------------------------------------------------------
+
+    def norm(self, name: str, x: np.ndarray) -> np.ndarray:
+        """The configured norm, or a layer norm where there is a bias (SPEC 3)."""
+        weight, bias = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
+        if bias is None:
+            return rms_norm(x, weight, self.config.norm_eps)
+        return layer_norm(x, weight, bias, self.config.norm_eps)
+
+    def linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        """BitLinear, H-BitLinear or a float32 layer (SPEC 4.3, 5.1, 4.5, 4.6)."""
+        weight = self.tensors[f"{name}.weight"]
+        if self.config.linear == "float32":
+            return float_linear(x, weight)
+        if self.config.hadamard:
+            x = rotate(x)
+        alpha = self.tensors[f"{name}.scale"][0]
+        y = ternary_linear(x, weight, alpha, self.config.activation_bits)
+        return relu2(y) if self.config.relu2_in_linear else y
+
+    def head(self, name: str, x: np.ndarray) -> np.ndarray:
+        """An exit's head: int8 rows or float (SPEC 4.4, 4.5)."""
+        weight = self.tensors[f"{name}.weight"]
+        if self.config.head_format == "int8":
+            return int8_linear(x, weight, self.tensors[f"{name}.scale"])
+        return float_linear(x, weight)
+
+    def queries(self, i: int, a: np.ndarray, position: int) -> np.ndarray:
+        """Turned queries of block i: a [T, D] -> [T, H, E]."""
+        q = self.linear(f"layers.{i}.q_proj", a).reshape(len(a), -1, self.config.head_dim)
+        return self.turn(q, position)
+
+    def keys_values(self, i: int, a: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Turned keys, and values, of block i: a [T, D] -> two of [T, K, E]."""
+        k = self.linear(f"layers.{i}.k_proj", a).reshape(len(a), -1, self.config.head_dim)
+        v = self.linear(f"layers.{i}.v_proj", a).reshape(len(a), -1, self.config.head_dim)
+        return self.turn(k, position), v
+
+    def turn(self, x: np.ndarray, position: int) -> np.ndarray:
+        """RoPE for tokens from `position` on (SPEC 6.1)."""
+        rows = slice(position, position + len(x))
+        return apply_rope(x, self.cos[rows], self.sin[rows])
+
+    # ---- the engine protocol --------------------------------------------------------
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.config)
+
+    def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
+        return self.extend(token_ids, self.new_cache(), exit_layer=exit_layer)
+
+    def extend(
+        self,
+        token_ids: Sequence[int],
+        cache: KVCache,
+        *,
+        exit_layer: int | None = None,
+        last_only: bool = False,
+        trace: Trace | None = None,
+    ) -> np.ndarray:
+        n = check_exit_layer(exit_layer, self.config)
+        ids = check_tokens(token_ids, cache.length, self.config)
+        report = trace or (lambda *_: None)
+        x = self.embed(ids)
+        report("embed", x)
+        for i in range(n):
+            x = self.block(i, x, cache, report)
+        cache.length += len(ids)
+        return self.exit(x[-1:] if last_only else x, n, report)
+
+    def step(
+        self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
+    ) -> tuple[np.ndarray, int]:
+        layers = self.config.num_hidden_layers
+        if rule.fixed_layer is not None:
+            n = rule.fixed_layer
+            return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
+        report = trace or (lambda *_: None)
+        x = self.embed(check_tokens([token_id], cache.length, self.config))
+        report("embed", x)
+        n = 0
+        while n < layers:
+            x = self.block(n, x, cache, report)
+            n += 1
+            if n < layers and rule.stops(ReferenceProbe(self, x, n)):
+                break
+        for i in range(n, layers):  # SPEC 8.6
+            pre = self.config.norm_position == "pre"
+            a = self.norm(f"layers.{i}.attn_norm", x) if pre else x
+            cache.append(i, *self.keys_values(i, a, cache.length))
+        cache.length += 1
+        return self.exit(x, n, report)[0], n
+
+
+class ReferenceProbe:
+    """`bitskip_ref.engine.Probe` of one token after n blocks (SPEC 8.4, 8.5)."""
+
+    def __init__(self, model: ReferenceModel, x: np.ndarray, n: int) -> None:
+        self.model, self.x, self.n = model, x, n
+
+    def gate(self) -> np.float32:
+        t, at = self.model.tensors, f"layers.{self.n - 1}.gate"
+        inner = self.model.norm(f"{at}.norm", self.x)
+        inner = relu(float_linear(inner, t[f"{at}.fc1.weight"]))
+        return sigmoid(float_linear(inner, t[f"{at}.fc2.weight"]))[0, 0]
+
+    def max_probability(self) -> np.float32:
+        return f32(1.0) / feature_sum(self._exponentials())
+
+    def margin(self) -> np.float32:
+        e = self._exponentials()
+        second = np.sort(e)[-2] if len(e) > 1 else f32(0.0)
+        return (f32(1.0) - second) / feature_sum(e)
+
+    def _exponentials(self) -> np.ndarray:
+        z = self.model.exit(self.x, self.n)[0]
+        return exp(z - z.max())
+
+
+def check_tokens(token_ids: Sequence[int], past: int, config: ModelConfig) -> np.ndarray:
+    """Token ids as int64 [T]. Raises ValueError for none, ids outside 0..V-1, or no room."""
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1 or ids.size == 0:
+        raise ValueError("no tokens: give at least one token id")
+    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(f"token ids must be integers in 0..{config.vocab_size - 1}")
+    if past + ids.size > config.max_position_embeddings:
+        raise ValueError(
+            f"{past} + {ids.size} positions exceed the context of "
+            f"{config.max_position_embeddings}: shorten the prompt or start anew"
+        )
+    return ids.astype(np.int64)
+
+
+def load(path: str | os.PathLike[str]) -> ReferenceModel:
+    """Load a model folder. Raises bitskip_ref.folder.FormatError if it is not a whole one."""
+    folder = read_folder(path)
+    return ReferenceModel(folder.config, folder.tensors)

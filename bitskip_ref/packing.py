@@ -1,0 +1,50 @@
+"""Ternary weights in two bits (FORMAT 1 and 2)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+GROUP = 256  # weights in 64 bytes
+
+
+class IllegalCodeError(ValueError):
+    """A packed byte holds code 3, which stands for no weight."""
+
+
+def packed_width(in_features: int) -> int:
+    """Bytes in a packed row of that many weights: a multiple of 64."""
+    return -(-in_features // GROUP) * (GROUP // 4)
+
+
+def pack_ternary(codes: np.ndarray) -> np.ndarray:
+    """int [out, in] in -1..1 -> uint8 [out, packed_width(in)]. Raises ValueError for other codes."""
+    if codes.size and (codes.min() < -1 or codes.max() > 1):
+        raise ValueError(f"ternary codes must lie in -1..1, got {codes.min()}..{codes.max()}")
+    rows, width = codes.shape
+    padded = np.zeros((rows, packed_width(width) * 4), np.int8)
+    padded[:, :width] = codes
+    planes = (padded + 1).astype(np.uint8).reshape(rows, -1, 4, GROUP // 4)
+    packed = planes[:, :, 0] | planes[:, :, 1] << 2 | planes[:, :, 2] << 4 | planes[:, :, 3] << 6
+    return packed.reshape(rows, -1)
+
+
+def unpack_ternary(packed: np.ndarray, in_features: int) -> np.ndarray:
+    """Inverse of `pack_ternary`: uint8 [out, bytes] -> int8 [out, in_features] in -1..1."""
+    check_codes(packed)
+    rows = packed.shape[0]
+    groups = packed.reshape(rows, -1, 1, GROUP // 4)
+    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
+    codes = ((groups >> shifts) & 3).reshape(rows, -1).astype(np.int8) - np.int8(1)
+    return codes[:, :in_features]
+
+
+def check_codes(packed: np.ndarray) -> None:
+    """Raise IllegalCodeError, naming the first place, if any pair of bits is 11."""
+    chunk = 1 << 20  # bounded scratch, so that checking a mapped file needs little memory
+    flat = packed.reshape(-1)
+    for start in range(0, flat.size, chunk):
+        part = flat[start : start + chunk]
+        bad = part & (part >> np.uint8(1)) & np.uint8(0x55)
+        if bad.any():
+            at = start + int(np.flatnonzero(bad)[0])
+            raise IllegalCodeError(f"illegal 2-bit code 3 in byte {at} of a packed tensor")

@@ -1,0 +1,69 @@
+"""Rotary position embedding and the tables behind it (SPEC 6.1)."""
+
+from __future__ import annotations
+
+from decimal import Context, Decimal
+from functools import lru_cache
+
+import numpy as np
+
+from bitskip_ref.config import ModelConfig
+
+# pi / 2 in three parts: products of the first two with integers below 2^20 are exact.
+_HALF_PI = (1.5707963267341256, 6.077100506303966e-11, 2.0222662487959506e-21)
+_SINE = (-1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800)
+_COSINE = (-1.0 / 2, 1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800, 1.0 / 479001600,
+           -1.0 / 87178291200)  # fmt: skip
+
+
+def _frequencies(theta: float, head_dim: int) -> np.ndarray:
+    """theta^(-2i/E) as binary64 [E/2]; decimal arithmetic is the same on every machine."""
+    context = Context(prec=40)
+    log = context.ln(Decimal(theta))
+    exponents = [
+        context.multiply(log, context.divide(Decimal(-2 * i), Decimal(head_dim)))
+        for i in range(head_dim // 2)
+    ]
+    return np.array([float(context.exp(e)) for e in exponents])
+
+
+def _sine_cosine(angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """sin and cos of binary64 angles within 1e-13, from + - * and rounding only."""
+    quadrant = np.rint(angle * (2.0 / np.pi))
+    r = angle
+    for part in _HALF_PI:
+        r = r - quadrant * part
+    square = r * r
+    sine, cosine = np.zeros_like(r), np.zeros_like(r)
+    for c in reversed(_SINE):
+        sine = (sine + c) * square
+    for c in reversed(_COSINE):
+        cosine = (cosine + c) * square
+    sine, cosine = r + r * sine, 1.0 + cosine
+    q = quadrant.astype(np.int64) & 3
+    return (
+        np.choose(q, [sine, cosine, -sine, -cosine]),
+        np.choose(q, [cosine, -sine, -cosine, sine]),
+    )
+
+
+@lru_cache(maxsize=8)
+def _table(theta: float, head_dim: int, positions: int) -> tuple[np.ndarray, np.ndarray]:
+    angle = np.arange(positions, dtype=np.float64)[:, None] * _frequencies(theta, head_dim)
+    sine, cosine = (part.astype(np.float32) for part in _sine_cosine(angle))
+    sine.setflags(write=False)
+    cosine.setflags(write=False)
+    return cosine, sine
+
+
+def rope_table(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(cos, sin), each f32 [max_position_embeddings, E/2], read-only: every engine's source."""
+    return _table(config.rope_theta, config.head_dim, config.max_position_embeddings)
+
+
+def apply_rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Half-split rotation. x f32 [T, heads, E]; cos, sin f32 [T, E/2] -> f32 [T, heads, E]."""
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half], x[..., half:]
+    c, s = cos[:, None, :], sin[:, None, :]
+    return np.concatenate([x1 * c - x2 * s, x2 * c + x1 * s], axis=-1)
