@@ -9,7 +9,7 @@ from bitskip_ref.functions import relu2, silu
 
 
 def ffn_activation(config: ModelConfig, up: np.ndarray, gate: np.ndarray | None) -> np.ndarray:
-    """What enters the down projection. up, and gate if the FFN is gated: f32 [T, F] -> f32 [T, F]."""
+    """What enters the down projection: up, and gate if there is one, f32 [T, F] -> f32 [T, F]."""
     if config.ffn == "swiglu":
         assert gate is not None
         return silu(gate) * up

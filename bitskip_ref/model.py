@@ -69,9 +69,11 @@ class ReferenceModel:
         pre = c.norm_position == "pre"
 
         a = self.norm(f"{at}.attn_norm", x) if pre else x
-        q, k, v = self.queries(i, a, cache.length), *self.keys_values(i, a, cache.length)
+        q = self.queries(i, a, cache.length)
+        k, v = self.keys_values(i, a, cache.length)
         cache.append(i, k, v)
-        trace(f"{at}.q", q), trace(f"{at}.k", k), trace(f"{at}.v", v)
+        for name, value in (("q", q), ("k", k), ("v", v)):
+            trace(f"{at}.{name}", value)
         a = attention(q, cache.keys[i], cache.values[i])  # [T, H * E]
         trace(f"{at}.attn", a)
         if c.sub_norm:
@@ -212,12 +214,12 @@ class ReferenceProbe:
         return sigmoid(float_linear(inner, t[f"{at}.fc2.weight"]))[0, 0]
 
     def max_probability(self) -> np.float32:
-        return f32(1.0) / feature_sum(self._exponentials())
+        return f32(f32(1.0) / feature_sum(self._exponentials()))
 
     def margin(self) -> np.float32:
         e = self._exponentials()
         second = np.sort(e)[-2] if len(e) > 1 else f32(0.0)
-        return (f32(1.0) - second) / feature_sum(e)
+        return f32((f32(1.0) - second) / feature_sum(e))
 
     def _exponentials(self) -> np.ndarray:
         z = self.model.exit(self.x, self.n)[0]

@@ -17,7 +17,7 @@ def packed_width(in_features: int) -> int:
 
 
 def pack_ternary(codes: np.ndarray) -> np.ndarray:
-    """int [out, in] in -1..1 -> uint8 [out, packed_width(in)]. Raises ValueError for other codes."""
+    """int [out, in] in -1..1 -> uint8 [out, packed_width(in)]; ValueError for other codes."""
     if codes.size and (codes.min() < -1 or codes.max() > 1):
         raise ValueError(f"ternary codes must lie in -1..1, got {codes.min()}..{codes.max()}")
     rows, width = codes.shape

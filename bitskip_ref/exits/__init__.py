@@ -1,4 +1,4 @@
-"""Ways of choosing the exit, one file each, behind `bitskip_ref.engine.ExitRule` (SPEC section 8)."""
+"""Ways of choosing the exit, one file each, behind `bitskip_ref.engine.ExitRule` (SPEC 8)."""
 
 from bitskip_ref.exits.confidence import ConfidenceExit
 from bitskip_ref.exits.fixed import FixedExit
