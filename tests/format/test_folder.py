@@ -1,0 +1,204 @@
+"""Model folders: what is written is read, and every fault is refused with its reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from bitskip_ref import folder as fd
+from bitskip_ref.compare import difference
+from bitskip_ref.config import PRESETS
+from tests.helpers import OPTIONS, random_folder, random_tensors, twin
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *OPTIONS])
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    tensors = random_tensors(twin(name))
+    read = fd.read_folder(random_folder(tmp_path / "m", twin(name)))
+    assert read.config == twin(name) and read.eos_token_id == 0 and read.tokenizer is None
+    assert list(read.tensors) == list(fd.expected_tensors(read.config))
+    for key, t in read.tensors.items():
+        assert difference(key, tensors[key], t) is None
+        assert not t.flags.writeable or t.base is None
+
+
+def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
+    path = random_folder(tmp_path, twin("bitskip-v1")) / fd.WEIGHTS
+    for key, t in safetensors.numpy.load_file(path).items():
+        assert difference(key, random_tensors(twin("bitskip-v1"))[key], t) is None
+
+
+def test_packed_rows_are_aligned_and_contiguous(tmp_path: Path) -> None:
+    read = fd.read_folder(random_folder(tmp_path, twin("bitskip-v1")))
+    at = {key: t.ctypes.data for key, t in read.tensors.items()}
+    for i in range(4):
+        q, k, v = (f"layers.{i}.{n}_proj.weight" for n in "qkv")
+        assert at[q] % 64 == 0
+        assert at[k] == at[q] + read.tensors[q].nbytes
+        assert at[v] == at[k] + read.tensors[k].nbytes
+
+
+def test_nothing_is_written_for_wrong_tensors(tmp_path: Path) -> None:
+    tensors = random_tensors(twin("tiny"))
+    del tensors["final_norm.weight"]
+    with pytest.raises(fd.FormatError, match=r"lacks tensor 'final_norm.weight'"):
+        fd.write_folder(tmp_path / "m", twin("tiny"), tensors)
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    fd.write_atomic(path, "old")
+
+    def fail(file: object) -> None:
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fd.write_atomic(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# ---- hostile folders ----------------------------------------------------------------
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def sign(root: Path) -> None:
+    """Make the checksum right again, so that the check behind it is what must refuse."""
+    digest = hashlib.sha256((root / fd.WEIGHTS).read_bytes()).hexdigest()
+    edit_json(root / fd.CONFIG, lambda c: c.update(weights_sha256=digest))
+
+
+def edit_header(root: Path, change: Callable[[dict], object]) -> None:
+    raw = (root / fd.WEIGHTS).read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    (root / fd.WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    sign(root)
+
+
+def edit_tensor(root: Path, name: str, change: Callable[[np.ndarray], object]) -> None:
+    tensors = {k: np.array(t) for k, t in fd.read_tensors(root / fd.WEIGHTS).items()}
+    change(tensors[name])
+    fd.write_tensors(root / fd.WEIGHTS, tensors)
+    sign(root)
+
+
+def flip_bit(root: Path, at: int) -> None:
+    raw = bytearray((root / fd.WEIGHTS).read_bytes())
+    raw[at] ^= 4
+    (root / fd.WEIGHTS).write_bytes(raw)
+
+
+def truncate(root: Path, size: int) -> None:
+    raw = (root / fd.WEIGHTS).read_bytes()
+    (root / fd.WEIGHTS).write_bytes(raw[:size])
+
+
+Q = "layers.0.q_proj.weight"
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda r: (r / fd.CONFIG).unlink(), "lacks config.json"),
+    "no weights": (lambda r: (r / fd.WEIGHTS).unlink(), "lacks model.safetensors"),
+    "config no json": (lambda r: (r / fd.CONFIG).write_text("{"), "cannot be read as JSON"),
+    "config a list": (lambda r: (r / fd.CONFIG).write_text("[]"), "JSON object"),
+    "other model": (
+        lambda r: edit_json(r / fd.CONFIG, lambda c: c.update(model_type="llama")),
+        "not a bitskip model",
+    ),
+    "other format": (
+        lambda r: edit_json(r / fd.CONFIG, lambda c: c.update(bitskip_format=2)),
+        "format 1",
+    ),
+    "unknown field": (
+        lambda r: edit_json(r / fd.CONFIG, lambda c: c.update(colour="red")),
+        "unknown field.*colour",
+    ),
+    "wrong shape": (
+        lambda r: edit_json(r / fd.CONFIG, lambda c: c.update(intermediate_size=81)),
+        "the config asks for",
+    ),
+    "wrong layers": (
+        lambda r: edit_json(r / fd.CONFIG, lambda c: c.update(num_hidden_layers=5)),
+        "lacks tensor",
+    ),
+    "absurd layers": (
+        lambda r: edit_json(r / fd.CONFIG, lambda c: c.update(num_hidden_layers=1 << 40)),
+        "at most",
+    ),
+    "bad eos": (
+        lambda r: edit_json(r / fd.GENERATION, lambda c: c.update(eos_token_id=97)),
+        "eos_token_id",
+    ),
+    "empty weights": (lambda r: truncate(r, 0), "truncated"),
+    "short header": (lambda r: truncate(r, 100), "truncated"),
+    "short data": (lambda r: truncate(r, -1), "cut off"),
+    "long data": (
+        lambda r: (r / fd.WEIGHTS).write_bytes((r / fd.WEIGHTS).read_bytes() + b"\0"),
+        "after the last tensor",
+    ),
+    "header bit": (lambda r: flip_bit(r, 40), "."),
+    "length bit": (lambda r: flip_bit(r, 5), "truncated"),
+    "data bit": (lambda r: flip_bit(r, -1000), "checksum"),
+    "unknown dtype": (lambda r: edit_header(r, lambda h: h[Q].update(dtype="F64")), "F64"),
+    "negative shape": (lambda r: edit_header(r, lambda h: h[Q].update(shape=[-1, -64])), "lie"),
+    "overlap": (
+        lambda r: edit_header(r, lambda h: h[Q].update(data_offsets=[64, 128])),
+        "does not lie where",
+    ),
+    "no offsets": (lambda r: edit_header(r, lambda h: h[Q].pop("data_offsets")), "header"),
+    "renamed": (
+        lambda r: edit_header(r, lambda h: h.update(extra=h.pop("final_norm.weight"))),
+        "tensor 'final_norm.weight'",
+    ),
+    "illegal code": (
+        lambda r: edit_tensor(r, Q, lambda t: t.__setitem__((1, 2), 0xC0)),
+        "q_proj.weight: illegal 2-bit code 3",
+    ),
+    "illegal int8": (
+        lambda r: edit_tensor(r, "lm_head.weight", lambda t: t.__setitem__((0, 0), -128)),
+        "-128",
+    ),
+    "not finite": (
+        lambda r: edit_tensor(r, "final_norm.weight", lambda t: t.__setitem__(0, np.nan)),
+        "not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_refused(fault: str, tmp_path: Path) -> None:
+    root = random_folder(tmp_path, twin("bitskip-v1"))
+    fd.read_folder(root)
+    damage, words = FAULTS[fault]
+    damage(root)
+    with pytest.raises(fd.FormatError, match=words):
+        fd.read_folder(root)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(fd.FormatError, match="no model folder"):
+        fd.read_folder(tmp_path / "none")
+
+
+def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
+    root = random_folder(tmp_path, twin("tiny"))
+    size = (root / fd.WEIGHTS).stat().st_size
+    for at in np.random.default_rng(0).integers(0, size, 60).tolist():
+        flip_bit(root, at)
+        with pytest.raises(fd.FormatError):
+            fd.read_folder(root)
+        flip_bit(root, at)
+    fd.read_folder(root)

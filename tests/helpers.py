@@ -1,0 +1,71 @@
+"""Random models for tests: every number differs from 0 and 1, so that no rule hides another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from bitskip_ref.config import PRESETS, ModelConfig, small_twin
+from bitskip_ref.folder import expected_tensors, parameter_shapes, write_folder
+from bitskip_ref.packing import pack_ternary
+from bitskip_ref.quant import quantize_activations, quantize_weights
+
+QUANTIZED = [name for name, config in PRESETS.items() if config.linear == "ternary"]
+OPTIONS: dict[str, ModelConfig] = {
+    "float32-head": small_twin("bitskip-v1").replace(head_format="float32"),
+    "float16-head": small_twin("bitskip-v1").replace(head_format="float16"),
+    "per-layer-exits": small_twin("bitskip-v1").replace(
+        exit_norm="per_layer", exit_head="per_layer", gates=True
+    ),
+    "relu2-in-linear": small_twin("wt2-bitskip").replace(relu2_in_linear=True),
+    "4-bit-post-norm": small_twin("wt2-bitskip").replace(activation_bits=4),
+}
+"""Configurations whose features no preset has."""
+
+
+def twin(name: str) -> ModelConfig:
+    """The small configuration of a preset's or an option's name."""
+    return OPTIONS[name] if name in OPTIONS else small_twin(name)
+
+
+def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Full-precision f32 parameters under FORMAT's names, as a trainer would hold them."""
+    rng = np.random.default_rng(seed)
+    parameters = {}
+    for name, shape in parameter_shapes(config).items():
+        x = rng.standard_normal(shape, dtype=np.float32)
+        scale = 1.0 if "embed" in name else 0.3 if len(shape) == 1 else shape[-1] ** -0.5
+        centre = 1.0 if len(shape) == 1 and name.endswith("norm.weight") else 0.0
+        parameters[name] = (x * scale + centre).astype(np.float32)
+    return parameters
+
+
+def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """A model folder's tensors, quantized from `random_parameters` by the reference."""
+    parameters = random_parameters(config, seed)
+    tensors = {}
+    for name, (kind, _) in expected_tensors(config).items():
+        if name not in parameters:
+            continue  # a scale: made with its weight
+        scale = name.removesuffix("weight") + "scale"
+        if kind is np.uint8:
+            codes, alpha = quantize_weights(parameters[name])
+            tensors[name], tensors[scale] = pack_ternary(codes), np.array([alpha])
+        elif kind is np.int8:
+            codes, step = quantize_activations(parameters[name], 8)
+            tensors[name], tensors[scale] = codes, step[:, 0]
+        else:
+            tensors[name] = parameters[name].astype(kind)
+    return tensors
+
+
+def random_folder(path: Path, config: ModelConfig, seed: int = 0) -> Path:
+    """Write a random model folder (no tokenizer) and return its path."""
+    write_folder(path, config, random_tensors(config, seed), eos_token_id=0)
+    return path
+
+
+def random_tokens(config: ModelConfig, count: int, seed: int = 1) -> list[int]:
+    """Token ids in 0..V-1."""
+    return np.random.default_rng(seed).integers(0, config.vocab_size, count).tolist()

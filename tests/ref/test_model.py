@@ -1,0 +1,276 @@
+"""The reference engine: laws that any right implementation must obey."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from bitskip_ref.attention import attention
+from bitskip_ref.compare import difference
+from bitskip_ref.config import PRESETS, ConfigError, ModelConfig, preset, small_twin
+from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
+from bitskip_ref.generate import stream
+from bitskip_ref.model import ReferenceModel
+from bitskip_ref.sampling import Sampler, splitmix64, uniform
+from tests.helpers import OPTIONS, random_tensors, random_tokens, twin
+
+f32 = np.float32
+NAMES = [*PRESETS, *OPTIONS]
+
+
+def model(name: str) -> ReferenceModel:
+    return ReferenceModel(twin(name), random_tensors(twin(name)))
+
+
+def equal(expected: np.ndarray, actual: np.ndarray) -> None:
+    assert (report := difference("values", expected, actual)) is None, report
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_prompt_equals_token_by_token(name: str) -> None:
+    m, ids = model(name), random_tokens(twin(name), 7)
+    for exit_layer in (1, 3, None):
+        whole = m.logits(ids, exit_layer)
+        assert whole.shape == (7, m.config.vocab_size) and whole.dtype == f32
+        cache = m.new_cache()
+        steps = [m.extend([t], cache, exit_layer=exit_layer) for t in ids]
+        equal(whole, np.concatenate(steps))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_token_sees_the_future(name: str) -> None:
+    m, ids = model(name), random_tokens(twin(name), 7)
+    changed = [*ids[:4], *((t + 1) % m.config.vocab_size for t in ids[4:])]
+    before, after = m.logits(ids), m.logits(changed)
+    equal(before[:4], after[:4])
+    assert (before[4] != after[4]).any()
+
+
+def test_every_exit_differs() -> None:
+    m, ids = model("per-layer-exits"), random_tokens(twin("per-layer-exits"), 3)
+    exits = [m.logits(ids, n) for n in (1, 2, 3, 4)]
+    assert all((a != b).any() for a, b in itertools.pairwise(exits))
+    equal(exits[-1], m.logits(ids))
+
+
+def test_attention_by_hand() -> None:
+    # Two equal keys share the weight; a third in the future is not seen.
+    q = np.zeros((2, 1, 2), f32)
+    k = np.ones((3, 1, 2), f32)
+    v = np.array([[[2.0, 0.0]], [[4.0, 8.0]], [[6.0, 1.0]]], f32)
+    got = attention(q, k, v)
+    assert got.tolist() == [[3.0, 4.0], [4.0, 3.0]]
+
+
+def test_query_heads_share_their_group() -> None:
+    rng = np.random.default_rng(0)
+    q = np.repeat(rng.standard_normal((1, 1, 4)), 4, axis=1).astype(f32)
+    k, v = rng.standard_normal((2, 5, 2, 4)).astype(f32)
+    got = attention(q, k, v).reshape(4, 4)
+    equal(got[0], got[1])
+    equal(got[2], got[3])
+    assert (got[0] != got[2]).any()
+
+
+def test_a_flipped_weight_code_shows() -> None:
+    config = twin("bitskip-v1")
+    tensors, ids = random_tensors(config), random_tokens(config, 5)
+    good = ReferenceModel(config, tensors).logits(ids)
+    packed = tensors["layers.2.down_proj.weight"].copy()
+    packed[0, 0] = (packed[0, 0] & ~np.uint8(3)) | np.uint8((int(packed[0, 0] & 3) + 1) % 3)
+    bad = ReferenceModel(config, tensors | {"layers.2.down_proj.weight": packed}).logits(ids)
+    assert difference("logits", good, bad) is not None
+
+
+# ---- exits --------------------------------------------------------------------------
+
+
+def cache_bits(cache: object) -> list[np.ndarray]:
+    return [*cache.keys, *cache.values]  # type: ignore[attr-defined]
+
+
+def test_dynamic_exit_that_never_stops_is_the_full_model() -> None:
+    m, ids = model("wt2-ee"), random_tokens(twin("wt2-ee"), 5)
+    caches = [m.new_cache() for _ in range(2)]
+    for cache in caches:
+        m.extend(ids, cache)
+    z, depth = m.step(9, caches[0], GateExit(1.0))
+    equal(m.extend([9], caches[1])[0], z)
+    assert depth == 4
+    for a, b in zip(*map(cache_bits, caches), strict=True):
+        equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["wt2-ee", "per-layer-exits"])
+def test_dynamic_exit_at_once_fills_the_blocks_above(name: str) -> None:
+    m, ids = model(name), random_tokens(twin(name), 5)
+    dynamic, fixed = m.new_cache(), m.new_cache()
+    m.extend(ids, dynamic)
+    m.extend(ids, fixed)
+    z, depth = m.step(9, dynamic, GateExit(0.0))
+    assert depth == 1
+    # The exit's logits are those of one block on the same past.
+    equal(m.extend([9], fixed, exit_layer=1)[0], z)
+    assert all(k.shape[0] == 6 for k in dynamic.keys)
+    # Block 2's keys come from the hidden state after block 1, at this position (SPEC 8.6).
+    seen: dict[str, np.ndarray] = {}
+    again = m.new_cache()
+    m.extend([*ids, 9], again, exit_layer=1, trace=lambda s, x: seen.setdefault(s, x.copy()))
+    x = seen["layers.0.out"][5:]
+    a = m.norm("layers.1.attn_norm", x) if m.config.norm_position == "pre" else x
+    k, v = m.keys_values(1, a, 5)
+    equal(k[0], dynamic.keys[1][5])
+    equal(v[0], dynamic.values[1][5])
+
+
+def test_confidence_is_the_softmax() -> None:
+    m, ids = model("bitskip-v1"), random_tokens(twin("bitskip-v1"), 4)
+    z = m.logits(ids, 1)[-1].astype(np.float64)
+    p = np.sort(np.exp(z - z.max()) / np.exp(z - z.max()).sum())
+    for measure, value in (("max", p[-1]), ("margin", p[-1] - p[-2])):
+        for threshold, depth in ((value - 1e-4, 1), (value + 1e-4, None)):
+            cache = m.new_cache()
+            m.extend(ids[:-1], cache)
+            _, got = m.step(ids[-1], cache, ConfidenceExit(threshold, measure))
+            assert (got == 1) == (depth == 1)
+
+
+def test_rules_refuse_what_means_nothing() -> None:
+    config = twin("bitskip-v1")
+    for rule, words in (
+        (GateExit(), "no routing gates"),
+        (GateExit(1.5), "between 0 and 1"),
+        (ConfidenceExit(0.5, "entropy?"), "max, margin"),
+        (FixedExit(0), "1..4"),
+        (FixedExit(5), "1..4"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rule.check(config)
+
+
+def test_tokens_are_checked() -> None:
+    m = model("tiny")
+    for ids, words in (
+        ([], "at least one"),
+        ([97], r"0\.\.96"),
+        ([-1], r"0\.\.96"),
+        ([1] * 65, "context of 64"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            m.logits(ids)
+
+
+# ---- generation and sampling --------------------------------------------------------
+
+
+def generated(name: str, rule: object, sampler: Sampler, count: int = 8) -> list[tuple[int, int]]:
+    m = model(name)
+    tokens = stream(m, random_tokens(m.config, 4), rule, sampler, count)  # type: ignore[arg-type]
+    return [(t.id, t.depth) for t in tokens]
+
+
+def test_greedy_generation_follows_the_argmax() -> None:
+    m, ids = model("bitskip-v1"), random_tokens(twin("bitskip-v1"), 4)
+    expected = list(ids)
+    for _ in range(8):
+        expected.append(int(np.argmax(m.logits(expected, 2)[-1])))
+    assert generated("bitskip-v1", FixedExit(2), Sampler()) == [(t, 2) for t in expected[4:]]
+
+
+def test_generation_ends() -> None:
+    m = model("tiny")
+    tokens = list(stream(m, [1, 2], FixedExit(), Sampler(temperature=1.0), 1000))
+    assert len(tokens) == 63  # the last of 65 needs no position of its own
+    first = tokens[0].id
+    assert list(stream(m, [1, 2], FixedExit(), Sampler(temperature=1.0), 9, first)) == []
+
+
+def test_uniform_draws_are_stated() -> None:
+    # The published first outputs of SplitMix64 seeded with 1234567.
+    golden = 0x9E3779B97F4A7C15
+    assert splitmix64(1234567 + golden) == 6457827717110365317
+    assert splitmix64(1234567 + 2 * golden) == 3203168211198807973
+    draws = [uniform(7, i) for i in range(4000)]
+    assert min(draws) >= 0 and max(draws) < 1 and abs(np.mean(draws) - 0.5) < 0.02
+
+
+def test_sampling_follows_the_distribution() -> None:
+    z = np.log(np.array([0.5, 0.3, 0.15, 0.05], f32))
+    counts = np.bincount([Sampler(1.0, seed=3).choose(z, (), i) for i in range(8000)], minlength=4)
+    np.testing.assert_allclose(counts / 8000, [0.5, 0.3, 0.15, 0.05], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({"top_k": 2}, [0, 1]),
+        ({"top_p": 0.7}, [0, 1]),
+        ({"top_p": 0.45}, [0]),
+        ({"min_p": 0.25}, [0, 1, 2]),
+        ({"top_k": 3, "min_p": 0.5}, [0, 1]),
+    ],
+)
+def test_filters_by_hand(options: dict[str, float], left: list[int]) -> None:
+    z = np.log(np.array([0.5, 0.3, 0.15, 0.05], f32))
+    ids, _ = Sampler(1.0, **options).candidates(z)  # type: ignore[arg-type]
+    assert ids.tolist() == left
+
+
+def test_ties_go_to_the_lowest_id() -> None:
+    z = np.array([1, 2, 2, 2], f32)
+    assert Sampler().choose(z, (), 0) == 1
+    assert Sampler(1.0, top_k=2).candidates(z)[0].tolist() == [1, 2]
+
+
+def test_repetition_penalty_by_hand() -> None:
+    z = np.array([2.0, -1.0, 1.5], f32)
+    got = Sampler(repetition_penalty=2.0).penalised(z, [0, 1])
+    assert got.tolist() == [1.0, -2.0, 1.5] and z[0] == 2.0
+
+
+def test_bad_sampling_options_are_refused() -> None:
+    for options in ({"temperature": -1.0}, {"top_p": 0.0}, {"min_p": 2.0}, {"top_k": -1}):
+        with pytest.raises(ValueError, match="must be"):
+            Sampler(**options)  # type: ignore[arg-type]
+
+
+# ---- configuration ------------------------------------------------------------------
+
+
+def test_published_parameter_counts() -> None:
+    assert preset("bitskip-v1").parameters() == 1_061_490_688
+    assert preset("wt2-bitskip").quantizable_parameters() == 34_603_008
+
+
+def test_config_round_trip() -> None:
+    for name in PRESETS:
+        config = preset(name)
+        assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hiden_size": 3}, "unknown field.*hiden_size"),
+        ({"hidden_size": 0}, "at least 1"),
+        ({"hidden_size": "64"}, "type int"),
+        ({"hidden_size": True}, "type int"),
+        ({"activation_bits": 5}, "4 or 8"),
+        ({"ffn": "gelu"}, "one of swiglu"),
+        ({"num_key_value_heads": 3}, "must divide"),
+        ({"head_dim": 15}, "even"),
+        ({"linear": "float32", "hadamard": True}, "ternary"),
+        ({"relu2_in_linear": True}, "hadamard"),
+        ({"hidden_size": 200_000}, "132,000"),
+    ],
+)
+def test_wrong_configs_are_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        small_twin("bitskip-v1").replace(**changes)
+
+
+def test_unknown_preset_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match="stories-24"):
+        preset("stories")
