@@ -1,0 +1,179 @@
+"""Operations for training: library kernels, float32 or bfloat16 products, gradients.
+
+The same names as in `exact`; `layers` and `model` are written once over either. Values differ from
+the definition's by rounding only (order of sums, and bfloat16 products under autocast).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitskip_train.functions import SCALE_FLOOR, QuantizeActivations, TernaryProduct
+
+
+class Prepared(NamedTuple):
+    """Quantized weights of linear layers that share an input, one below the other."""
+
+    ternary: Tensor  # [out, in], values -1, 0, 1 in the dtype of the product
+    alpha: Tensor  # f32 [out], the scale of each row's tensor
+    scaled: Tensor  # ternary * alpha in the dtype of the product, for the backward pass
+
+
+class FastOps:
+    """Training arithmetic; linear layers multiply in `dtype` (float32 or bfloat16)."""
+
+    exact = False
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+
+    # ---- norms and elementary functions ---------------------------------------------
+
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """SPEC 3: layer norm where there is a bias, RMS norm otherwise. f32 [..., n] -> f32."""
+        x = x.float()
+        if bias is None:
+            return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+    def silu(self, x: Tensor) -> Tensor:
+        return F.silu(x.float())
+
+    def relu2(self, x: Tensor) -> Tensor:
+        return F.relu(x.float()).square()
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
+    # ---- linear layers --------------------------------------------------------------
+
+    def weight_scale(self, w: Tensor) -> Tensor:
+        """SPEC 4.1: alpha, f32 scalar, of a tensor [out, in]."""
+        return w.abs().mean().clamp_min(SCALE_FLOOR)
+
+    def prepare(self, weights: Sequence[Tensor], scales: Sequence[Tensor | None]) -> Prepared:
+        """Quantize (SPEC 4.1) full-precision weights f32 (out_i, in), recording no gradient.
+
+        A weight with a scale (f32 [1]) is loaded: int8 codes already, taken as they are.
+        """
+        codes, alphas, scaled = [], [], []
+        for weight, scale in zip(weights, scales, strict=True):
+            w = weight.detach()
+            alpha = self.weight_scale(w) if scale is None else scale[0]
+            code = ternary_codes(w, alpha) if scale is None else w
+            codes.append(code.to(self.dtype))
+            alphas.append(alpha.expand(w.shape[0]))
+            scaled.append(codes[-1] * alpha.to(self.dtype))
+        return Prepared(torch.cat(codes), torch.cat(alphas), torch.cat(scaled))
+
+    def quantize(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """SPEC 4.2 with straight-through gradient: codes in the product's dtype, step f32."""
+        return QuantizeActivations.apply(x, bits, self.dtype)
+
+    def ternary_product(
+        self, codes: Tensor, step: Tensor, prepared: Prepared, weights: Sequence[Tensor]
+    ) -> Tensor:
+        """SPEC 4.3: [..., in] -> [..., sum of out_i]."""
+        return TernaryProduct.apply(
+            codes, step, prepared.ternary, prepared.scaled, prepared.alpha, *weights
+        )
+
+    def float_product(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Unquantized product with several weights (out_i, in): [..., in] -> [..., sum of out_i]."""
+        w = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+        return F.linear(x.to(self.dtype), w.to(self.dtype))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """SPEC 5.1: zero-pad to a power of two and transform; as products with the matrix H."""
+        width = x.shape[-1]
+        n = 1 << (width - 1).bit_length()
+        if n <= 1024:
+            return x.to(self.dtype) @ hadamard_matrix(n, self.dtype, x.device)[:width]
+        # H(a * b) is the Kronecker product of H(a) and H(b): two small products.
+        a = 1 << (n.bit_length() // 2)
+        x = F.pad(x, (0, n - width)).to(self.dtype).unflatten(-1, (a, n // a))
+        x = x @ hadamard_matrix(n // a, self.dtype, x.device)
+        x = x.transpose(-1, -2) @ hadamard_matrix(a, self.dtype, x.device)
+        return x.transpose(-1, -2).flatten(-2)
+
+    # ---- embedding, heads, gates ----------------------------------------------------
+
+    def embed(self, ids: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+        """Rows of the table: ids [B, T] -> f32 [B, T, D]."""
+        return F.embedding(ids, weight)
+
+    def head(self, x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+        """Logits [..., V] of normed hidden states, in the product's dtype."""
+        return F.linear(x.to(self.dtype), weight.to(self.dtype))
+
+    def gate_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A routing gate's product, in float32."""
+        return F.linear(x, weight)
+
+    # ---- attention ------------------------------------------------------------------
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """SPEC 6.1: x [B, T, heads, E]; cos, sin f32 [T, E/2]."""
+        x1, x2 = x.float().chunk(2, -1)
+        c, s = cos[:, None, :], sin[:, None, :]
+        return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1).to(x.dtype)
+
+    @torch.compiler.disable
+    def attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """SPEC 6.2, 6.3: q [B, T, H, E], keys and values [B, S, K, E] -> [B, T, H * E]."""
+        batch, tokens, heads, dim = q.shape
+        positions, groups = keys.shape[1:3]
+        share = heads // groups
+        if q.device.type != "cpu":
+            return self._library_attention(q, keys, values)
+        # On CPU, two batched products with the heads of a group stacked as rows are several times
+        # faster (bfloat16) than the library's fused kernel, forward and backward.
+        q = (q * (1.0 / math.sqrt(dim))).unflatten(2, (groups, share))
+        q = q.permute(0, 2, 3, 1, 4).reshape(batch * groups, share * tokens, dim)
+        k = keys.transpose(1, 2).reshape(batch * groups, positions, dim)
+        v = values.transpose(1, 2).reshape(batch * groups, positions, dim)
+        mask = causal_mask(tokens, positions, share, q.dtype)
+        weights = torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2)), -1)
+        out = (weights @ v).view(batch, groups, share, tokens, dim)
+        return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * dim)
+
+    def _library_attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        tokens, positions = q.shape[1], keys.shape[1]
+        mask = None
+        if tokens != positions:
+            mask = torch.ones(tokens, positions, dtype=torch.bool, device=q.device)
+            mask = mask.tril(positions - tokens)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
+            attn_mask=mask, is_causal=mask is None, enable_gqa=True,
+        )  # fmt: skip
+        return out.transpose(1, 2).flatten(2)
+
+
+def ternary_codes(w: Tensor, alpha: Tensor) -> Tensor:
+    """SPEC 4.1: f32 [out, in] -> int8 [out, in] in -1..1; a tie gives 0."""
+    half = 0.5 * alpha
+    return torch.gt(w, half).to(torch.int8) - torch.lt(w, -half).to(torch.int8)
+
+
+@lru_cache(maxsize=32)
+def hadamard_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The orthonormal Sylvester matrix [n, n], symmetric and its own inverse; n a power of two."""
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while h.shape[0] < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return (h / math.sqrt(n)).to(device, dtype)
+
+
+@lru_cache(maxsize=8)
+def causal_mask(tokens: int, positions: int, share: int, dtype: torch.dtype) -> Tensor:
+    """[share * T, S]: 0 where a query sees a position, -inf where it must not (SPEC 6.2)."""
+    mask = torch.full((tokens, positions), -math.inf, dtype=dtype)
+    return mask.triu(positions - tokens + 1).repeat(share, 1)

@@ -1,0 +1,228 @@
+"""Parts of the model, written once over `fast` or `exact` operations (SPEC 3 to 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitskip_ref.config import ModelConfig
+from bitskip_train.fast import FastOps, Prepared
+
+TensorTrace = Callable[[str, Tensor], None]
+"""Receives (stage, values): the stages of `bitskip_ref.engine.Trace` with a leading batch axis."""
+
+BYPASSES = ("none", "weights", "activations")
+
+# Linear layers that share one input, and so one activation quantization and one product.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+
+
+class Pass(NamedTuple):
+    """What every block of one forward pass is given."""
+
+    ops: FastOps
+    bypass: str
+    cos: Tensor  # f32 [T, E/2], rows of this pass's positions
+    sin: Tensor
+
+
+class Weight(nn.Module):
+    """A matrix under a name of FORMAT 3, with the row or tensor scale of a loaded one.
+
+    Full precision: `weight` f32 [out, in], `scale` None. Loaded from a folder: `weight` int8 codes
+    and `scale` f32 [1] (ternary) or [out] (int8 rows).
+    """
+
+    scale: Tensor | None
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_buffer("scale", None)
+
+
+class Norm(nn.Module):
+    """SPEC 3: RMS norm, or layer norm with a bias."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, width: int, kind: str, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(width)) if kind == "layer" else None
+        )
+        self.eps = eps
+
+    def forward(self, x: Tensor, ops: FastOps) -> Tensor:
+        return ops.norm(x, self.weight, self.bias, self.eps)
+
+
+class Gate(nn.Module):
+    """SPEC 8.4: the routing gate after a block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = Norm(config.hidden_size, "layer", config.norm_eps)
+        self.fc1 = Weight(config.gate_width, config.hidden_size)
+        self.fc2 = Weight(1, config.gate_width)
+
+    def forward(self, x: Tensor, ops: FastOps) -> Tensor:
+        """Hidden states f32 [..., D] -> the sigmoid's argument, f32 [...]."""
+        inner = ops.gate_product(self.norm(x, ops), self.fc1.weight)
+        return ops.gate_product(torch.relu(inner), self.fc2.weight).squeeze(-1)
+
+
+class Cache:
+    """Keys (turned) and values of past positions (SPEC 6.4): f32 [L, B, S, K, E], S the context."""
+
+    def __init__(self, config: ModelConfig, batch: int = 1) -> None:
+        shape = (
+            config.num_hidden_layers, batch, config.max_position_embeddings,
+            config.num_key_value_heads, config.head_dim,
+        )  # fmt: skip
+        self.keys, self.values = torch.zeros(shape), torch.zeros(shape)
+        self.length = 0
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [B, T, K, E] for one block; returns all its keys and values [B, S, K, E].
+
+        `length` is advanced by the model, once all blocks have written.
+        """
+        end = self.length + keys.shape[1]
+        self.keys[layer, :, self.length : end] = keys
+        self.values[layer, :, self.length : end] = values
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+class Block(nn.Module):
+    """SPEC 7: attention and FFN with their norms and residuals, before or after."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        for name, (out_features, in_features) in config.linear_shapes().items():
+            self.add_module(name, Weight(out_features, in_features))
+        for name, width in config.norm_shapes().items():
+            self.add_module(name, Norm(width, config.norm, config.norm_eps))
+        if config.gates:
+            self.gate = Gate(config)
+        self._prepared: dict[tuple[str, type, torch.dtype], tuple[Any, Prepared]] = {}
+
+    # ---- linear layers --------------------------------------------------------------
+
+    def linears(self, group: str) -> list[Weight]:
+        """The group's layers that this configuration has, in file order."""
+        return [getattr(self, name) for name in GROUPS[group] if hasattr(self, name)]
+
+    def prepare(self, ops: FastOps) -> dict[str, Prepared]:
+        """Quantized weights by group, made again only after the weights have changed.
+
+        Change is seen by PyTorch's version counters: write to parameters in place (optimizers and
+        `load_state_dict` do), not through `.data`.
+        """
+        if self.config.linear != "ternary":
+            return {}
+        found = {}
+        for group in GROUPS:
+            layers = self.linears(group)
+            weights = [layer.weight for layer in layers]
+            state = [(w.data_ptr(), w._version) for w in weights]
+            key = (group, type(ops), ops.dtype)
+            if key not in self._prepared or self._prepared[key][0] != state:
+                made = ops.prepare(weights, [layer.scale for layer in layers])
+                self._prepared[key] = (state, made)
+            found[group] = self._prepared[key][1]
+        return found
+
+    def linear(
+        self, group: str, x: Tensor, prepared: dict[str, Prepared], run: Pass
+    ) -> Sequence[Tensor]:
+        """One group's layers: [..., in] -> a tensor [..., out_i] for each (SPEC 4.3, 5.1, 4.6)."""
+        config, ops = self.config, run.ops
+        weights = [layer.weight for layer in self.linears(group)]
+        if config.hadamard:
+            x = ops.rotate(x)
+        if config.linear != "ternary" or run.bypass == "activations":
+            y = ops.float_product(x, weights)
+        else:
+            codes, step = ops.quantize(x, config.activation_bits)
+            if run.bypass == "weights":
+                y = ops.float_product(codes * step, weights)
+            else:
+                y = ops.ternary_product(codes, step, prepared[group], weights)
+        if config.relu2_in_linear:
+            y = ops.relu2(y)
+        return y.split([w.shape[0] for w in weights], -1)
+
+    # ---- forward --------------------------------------------------------------------
+
+    def queries_keys_values(
+        self, x: Tensor, prepared: dict[str, Prepared], run: Pass
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x f32 [B, T, D] -> turned queries [B, T, H, E], turned keys and values [B, T, K, E]."""
+        if self.config.norm_position == "pre":
+            x = self.attn_norm(x, run.ops)
+        dim = (-1, self.config.head_dim)
+        q, k, v = (part.unflatten(-1, dim) for part in self.linear("qkv", x, prepared, run))
+        return run.ops.rope(q, run.cos, run.sin), run.ops.rope(k, run.cos, run.sin), v
+
+    def ffn(self, x: Tensor, prepared: dict[str, Prepared], run: Pass, trace: Any) -> Tensor:
+        """SPEC 7.1: f32 [B, T, D] -> [B, T, D]."""
+        config, ops = self.config, run.ops
+        *gate, up = self.linear("up", x, prepared, run)
+        if config.gated:
+            up = (ops.silu if config.ffn == "swiglu" else ops.relu2)(gate[0]) * up
+        elif not config.relu2_in_linear:
+            up = ops.relu2(up)
+        trace("act", up)
+        if config.sub_norm:
+            up = self.ffn_sub_norm(up, ops)
+        return self.linear("down", up, prepared, run)[0]
+
+    def forward(
+        self,
+        x: Tensor,
+        prepared: dict[str, Prepared],
+        run: Pass,
+        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        trace: TensorTrace | None = None,
+    ) -> Tensor:
+        """SPEC 7.2, 7.3: f32 [B, T, D] -> f32 [B, T, D].
+
+        `remember` stores new keys and values [B, T, K, E] and returns those of all positions.
+        """
+        config, ops = self.config, run.ops
+        report = trace or _ignore
+        q, k, v = self.queries_keys_values(x, prepared, run)
+        report("q", q)
+        report("k", k)
+        report("v", v)
+        if remember is not None:
+            k, v = remember(k, v)
+        mixed = ops.attention(q, k, v)
+        report("attn", mixed)
+        if config.sub_norm:
+            mixed = self.attn_sub_norm(mixed, ops)
+        x = x + self.linear("o", mixed, prepared, run)[0]
+        if config.norm_position == "post":
+            x = self.attn_norm(x, ops)
+        report("mid", x)
+        before = self.ffn_norm(x, ops) if config.norm_position == "pre" else x
+        x = x + self.ffn(before, prepared, run, report)
+        if config.norm_position == "post":
+            x = self.ffn_norm(x, ops)
+        report("out", x)
+        return x
+
+
+def _ignore(stage: str, values: Tensor) -> None:
+    """The trace of a pass that nobody looks at."""

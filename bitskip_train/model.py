@@ -1,0 +1,246 @@
+"""The model: embedding, blocks, exits (SPEC 7.4, 8). One forward order over two arithmetics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.rope import rope_table
+from bitskip_train.exact import ExactOps
+from bitskip_train.fast import FastOps
+from bitskip_train.functions import PassThrough
+from bitskip_train.layers import BYPASSES, Block, Cache, Norm, Pass, TensorTrace, Weight
+
+Bypass = Literal["none", "weights", "activations"]
+INIT_STD = 0.02
+
+
+class Exit(nn.Module):
+    """What exit n < L has of its own (SPEC 8.1); empty where it shares everything."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.exit_norm == "per_layer":
+            self.norm = Norm(config.hidden_size, config.norm, config.norm_eps)
+        if config.exit_head == "per_layer":
+            self.head = Weight(config.vocab_size, config.hidden_size)
+
+
+class BitskipModel(nn.Module):
+    """A model of any configuration; parameters carry the tensor names of FORMAT 3, in float32.
+
+    `arithmetic` chooses "fast" (training; bfloat16 products under `torch.autocast`) or "exact"
+    (the definition's bits, on CPU, without gradients).
+    """
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
+        """Random weights from `generator`, or from PyTorch's global one (`torch.manual_seed`)."""
+        super().__init__()
+        self.config = config
+        self.arithmetic: Literal["fast", "exact"] = "fast"
+        self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
+        if config.embedding_norm:
+            self.embedding_norm = Norm(config.hidden_size, config.norm, config.norm_eps)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.exits = nn.ModuleDict(
+            {str(n): Exit(config) for n in range(1, config.num_hidden_layers)}
+        )
+        self.final_norm = Norm(config.hidden_size, config.norm, config.norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = Weight(config.vocab_size, config.hidden_size)
+        for name, table in zip(("rope_cos", "rope_sin"), rope_table(config), strict=True):
+            self.register_buffer(name, torch.from_numpy(np.array(table)), persistent=False)
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Normal weights, std 0.02; the two projections onto the residual by 1 / sqrt(2 L) less."""
+        residual = 1.0 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, Weight):
+                scale = residual if name.endswith(("o_proj", "down_proj")) else 1.0
+                nn.init.normal_(module.weight, 0.0, INIT_STD * scale, generator=generator)
+            elif isinstance(module, Norm):
+                nn.init.ones_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    # ---- forward --------------------------------------------------------------------
+
+    def ops(self) -> FastOps:
+        """The operations of the chosen arithmetic; call outside a disabled autocast region."""
+        if self.arithmetic == "exact":
+            return ExactOps()
+        device = self.rope_cos.device.type
+        enabled = torch.is_autocast_enabled(device)
+        return FastOps(torch.get_autocast_dtype(device) if enabled else torch.float32)
+
+    def _own_casts(self) -> torch.autocast:
+        """Operations choose their dtypes themselves; autocast would undo some of the choices."""
+        return torch.autocast(self.rope_cos.device.type, enabled=False)
+
+    def start(self, ops: FastOps, bypass: str, first: int, tokens: int) -> Pass:
+        """What the blocks of a pass over positions first .. first + tokens - 1 are given."""
+        rows = slice(first, first + tokens)
+        return Pass(ops, bypass, self.rope_cos[rows], self.rope_sin[rows])
+
+    def embed(self, ids: Tensor, ops: FastOps) -> Tensor:
+        """ids [B, T] -> f32 [B, T, D], normed where the configuration says so."""
+        x = ops.embed(ids, self.embed_tokens.weight, self.embed_tokens.scale)
+        return self.embedding_norm(x, ops) if self.config.embedding_norm else x
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        exit_layer: int | None = None,
+        keep: Tensor | None = None,
+        collect: Collection[int] = (),
+        bypass: Bypass = "none",
+        cache: Cache | None = None,
+        trace: TensorTrace | None = None,
+    ) -> dict[int, Tensor]:
+        """Hidden states f32 [B, T, D] after n blocks, for n in `collect` and the last one run.
+
+        ids int64 [B, T]; `exit_layer` 1..L counts executed blocks (None: L). keep bool [L, B]:
+        where False, block l (from 0) is the identity for sample b; only kept samples are computed.
+        `bypass` leaves weights, or weights and activations, unquantized (SPEC 10.20). `cache`
+        holds earlier positions and is advanced. Raises ValueError for values out of range.
+        """
+        config = self.config
+        depth = config.num_hidden_layers if exit_layer is None else exit_layer
+        self._check(ids, depth, keep, collect, bypass, cache)
+        first = cache.length if cache is not None else 0
+        ops = self.ops()
+        with self._own_casts():
+            run = self.start(ops, bypass, first, ids.shape[1])
+            x = self.embed(ids, ops)
+            if trace is not None:
+                trace("embed", x)
+            hidden = {0: x} if 0 in collect else {}
+            for i in range(depth):
+                x = self.run_block(i, x, run, None if keep is None else keep[i], cache, trace)
+                if i + 1 in collect or i + 1 == depth:
+                    hidden[i + 1] = x
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return hidden
+
+    def run_block(
+        self,
+        i: int,
+        x: Tensor,
+        run: Pass,
+        keep: Tensor | None = None,
+        cache: Cache | None = None,
+        trace: TensorTrace | None = None,
+    ) -> Tensor:
+        """Block i on the samples that `keep` bool [B] names (None: all); x f32 [B, T, D]."""
+        block = self.layers[i]
+        prepared = block.prepare(run.ops)
+        if keep is not None and not bool(keep.all()):
+            chosen = keep.nonzero().squeeze(1).to(x.device)
+            if not len(chosen):
+                return PassThrough.apply(x, *block.parameters())
+            part = block(x.index_select(0, chosen), prepared, run)
+            return x.index_copy(0, chosen, part)
+        remember = report = None
+        if cache is not None:
+            remember = lambda keys, values: cache.write(i, keys, values)  # noqa: E731
+        if trace is not None:
+            report = lambda stage, values: trace(f"layers.{i}.{stage}", values)  # noqa: E731
+        return block(x, prepared, run, remember, report)
+
+    # ---- exits ----------------------------------------------------------------------
+
+    def exit_norm(self, n: int) -> Norm:
+        """The final norm of exit n = 1..L."""
+        own = n < self.config.num_hidden_layers and self.config.exit_norm == "per_layer"
+        return self.exits[str(n)].norm if own else self.final_norm
+
+    def exit_head(self, n: int) -> Weight:
+        """The head of exit n = 1..L."""
+        if n < self.config.num_hidden_layers and self.config.exit_head == "per_layer":
+            return self.exits[str(n)].head
+        return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    def logits(self, hidden: Tensor, n: int, trace: TensorTrace | None = None) -> Tensor:
+        """SPEC 8.1: f32 [..., D] after n = 1..L blocks -> logits [..., V].
+
+        float32, or bfloat16 under autocast.
+        """
+        self._check_exit(n)
+        ops, norm, head = self.ops(), self.exit_norm(n), self.exit_head(n)
+        with self._own_casts():
+            normed = norm(hidden, ops)
+            z = ops.head(normed, head.weight, head.scale)
+        if trace is not None:
+            trace("exit_norm", normed)
+            trace("logits", z)
+        return z
+
+    def gate_logits(self, hidden: Tensor, n: int) -> Tensor:
+        """The argument of the routing gate's sigmoid after block n = 1..L: f32 [...]."""
+        self._check_exit(n)
+        if not self.config.gates:
+            raise ValueError("this model has no routing gates: use a configuration with gates")
+        ops = self.ops()
+        with self._own_casts():
+            return self.layers[n - 1].gate(hidden, ops)
+
+    def gate(self, hidden: Tensor, n: int) -> Tensor:
+        """SPEC 8.4: probability of exiting after block n = 1..L: f32 [B, T, D] -> f32 [B, T]."""
+        return self.ops().sigmoid(self.gate_logits(hidden, n))
+
+    # ---- other ----------------------------------------------------------------------
+
+    def quantized_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, weight f32 [out, in]) of every ternary linear layer; none in an FP32 model."""
+        if self.config.linear == "ternary":
+            for i, block in enumerate(self.layers):
+                for name in self.config.linear_shapes():
+                    yield f"layers.{i}.{name}.weight", getattr(block, name).weight
+
+    def _check_exit(self, n: int) -> None:
+        if not 1 <= n <= self.config.num_hidden_layers:
+            raise ValueError(
+                f"exit {n}: must count executed blocks, 1..{self.config.num_hidden_layers}"
+            )
+
+    def _check(
+        self,
+        ids: Tensor,
+        depth: int,
+        keep: Tensor | None,
+        collect: Collection[int],
+        bypass: str,
+        cache: Cache | None,
+    ) -> None:
+        config = self.config
+        self._check_exit(depth)
+        if ids.dim() != 2 or not ids.numel():
+            raise ValueError(f"ids of shape {tuple(ids.shape)}: must be [B, T], not empty")
+        end = ids.shape[1] + (cache.length if cache is not None else 0)
+        if end > config.max_position_embeddings:
+            raise ValueError(
+                f"{end} positions: more than the context of {config.max_position_embeddings}"
+            )
+        if any(not 0 <= n <= depth for n in collect):
+            raise ValueError(f"collect {sorted(collect)}: must lie in 0..{depth}, the blocks run")
+        if bypass not in BYPASSES:
+            raise ValueError(f"bypass {bypass!r}: must be one of {', '.join(BYPASSES)}")
+        if keep is not None and tuple(keep.shape) != (config.num_hidden_layers, ids.shape[0]):
+            raise ValueError(
+                f"keep of shape {tuple(keep.shape)}: must be [L, B] = "
+                f"[{config.num_hidden_layers}, {ids.shape[0]}]"
+            )
+        if keep is not None and cache is not None:
+            raise ValueError("keep with a cache: layer dropout is for training, without a cache")
