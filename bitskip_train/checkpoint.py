@@ -1,0 +1,87 @@
+"""Checkpoints: one file with the weights and everything needed to go on or to export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_train.errors import CheckpointError
+from bitskip_train.files import replace_file
+
+FORMAT = "bitskip-checkpoint-1"
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Randomness and data order are functions of (seed, step), so no generator state is kept.
+    """
+
+    config: ModelConfig
+    state: dict[str, Tensor]  # the model's state dict
+    tokenizer_json: str | None  # the text of tokenizer.json
+    train: dict[str, Any]  # TrainConfig.to_dict
+    step: int  # optimizer steps done
+    position: int = 0  # training windows used
+    best_loss: float | None = None  # validation loss of the best evaluation so far
+    history: list[dict[str, Any]] = field(default_factory=list)  # as in history.jsonl
+    optimizer: dict[str, Any] | None = None  # None: for use, not for resuming
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; an interrupted or failing write leaves an older file as it was."""
+    values = {**vars(checkpoint), "config": checkpoint.config.to_dict(), "format": FORMAT}
+    with replace_file(path) as file:
+        torch.save(values, file)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU. Nothing in the file is executed.
+
+    Raises CheckpointError if the file is missing, is no checkpoint, has another format, or holds a
+    state dict that does not belong to its configuration.
+    """
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path}: a folder, not a checkpoint; give the .pt file") from None
+    except Exception as error:  # zip, pickle and torch each have their own types
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise CheckpointError(f"{path}: not a checkpoint ({reason})") from None
+    if not isinstance(values, dict) or "format" not in values:
+        raise CheckpointError(f"{path}: not a bitskip checkpoint (it has no 'format')")
+    if values.pop("format") != FORMAT:
+        raise CheckpointError(f"{path}: another checkpoint format; this version reads {FORMAT}")
+    try:
+        checkpoint = Checkpoint(**values | {"config": ModelConfig.from_dict(values["config"])})
+    except (ConfigError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged checkpoint ({error})") from None
+    _check_state(path, checkpoint)
+    return checkpoint
+
+
+def _check_state(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Refuse a state dict with missing, extra or misshapen tensors, or none at all."""
+    from bitskip_train.model import BitskipModel  # late: only loading needs the model's names
+
+    with torch.device("meta"):
+        expected = BitskipModel(checkpoint.config).state_dict()
+    state = checkpoint.state
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: damaged checkpoint (the state is no dict)")
+    for name in expected.keys() | state.keys():
+        want = tuple(expected[name].shape) if name in expected else "nothing"
+        have = tuple(state[name].shape) if isinstance(state.get(name), Tensor) else "nothing"
+        if want != have:
+            raise CheckpointError(
+                f"{path}: the weights do not fit the configuration: {name} is {have}, "
+                f"the configuration asks for {want}"
+            )

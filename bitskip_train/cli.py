@@ -1,0 +1,192 @@
+"""The verbs `train` and `evaluate`. PyTorch is imported when a verb runs, not for --help."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import platformdirs
+
+from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_train.errors import CheckpointError, DataError, TrainingError
+from bitskip_train.recipes import RECIPES, apply, parse_overrides, read_toml, recipe
+from bitskip_train.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from bitskip_train.checkpoint import Checkpoint
+
+_cache_option = click.option(
+    "--token-cache", type=click.Path(path_type=Path, file_okay=False),
+    default=platformdirs.user_cache_path("bitskip") / "tokens", show_default=True,
+    help="Folder for tokenized text.",
+)  # fmt: skip
+
+
+def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors that a user can mend become one line and exit code 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ConfigError, DataError, CheckpointError, TrainingError, OSError) as error:
+            raise click.ClickException(str(error)) from None
+
+    return wrapped
+
+
+@click.command()
+@click.option("--preset", type=click.Choice(list(RECIPES)), help="Model and training settings.")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="TOML file with the tables [model] and [train], on top of the preset.",
+)  # fmt: skip
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="One setting, for example model.hidden_size=192 or lr=3e-4. Repeatable; last word.",
+)  # fmt: skip
+@click.option("--data", multiple=True, help="Text file, folder of .txt, tinystories or wikitext-2.")
+@click.option("--valid", multiple=True, help="Held-out text, the same way.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False))
+@click.option("--resume", is_flag=True, help="Go on from OUT/last.pt with its settings.")
+@click.option("--tensorboard/--no-tensorboard", default=None, help="Default: if it is installed.")
+@_cache_option
+@_one_line_errors
+def train(
+    preset: str | None, config_file: Path | None, overrides: tuple[str, ...],
+    data: tuple[str, ...], valid: tuple[str, ...], out: Path, resume: bool,
+    tensorboard: bool | None, token_cache: Path,
+) -> None:  # fmt: skip
+    """Train a model. Writes last.pt, best.pt and history.jsonl to OUT."""
+    checkpoint: Checkpoint | None = None
+    last = out / "last.pt"
+    if resume:
+        from bitskip_train.checkpoint import load_checkpoint
+
+        if preset or config_file:
+            raise ConfigError("--resume: takes its settings from OUT/last.pt; change them by --set")
+        checkpoint = load_checkpoint(last)
+        base = (checkpoint.config, TrainConfig.from_dict(checkpoint.train))
+    else:
+        if last.exists():
+            raise ConfigError(f"{last} exists: add --resume to go on, or choose another --out")
+        if preset is None:
+            raise ConfigError(f"--preset is missing; known: {', '.join(RECIPES)}")
+        base = recipe(preset)
+    if config_file:
+        base = apply(base, read_toml(config_file))
+    changes = parse_overrides(overrides)
+    for name, places in (("data", data), ("valid", valid)):
+        if places:
+            changes["train"][name] = list(places)
+    model, settings = apply(base, changes)
+    if checkpoint is not None and model != checkpoint.config:
+        raise ConfigError("--resume: the model's settings cannot change")
+    if not _run(model, settings, out, checkpoint, tensorboard, token_cache):
+        click.echo(f"stopped; go on with: train --resume --out {out}", err=True)
+        sys.exit(130)
+
+
+def _run(
+    model: ModelConfig, settings: TrainConfig, out: Path, checkpoint: Checkpoint | None,
+    tensorboard: bool | None, cache: Path,
+) -> bool:  # fmt: skip
+    """Load the data and train; False if interrupted."""
+    from bitskip_train.data import TextSource, load_split
+    from bitskip_train.tokenizer import make_tokenizer, parse_tokenizer
+    from bitskip_train.trainer import Trainer, check_settings
+
+    check_settings(model, settings)
+    if not settings.data:
+        raise ConfigError("--data is missing")
+    source = TextSource(settings.data, "train")
+    if checkpoint is not None and checkpoint.tokenizer_json is not None:
+        tokenizer = parse_tokenizer(checkpoint.tokenizer_json, "the checkpoint's tokenizer")
+    else:
+        tokenizer = make_tokenizer(settings.tokenizer, source.documents())
+    if tokenizer.get_vocab_size() > model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.vocab_size}: "
+            f"--set model.vocab_size={tokenizer.get_vocab_size()}"
+        )
+    split = load_split(source, tokenizer, cache)
+    held_out = None
+    if settings.valid:
+        held_out = load_split(TextSource(settings.valid, "validation"), tokenizer, cache)
+    trainer = Trainer(model, settings, split, held_out, tokenizer.to_str(), out, checkpoint)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    click.echo(
+        f"{parameters:,} parameters, {len(split.tokens):,} tokens of data, "
+        f"{trainer.device.type}, steps {trainer.step}..{settings.steps}",
+        err=True,
+    )
+    return trainer.run(tensorboard)
+
+
+def _exit_list(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    try:
+        return [int(part) for part in value.split(",") if part.strip()]
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: must be layers, for example 6,12,24") from None
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--text", multiple=True, required=True, help="As --data of train.")
+@click.option(
+    "--exit-layer", "exits", default="", callback=_exit_list, metavar="N,N,...",
+    help="Blocks to run before the head; default: all.",
+)  # fmt: skip
+@click.option(
+    "--bypass", type=click.Choice(["none", "weights", "activations"]), default="none",
+    help="Leave weights, or weights and activations, in full precision.",
+)  # fmt: skip
+@click.option("--context", type=click.IntRange(2), help="Default: as in training.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--json", "as_json", is_flag=True)
+@_cache_option
+@_one_line_errors
+def evaluate(
+    checkpoint: Path, text: tuple[str, ...], exits: list[int], bypass: str, context: int | None,
+    batch: int, device: str, as_json: bool, token_cache: Path,
+) -> None:  # fmt: skip
+    """Loss, perplexity and bits per byte of a CHECKPOINT on held-out text, per exit."""
+    from bitskip_train import evaluate as evaluation
+    from bitskip_train.checkpoint import load_checkpoint
+    from bitskip_train.data import TextSource, load_split
+    from bitskip_train.model import BitskipModel
+    from bitskip_train.tokenizer import parse_tokenizer
+    from bitskip_train.trainer import pick_device
+
+    loaded = load_checkpoint(checkpoint)
+    if loaded.tokenizer_json is None:
+        raise CheckpointError(f"{checkpoint}: holds no tokenizer")
+    context = context or TrainConfig.from_dict(loaded.train).context
+    if context > loaded.config.max_position_embeddings:
+        raise ConfigError(
+            f"--context {context}: must be at most {loaded.config.max_position_embeddings}, the "
+            "positions that the model holds"
+        )
+    tokenizer = parse_tokenizer(loaded.tokenizer_json, str(checkpoint))
+    split = load_split(TextSource(text, "validation"), tokenizer, token_cache)
+    model = BitskipModel(loaded.config)
+    model.load_state_dict(loaded.state)
+    results = evaluation.evaluate(
+        model.to(pick_device(device)), split.tokens, split.bytes, context=context, batch=batch,
+        exits=exits or [loaded.config.num_hidden_layers], bypass=bypass,
+    )  # fmt: skip
+    if as_json:
+        about = {"context": context, "stride": context, "bypass": bypass, "step": loaded.step}
+        click.echo(json.dumps({**about, "exits": [r.to_dict() for r in results]}))
+        return
+    click.echo(f"{results[0].tokens:,} tokens, context and stride {context}, bypass {bypass}")
+    click.echo(f"{'exit':>4} {'loss':>16} {'perplexity':>12} {'bits/byte':>10}")
+    for r in results:
+        loss = f"{r.loss:.4f} +- {r.deviation:.4f}"
+        click.echo(f"{r.exit_layer:>4} {loss:>16} {r.perplexity:>12.4g} {r.bits_per_byte:>10.4f}")

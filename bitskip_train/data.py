@@ -1,0 +1,189 @@
+"""From text to batches: documents, a token cache on disk, shuffled windows."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from bitskip_train.errors import DataError
+from bitskip_train.files import replace_file
+from bitskip_train.tokenizer import END_OF_TEXT
+
+CACHE_VERSION = 1  # part of the key: raise it when tokens would come out differently
+HUB = {
+    "tinystories": ("roneneldan/TinyStories", None),
+    "wikitext-2": ("Salesforce/wikitext", "wikitext-2-v1"),
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tokens of one split, joined with end-of-text."""
+
+    tokens: np.ndarray  # uint16 or uint32 [N], memory-mapped
+    bytes: int  # UTF-8 bytes of the documents, without separators
+
+
+class TextSource:
+    """Text files, or a data set of the hub, as a stream of documents.
+
+    Documents in a file are separated by lines `<|endoftext|>`; without such lines the file is one
+    document. The names `tinystories` and `wikitext-2` load from the Hugging Face hub unless a file
+    or folder of that name exists. Raises DataError.
+    """
+
+    def __init__(self, places: tuple[str, ...], split: str) -> None:
+        """split: `train` or `validation`, for data sets of the hub."""
+        self.files: list[Path] = []
+        self.hub: list[Any] = []
+        for place in places:
+            path = Path(place)
+            if path.is_dir():
+                found = sorted(path.glob("*.txt"))
+                if not found:
+                    raise DataError(f"{place}: the folder holds no .txt file")
+                self.files += found
+            elif path.is_file():
+                self.files.append(path)
+            elif place in HUB:
+                self.hub.append(_load_hub(place, split))
+            else:
+                raise DataError(f"{place}: no such file or folder; hub names: {', '.join(HUB)}")
+
+    def fingerprint(self) -> str:
+        """Changes when the text does."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        for dataset in self.hub:
+            digest.update(str(dataset._fingerprint).encode())
+        return digest.hexdigest()
+
+    def documents(self) -> Iterator[str]:
+        """The documents in order, without those that are empty."""
+        for path in self.files:
+            yield from _file_documents(path)
+        for dataset in self.hub:
+            if "wikitext" in dataset.info.dataset_name:
+                yield "".join(dataset["text"])
+            else:
+                yield from (text for text in dataset["text"] if text.strip())
+
+
+def _file_documents(path: Path) -> Iterator[str]:
+    lines: list[str] = []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for line in itertools.chain(file, [END_OF_TEXT]):
+                if line.strip() == END_OF_TEXT:
+                    text = "".join(lines)
+                    lines = []
+                    if text.strip():
+                        yield text.removesuffix("\n")
+                else:
+                    lines.append(line)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def _load_hub(name: str, split: str) -> Any:
+    repository, subset = HUB[name]
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(
+            f"data {name!r}: needs the package 'datasets' (pip install datasets), or the path of a "
+            "text file"
+        ) from None
+    try:
+        return load_dataset(repository, subset, split=split)
+    except Exception as error:  # many types, for network and for file trouble
+        raise DataError(
+            f"data {name!r}: {repository} did not load ({type(error).__name__}); without a network "
+            "give the path of a text file"
+        ) from None
+
+
+def load_split(source: TextSource, tokenizer: Tokenizer, cache: Path) -> Split:
+    """The tokens of a source, from the cache folder, or tokenized now and stored there.
+
+    The key is the text's fingerprint and the tokenizer, so neither can change unnoticed. The
+    description is written after the tokens: without it, tokens do not count.
+    """
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    key = hashlib.sha256(
+        f"{CACHE_VERSION} {source.fingerprint()} {tokenizer.to_str()}".encode()
+    ).hexdigest()[:32]
+    tokens_path, about_path = cache / f"{key}.bin", cache / f"{key}.json"
+    dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4")
+    if not about_path.exists():
+        size = count = 0
+        with replace_file(tokens_path) as file:
+            for group in _groups(source.documents()):
+                for document, encoding in zip(
+                    group, tokenizer.encode_batch_fast(group, add_special_tokens=False), strict=True
+                ):
+                    ids = np.array([*encoding.ids, end], dtype)
+                    file.write(ids.tobytes())
+                    count += len(ids)
+                    size += len(document.encode())
+        if not count:
+            raise DataError("the data holds no text")
+        with replace_file(about_path) as file:
+            file.write(json.dumps({"tokens": count, "bytes": size}).encode())
+    about = json.loads(about_path.read_text())
+    tokens = np.memmap(tokens_path, dtype, mode="r")
+    if len(tokens) != about["tokens"]:
+        raise DataError(f"{tokens_path}: damaged token cache; delete it")
+    return Split(tokens, about["bytes"])
+
+
+def _groups(documents: Iterator[str], size: int = 1024) -> Iterator[list[str]]:
+    while group := list(itertools.islice(documents, size)):
+        yield group
+
+
+class Windows:
+    """Training windows in an order that is a function of (seed, position) alone.
+
+    An epoch cuts the tokens into windows of `context + 1` (neighbours share one token) from a
+    random offset and shuffles them; offset and order come from (seed, epoch).
+    """
+
+    def __init__(self, tokens: np.ndarray, context: int, seed: int) -> None:
+        """tokens [N]. Raises DataError if they do not fill one window."""
+        if len(tokens) <= context:
+            raise DataError(
+                f"{len(tokens)} tokens of data: context = {context} needs at least {context + 1}"
+            )
+        self.tokens, self.context, self.seed = tokens, context, seed
+        # One window fewer than would fit, so that every offset gives the same number.
+        self.per_epoch = max(1, (len(tokens) - context) // context)
+        self._epoch = -1
+        self._offset = 0
+        self._order = np.zeros(0, np.int64)
+
+    def window(self, position: int) -> np.ndarray:
+        """Window number `position`, counted over all epochs: int64 [context + 1]."""
+        epoch, index = divmod(position, self.per_epoch)
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            free = len(self.tokens) - self.per_epoch * self.context
+            self._offset = int(rng.integers(min(self.context, free)))
+            self._order = rng.permutation(self.per_epoch)
+            self._epoch = epoch
+        start = self._offset + int(self._order[index]) * self.context
+        return self.tokens[start : start + self.context + 1].astype(np.int64)
+
+    def batch(self, position: int, size: int) -> np.ndarray:
+        """Windows position .. position + size - 1: int64 [size, context + 1]."""
+        return np.stack([self.window(position + i) for i in range(size)])

@@ -1,0 +1,110 @@
+"""The terms of the training loss (v1 Eq. 5 and 6; v2 Eq. 4 and 7 to 9; SPEC 10 rows 11 to 14)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitskip_ref.config import ConfigError
+from bitskip_train.fast import FastOps, ternary_codes
+from bitskip_train.settings import TrainConfig
+
+
+def exit_weights(train: TrainConfig, layers: int) -> dict[int, float]:
+    """Exit n (executed blocks) -> weight in the early-exit loss; the weights sum to 1.
+
+    v1 Eq. 6: exits 1..L-1, `linear`, n + 1. v2 Eq. 4: exits 1..L (its l + 1), `inverse`, 1 / n.
+    `triangular` n (n + 1) / 2 follows LayerSkip. Raises ConfigError for exits outside 1..L.
+    """
+    last = train.exit_last if train.exit_last > 0 else layers + train.exit_last
+    exits = train.exit_layers or tuple(range(train.exit_first, last + 1))
+    if not exits or max(exits) > layers:
+        raise ConfigError(
+            f"exits {list(exits) or f'{train.exit_first}..{last}'}: must be within 1..{layers}; "
+            "set exit_first and exit_last, or exit_layers"
+        )
+    raw = {
+        "linear": lambda n: n + 1.0,
+        "inverse": lambda n: 1.0 / n,
+        "triangular": lambda n: n * (n + 1) / 2,
+        "uniform": lambda n: 1.0,
+    }[train.exit_weights]
+    total = sum(raw(n) for n in exits)
+    return {n: raw(n) / total for n in sorted(exits)}
+
+
+def exit_subset(weights: dict[int, float], count: int, turn: int) -> dict[int, float]:
+    """The exits used in one pass, with their weights there.
+
+    `count` exits at even distances, moved by one each turn: in as many turns as there are exits
+    each is used `count` times, and weights are raised by exits / count, so the mean over a round is
+    the full loss. Even distances keep a pass's total weight near 1. 0: all exits.
+    """
+    exits = list(weights)
+    if count == 0 or count >= len(exits):
+        return weights
+    chosen = [exits[(turn + j * len(exits) // count) % len(exits)] for j in range(count)]
+    return {n: weights[n] * len(exits) / count for n in sorted(chosen)}
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed next-token loss in nats. logits [N, V], targets int64 [N]; computed in float32."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def distillation(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Summed KL(teacher || exit) in nats. Both are logits [N, V]; the teacher is detached."""
+    return F.kl_div(
+        F.log_softmax(logits.float(), dim=-1),
+        F.log_softmax(teacher.detach().float(), dim=-1),
+        reduction="sum",
+        log_target=True,
+    )
+
+
+def sample_exits(probability: Tensor, generator: torch.Generator) -> Tensor:
+    """Bernoulli decisions, 0 or 1, whose gradient is that of the probability (straight-through).
+
+    The draw is made on the CPU, so that it is the same on every device.
+    """
+    uniform = torch.rand(probability.shape, generator=generator).to(probability.device)
+    decision = (uniform < probability.detach()).to(probability.dtype)
+    return decision + (probability - probability.detach())
+
+
+def route_loss(gates: Sequence[Tensor], leftover: str) -> Tensor:
+    """v2 Eq. 9: squared distance of the mean exit layer from L / 2; a scalar.
+
+    gates: for each of the L blocks, exit decisions or probabilities [B, T]. Layers are counted
+    from 0, as in the paper. The exit layer is averaged over tokens before squaring: the model is
+    to exit at the target on average, not with each token. What never exits counts as layer L - 1
+    (`last`) or adds nothing (`zero`).
+    """
+    stay = torch.ones_like(gates[0])
+    mean_layer = torch.zeros_like(gates[0])
+    for layer, gate in enumerate(gates):
+        mean_layer = mean_layer + layer * gate * stay
+        stay = stay * (1 - gate)
+    if leftover == "last":
+        mean_layer = mean_layer + (len(gates) - 1) * stay
+    return (mean_layer.mean() - len(gates) / 2) ** 2
+
+
+def quant_loss(weights: Iterable[Tensor], reduction: str) -> Tensor:
+    """v2 Eq. 8: squared distance between weights and their ternary values (SPEC 4.1); a scalar.
+
+    weights: the matrix of each ternary layer. `mean`: over all weights. `sum`: summed within a
+    layer, averaged over layers (Eq. 8 to the letter). The ternary values are constants here:
+    through a straight-through estimator the gradient would be zero.
+    """
+    ops, sums, counts = FastOps(), [], []
+    for weight in weights:
+        with torch.no_grad():
+            alpha = ops.weight_scale(weight)
+            value = ternary_codes(weight, alpha) * alpha
+        sums.append((weight - value).square().sum())
+        counts.append(weight.numel())
+    return torch.stack(sums).sum() / (sum(counts) if reduction == "mean" else len(counts))

@@ -1,0 +1,138 @@
+"""Recipes: a preset's model and how the papers train it; files and overrides on top."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bitskip_ref.config import PRESETS, ConfigError, ModelConfig
+from bitskip_train.settings import TrainConfig
+
+# v1 Table 1; phase 1 has neither the early-exit loss nor layer dropout (SPEC 10 row 16).
+_V1_PHASE1 = TrainConfig(
+    data=("tinystories",), tokenizer="gpt2", context=512, batch=16, accumulation=4, steps=50_000,
+    lr=6e-4, warmup=1000, schedule="linear", weight_decay=0.1, clip=1.0, dtype="bfloat16",
+    eval_every=1000, eval_tokens=200_000, save_every=1000,
+)  # fmt: skip
+_EXIT_LOSS = {"exit_lambda": 0.3, "exit_weights": "linear", "exit_first": 1, "exit_last": -1}
+_PHASE2 = {**_EXIT_LOSS, "dropout_max": 0.5, "dropout_form": "v1"}
+_V2_RATES = {"lr": 3e-4, "warmup": 4000, "clip": 0.5}  # the 4-bit model of v1
+
+# v2 4.2 and 4.3. Not stated there and chosen here: warm-up, decay part, weight decay, clip.
+_WT2 = TrainConfig(
+    data=("wikitext-2",), tokenizer="gpt2", context=512, batch=32, accumulation=4, steps=10_000,
+    lr=6e-4, warmup=500, schedule="wsd", decay=0.2, weight_decay=0.1, clip=1.0, seed=7,
+    route_lambda=0.2, quant_lambda=0.05, eval_every=100, patience=3, save_every=100,
+    dtype="bfloat16",
+)  # fmt: skip
+_WT2_EXITS = {
+    "exit_lambda": 0.3, "exit_weights": "inverse", "exit_first": 1, "exit_last": 0,
+    "dropout_max": 0.7, "dropout_form": "v2",
+}  # fmt: skip
+
+_STORIES = TrainConfig(
+    data=("tinystories",), tokenizer="bpe:4096", context=256, batch=16, steps=6000, lr=2e-3,
+    min_lr=1e-5, warmup=200, schedule="linear", weight_decay=0.1, exit_subset=3, **_PHASE2,
+    eval_every=500, eval_tokens=50_000, eval_exits=(6, 12, 18), save_every=250, dtype="bfloat16",
+)  # fmt: skip
+_TINY = TrainConfig(
+    data=("tinystories",), tokenizer="bpe:512", context=64, batch=8, steps=200, lr=3e-3, warmup=20,
+    **_PHASE2, eval_every=100, eval_tokens=20_000, eval_exits=(1, 2, 3), save_every=50,
+)  # fmt: skip
+
+Recipe = tuple[ModelConfig, TrainConfig]
+
+RECIPES: dict[str, Recipe] = {
+    "bitskip-v1": (PRESETS["bitskip-v1"], _V1_PHASE1.replace(**_PHASE2)),
+    "bitskip-v1-phase1": (PRESETS["bitskip-v1"], _V1_PHASE1),
+    "bitskip-v2": (PRESETS["bitskip-v2"], _V1_PHASE1.replace(**_V2_RATES, **_PHASE2)),
+    "bitskip-v2-phase1": (PRESETS["bitskip-v2"], _V1_PHASE1.replace(**_V2_RATES)),
+    "bitskip-v3": (PRESETS["bitskip-v3"], _V1_PHASE1.replace(**_PHASE2)),
+    "layerskip": (PRESETS["layerskip"], _V1_PHASE1.replace(**_PHASE2)),
+    "layerskip-phase1": (PRESETS["layerskip"], _V1_PHASE1),
+    "llama3": (PRESETS["llama3"], _V1_PHASE1.replace(**_EXIT_LOSS)),
+    "llama3-phase1": (PRESETS["llama3"], _V1_PHASE1),
+    "wt2-baseline": (PRESETS["wt2-baseline"], _WT2),
+    "wt2-h": (PRESETS["wt2-h"], _WT2),
+    "wt2-ee": (PRESETS["wt2-ee"], _WT2.replace(**_WT2_EXITS)),
+    "wt2-bitskip": (PRESETS["wt2-bitskip"], _WT2.replace(**_WT2_EXITS)),
+    "stories-24": (PRESETS["stories-24"], _STORIES),
+    # A vocabulary that a byte-level tokenizer can have: 256 bytes and end-of-text do not fit 256.
+    "tiny": (PRESETS["tiny"].replace(vocab_size=512), _TINY),
+}
+
+Tables = dict[str, dict[str, Any]]
+"""Changes to make: {"model": {field: value}, "train": {field: value}}."""
+
+_FIELDS = {
+    "model": {f.name for f in dataclasses.fields(ModelConfig)},
+    "train": {f.name for f in dataclasses.fields(TrainConfig)},
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name. Raises ConfigError, listing the names, for an unknown one."""
+    if name not in RECIPES:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def apply(base: Recipe, changes: Tables) -> Recipe:
+    """Checked copies of a recipe's two parts with the changes made."""
+    model, train = base
+    return model.replace(**changes.get("model", {})), train.replace(**changes.get("train", {}))
+
+
+def read_toml(path: Path) -> Tables:
+    """Changes from a file with the tables [model] and [train]. Raises ConfigError."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML ({error})") from None
+    for table, values in tables.items():
+        if table not in _FIELDS or not isinstance(values, dict):
+            raise ConfigError(f"{path}: {table!r} is no table of it; known: [model], [train]")
+        for key in values:
+            _refuse_unknown(f"{path}: {table}.{key}", table, key)
+    return tables
+
+
+def parse_overrides(texts: Sequence[str]) -> Tables:
+    """Changes from `model.key=value`, `train.key=value` or, as no key is in both, `key=value`.
+
+    Values are written as in TOML, but text needs no quotes, and a list is also `6,12`. Raises
+    ConfigError for an unknown key.
+    """
+    changes: Tables = {"model": {}, "train": {}}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: must be KEY=VALUE")
+        table, dot, name = key.strip().partition(".")
+        if not dot:
+            table, name = "model" if key.strip() in _FIELDS["model"] else "train", key.strip()
+        _refuse_unknown(f"--set {text}", table, name, bare=not dot)
+        changes[table][name] = _parse_value(value.strip(), table, name)
+    return changes
+
+
+def _refuse_unknown(what: str, table: str, name: str, bare: bool = False) -> None:
+    if table not in _FIELDS:
+        raise ConfigError(f"{what}: {table!r} is no table; known: model, train")
+    if name not in _FIELDS[table]:
+        names = [f"{t}.{n}" for t in _FIELDS for n in sorted(_FIELDS[t]) if bare or t == table]
+        raise ConfigError(f"{what}: unknown key; known: {', '.join(names)}")
+
+
+def _parse_value(text: str, table: str, name: str) -> Any:
+    lists = table == "train" and isinstance(getattr(TrainConfig(), name), tuple)
+    if lists and not text.startswith("["):
+        items = [item.strip() for item in text.split(",") if item.strip()]
+        return [int(item) if item.isdecimal() else item for item in items]
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

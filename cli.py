@@ -1,0 +1,41 @@
+"""python cli.py VERB: every verb of the project. A verb's package is imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+VERBS = {  # verb -> (module:command, what --help says)
+    "train": ("bitskip_train.cli:train", "Train a model."),
+    "evaluate": ("bitskip_train.cli:evaluate", "Held-out loss of a checkpoint, per exit."),
+    "export": ("export.cli:export", "Checkpoint to a packed model folder."),
+    "verify": ("export.cli:verify", "Check that a folder and its checkpoint agree."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a verb's module only when the verb is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        module, attribute = VERBS[name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, text) for name, (_, text) in VERBS.items()])
+
+
+@click.command(cls=LazyGroup)
+def main() -> None:
+    """Ternary language models with early exit: train, export, run."""
+
+
+if __name__ == "__main__":
+    main()
