@@ -1,0 +1,29 @@
+"""Ternary early-exit models on the CPU: `load` a folder, then `generate` or use token ids.
+
+Importing this package loads nothing heavy; `load` brings in NumPy and Numba.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bitskip_cpu.model import Model
+
+__all__ = ["load"]
+
+
+def load(model: str | os.PathLike[str] | None = None, threads: int | None = None) -> Model:
+    """Load a model folder, or a model that comes with the package (None: the default one).
+
+    threads: None takes what suits the machine. Raises bitskip_ref.folder.FormatError if the
+    folder is not a whole model, ValueError if there is none or threads are out of range.
+    """
+    from bitskip_cpu import models
+    from bitskip_cpu.model import Model
+    from bitskip_ref.folder import read_folder
+    from bitskip_ref.model import ReferenceModel
+
+    folder = read_folder(models.resolve(None if model is None else os.fspath(model)))
+    return Model(ReferenceModel(folder.config, folder.tensors), folder)

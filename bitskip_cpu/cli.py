@@ -1,0 +1,246 @@
+"""The command `bitskip-cpu`. Only click is imported here: `--help` must answer at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from bitskip_cpu.options import MODEL, THREADS, ExitLayer, Numbers, Verbs
+
+if TYPE_CHECKING:
+    from bitskip_cpu.generate import TextStream
+    from bitskip_cpu.model import Model
+
+STORY = "Once upon a time"  # the prompt of the models that come with the package
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="bitskip", prog_name="bitskip-cpu")
+def main() -> None:
+    """Run ternary language models with early exits on the CPU.
+
+    MODEL is a model folder or the name of a model that comes with the package; without it the
+    verbs take the one that ships.
+    """
+
+
+@main.command()
+@MODEL
+@click.option("--prompt", "-p", help="Text to continue; - reads standard input.")
+@click.option(
+    "--prompt-file", "-f", type=click.File("rb"),
+    help="UTF-8 file with the prompt, without its last newline; - is standard input.",
+)  # fmt: skip
+@click.option("--max-tokens", "-n", type=click.IntRange(0), default=200, show_default=True)
+@click.option(
+    "--exit-layer", "--exit", type=ExitLayer(), metavar="N|WORD",
+    help="Blocks to run, or how to decide for each token: gate, max (probability), margin, auto "
+    "(gate if the model has gates, else max). Default: the model's recommendation, else all.",
+)  # fmt: skip
+@click.option(
+    "--exit-threshold", type=float,
+    help="0 to 1, for gate (default 0.5), max and margin (default 0.9).",
+)  # fmt: skip
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True,
+    help="0 always takes the likeliest token; the next three then change nothing.",
+)  # fmt: skip
+@click.option("--top-k", type=int, default=0, help="Keep the k likeliest tokens; 0: all.")
+@click.option("--top-p", type=float, default=1.0, help="Keep the likeliest with this sum.")
+@click.option("--min-p", type=float, default=0.0, help="Drop below this share of the likeliest.")
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text.")
+@click.option("--stop", multiple=True, help="End before this string. Repeatable.")
+@click.option("--ctx", type=int, help="Positions to use. Default: the model's context.")
+@THREADS
+@click.option("--quiet", "-q", is_flag=True, help="Print the generated text and nothing else.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+@click.pass_context
+def generate(
+    click_context: click.Context, model: str | None, prompt: str | None,
+    prompt_file: IO[bytes] | None, threads: int | None, ctx: int | None, quiet: bool,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Continue a prompt. The text streams to standard output, statistics go to standard error.
+
+    Ctrl-C ends the text, keeps what was said, and exits with 130.
+    """
+    text = _prompt(prompt, prompt_file)
+    loaded = _load(model, threads, quiet)
+    if text is None:
+        from bitskip_cpu import models
+
+        if model is not None and model not in models.names():
+            raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE")
+        text = STORY
+    stream = loaded.stream(text, context=ctx, **options)
+    if not as_json and not quiet:
+        click.secho(text, dim=True, nl=False)
+    interrupted = False
+    try:
+        for piece in stream:
+            if not as_json:
+                click.echo(piece.text, nl=False)
+    except KeyboardInterrupt:
+        interrupted = True
+        rest = stream.finish()
+        if not as_json:
+            click.echo(rest, nl=False)
+    if as_json:
+        click.echo(json.dumps(_generation(stream, loaded, text, options["seed"])))
+    else:
+        click.echo()
+        if not quiet:
+            click.echo(_statistics(stream, loaded), err=True)
+    if interrupted:
+        click_context.exit(130)
+
+
+def _prompt(prompt: str | None, file: IO[bytes] | None) -> str | None:
+    """The prompt from its option, a file, or standard input; None if none was given."""
+    if prompt is not None and file is not None:
+        raise click.UsageError("--prompt and --prompt-file exclude each other: give one")
+    if prompt == "-":
+        file = click.get_binary_stream("stdin")
+    if file is None:
+        return prompt
+    try:
+        return file.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 (byte {error.start})") from None
+
+
+def _load(model: str | None, threads: int | None, quiet: bool = False) -> Model:
+    """Load a model."""
+    import bitskip_cpu
+
+    return bitskip_cpu.load(model, threads)
+
+
+def _generation(stream: TextStream, model: Model, prompt: str, seed: int) -> dict[str, Any]:
+    """What `generate --json` prints."""
+    from bitskip_cpu.machine import peak_rss_bytes
+
+    g = stream.generation()
+    return {
+        "model": str(model.folder.path),
+        "prompt": prompt,
+        "text": g.text,
+        "token_ids": g.token_ids,
+        "prompt_tokens": g.prompt_tokens,
+        "generated_tokens": len(g.token_ids),
+        "exit_layers": g.exit_layers,
+        "mean_exit_layer": g.mean_exit_layer,
+        "stop_reason": g.stop_reason,
+        "seed": seed,
+        "ttft_s": g.ttft_s,
+        "prefill_tokens_per_s": g.prefill_tokens_per_s,
+        "decode_tokens_per_s": g.decode_tokens_per_s,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _statistics(stream: TextStream, model: Model) -> str:
+    """One line about a generation."""
+    g = stream.generation()
+    parts = [f"{len(g.token_ids)} tokens"]
+    if g.decode_tokens_per_s:
+        parts.append(f"{g.decode_tokens_per_s:.1f} tokens/s")
+    if g.ttft_s is not None:
+        parts.append(f"first after {g.ttft_s * 1e3:.0f} ms ({g.prompt_tokens} of prompt)")
+    if g.mean_exit_layer is not None:
+        depth = f"{g.mean_exit_layer:.2f}".removesuffix(".00")
+        parts.append(f"exit layer {depth} of {model.config.num_hidden_layers}")
+    return f"[{', '.join(parts)}; ended: {g.stop_reason.replace('_', ' ')}]"
+
+
+@main.command()
+@MODEL
+@click.option("--preset", help="Random weights of a preset's shape instead of a model.")
+@click.option("-p", "prompts", type=Numbers(0), default="128", show_default=True,
+              help="Prompt lengths; 0 leaves the test out.")  # fmt: skip
+@click.option("-n", "generated", type=Numbers(0), default="64", show_default=True,
+              help="Tokens to generate; 0 leaves the test out.")  # fmt: skip
+@click.option("-t", "threads", type=Numbers(1), help="Default: what `generate` takes.")
+@click.option("--exit-layer", "exits", type=Numbers(1), help="Default: all blocks.")
+@click.option("-r", "repetitions", type=click.IntRange(1), default=5, show_default=True)
+@click.option("-o", "output", type=click.Choice(["md", "json"]), default="md", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def bench(
+    model: str | None, preset: str | None, prompts: list[int], generated: list[int],
+    threads: list[int] | None, exits: list[int] | None, repetitions: int, output: str, seed: int,
+) -> None:  # fmt: skip
+    """Measure prompt processing (pp) and decoding (tg) in tokens a second.
+
+    Numbers may be lists: -t 1,2. tg steps start from an empty cache. Compiling and one run of
+    each test come before the measured ones.
+    """
+    if model is not None and preset is not None:
+        raise click.UsageError("MODEL and --preset exclude each other: give one")
+    from bitskip_cpu.bench import report
+
+    text = report(
+        model, preset, prompts=prompts, generated=generated, threads=threads, exits=exits,
+        repetitions=repetitions, seed=seed, as_json=output == "json",
+        note=lambda line: click.echo(line, err=True),
+    )  # fmt: skip
+    click.echo(text)
+
+
+@main.command()
+@MODEL
+@click.option("--text", "text_file", required=True, type=click.Path(path_type=Path),
+              help="UTF-8 text; lines <|endoftext|> separate documents.")  # fmt: skip
+@click.option("--exit-layer", "exits", type=Numbers(1), help="Default: all blocks.")
+@click.option("--ctx", type=int, help="Tokens of a window. Default: the model's context.")
+@click.option("--stride", type=int, help="From window to window. Default: --ctx, no overlap.")
+@THREADS
+@click.option("--json", "as_json", is_flag=True)
+def perplexity(
+    model: str | None, text_file: Path, exits: list[int] | None, ctx: int | None,
+    stride: int | None, threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Loss of a text at each exit layer, over all its tokens but the first.
+
+    Each document is followed by end-of-text, as in training.
+    """
+    from bitskip_cpu.perplexity import report
+
+    click.echo(report(_load(model, threads), text_file, exits, ctx, stride, as_json))
+
+
+@main.command()
+@MODEL
+@click.option("--json", "as_json", is_flag=True)
+def inspect(model: str | None, as_json: bool) -> None:
+    """Shapes, bits, sizes and ternary statistics of a model."""
+    from bitskip_cpu import models
+    from bitskip_cpu.inspect import describe, inspect
+
+    facts = inspect(models.resolve(model))
+    click.echo(json.dumps(facts) if as_json else describe(facts))
+
+
+@main.command()
+@MODEL
+@THREADS
+def selftest(model: str | None, threads: int | None) -> None:
+    """Compare the engine with the reference, bit for bit, on this machine."""
+    from bitskip_cpu.selftest import run
+
+    sys.exit(run(model, threads, click.echo))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True)
+def doctor(as_json: bool) -> None:
+    """What this installation runs on, and what is wrong with it."""
+    from bitskip_cpu.doctor import describe, doctor
+
+    facts = doctor()
+    click.echo(json.dumps(facts) if as_json else describe(facts))
+    sys.exit(1 if facts["problems"] else 0)

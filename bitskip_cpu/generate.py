@@ -1,0 +1,182 @@
+"""Generation of text over any engine: options, streaming and what was measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bitskip_cpu.tokenizer import StopStrings, StreamDecoder, Tokenizer
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.engine import Engine, ExitRule
+from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
+from bitskip_ref.generate import stream as stream_tokens
+from bitskip_ref.sampling import Sampler
+
+StopReason = Literal["end_of_text", "stop_string", "max_tokens", "context", "interrupted"]
+EXIT_NAMES = ("auto", "gate", "max", "margin")
+
+
+def exit_rule(
+    exit_layer: int | str | None, threshold: float | None, config: ModelConfig
+) -> ExitRule:
+    """The rule that `--exit-layer` and `--exit-threshold` describe, checked for the model.
+
+    exit_layer: blocks every token runs (1..L; None: all), or how to decide token by token: `gate`
+    (SPEC 8.4), `max` or `margin` (SPEC 8.5), `auto` for `gate` if the model has gates, else `max`.
+    threshold: for the latter, in 0..1; None: 0.5 for gates, 0.9 for `max` and `margin`.
+    Raises ValueError.
+    """
+    if exit_layer == "auto":
+        exit_layer = "gate" if config.gates else "max"
+    rule: ExitRule
+    if exit_layer is None or isinstance(exit_layer, int):
+        if threshold is not None:
+            raise ValueError("an exit threshold needs an exit that asks for one: gate, max, margin")
+        rule = FixedExit(exit_layer)
+    elif exit_layer == "gate":
+        rule = GateExit() if threshold is None else GateExit(threshold)
+    elif exit_layer in EXIT_NAMES:
+        rule = ConfidenceExit(0.9 if threshold is None else threshold, exit_layer)
+    else:
+        raise ValueError(
+            f"exit layer {exit_layer!r}: must be a number of blocks, or {', '.join(EXIT_NAMES)}"
+        )
+    rule.check(config)
+    return rule
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One step of a stream: a token, and the text that became certain with it (perhaps none).
+
+    The last piece may be text that was held back, without a token.
+    """
+
+    text: str
+    token_id: int | None = None
+    exit_layer: int | None = None  # blocks of the pass whose logits chose the token (SPEC 8.7)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text and how it came about. Times are in seconds."""
+
+    text: str  # without the prompt, without the stop string
+    token_ids: list[int]  # all that were generated, those of a stop string too
+    exit_layers: list[int]  # one per token
+    prompt_tokens: int
+    stop_reason: StopReason
+    ttft_s: float | None  # from the start of the prompt to the first token
+    decode_s: float  # from the first token to the last
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """Prompt tokens over the time to the first token."""
+        return self.prompt_tokens / self.ttft_s if self.ttft_s else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens after the first over the time they took; None for fewer than two tokens."""
+        return (len(self.token_ids) - 1) / self.decode_s if self.decode_s else None
+
+    @property
+    def mean_exit_layer(self) -> float | None:
+        """Mean number of blocks over the generated tokens."""
+        return sum(self.exit_layers) / len(self.exit_layers) if self.exit_layers else None
+
+
+class TextStream:
+    """Iterate once for `Piece`s as they come; `generation()` tells what there is so far."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        *,
+        rule: ExitRule,
+        sampler: Sampler,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        context: int | None = None,
+        eos_token_id: int | None = None,
+    ) -> None:
+        """context: positions that may be used (None: all the model has).
+
+        Raises ValueError for a prompt that does not fit and for options out of range.
+        """
+        limit = engine.config.max_position_embeddings
+        if context is not None and not 1 <= context <= limit:
+            raise ValueError(f"context {context}: this model's is {limit}, choose 1..{limit}")
+        context = context or limit
+        if len(prompt_ids) > context:
+            raise ValueError(
+                f"the prompt has {len(prompt_ids)} tokens, the context holds {context}: shorten it"
+            )
+        self._prompt_tokens = len(prompt_ids)
+        # The last token needs no position: nothing is predicted from it.
+        self._room = context - len(prompt_ids) + 1
+        self._max_tokens = max_tokens
+        self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(stop)
+        self._tokens = stream_tokens(
+            engine, prompt_ids, rule, sampler, min(max_tokens, self._room), eos_token_id
+        )
+        self._text: list[str] = []
+        self._ids: list[int] = []
+        self._depths: list[int] = []
+        self._started: float | None = None
+        self._times: list[float] = []  # of the first and the latest token
+        self._ended = False
+
+    def __iter__(self) -> Iterator[Piece]:
+        self._started = time.perf_counter()
+        for token in self._tokens:
+            now = time.perf_counter()
+            self._times = [*self._times[:1], now]
+            self._ids.append(token.id)
+            self._depths.append(token.depth)
+            text = self._stop.feed(self._decoder.feed(token.id))
+            self._text.append(text)
+            yield Piece(text, token.id, token.depth)
+            if self._stop.found:
+                break
+        self._ended = True
+        rest = self.finish()
+        if rest:
+            yield Piece(rest)
+
+    def finish(self) -> str:
+        """The text still held back, which counts as said from now on.
+
+        Iteration does this at its end; whoever breaks it off calls this.
+        """
+        if self._stop.found:
+            return ""
+        rest = self._stop.feed(self._decoder.finish())
+        if not self._stop.found:
+            rest += self._stop.finish()
+        self._text.append(rest)
+        return rest
+
+    def generation(self) -> Generation:
+        """What was generated so far; `interrupted` is the reason if iteration has not ended."""
+        return Generation(
+            text="".join(self._text),
+            token_ids=list(self._ids),
+            exit_layers=list(self._depths),
+            prompt_tokens=self._prompt_tokens,
+            stop_reason=self._reason(),
+            ttft_s=self._times[0] - self._started if self._times and self._started else None,
+            decode_s=self._times[-1] - self._times[0] if self._times else 0.0,
+        )
+
+    def _reason(self) -> StopReason:
+        if self._stop.found:
+            return "stop_string"
+        if not self._ended:
+            return "interrupted"
+        if len(self._ids) == self._max_tokens:
+            return "max_tokens"
+        return "context" if len(self._ids) == self._room else "end_of_text"

@@ -1,0 +1,139 @@
+"""What a model folder holds: shapes, bits, sizes and ternary statistics."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitskip_cpu.tables import size, table
+from bitskip_cpu.tokenizer import Tokenizer
+from bitskip_ref.folder import CONFIG, Folder, read_folder
+
+# Byte -> how many of its four codes are 0, 1, 2 (weights -1, 0, +1; FORMAT 1).
+_CODES = (np.arange(256)[:, None] >> np.array([0, 2, 4, 6])) & 3
+_COUNTS = np.stack([np.equal(_CODES, code).sum(1) for code in range(3)], 1)
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Everything `bitskip-cpu inspect` prints. Raises FormatError for a folder that is not whole.
+
+    Keys: path, parameters, bits_per_weight, bytes (per kind of tensor), layers (ternary
+    statistics, one entry per block), exits, tokenizer, generation, config, weights_sha256.
+    """
+    folder = read_folder(path)
+    config = folder.config
+    sizes = sizes_by_kind(folder)
+    linears = config.quantizable_parameters()
+    tokenizer = Tokenizer(folder.tokenizer, config.vocab_size) if folder.tokenizer else None
+    stored = json.loads((path / CONFIG).read_text("utf-8"))
+    return {
+        "path": str(path),
+        "parameters": config.parameters(),
+        "linear_parameters": linears,
+        "bits_per_weight": 8 * sizes["linear layers"] / linears,
+        "bytes": sizes,
+        "layers": [ternary_statistics(folder, i) for i in range(config.num_hidden_layers)]
+        if config.linear == "ternary"
+        else [],
+        "exits": {
+            "layers": config.num_hidden_layers,
+            "gates": config.gates,
+            "norm": config.exit_norm,
+            "head": config.exit_head,
+        },
+        "tokenizer": {"tokens": tokenizer.size} if tokenizer else None,
+        "generation": {
+            "eos_token_id": folder.eos_token_id,
+            "bos_token_id": folder.bos_token_id,
+            "exit_layer": folder.exit_layer,
+        },
+        "config": config.to_dict(),
+        "weights_sha256": stored["weights_sha256"],
+    }
+
+
+def sizes_by_kind(folder: Folder) -> dict[str, int]:
+    """Kind of tensor -> bytes in the file; `total` is the sum."""
+    sizes = dict.fromkeys(("linear layers", "embedding", "heads", "norms", "gates", "scales"), 0)
+    for name, tensor in folder.tensors.items():
+        sizes[_kind(name)] += tensor.nbytes
+    return {**sizes, "total": sum(sizes.values())}
+
+
+def _kind(name: str) -> str:
+    if name.endswith(".scale"):
+        return "scales"
+    if "_proj." in name:
+        return "linear layers"
+    if ".gate." in name:
+        return "gates"
+    if "norm." in name:
+        return "norms"
+    return "embedding" if name.startswith("embed") else "heads"
+
+
+def ternary_statistics(folder: Folder, layer: int) -> dict[str, Any]:
+    """Shares of -1, 0, +1 in a block's weights, their entropy in bits, and each matrix's alpha."""
+    config = folder.config
+    total = np.zeros(3, np.int64)
+    alphas = {}
+    for name, (rows, width) in config.linear_shapes().items():
+        packed = folder.tensors[f"layers.{layer}.{name}.weight"]
+        total += np.bincount(packed.reshape(-1), minlength=256) @ _COUNTS
+        total[1] -= rows * (packed.shape[1] * 4 - width)  # padding, stored as zeros
+        alphas[name] = float(folder.tensors[f"layers.{layer}.{name}.scale"][0])
+    shares = total / total.sum()
+    return {
+        "layer": layer + 1,
+        "minus": float(shares[0]),
+        "zero": float(shares[1]),
+        "plus": float(shares[2]),
+        "entropy_bits": float(-sum(p * math.log2(p) for p in shares if p > 0)),
+        "alpha": alphas,
+    }
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The facts of `inspect` as text."""
+    config, generation = facts["config"], facts["generation"]
+    tokens = facts["tokenizer"]
+    exits = facts["exits"]
+    recommended = generation["exit_layer"] or exits["layers"]
+    lines = [
+        facts["path"],
+        f"{facts['parameters']:,} parameters, {facts['linear_parameters']:,} of them in linear "
+        f"layers at {facts['bits_per_weight']:.3f} bits",
+        f"{config['num_hidden_layers']} blocks, hidden {config['hidden_size']}, "
+        f"{config['num_attention_heads']} heads x {config['head_dim']} "
+        f"({config['num_key_value_heads']} for keys and values), FFN "
+        f"{config['intermediate_size']} {config['ffn']}, vocabulary {config['vocab_size']}, "
+        f"context {config['max_position_embeddings']}",
+        f"{config['norm_position']}-norm ({config['norm']}), {config['linear']} linears, "
+        f"{config['activation_bits']}-bit activations, "
+        f"{'Hadamard' if config['hadamard'] else 'no Hadamard'}, {config['head_format']} head",
+        f"exits 1..{exits['layers']}, recommended {recommended}; norms {exits['norm']}, heads "
+        f"{exits['head']}, {'with' if exits['gates'] else 'no'} gates",
+        f"tokenizer: {tokens['tokens']} tokens" if tokens else "no tokenizer",
+        f"end-of-text {generation['eos_token_id']}, begin {generation['bos_token_id']}",
+        f"weights sha256 {facts['weights_sha256']}",
+        "",
+        table(("kind", "size"), [(kind, size(n)) for kind, n in facts["bytes"].items()]),
+    ]
+    if facts["layers"]:
+        rows = [
+            (
+                block["layer"],
+                *(f"{block[k]:.1%}" for k in ("minus", "zero", "plus")),
+                f"{block['entropy_bits']:.3f}",
+                f"{min(block['alpha'].values()):.4g}",
+                f"{max(block['alpha'].values()):.4g}",
+            )
+            for block in facts["layers"]
+        ]
+        header = ("block", "-1", "0", "+1", "entropy (bits)", "least alpha", "largest alpha")
+        lines += ["", table(header, rows)]
+    return "\n".join(lines)

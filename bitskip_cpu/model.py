@@ -1,0 +1,118 @@
+"""A loaded model folder: an engine, its tokenizer and its way of generating."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bitskip_cpu.generate import Generation, TextStream, exit_rule
+from bitskip_cpu.tokenizer import Tokenizer
+from bitskip_ref.engine import Engine, ExitRule, Trace
+from bitskip_ref.folder import Folder
+from bitskip_ref.sampling import Sampler
+
+
+class Model:
+    """A `bitskip_ref.engine.Engine`, by delegation, that also reads and writes text."""
+
+    def __init__(self, engine: Engine, folder: Folder) -> None:
+        """folder: what the engine was made from. Raises FormatError for a wrong tokenizer."""
+        self.engine = engine
+        self.config = engine.config
+        self.folder = folder
+        self._tokenizer = (
+            Tokenizer(folder.tokenizer, self.config.vocab_size) if folder.tokenizer else None
+        )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer. Raises ValueError if it has none."""
+        if self._tokenizer is None:
+            raise ValueError(
+                f"{self.folder.path} lacks tokenizer.json, which text needs: put the file there, "
+                "or use token ids from Python (extend, step, logits)"
+            )
+        return self._tokenizer
+
+    # ---- text -----------------------------------------------------------------------
+
+    def generate(self, prompt: str, **options: Any) -> Generation:
+        """The continuation of a prompt, with statistics; options as of `stream`."""
+        stream = self.stream(prompt, **options)
+        for _ in stream:
+            pass
+        return stream.generation()
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 200,
+        exit_layer: int | str | None = None,
+        exit_threshold: float | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        context: int | None = None,
+    ) -> TextStream:
+        """The continuation of a prompt, piece by piece as it comes.
+
+        exit_layer: blocks to run (1..L), or `gate`, `max`, `margin`, `auto` with a threshold (see
+        `exit_rule`); None: what the folder recommends, else all. temperature 0 is greedy, and the
+        other sampling options (SPEC 9.2) then change nothing but the repetition penalty.
+        context: positions that may be used; None: all the model has. Raises ValueError.
+        """
+        ids = self.tokenizer.encode(prompt)
+        if not ids:
+            raise ValueError("the prompt is empty: give at least one character")
+        if self.folder.bos_token_id is not None:
+            ids = [self.folder.bos_token_id, *ids]
+        if exit_layer is None:
+            exit_layer = self.folder.exit_layer
+        return TextStream(
+            self.engine,
+            self.tokenizer,
+            ids,
+            rule=exit_rule(exit_layer, exit_threshold, self.config),
+            sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed),
+            max_tokens=max_tokens,
+            stop=stop,
+            context=context,
+            eos_token_id=self.folder.eos_token_id,
+        )
+
+    # ---- the engine protocol --------------------------------------------------------
+
+    def new_cache(self) -> Any:
+        """See `bitskip_ref.engine.Engine.new_cache`."""
+        return self.engine.new_cache()
+
+    def extend(
+        self,
+        token_ids: Sequence[int],
+        cache: Any,
+        *,
+        exit_layer: int | None = None,
+        last_only: bool = False,
+        trace: Trace | None = None,
+    ) -> np.ndarray:
+        """See `bitskip_ref.engine.Engine.extend`."""
+        return self.engine.extend(
+            token_ids, cache, exit_layer=exit_layer, last_only=last_only, trace=trace
+        )
+
+    def step(
+        self, token_id: int, cache: Any, rule: ExitRule, trace: Trace | None = None
+    ) -> tuple[np.ndarray, int]:
+        """See `bitskip_ref.engine.Engine.step`."""
+        return self.engine.step(token_id, cache, rule, trace)
+
+    def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
+        """See `bitskip_ref.engine.Engine.logits`."""
+        return self.engine.logits(token_ids, exit_layer)

@@ -1,0 +1,84 @@
+"""Parts of the command line: option types, shared options, and the one place for errors."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import click
+
+MODEL = click.argument("model", required=False)
+THREADS = click.option(
+    "--threads", "-t", type=click.IntRange(1), help="Default: the physical cores."
+)
+
+
+class ErrorLine(click.ClickException):
+    """An error as one line on standard error; exit code 1."""
+
+    def show(self, file: Any = None) -> None:
+        """Print the line."""
+        click.echo(f"error: {' '.join(self.message.splitlines())}", file, err=True)
+
+
+class UsageLine(ErrorLine):
+    """The same for a command line that asks for something impossible; exit code 2."""
+
+    exit_code = 2
+
+
+class Verbs(click.Group):
+    """A group whose verbs' errors become one line: exit code 2 for usage, 1 for all else."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb. A closed pipe is left to click, which ends quietly."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            raise UsageLine(error.format_message()) from None
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            ctx.exit(130)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            named = error.filename is not None and error.strerror
+            text = f"{error.filename}: {error.strerror}" if named else str(error)
+            raise ErrorLine(text) from None
+        except (ValueError, RuntimeError) as error:
+            raise ErrorLine(str(error)) from None
+        except MemoryError:
+            raise ErrorLine("not enough memory") from None
+
+
+class ExitLayer(click.ParamType):
+    """A number of blocks, or a word that `bitskip_cpu.generate.exit_rule` knows."""
+
+    name = "exit layer"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        """A number as int, all else as it is."""
+        try:
+            return int(value)
+        except ValueError:
+            return str(value)
+
+
+class Numbers(click.ParamType):
+    """Whole numbers separated by commas, none below a least one."""
+
+    name = "N,N,..."
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
+        """The numbers in the order given, without repeats."""
+        try:
+            numbers = list(dict.fromkeys(int(part) for part in str(value).split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers like 1,2", param, ctx)
+        if min(numbers) < self.least:
+            self.fail(f"{min(numbers)} is below {self.least}", param, ctx)
+        return numbers
