@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitskip_train.attention import causal_attention
 from bitskip_train.functions import SCALE_FLOOR, QuantizeActivations, TernaryProduct
 
 
@@ -86,7 +87,7 @@ class FastOps:
         )
 
     def float_product(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Unquantized product with several weights (out_i, in): [..., in] -> [..., sum of out_i]."""
+        """Unquantized product with weights (out_i, in): [..., in] -> [..., sum of out_i]."""
         w = weights[0] if len(weights) == 1 else torch.cat(list(weights))
         return F.linear(x.to(self.dtype), w.to(self.dtype))
 
@@ -125,7 +126,6 @@ class FastOps:
         c, s = cos[:, None, :], sin[:, None, :]
         return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1).to(x.dtype)
 
-    @torch.compiler.disable
     def attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """SPEC 6.2, 6.3: q [B, T, H, E], keys and values [B, S, K, E] -> [B, T, H * E]."""
         batch, tokens, heads, dim = q.shape
@@ -139,9 +139,7 @@ class FastOps:
         q = q.permute(0, 2, 3, 1, 4).reshape(batch * groups, share * tokens, dim)
         k = keys.transpose(1, 2).reshape(batch * groups, positions, dim)
         v = values.transpose(1, 2).reshape(batch * groups, positions, dim)
-        mask = causal_mask(tokens, positions, share, q.dtype)
-        weights = torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2)), -1)
-        out = (weights @ v).view(batch, groups, share, tokens, dim)
+        out = causal_attention(q, k, v, tokens)[0].view(batch, groups, share, tokens, dim)
         return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * dim)
 
     def _library_attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -170,10 +168,3 @@ def hadamard_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     while h.shape[0] < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     return (h / math.sqrt(n)).to(device, dtype)
-
-
-@lru_cache(maxsize=8)
-def causal_mask(tokens: int, positions: int, share: int, dtype: torch.dtype) -> Tensor:
-    """[share * T, S]: 0 where a query sees a position, -inf where it must not (SPEC 6.2)."""
-    mask = torch.full((tokens, positions), -math.inf, dtype=dtype)
-    return mask.triu(positions - tokens + 1).repeat(share, 1)
