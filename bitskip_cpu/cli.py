@@ -137,6 +137,7 @@ def _generation(stream: TextStream, model: Model, prompt: str, seed: int) -> dic
         "mean_exit_layer": g.mean_exit_layer,
         "stop_reason": g.stop_reason,
         "seed": seed,
+        "threads": getattr(model.engine, "threads", 1),
         "ttft_s": g.ttft_s,
         "prefill_tokens_per_s": g.prefill_tokens_per_s,
         "decode_tokens_per_s": g.decode_tokens_per_s,

@@ -128,10 +128,10 @@ def _window_loss(engine: Engine, tokens: np.ndarray, first: int, exit_layer: int
 
 def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """-log softmax(logits)[target] in binary64: logits f32 [T, V], targets [T] -> [T]."""
-    peak = logits.max(1, keepdims=True)
-    total = np.exp((logits - peak).astype(np.float64)).sum(1)
-    chosen = np.take_along_axis(logits, targets[:, None], 1).astype(np.float64)
-    return np.log(total) + peak[:, 0] - chosen[:, 0]
+    z = logits.astype(np.float64)
+    peak = z.max(1)
+    chosen = np.take_along_axis(z, targets[:, None], 1)[:, 0]
+    return np.log(np.exp(z - peak[:, None]).sum(1)) + peak - chosen
 
 
 def _result(exit_layer: int, sums: list[float], sizes: list[int], text_bytes: int) -> ExitLoss:
@@ -161,7 +161,8 @@ def report(
     text = read_text(path, model.tokenizer, model.folder.eos_token_id)
     exits = exits or [model.config.num_hidden_layers]
     total = (len(text.tokens) - 1) * len(set(exits))
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("scoring", total=total)
         results = perplexity(
             model.engine, text, exits, context=context, stride=stride,

@@ -1,0 +1,58 @@
+"""The verb `inspect`: its counts against unpacked weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from bitskip_cpu.cli import main
+from bitskip_cpu.inspect import inspect
+from bitskip_ref.config import small_twin
+from bitskip_ref.folder import read_folder
+from bitskip_ref.packing import unpack_ternary
+from tests.cli.conftest import CONFIG
+from tests.helpers import random_folder
+
+
+def test_ternary_statistics_are_those_of_the_weights(folder: Path) -> None:
+    read, facts = read_folder(folder), inspect(folder)
+    assert [block["layer"] for block in facts["layers"]] == [1, 2, 3, 4]
+    for i, block in enumerate(facts["layers"]):
+        codes = np.concatenate(
+            [
+                unpack_ternary(read.tensors[f"layers.{i}.{name}.weight"], width).reshape(-1)
+                for name, (_, width) in CONFIG.linear_shapes().items()
+            ]
+        )
+        for key, code in (("minus", -1), ("zero", 0), ("plus", 1)):
+            assert block[key] == np.mean(codes == code)
+        shares = [np.mean(codes == code) for code in (-1, 0, 1)]
+        assert block["entropy_bits"] == pytest.approx(-sum(p * np.log2(p) for p in shares))
+        assert block["alpha"]["o_proj"] == read.tensors[f"layers.{i}.o_proj.scale"][0]
+
+
+def test_sizes_add_up(folder: Path) -> None:
+    facts = inspect(folder)
+    header = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    data = (folder / "model.safetensors").stat().st_size - 8 - header
+    assert facts["bytes"].pop("total") == data == sum(facts["bytes"].values())
+    weights = CONFIG.quantizable_parameters()
+    assert facts["bits_per_weight"] == 8 * facts["bytes"]["linear layers"] / weights
+
+
+@pytest.mark.parametrize("name", ["wt2-bitskip", "llama3", "bitnet-2b4t"])
+def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
+    path = random_folder(tmp_path / "model", small_twin(name))
+    plain = CliRunner().invoke(main, ["inspect", str(path)])
+    assert plain.exit_code == 0, plain.output
+    result = CliRunner().invoke(main, ["inspect", str(path), "--json"])
+    facts = json.loads(result.stdout)
+    assert facts["tokenizer"] is None
+    assert facts["generation"] == {"eos_token_id": 0, "bos_token_id": None, "exit_layer": None}
+    assert len(facts["layers"]) == (0 if name == "llama3" else 4)
+    assert facts["config"] == small_twin(name).to_dict()
+    assert facts["weights_sha256"] in plain.stdout

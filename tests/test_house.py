@@ -1,0 +1,109 @@
+"""House rules that a machine can hold: directions of imports, docstrings, length of files."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("bitskip_ref", "bitskip_cpu", "bitskip_train", "export")
+FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+LONGEST = 450
+
+# What a package may not import, anywhere (`lazy`: inside functions it may).
+FORBIDDEN = {
+    "bitskip_cpu": {"bitskip_train", "export", "torch", "onnx", "onnxruntime", "onnx_ir"},
+    "bitskip_train": {"bitskip_cpu", "export"},
+    "export": set(),
+}
+LAZY = {"export": {"bitskip_train", "bitskip_cpu", "torch"}}
+# The reference's arithmetic: whoever used it would be compared with itself.
+ARITHMETIC = {
+    f"bitskip_ref.{name}"
+    for name in ("attention", "ffn", "functions", "hadamard", "model", "norms", "quant", "sums")
+}
+COMPARE = {ROOT / "bitskip_cpu/selftest.py"}  # runs the reference beside the engine
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of what a tree imports; `from a import b` gives a and a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide their direction: write the full name"
+            assert node.module
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def at_import(tree: ast.Module) -> Iterator[str]:
+    """What importing a module imports: not what functions or type checkers do."""
+    for node in tree.body:
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if not typing_only and not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield from imports(node)
+
+
+def problems(path: Path, text: str) -> list[str]:
+    """Imports of a package's file that go the wrong way."""
+    package = path.relative_to(ROOT).parts[0]
+    tree = ast.parse(text)
+    names = set(imports(tree))
+    tops = {name.split(".")[0] for name in names}
+    wrong = tops & (FORBIDDEN.get(package, set()) | {"tests"})
+    if package == "bitskip_ref":
+        wrong |= tops - set(sys.stdlib_module_names) - {"bitskip_ref", "numpy"}
+    if package == "bitskip_cpu" and path not in COMPARE:
+        wrong |= names & ARITHMETIC
+    wrong |= {name.split(".")[0] for name in at_import(tree)} & LAZY.get(package, set())
+    return sorted(wrong)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    assert problems(path, path.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("bitskip_ref/x.py", "import numba"),
+        ("bitskip_ref/x.py", "def f():\n    from bitskip_cpu import load"),
+        ("bitskip_cpu/x.py", "import torch.nn"),
+        ("bitskip_cpu/x.py", "from bitskip_ref.quant import ternary_linear"),
+        ("bitskip_cpu/x.py", "from bitskip_ref import sums"),
+        ("bitskip_train/x.py", "from tests.helpers import twin"),
+        ("export/x.py", "import torch"),
+    ],
+)
+def test_a_planted_import_is_seen(path: str, text: str) -> None:
+    assert problems(ROOT / path, text)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_is_public_has_a_docstring(path: Path) -> None:
+    tree = ast.parse(path.read_text("utf-8"))
+    assert ast.get_docstring(tree) or not tree.body, "the module has no docstring"
+    bare = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert bare == []
+
+
+def test_no_file_is_long() -> None:
+    folders = (*PACKAGES, "tests", "benchmarks")
+    lengths = {
+        str(p.relative_to(ROOT)): len(p.read_text("utf-8").splitlines())
+        for folder in folders
+        for p in (ROOT / folder).rglob("*.py")
+    }
+    assert {name: n for name, n in lengths.items() if n > LONGEST} == {}
