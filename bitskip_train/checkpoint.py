@@ -14,6 +14,11 @@ from bitskip_train.errors import CheckpointError
 from bitskip_train.files import replace_file
 
 FORMAT = "bitskip-checkpoint-1"
+_KINDS: dict[str, tuple[type, ...]] = {  # what a file's fields must be
+    "state": (dict,), "tokenizer_json": (str, type(None)), "train": (dict,), "step": (int,),
+    "position": (int,), "best_loss": (float, type(None)), "history": (list,),
+    "optimizer": (dict, type(None)),
+}  # fmt: skip
 
 
 @dataclass
@@ -64,6 +69,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         checkpoint = Checkpoint(**values | {"config": ModelConfig.from_dict(values["config"])})
     except (ConfigError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged checkpoint ({error})") from None
+    for name, kinds in _KINDS.items():
+        if not isinstance(getattr(checkpoint, name), kinds):
+            raise CheckpointError(f"{path}: damaged checkpoint ({name} has a wrong type)")
     _check_state(path, checkpoint)
     return checkpoint
 
@@ -75,11 +83,9 @@ def _check_state(path: str | Path, checkpoint: Checkpoint) -> None:
     with torch.device("meta"):
         expected = BitskipModel(checkpoint.config).state_dict()
     state = checkpoint.state
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: damaged checkpoint (the state is no dict)")
     for name in expected.keys() | state.keys():
         want = tuple(expected[name].shape) if name in expected else "nothing"
-        have = tuple(state[name].shape) if isinstance(state.get(name), Tensor) else "nothing"
+        have = tuple(found.shape) if isinstance(found := state.get(name), Tensor) else "nothing"
         if want != have:
             raise CheckpointError(
                 f"{path}: the weights do not fit the configuration: {name} is {have}, "

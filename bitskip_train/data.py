@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from bitskip_ref.documents import END_OF_TEXT, read_documents
 from bitskip_train.errors import DataError
 from bitskip_train.files import replace_file
-from bitskip_train.tokenizer import END_OF_TEXT
 
 CACHE_VERSION = 1  # part of the key: raise it when tokens would come out differently
 HUB = {
@@ -35,15 +35,15 @@ class Split:
 class TextSource:
     """Text files, or a data set of the hub, as a stream of documents.
 
-    Documents in a file are separated by lines `<|endoftext|>`; without such lines the file is one
-    document. The names `tinystories` and `wikitext-2` load from the Hugging Face hub unless a file
-    or folder of that name exists. Raises DataError.
+    Files are split by `bitskip_ref.documents.read_documents`. The names `tinystories` and
+    `wikitext-2` load from the Hugging Face hub unless a file or folder of that name exists.
+    Raises DataError.
     """
 
     def __init__(self, places: tuple[str, ...], split: str) -> None:
         """split: `train` or `validation`, for data sets of the hub."""
         self.files: list[Path] = []
-        self.hub: list[Any] = []
+        self.hub: list[tuple[str, Any]] = []
         for place in places:
             path = Path(place)
             if path.is_dir():
@@ -54,7 +54,7 @@ class TextSource:
             elif path.is_file():
                 self.files.append(path)
             elif place in HUB:
-                self.hub.append(_load_hub(place, split))
+                self.hub.append((place, _load_hub(place, split)))
             else:
                 raise DataError(f"{place}: no such file or folder; hub names: {', '.join(HUB)}")
 
@@ -64,35 +64,22 @@ class TextSource:
         for path in self.files:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-        for dataset in self.hub:
+        for _, dataset in self.hub:
             digest.update(str(dataset._fingerprint).encode())
         return digest.hexdigest()
 
     def documents(self) -> Iterator[str]:
         """The documents in order, without those that are empty."""
         for path in self.files:
-            yield from _file_documents(path)
-        for dataset in self.hub:
-            if "wikitext" in dataset.info.dataset_name:
-                yield "".join(dataset["text"])
+            try:
+                yield from read_documents(path)
+            except ValueError as error:
+                raise DataError(str(error)) from None
+        for name, dataset in self.hub:
+            if name == "wikitext-2":  # rows are lines; the hub's copy has emptied the blank ones
+                yield "".join(row or " \n" for row in dataset["text"])
             else:
                 yield from (text for text in dataset["text"] if text.strip())
-
-
-def _file_documents(path: Path) -> Iterator[str]:
-    lines: list[str] = []
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for line in itertools.chain(file, [END_OF_TEXT]):
-                if line.strip() == END_OF_TEXT:
-                    text = "".join(lines)
-                    lines = []
-                    if text.strip():
-                        yield text.removesuffix("\n")
-                else:
-                    lines.append(line)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
 def _load_hub(name: str, split: str) -> Any:

@@ -35,7 +35,7 @@ _WT2_EXITS = {
 
 _STORIES = TrainConfig(
     data=("tinystories",), tokenizer="bpe:4096", context=256, batch=16, steps=6000, lr=2e-3,
-    min_lr=1e-5, warmup=200, schedule="linear", weight_decay=0.1, exit_subset=3, **_PHASE2,
+    min_lr=1e-5, warmup=200, schedule="linear", weight_decay=0.1, exit_subset=2, **_PHASE2,
     eval_every=500, eval_tokens=50_000, eval_exits=(6, 12, 18), save_every=250, dtype="bfloat16",
 )  # fmt: skip
 _TINY = TrainConfig(

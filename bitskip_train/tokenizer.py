@@ -7,9 +7,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from bitskip_ref.documents import END_OF_TEXT
 from bitskip_train.errors import DataError
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 def make_tokenizer(spec: str, documents: Iterable[str]) -> Tokenizer:

@@ -55,7 +55,9 @@ class Trainer:
         torch.manual_seed(train.seed)
         self.model = BitskipModel(config).to(self.device)
         self.optimizer = make_optimizer(self.model, train)
-        self.exits = losses.exit_weights(train, config.num_hidden_layers)
+        self.exits: dict[int, float] = {}  # of the early-exit loss
+        if train.exit_lambda:
+            self.exits = losses.exit_weights(train, config.num_hidden_layers)
         self.step = self.position = 0
         self.best_loss: float | None = None
         self.history: list[dict[str, Any]] = []
@@ -111,9 +113,7 @@ class Trainer:
         train, depth = self.train, self.config.num_hidden_layers
         turn = self.step * train.accumulation + part
         generator = torch.Generator().manual_seed(mix(train.seed, turn))
-        exits = {}
-        if train.exit_lambda:
-            exits = losses.exit_subset(self.exits, train.exit_subset, turn)
+        exits = losses.exit_subset(self.exits, train.exit_subset, turn)
         collect = set(exits) | {depth}
         if train.route_lambda:
             collect = set(range(1, depth + 1))
@@ -193,6 +193,9 @@ class Trainer:
         try:
             with _interrupts() as interrupted:
                 while self.step < train.steps and not interrupted:
+                    if self._patience_is_over():
+                        report.note(f"stopped early: no better loss in {train.patience} checks")
+                        break
                     values = self.train_step()
                     tokens += train.batch * train.accumulation * train.context
                     report.advance(self.step)
@@ -205,9 +208,6 @@ class Trainer:
                     if train.eval_every and self.step % train.eval_every == 0:
                         self._evaluate(report)
                         tokens, since = 0, time.monotonic()
-                    if self._patience_is_over():
-                        report.note(f"step {self.step}: no better loss in {train.patience} checks")
-                        break
                     if self.step % train.save_every == 0:
                         self._save("last.pt")
             finished = self.step >= train.steps or not interrupted

@@ -1,0 +1,199 @@
+"""The training step and loop: gradients, groups, resuming, learning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitskip_ref.config import ConfigError
+from bitskip_train import losses, trainer
+from bitskip_train.checkpoint import load_checkpoint
+from bitskip_train.errors import CheckpointError, TrainingError
+from bitskip_train.trainer import Trainer, make_optimizer
+from tests.train.conftest import small_config, small_split, small_train, small_trainer
+
+EVERYTHING: dict[str, Any] = {
+    "exit_weights": "inverse", "exit_last": 0, "exit_distill": 0.5, "route_lambda": 0.2,
+    "quant_lambda": 0.05,
+}  # fmt: skip
+
+
+def plain_loss(run: Trainer, ids: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """The loss of one pass written as one expression, for autograd to take apart."""
+    model, train, depth = run.model, run.train, run.config.num_hidden_layers
+    hidden = model(ids[:, :-1], keep=keep, collect=range(1, depth + 1))
+    targets = ids[:, 1:].flatten()
+
+    def mean_loss(n: int) -> torch.Tensor:
+        return losses.cross_entropy(model.logits(hidden[n], n).flatten(0, 1), targets) / len(
+            targets
+        )
+
+    total = mean_loss(depth)
+    teacher = model.logits(hidden[depth], depth).flatten(0, 1)
+    for n, weight in run.exits.items():
+        kl = losses.distillation(model.logits(hidden[n], n).flatten(0, 1), teacher) / len(targets)
+        total = total + train.exit_lambda * weight * (mean_loss(n) + train.exit_distill * kl)
+    if train.route_lambda:
+        generator = torch.Generator().manual_seed(trainer.mix(train.seed, 0))
+        if keep is not None:
+            torch.rand(keep.shape, generator=generator)
+        gates = [
+            losses.sample_exits(model.gate(hidden[n], n), generator) for n in range(1, depth + 1)
+        ]
+        total = total + train.route_lambda * losses.route_loss(gates, train.route_leftover)
+    return total
+
+
+@pytest.mark.parametrize("budget", [1 << 25, 97 * 5])
+def test_gradients_are_those_of_the_whole_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    monkeypatch.setattr(trainer, "LOGIT_BUDGET", budget)  # the second: pieces of 5 rows
+    config = small_config("wt2-bitskip")
+    run = small_trainer(
+        tmp_path,
+        config,
+        **(EVERYTHING | {"accumulation": 1, "exit_subset": 0, "quant_lambda": 0.0}),
+    )
+    ids = torch.from_numpy(run.windows.batch(0, 3))
+    run._pass(ids, 0)
+    found = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+    run.model.zero_grad()
+    generator = torch.Generator().manual_seed(trainer.mix(run.train.seed, 0))
+    plain_loss(run, ids, run._keep(3, generator)).backward()
+    for name, p in run.model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_unshifted_exit_targets_are_the_inputs(tmp_path: Path) -> None:
+    results = []
+    for reading in ("next", "same"):
+        run = small_trainer(
+            tmp_path, exit_targets=reading, exit_layers=[3], exit_subset=0, dropout_max=0.0
+        )
+        ids = torch.from_numpy(run.windows.batch(0, 3))
+        results.append(run._pass(ids, 0)["exit_loss"].item())
+        with torch.no_grad():
+            logits = run.model.logits(run.model(ids[:, :-1], exit_layer=3)[3], 3)
+        targets = ids[:, 1:] if reading == "next" else ids[:, :-1]
+        want = losses.cross_entropy(logits.flatten(0, 1), targets.flatten()) / targets.numel()
+        assert results[-1] == pytest.approx(want.item(), rel=1e-5)
+    assert results[0] != results[1]
+
+
+def test_weight_decay_is_on_matrices_only() -> None:
+    model = trainer.BitskipModel(small_config("wt2-bitskip"))
+    decayed, others = make_optimizer(model, small_train(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in others["params"]} == {1}
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["bitskip-v2", "wt2-bitskip", "layerskip"])
+def test_resuming_repeats_the_bits(tmp_path: Path, name: str) -> None:
+    config = small_config(name)
+    options = EVERYTHING if config.gates else {}
+    whole = small_trainer(tmp_path / "whole", config, **options)
+    assert whole.run(tensorboard=False)
+    half = small_trainer(tmp_path / "half", config, **options)
+    for _ in range(3):
+        half.train_step()
+    half._save("last.pt")
+    loaded = load_checkpoint(tmp_path / "half" / "last.pt")
+    train = small_train(**options)
+    resumed = Trainer(config, train, small_split(), None, "{}", tmp_path / "half", loaded)
+    assert resumed.run(tensorboard=False)
+    a, b = (load_checkpoint(tmp_path / n / "last.pt") for n in ("whole", "half"))
+    assert (a.step, a.position) == (b.step, b.position) == (6, 36)
+    assert all(torch.equal(a.state[key], b.state[key]) for key in a.state)
+    for i, state in a.optimizer["state"].items():
+        assert all(torch.equal(state[key], b.optimizer["state"][i][key]) for key in state)
+
+
+def test_dropout_exits_and_order_depend_on_the_seed(tmp_path: Path) -> None:
+    weights = []
+    for seed in (5, 5, 6):
+        run = small_trainer(tmp_path, seed=5)
+        run.train, run.windows.seed = run.train.replace(seed=seed), seed
+        run.train_step()
+        run.train_step()
+        weights.append(run.model.lm_head.weight.detach().clone())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_training_lowers_the_loss_and_the_checkpoint_has_the_trained_weights(
+    tmp_path: Path,
+) -> None:
+    run = small_trainer(tmp_path, steps=40, eval_every=20, valid=True, lr=3e-2)
+    assert run.run(tensorboard=False)
+    found = [e["valid_loss"] for e in run.history if "valid_loss" in e]
+    assert len(found) == 2
+    first = next(e["loss"] for e in run.history if "loss" in e)
+    assert found[-1] < first - 0.3
+    # A fresh model quantizes the stored weights anew: a stale cache would show here.
+    best = load_checkpoint(tmp_path / "best.pt")
+    assert best.optimizer is None
+    assert best.best_loss == min(found)
+    fresh = small_trainer(tmp_path, valid=True)
+    fresh.model.load_state_dict(best.state)
+    split = small_split()
+    result = trainer.evaluate(fresh.model, split.tokens, split.bytes, context=8, exits=[4])
+    assert result[0].loss == pytest.approx(min(found), rel=1e-5)
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert lines == run.history
+
+
+def test_patience_stops_early(tmp_path: Path) -> None:
+    run = small_trainer(tmp_path, steps=50, eval_every=1, patience=2, valid=True, lr=1e-12)
+    run.best_loss = 0.0
+    run.history.append({"step": 0, "valid_loss": 0.0})
+    assert run.run(tensorboard=False)
+    assert run.step == 2
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_remedy(tmp_path: Path) -> None:
+    run = small_trainer(tmp_path)
+    with torch.no_grad():
+        run.model.final_norm.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"step 1: .* smaller train\.lr"):
+        run.run(tensorboard=False)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_bfloat16_trains_float32_weights(tmp_path: Path) -> None:
+    run = small_trainer(tmp_path, dtype="bfloat16")
+    run.train_step()
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("bitskip-v1", {"route_lambda": 0.1}, r"needs model\.gates"),
+        ("layerskip", {"quant_lambda": 0.1}, "needs model.linear"),
+        ("bitskip-v1", {"context": 65}, "the model holds 64 positions"),
+        ("bitskip-v1", {"eval_exits": [5]}, r"within 1\.\.4"),
+        ("bitskip-v1", {"device": "gpu7"}, "must be auto, cpu or cuda"),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small_trainer(tmp_path, small_config(name), **changes)
+
+
+def test_best_pt_cannot_be_resumed(tmp_path: Path) -> None:
+    run = small_trainer(tmp_path)
+    run._save("best.pt", optimizer=False)
+    loaded = load_checkpoint(tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match="no optimizer state"):
+        Trainer(run.config, run.train, small_split(), None, "{}", tmp_path, loaded)
