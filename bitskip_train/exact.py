@@ -1,11 +1,223 @@
-"""Operations with the definition's bits, for evaluation on CPU (SPEC 2 to 8)."""
+"""Operations with the definition's bits, for evaluation on CPU (SPEC 2 to 8).
+
+Each elementwise operation below is one kernel call, rounded once; nothing may be compiled or
+rewritten with fused operations. A scalar never stands above a division bar: PyTorch turns
+`scalar / tensor` into a reciprocal and a product, which rounds twice.
+"""
 
 from __future__ import annotations
 
-from bitskip_train.fast import FastOps
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitskip_train.fast import FastOps, Prepared, Rotations
+from bitskip_train.functions import SCALE_FLOOR
+
+CHUNK = 1 << 21  # most values of a temporary: the sums by tree need their products in memory
+
+EXP_MIN, EXP_MAX = -87.0, 88.0
+LOG2_E, LN2_HIGH, LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
+EXP_COEFFICIENTS = (
+    1.98756915e-4, 1.39819995e-3, 8.33345191e-3, 4.16657959e-2, 1.66666655e-1, 5.00000012e-1,
+)  # fmt: skip
+
+
+def feature_sum(x: Tensor) -> Tensor:
+    """SPEC 2.2 over the last axis: f32 [..., n] -> f32 [...]."""
+    x = pad_last(x)
+    n = x.shape[-1]
+    while n > 1:
+        n //= 2
+        x = x[..., :n] + x[..., n : 2 * n]
+    return x[..., 0]
+
+
+def position_sum(x: Tensor) -> Tensor:
+    """SPEC 2.3 over the first axis: f32 [S, ...] -> f32 [...]."""
+    n = 1 << (x.shape[0] - 1).bit_length()
+    if n != x.shape[0]:
+        x = torch.cat([x, x.new_zeros(n - x.shape[0], *x.shape[1:])])
+    while x.shape[0] > 1:
+        x = x[0::2] + x[1::2]
+    return x[0] + 0.0
+
+
+def pad_last(x: Tensor) -> Tensor:
+    """Zero-pad the last axis to a power of two."""
+    width = x.shape[-1]
+    return F.pad(x, (0, (1 << (width - 1).bit_length()) - width))
+
+
+def mean(x: Tensor) -> Tensor:
+    """SPEC 2.4 over the last axis, which is kept: f32 [..., n] -> f32 [..., 1]."""
+    total = feature_sum(x)[..., None]
+    return total / torch.full_like(total, x.shape[-1])
+
+
+def inverse_root(x: Tensor) -> Tensor:
+    """1 / sqrt(x); the library's own float32 square root is not rounded correctly everywhere."""
+    return torch.ones_like(x) / x.double().sqrt().float()
+
+
+def exp(x: Tensor) -> Tensor:
+    """SPEC 2.6: f32 -> f32."""
+    x = x.clamp(EXP_MIN, EXP_MAX)
+    k = (x * LOG2_E).round()
+    r = (x - k * LN2_HIGH) - k * LN2_LOW
+    p = torch.full_like(r, EXP_COEFFICIENTS[0])
+    for c in EXP_COEFFICIENTS[1:]:
+        p = p * r + c
+    power = ((k.to(torch.int32) + 127) << 23).view(torch.float32)  # 2^k, k in -126..127
+    return ((p * (r * r) + r) + 1.0) * power
+
+
+def relu(x: Tensor) -> Tensor:
+    """SPEC 2.8: both zeros give +0."""
+    return torch.where(x > 0, x, 0.0)
+
+
+def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """SPEC 4.2 over the last axis: f32 [..., n] -> codes f32 [..., n], step f32 [..., 1]."""
+    s = x.abs().amax(-1, keepdim=True).clamp_min(SCALE_FLOOR)
+    largest = torch.full_like(s, 2 ** (bits - 1) - 1)
+    return (x * (largest / s)).round(), s / largest
+
+
+def integer_product(codes: Tensor, weights: Tensor, bound: int) -> Tensor:
+    """Exact sums of products of integer-valued codes, as f32; |product| <= bound.
+
+    Sums below 2^24 are exact in float32 in any order, below 2^53 in float64. A sum of nothing but
+    zeros may come out as -0 from the library; + 0.0 makes it the integer's zero.
+    """
+    kind = torch.float32 if bound * codes.shape[-1] < 1 << 24 else torch.float64
+    return (F.linear(codes.to(kind), weights.to(kind)) + 0.0).float()
+
+
+def float_linear(x: Tensor, weights: Tensor) -> Tensor:
+    """SPEC 4.5: f32 [..., in], [out, in] -> f32 [..., out]."""
+    flat = x.reshape(-1, x.shape[-1])
+    out = flat.new_empty(len(flat), len(weights))
+    rows = max(1, CHUNK // x.shape[-1])
+    for start in range(0, len(weights), rows):
+        part = weights[start : start + rows].float()
+        tokens = max(1, CHUNK // part.numel())
+        for t in range(0, len(flat), tokens):
+            products = flat[t : t + tokens, None, :] * part
+            out[t : t + tokens, start : start + rows] = feature_sum(products)
+    return out.unflatten(0, x.shape[:-1])
 
 
 class ExactOps(FastOps):
-    """Placeholder until the exact operations land."""
+    """The definition's arithmetic; overrides all of `FastOps` but the unquantized products."""
 
     exact = True
+
+    def __init__(self) -> None:
+        super().__init__(torch.float32)
+
+    # ---- norms and elementary functions ---------------------------------------------
+
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        if bias is None:
+            return (x * inverse_root(mean(x * x) + eps)) * weight
+        c = x - mean(x)
+        return (c * inverse_root(mean(c * c) + eps)) * weight + bias
+
+    def silu(self, x: Tensor) -> Tensor:
+        return x / (exp(-x) + 1.0)
+
+    def relu2(self, x: Tensor) -> Tensor:
+        r = relu(x)
+        return r * r
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x) / (exp(-x) + 1.0)
+
+    # ---- linear layers --------------------------------------------------------------
+
+    def weight_scale(self, w: Tensor) -> Tensor:
+        total = feature_sum(feature_sum(w.abs()))
+        return (total / torch.full_like(total, w.numel())).clamp_min(SCALE_FLOOR)
+
+    def quantize(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        return quantize(x, bits)
+
+    def ternary_product(
+        self, codes: Tensor, step: Tensor, prepared: Prepared, weights: Sequence[Tensor]
+    ) -> Tensor:
+        return integer_product(codes, prepared.ternary, 127) * (step * prepared.alpha)
+
+    def rotate(self, x: Tensor, rotations: Rotations) -> Tensor:
+        x = pad_last(x)
+        n = x.shape[-1]
+        h = n // 2
+        while h:
+            a, b = x.unflatten(-1, (n // (2 * h), 2, h)).unbind(-2)
+            x = torch.stack([a + b, a - b], -2).flatten(-3)
+            h //= 2
+        return x * (1.0 / math.sqrt(n))
+
+    # ---- embedding, heads, gates ----------------------------------------------------
+
+    def embed(self, ids: Tensor, weight: Tensor, scale: Tensor | None, kind: str) -> Tensor:
+        rows = weight[ids]
+        if scale is not None:
+            return rows.float() * scale[ids][..., None]
+        if kind == "int8":
+            codes, step = quantize(rows, 8)
+            return codes * step
+        return rows.half().float() if kind == "float16" else rows
+
+    def head(self, x: Tensor, weight: Tensor, scale: Tensor | None, kind: str) -> Tensor:
+        if kind == "float16":
+            weight = weight.half()
+        if kind != "int8":
+            return float_linear(x, weight)
+        rows, steps = (weight, scale) if scale is not None else quantize(weight, 8)
+        codes, step = quantize(x, 8)
+        return integer_product(codes, rows, 127 * 127) * (step * steps.view(-1))
+
+    def gate_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return float_linear(x, weight)
+
+    # ---- attention ------------------------------------------------------------------
+
+    def attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """A few query rows at a time; features or positions lead, so that halves are contiguous."""
+        batch, tokens, heads, dim = q.shape
+        positions, groups = keys.shape[1:3]
+        share = heads // groups
+        past = positions - tokens
+        scale = 1.0 / math.sqrt(dim)
+        # Features first: q [E, B, K, G, T, 1], keys [E, B, K, 1, 1, S].
+        turned = pad_last(q).permute(3, 0, 2, 1).unflatten(2, (groups, share))[..., None]
+        turned = turned.contiguous()
+        seen_keys = pad_last(keys).permute(3, 0, 2, 1)[:, :, :, None, None, :].contiguous()
+        # Positions first: [S, B, K, 1, 1, E].
+        seen_values = values.transpose(0, 1)[:, :, :, None, None, :].contiguous()
+        out = q.new_empty(batch, groups, share, tokens, dim)
+        rows = max(1, CHUNK // (batch * heads * positions * dim))
+        for start in range(0, tokens, rows):
+            end = min(start + rows, tokens)
+            length = past + end  # no row of this chunk sees further
+            scores = self._scores(turned[..., start:end, :], seen_keys[..., :length]) * scale
+            position = torch.arange(length)
+            hidden = position > past + torch.arange(start, end)[:, None]  # [rows, length]
+            largest = scores.masked_fill(hidden, -math.inf).amax(-1, keepdim=True)
+            e = exp(scores - largest).masked_fill(hidden, 0.0)  # [B, K, G, rows, length]
+            e = e.movedim(-1, 0)[..., None].contiguous()  # [length, B, K, G, rows, 1]
+            out[..., start:end, :] = position_sum(e * seen_values[:length]) / position_sum(e)
+        return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * dim)
+
+    @staticmethod
+    def _scores(q: Tensor, keys: Tensor) -> Tensor:
+        """SPEC 2.2 over the leading feature axis of q * keys, a power of two long."""
+        x = q * keys
+        while len(x) > 1:
+            half = len(x) // 2
+            x = x[:half] + x[half:]
+        return x[0]

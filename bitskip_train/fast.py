@@ -24,7 +24,11 @@ class Prepared(NamedTuple):
 
     ternary: Tensor  # [out, in], values -1, 0, 1 in the dtype of the product
     alpha: Tensor  # f32 [out], the scale of each row's tensor
-    scaled: Tensor  # ternary * alpha in the dtype of the product, for the backward pass
+    scaled: Tensor | None  # ternary * alpha in the dtype of the product, for the backward pass
+
+
+Rotations = dict[int, tuple[Tensor, ...]]
+"""Padded width -> factors of the Hadamard matrix (`FastOps.rotations`)."""
 
 
 class FastOps:
@@ -65,14 +69,18 @@ class FastOps:
         A weight with a scale (f32 [1]) is loaded: int8 codes already, taken as they are.
         """
         codes, alphas, scaled = [], [], []
-        for weight, scale in zip(weights, scales, strict=True):
-            w = weight.detach()
-            alpha = self.weight_scale(w) if scale is None else scale[0]
-            code = ternary_codes(w, alpha) if scale is None else w
-            codes.append(code.to(self.dtype))
-            alphas.append(alpha.expand(w.shape[0]))
-            scaled.append(codes[-1] * alpha.to(self.dtype))
-        return Prepared(torch.cat(codes), torch.cat(alphas), torch.cat(scaled))
+        # Kept from step to step, so it must not carry the mode of the caller.
+        with torch.inference_mode(False), torch.no_grad():
+            for w, scale in zip(weights, scales, strict=True):
+                alpha = self.weight_scale(w) if scale is None else scale[0]
+                code = ternary_codes(w, alpha) if scale is None else w
+                codes.append(code.to(self.dtype))
+                alphas.append(alpha.expand(w.shape[0]))
+                if not self.exact:
+                    scaled.append(codes[-1] * alpha.to(self.dtype))
+            return Prepared(
+                torch.cat(codes), torch.cat(alphas), torch.cat(scaled) if scaled else None
+            )
 
     def quantize(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """SPEC 4.2 with straight-through gradient: codes in the product's dtype, step f32."""
@@ -91,27 +99,39 @@ class FastOps:
         w = weights[0] if len(weights) == 1 else torch.cat(list(weights))
         return F.linear(x.to(self.dtype), w.to(self.dtype))
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """SPEC 5.1: zero-pad to a power of two and transform; as products with the matrix H."""
+    def rotations(self, widths: Sequence[int], device: torch.device) -> Rotations:
+        """What `rotate` needs for inputs of these widths; made ahead, outside compiled code."""
+        found: Rotations = {}
+        for width in widths:
+            n = 1 << (width - 1).bit_length()
+            # H(a * b) is the Kronecker product of H(a) and H(b): two small products.
+            sizes = (n,) if n <= 1024 else (1 << n.bit_length() // 2, n >> n.bit_length() // 2)
+            found[n] = tuple(hadamard_matrix(size, self.dtype, device) for size in sizes)
+        return found
+
+    def rotate(self, x: Tensor, rotations: Rotations) -> Tensor:
+        """SPEC 5.1: zero-pad to a power of two and transform, as products with the matrix H.
+
+        H is symmetric, so its transpose, which the gradient needs, is the transform itself.
+        """
         width = x.shape[-1]
         n = 1 << (width - 1).bit_length()
-        if n <= 1024:
-            return x.to(self.dtype) @ hadamard_matrix(n, self.dtype, x.device)[:width]
-        # H(a * b) is the Kronecker product of H(a) and H(b): two small products.
-        a = 1 << (n.bit_length() // 2)
-        x = F.pad(x, (0, n - width)).to(self.dtype).unflatten(-1, (a, n // a))
-        x = x @ hadamard_matrix(n // a, self.dtype, x.device)
-        x = x.transpose(-1, -2) @ hadamard_matrix(a, self.dtype, x.device)
-        return x.transpose(-1, -2).flatten(-2)
+        first, *second = rotations[n]
+        x = x.to(self.dtype)
+        if not second:
+            return x @ first[:width]
+        x = F.pad(x, (0, n - width)).unflatten(-1, (len(first), len(second[0]))) @ second[0]
+        return (x.transpose(-1, -2) @ first).transpose(-1, -2).flatten(-2)
 
     # ---- embedding, heads, gates ----------------------------------------------------
 
-    def embed(self, ids: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-        """Rows of the table: ids [B, T] -> f32 [B, T, D]."""
+    def embed(self, ids: Tensor, weight: Tensor, scale: Tensor | None, kind: str) -> Tensor:
+        """Rows of the table: ids [B, T] -> f32 [B, T, D]. `kind` is the config's head_format."""
         return F.embedding(ids, weight)
 
-    def head(self, x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-        """Logits [..., V] of normed hidden states, in the product's dtype."""
+    def head(self, x: Tensor, weight: Tensor, scale: Tensor | None, kind: str) -> Tensor:
+        """Logits [..., V] of normed hidden states, in the product's dtype; training never rounds
+        the head to int8."""
         return F.linear(x.to(self.dtype), weight.to(self.dtype))
 
     def gate_product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -164,7 +184,8 @@ def ternary_codes(w: Tensor, alpha: Tensor) -> Tensor:
 @lru_cache(maxsize=32)
 def hadamard_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The orthonormal Sylvester matrix [n, n], symmetric and its own inverse; n a power of two."""
-    h = torch.ones(1, 1, dtype=torch.float64)
-    while h.shape[0] < n:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return (h / math.sqrt(n)).to(device, dtype)
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        h = torch.ones(1, 1, dtype=torch.float64)
+        while len(h) < n:
+            h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+        return (h / math.sqrt(n)).to(device, dtype)

@@ -18,7 +18,7 @@ SCALE_FLOOR = 1e-5  # SPEC 4.1, 4.2
 
 
 class QuantizeActivations(Function):
-    """SPEC 4.2 over the last axis: float [..., n] -> codes [..., n] of `dtype`, step f32 [..., 1]."""
+    """SPEC 4.2 over the last axis: [..., n] -> codes [..., n] of `dtype`, step f32 [..., 1]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitskip_ref.config import ModelConfig
-from bitskip_train.fast import FastOps, Prepared
+from bitskip_train.fast import FastOps, Prepared, Rotations
 
 TensorTrace = Callable[[str, Tensor], None]
 """Receives (stage, values): the stages of `bitskip_ref.engine.Trace` with a leading batch axis."""
@@ -32,6 +32,7 @@ class Pass(NamedTuple):
     bypass: str
     cos: Tensor  # f32 [T, E/2], rows of this pass's positions
     sin: Tensor
+    rotations: Rotations
 
 
 class Weight(nn.Module):
@@ -150,7 +151,7 @@ class Block(nn.Module):
         config, ops = self.config, run.ops
         weights = [layer.weight for layer in self.linears(group)]
         if config.hadamard:
-            x = ops.rotate(x)
+            x = ops.rotate(x, run.rotations)
         if config.linear != "ternary" or run.bypass == "activations":
             y = ops.float_product(x, weights)
         else:

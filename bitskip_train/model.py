@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -83,18 +84,25 @@ class BitskipModel(nn.Module):
         enabled = torch.is_autocast_enabled(device)
         return FastOps(torch.get_autocast_dtype(device) if enabled else torch.float32)
 
-    def _own_casts(self) -> torch.autocast:
-        """Operations choose their dtypes themselves; autocast would undo some of the choices."""
-        return torch.autocast(self.rope_cos.device.type, enabled=False)
+    @contextmanager
+    def region(self, ops: FastOps) -> Iterator[None]:
+        """Where operations run: they choose their dtypes themselves, which autocast would undo,
+        and exact ones have no gradients."""
+        grad = torch.is_grad_enabled() and not ops.exact
+        with torch.autocast(self.rope_cos.device.type, enabled=False), torch.set_grad_enabled(grad):
+            yield
 
     def start(self, ops: FastOps, bypass: str, first: int, tokens: int) -> Pass:
         """What the blocks of a pass over positions first .. first + tokens - 1 are given."""
         rows = slice(first, first + tokens)
-        return Pass(ops, bypass, self.rope_cos[rows], self.rope_sin[rows])
+        widths = self.config.linear_inputs() if self.config.hadamard else ()
+        rotations = ops.rotations(widths, self.rope_cos.device)
+        return Pass(ops, bypass, self.rope_cos[rows], self.rope_sin[rows], rotations)
 
     def embed(self, ids: Tensor, ops: FastOps) -> Tensor:
         """ids [B, T] -> f32 [B, T, D], normed where the configuration says so."""
-        x = ops.embed(ids, self.embed_tokens.weight, self.embed_tokens.scale)
+        table = self.embed_tokens
+        x = ops.embed(ids, table.weight, table.scale, self.config.head_format)
         return self.embedding_norm(x, ops) if self.config.embedding_norm else x
 
     def forward(
@@ -120,7 +128,7 @@ class BitskipModel(nn.Module):
         self._check(ids, depth, keep, collect, bypass, cache)
         first = cache.length if cache is not None else 0
         ops = self.ops()
-        with self._own_casts():
+        with self.region(ops):
             run = self.start(ops, bypass, first, ids.shape[1])
             x = self.embed(ids, ops)
             if trace is not None:
@@ -179,9 +187,9 @@ class BitskipModel(nn.Module):
         """
         self._check_exit(n)
         ops, norm, head = self.ops(), self.exit_norm(n), self.exit_head(n)
-        with self._own_casts():
+        with self.region(ops):
             normed = norm(hidden, ops)
-            z = ops.head(normed, head.weight, head.scale)
+            z = ops.head(normed, head.weight, head.scale, self.config.head_format)
         if trace is not None:
             trace("exit_norm", normed)
             trace("logits", z)
@@ -193,12 +201,14 @@ class BitskipModel(nn.Module):
         if not self.config.gates:
             raise ValueError("this model has no routing gates: use a configuration with gates")
         ops = self.ops()
-        with self._own_casts():
+        with self.region(ops):
             return self.layers[n - 1].gate(hidden, ops)
 
     def gate(self, hidden: Tensor, n: int) -> Tensor:
         """SPEC 8.4: probability of exiting after block n = 1..L: f32 [B, T, D] -> f32 [B, T]."""
-        return self.ops().sigmoid(self.gate_logits(hidden, n))
+        ops, z = self.ops(), self.gate_logits(hidden, n)
+        with self.region(ops):
+            return ops.sigmoid(z)
 
     # ---- other ----------------------------------------------------------------------
 

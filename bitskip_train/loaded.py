@@ -1,0 +1,128 @@
+"""An exported model folder as an exact engine in PyTorch (`bitskip_ref.engine.Engine`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.engine import ExitRule, Trace
+from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.folder import read_folder
+from bitskip_ref.model import check_tokens
+from bitskip_ref.packing import unpack_ternary
+from bitskip_train.exact import exp, feature_sum
+from bitskip_train.layers import Cache, TensorTrace
+from bitskip_train.model import BitskipModel
+
+
+def load_exported(path: str | os.PathLike[str]) -> TorchEngine:
+    """Load a model folder. Raises `bitskip_ref.folder.FormatError` if it is not a whole one."""
+    folder = read_folder(path)
+    return TorchEngine(folder.config, folder.tensors)
+
+
+class TorchEngine:
+    """`bitskip_ref.engine.Engine` over `BitskipModel` in exact arithmetic, on CPU."""
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> None:
+        """`tensors` as in a model folder (FORMAT 3); codes stay int8 until they are multiplied."""
+        self.config = config
+        with torch.device("meta"):  # shapes only: the random weights are not wanted
+            self.model = BitskipModel(config)
+        self.model.arithmetic = "exact"
+        for name, values in tensors.items():
+            owner_name, _, leaf = name.rpartition(".")
+            owner = self.model.get_submodule(owner_name)
+            if values.dtype == np.uint8:
+                width = config.linear_shapes()[owner_name.rpartition(".")[2]][1]
+                values = unpack_ternary(values, width)
+            tensor = torch.from_numpy(np.array(values))
+            setattr(owner, leaf, tensor if leaf == "scale" else nn.Parameter(tensor, False))
+
+    def new_cache(self) -> Cache:
+        return Cache(self.config)
+
+    def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
+        return self.extend(token_ids, self.new_cache(), exit_layer=exit_layer)
+
+    def extend(
+        self,
+        token_ids: Sequence[int],
+        cache: Cache,
+        *,
+        exit_layer: int | None = None,
+        last_only: bool = False,
+        trace: Trace | None = None,
+    ) -> np.ndarray:
+        n = check_exit_layer(exit_layer, self.config)
+        ids = self._ids(token_ids, cache)
+        report = _without_batch(trace)
+        x = self.model(ids, exit_layer=n, cache=cache, trace=report)[n]
+        return self.model.logits(x[:, -1:] if last_only else x, n, report)[0].numpy()
+
+    def step(
+        self, token_id: int, cache: Cache, rule: ExitRule, trace: Trace | None = None
+    ) -> tuple[np.ndarray, int]:
+        model, layers = self.model, self.config.num_hidden_layers
+        if rule.fixed_layer is not None:
+            n = rule.fixed_layer
+            return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
+        ids, report, ops = self._ids([token_id], cache), _without_batch(trace), model.ops()
+        with model.region(ops):
+            run = model.start(ops, "none", cache.length, 1)
+            x = model.embed(ids, ops)
+            if report is not None:
+                report("embed", x)
+            n = 0
+            while n < layers:
+                x = model.run_block(n, x, run, cache=cache, trace=report)
+                n += 1
+                if n < layers and rule.stops(TorchProbe(model, x, n)):
+                    break
+            for i in range(n, layers):  # SPEC 8.6
+                block = model.layers[i]
+                _, keys, values = block.queries_keys_values(x, block.prepare(ops), run)
+                cache.write(i, keys, values)
+        cache.length += 1
+        return model.logits(x, n, report)[0, 0].numpy(), n
+
+    def _ids(self, token_ids: Sequence[int], cache: Cache) -> Tensor:
+        return torch.from_numpy(check_tokens(token_ids, cache.length, self.config))[None]
+
+
+class TorchProbe:
+    """`bitskip_ref.engine.Probe` of one token after n blocks (SPEC 8.4, 8.5)."""
+
+    def __init__(self, model: BitskipModel, hidden: Tensor, n: int) -> None:
+        self.model, self.hidden, self.n = model, hidden, n
+
+    def gate(self) -> np.float32:
+        return np.float32(self.model.gate(self.hidden, self.n).item())
+
+    def max_probability(self) -> np.float32:
+        return self._share(self._exponentials(), torch.tensor(1.0))
+
+    def margin(self) -> np.float32:
+        e = self._exponentials()
+        second = e.topk(2).values[1] if len(e) > 1 else torch.tensor(0.0)
+        return self._share(e, 1.0 - second)
+
+    @staticmethod
+    def _share(e: Tensor, part: Tensor) -> np.float32:
+        return np.float32((part / feature_sum(e)).item())
+
+    def _exponentials(self) -> Tensor:
+        z = self.model.logits(self.hidden, self.n)[0, 0]
+        return exp(z - z.max())
+
+
+def _without_batch(trace: Trace | None) -> TensorTrace | None:
+    """The NumPy trace as one for tensors with a leading batch axis of 1."""
+    if trace is None:
+        return None
+    return lambda stage, values: trace(stage, values[0].numpy())
