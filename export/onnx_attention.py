@@ -1,0 +1,124 @@
+"""RoPE and attention as ONNX nodes (SPEC section 6)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.rope import rope_table
+from export import onnx_ops as ops
+from export.onnx_builder import GraphBuilder, value_info
+
+f32 = np.float32
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What the blocks share. The positions tree (SPEC 2.3) is made of two of fixed depth: within
+    chunks of about the square root of the context, then over the chunks' sums. So no loop is
+    needed, and only the last chunk and the small second tree hold padding. There is room for more
+    positions than the context, so that at least one zero of padding is always added: this is the
+    final `+ 0.0` of SPEC 2.3 (Add(x, 0) itself would be removed by NoopElimination).
+    """
+
+    queries: str  # int64 [T], positions S..S+T-1
+    keys: str  # int64 [N], positions 0..N-1, N = S + T padded to whole chunks
+    ones: str  # f32 [N, K, 1]
+    cos: str  # f32 [T, 1, E/2]
+    sin: str
+    chunk_levels: int  # 2^levels positions in a chunk
+    top_levels: int  # 2^levels chunks
+    pad_to_chunks: str  # Pad's amounts for the first axis: S + T -> N
+    pad_to_top: str  # N / chunk -> 2^top_levels
+
+
+def positions(g: GraphBuilder, config: ModelConfig) -> Positions:
+    """From the lengths of the inputs `token_ids` and `past.0.key`."""
+    levels = config.max_position_embeddings.bit_length()
+    chunk_levels, top_levels = levels // 2, levels - levels // 2
+    chunk, top = 1 << chunk_levels, 1 << top_levels
+
+    zero, one, nothing = g.const(np.int64(0)), g.const(np.int64(1)), g.const(np.array([0]))
+    past = g.op("Shape", "past.0.key", start=0, end=1)  # S as [1]
+    total = g.op("Add", past, g.op("Shape", "token_ids"))  # S + T as [1]
+    queries = g.op("Range", g.op("Squeeze", past), g.op("Squeeze", total), one)
+    g.describe(queries, np.int64, ["T"])
+    cos, sin = (
+        g.op("Unsqueeze", g.op("Gather", g.weight(f"rope.{name}", table), queries), one)
+        for name, table in zip(("cos", "sin"), rope_table(config), strict=True)
+    )
+    chunks = g.op("Add", total, g.const(np.array([chunk - 1])))
+    chunks = g.op("Div", chunks, g.const(np.array([chunk])))
+    padded = g.op("Mul", chunks, g.const(np.array([chunk])))
+    keys = g.op("Range", zero, g.op("Squeeze", padded), one)
+    g.describe(keys, np.int64, ["N"])
+    tail = g.const(np.array([config.num_key_value_heads, 1]))
+    ones = g.op("Expand", g.const(f32(1.0)), g.op("Concat", padded, tail, axis=0))
+    g.describe(ones, f32, ["N", config.num_key_value_heads, 1])
+    return Positions(
+        queries,
+        keys,
+        ones,
+        cos,
+        sin,
+        chunk_levels,
+        top_levels,
+        g.op("Concat", nothing, g.op("Sub", padded, total), axis=0),
+        g.op("Concat", nothing, g.op("Sub", g.const(np.array([top])), chunks), axis=0),
+    )
+
+
+def rope(g: GraphBuilder, x: str, at: Positions, head_dim: int) -> str:
+    """SPEC 6.1: x [T, heads, E] -> [T, heads, E]."""
+    a, b = g.split(x, 2, [head_dim // 2] * 2)
+    first = g.op("Sub", g.op("Mul", a, at.cos), g.op("Mul", b, at.sin))
+    second = g.op("Add", g.op("Mul", b, at.cos), g.op("Mul", a, at.sin))
+    return g.op("Concat", first, second, axis=2)
+
+
+def attention(
+    g: GraphBuilder, config: ModelConfig, at: Positions, q: str, keys: str, values: str
+) -> str:
+    """SPEC 6.2, 6.3: q [T, H, E], keys and values [S + T, K, E] -> [T, H * E].
+
+    A Scan over tokens, so that one token's products with all keys and values are held at a time.
+    Inside, G = H / K heads share a key-value head.
+    """
+    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    group = heads // kv_heads
+
+    # Laid out so that every tree cuts the first axis, or long runs of the second.
+    q = g.op("Transpose", g.reshape(q, 0, kv_heads, group, width), perm=[0, 3, 1, 2])
+    q = g.reshape(q, 0, width, kv_heads, group, 1)
+    keys, values = (g.pad(x, 0, at.pad_to_chunks) for x in (keys, values))
+    for x in (keys, values):
+        g.describe(x, f32, ["N", kv_heads, width])
+    keys = g.op("Transpose", keys, perm=[2, 1, 0])
+    keys = g.op("Unsqueeze", keys, g.const(np.array([2])))  # [E, K, 1, N]
+    # A column of ones beside the values, so that one tree sums numerator and denominator.
+    values = g.op("Concat", values, at.ones, axis=2)
+    values = g.op("Unsqueeze", values, g.const(np.array([2])))  # [N, K, 1, E + 1]
+
+    b = g.child()
+    hidden = b.op("Greater", at.keys, "position")  # [N]: the future, and padding
+    scores = ops.leading_sum(b, b.op("Mul", "query", keys), width)
+    scores = b.reshape(scores, kv_heads, group, -1)
+    scores = b.op("Mul", scores, b.const(f32(1.0 / math.sqrt(width))))
+    scores = b.op("Where", hidden, b.const(f32(-np.inf)), scores)  # [K, G, N]
+    largest = b.op("ReduceMax", scores, b.const(np.array([-1])), keepdims=1)
+    e = ops.exp(b, b.op("Sub", scores, largest))
+    e = b.op("Where", hidden, b.const(f32(0.0)), e)
+    e = b.op("Unsqueeze", b.op("Transpose", e, perm=[2, 0, 1]), b.const(np.array([3])))
+    row = heads * (width + 1)
+    total = ops.neighbour_sum(b, b.op("Mul", e, values), row, at.chunk_levels)  # [N / chunk, row]
+    total = ops.neighbour_sum(b, b.pad(total, 0, at.pad_to_top), row, at.top_levels)
+    weighted, exponentials = b.split(b.reshape(total, heads, width + 1), 1, [width, 1])
+    out = b.reshape(b.op("Div", weighted, exponentials), heads * width)
+    inputs = {
+        q: value_info("query", f32, [width, kv_heads, group, 1]),
+        at.queries: value_info("position", np.int64, []),
+    }
+    return g.scan(b, inputs, value_info(out, f32, [heads * width]))

@@ -1,0 +1,150 @@
+"""A model on ONNX Runtime, as a `bitskip_ref.engine.Engine`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.engine import ExitRule, Trace
+from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.folder import CONFIG, read_folder
+from bitskip_ref.model import check_tokens
+from export.onnx_builder import lay_out
+from export.onnx_files import find_graphs, weight_bytes
+from export.onnx_graph import ExitGraph
+
+DATA = "weights"  # name of the external file that is given in memory
+
+OpenSession = Callable[[int, bool], ort.InferenceSession]
+"""(exit layer, whether to trace) -> session."""
+
+
+class OnnxCache:
+    """Keys (turned) and values of each block, f32 [S, K, E] (SPEC 6.4)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        empty = np.zeros((0, config.num_key_value_heads, config.head_dim), np.float32)
+        self.keys = [empty] * config.num_hidden_layers
+        self.values = [empty] * config.num_hidden_layers
+        self.length = 0
+
+
+class OnnxModel:
+    """`bitskip_ref.engine.Engine` with one session for each exit, opened when first used."""
+
+    def __init__(self, config: ModelConfig, open_session: OpenSession) -> None:
+        self.config = config
+        self._open = open_session
+        self._sessions: dict[tuple[int, bool], ort.InferenceSession] = {}
+
+    def session(self, exit_layer: int, trace: bool = False) -> ort.InferenceSession:
+        """The session of an exit; kept from then on."""
+        key = (exit_layer, trace)
+        if key not in self._sessions:
+            self._sessions[key] = self._open(exit_layer, trace)
+        return self._sessions[key]
+
+    def new_cache(self) -> OnnxCache:
+        return OnnxCache(self.config)
+
+    def extend(
+        self,
+        token_ids: Sequence[int],
+        cache: OnnxCache,
+        *,
+        exit_layer: int | None = None,
+        last_only: bool = False,
+        trace: Trace | None = None,
+    ) -> np.ndarray:
+        n = check_exit_layer(exit_layer, self.config)
+        ids = check_tokens(token_ids, cache.length, self.config)
+        for i in range(n):
+            if len(cache.keys[i]) != cache.length:
+                raise ValueError(
+                    f"the cache lacks positions of block {i + 1}: it was filled at another exit; "
+                    f"run the prompt again at exit {n}"
+                )
+        session = self.session(n, trace is not None)
+        feeds = {"token_ids": ids}
+        for i in range(n):
+            feeds[f"past.{i}.key"], feeds[f"past.{i}.value"] = cache.keys[i], cache.values[i]
+        names = [output.name for output in session.get_outputs()]
+        outputs = dict(zip(names, session.run(names, feeds), strict=True))
+        for i in range(n):
+            cache.keys[i] = outputs.pop(f"present.{i}.key")
+            cache.values[i] = outputs.pop(f"present.{i}.value")
+        cache.length += len(ids)
+        if last_only:
+            for name in ("exit_norm", "logits"):
+                if name in outputs:
+                    outputs[name] = outputs[name][-1:]
+        logits = outputs.pop("logits")
+        if trace:
+            for stage, values in outputs.items():
+                trace(stage, values)
+            trace("logits", logits)
+        return logits
+
+    def step(
+        self, token_id: int, cache: OnnxCache, rule: ExitRule, trace: Trace | None = None
+    ) -> tuple[np.ndarray, int]:
+        if rule.fixed_layer is None:
+            raise ValueError(
+                "an ONNX graph runs a fixed number of blocks: choose an exit layer, or another "
+                "engine for exits by gate or confidence"
+            )
+        n = check_exit_layer(rule.fixed_layer, self.config)
+        return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
+
+    def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
+        return self.extend(token_ids, self.new_cache(), exit_layer=exit_layer)
+
+
+def load_onnx(
+    path: str | os.PathLike[str], *, threads: int = 0, optimization: int = 99
+) -> OnnxModel:
+    """Load a model folder (graphs are built in memory), an .onnx file or a folder of them.
+
+    threads: 0 leaves the number to ONNX Runtime. optimization: a GraphOptimizationLevel; it does
+    not change a bit. Raises FormatError for what is neither.
+    """
+
+    def options() -> ort.SessionOptions:
+        made = ort.SessionOptions()
+        made.intra_op_num_threads = threads
+        made.graph_optimization_level = ort.GraphOptimizationLevel(optimization)
+        return made
+
+    root = Path(path)
+    if (root / CONFIG).is_file():
+        folder = read_folder(root)
+
+        def build(exit_layer: int, trace: bool) -> ort.InferenceSession:
+            graph = ExitGraph(folder.config, folder.tensors, exit_layer, trace)
+            offsets, size = lay_out(graph.g.weights)
+            data = b"".join(weight_bytes(graph.g.weights))
+            chosen = options()
+            chosen.add_external_initializers_from_files_in_memory([DATA], [data], [size])
+            model = graph.model((DATA, offsets)).SerializeToString()
+            return ort.InferenceSession(model, chosen)
+
+        return OnnxModel(folder.config, build)
+
+    config, graphs = find_graphs(root)
+
+    def read(exit_layer: int, trace: bool) -> ort.InferenceSession:
+        if trace:
+            raise ValueError("graphs in .onnx files have no stages to trace: load a model folder")
+        if exit_layer not in graphs:
+            raise ValueError(
+                f"{root} has no graph of exit {exit_layer}, only of {sorted(graphs)}: "
+                f"export with --exit-layer {exit_layer}"
+            )
+        return ort.InferenceSession(graphs[exit_layer], options())
+
+    return OnnxModel(config, read)

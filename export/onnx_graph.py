@@ -1,0 +1,212 @@
+"""A model as an ONNX graph, one for each exit layer; reads as `bitskip_ref.model` does.
+
+Inputs: token_ids int64 [T]; past.{i}.key and past.{i}.value f32 [S, K, E] of each block, S >= 0.
+Outputs: logits f32 [T, V]; present.{i}.key and present.{i}.value f32 [S + T, K, E].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.packing import unpack_ternary
+from export import onnx_ops as ops
+from export.onnx_attention import attention, positions, rope
+from export.onnx_builder import Dim, GraphBuilder, value_info
+
+f32 = np.float32
+LARGEST_FILE = 2_000_000_000  # protobuf cannot hold 2 GiB
+
+# Keys of the file's metadata.
+EXIT_KEY, ARITHMETIC_KEY, CONFIG_KEY = (f"bitskip.{k}" for k in ("exit", "arithmetic", "config"))
+
+
+def build_graph(
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    exit_layer: int | None = None,
+    *,
+    trace: bool = False,
+) -> onnx.ModelProto:
+    """The graph of one exit with its weights inside; `tensors` as in a model folder (FORMAT 3).
+
+    With `trace`, the stages of `bitskip_ref.engine.Trace` are outputs too, under their names.
+    Raises ValueError for an exit out of range, and for more weights than one file can hold.
+    """
+    graph = ExitGraph(config, tensors, exit_layer, trace)
+    size = sum(weight.data.size for weight in graph.g.weights.values())
+    if size > LARGEST_FILE:
+        raise ValueError(
+            f"{size / 1e9:.1f} GB of weights exceed the 2 GB of one ONNX file: "
+            "use write_onnx, which puts them beside it"
+        )
+    return graph.model()
+
+
+class ExitGraph:
+    """Builds the graph of one exit. `g.weights` are the weights it uses."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, np.ndarray],
+        exit_layer: int | None = None,
+        trace: bool = False,
+    ) -> None:
+        self.config, self.tensors, self.trace = config, tensors, trace
+        self.exit_layer = check_exit_layer(exit_layer, config)
+        self.g = GraphBuilder()
+        self.inputs = [value_info("token_ids", np.int64, ["T"])]
+        self.outputs = [value_info("logits", f32, ["T", config.vocab_size])]
+        self.stages: list[onnx.ValueInfoProto] = []
+
+        with self.g.scope("positions"):
+            self.at = positions(self.g, config)
+        with self.g.scope("embed"):
+            x = self.embed()
+        for i in range(self.exit_layer):
+            with self.g.scope(f"layers.{i}"):
+                x = self.block(i, x)
+        with self.g.scope("exit"):
+            self.exit(x)
+
+    def model(self, external: tuple[str, Mapping[str, int]] | None = None) -> onnx.ModelProto:
+        """The finished model; `external` as in `GraphBuilder.model`."""
+        metadata = {
+            EXIT_KEY: str(self.exit_layer),
+            ARITHMETIC_KEY: "exact" if self.config.linear == "ternary" else "tolerance",
+            CONFIG_KEY: json.dumps(self.config.to_dict()),
+        }
+        outputs = self.outputs + self.stages
+        return self.g.model("bitskip", self.inputs, outputs, metadata, external)
+
+    # ---- the forward pass, top to bottom --------------------------------------------
+
+    def embed(self) -> str:
+        """token_ids -> x [T, D] (SPEC 4.4, 7.4). A tied embedding reads columns of the head."""
+        g, c = self.g, self.config
+        if c.tie_word_embeddings:
+            x = g.op("Gather", self.head_weight("embed_tokens"), "token_ids", axis=1)
+            x = g.op("Transpose", x, perm=[1, 0])
+        else:
+            name = "embed_tokens.weight"
+            x = g.op("Gather", g.weight(name, self.tensors[name]), "token_ids")
+        x = g.cast(x, f32)
+        if c.head_format == "int8":
+            scale = g.op("Gather", self.head_scale("embed_tokens"), "token_ids")
+            x = g.op("Mul", x, g.op("Unsqueeze", scale, g.const(np.int64(1))))
+        x = self.norm("embedding_norm", x) if c.embedding_norm else x
+        self.report("embed", x, c.hidden_size)
+        return x
+
+    def block(self, i: int, x: str) -> str:
+        """Block i (from 0): x [T, D] -> [T, D] (SPEC 7)."""
+        g, c, at = self.g, self.config, f"layers.{i}"
+        pre = c.norm_position == "pre"
+
+        a = self.norm(f"{at}.attn_norm", x) if pre else x
+        q, k, v = self.linears([f"{at}.{n}_proj" for n in "qkv"], a, c.hidden_size)
+        heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+        q, k, v = (g.reshape(y, 0, n, c.head_dim) for y, n in zip((q, k, v), heads, strict=True))
+        q, k = (rope(g, y, self.at, c.head_dim) for y in (q, k))
+        self.report(f"{at}.q", q, c.num_attention_heads, c.head_dim)
+        self.report(f"{at}.k", k, c.num_key_value_heads, c.head_dim)
+        self.report(f"{at}.v", v, c.num_key_value_heads, c.head_dim)
+        keys, values = self.cached(f"{i}.key", k), self.cached(f"{i}.value", v)
+        a = attention(g, c, self.at, q, keys, values)  # [T, H * E]
+        self.report(f"{at}.attn", a, c.attention_size)
+        if c.sub_norm:
+            a = self.norm(f"{at}.attn_sub_norm", a)
+        x = g.op("Add", x, *self.linears([f"{at}.o_proj"], a, c.attention_size))
+        if not pre:
+            x = self.norm(f"{at}.attn_norm", x)
+        self.report(f"{at}.mid", x, c.hidden_size)
+
+        f = self.norm(f"{at}.ffn_norm", x) if pre else x
+        names = ["up_proj", "gate_proj"] if c.gated else ["up_proj"]
+        f = self.activation(*self.linears([f"{at}.{n}" for n in names], f, c.hidden_size))  # [T, F]
+        self.report(f"{at}.act", f, c.intermediate_size)
+        if c.sub_norm:
+            f = self.norm(f"{at}.ffn_sub_norm", f)
+        x = g.op("Add", x, *self.linears([f"{at}.down_proj"], f, c.intermediate_size))
+        if not pre:
+            x = self.norm(f"{at}.ffn_norm", x)
+        self.report(f"{at}.out", x, c.hidden_size)
+        return x
+
+    def exit(self, x: str) -> None:
+        """Logits of x [T, D] (SPEC 8.1)."""
+        c, n = self.config, self.exit_layer
+        early = n < c.num_hidden_layers
+        own_norm = early and c.exit_norm == "per_layer"
+        own_head = early and c.exit_head == "per_layer"
+        head = "embed_tokens" if c.tie_word_embeddings else "lm_head"
+        x = self.norm(f"exits.{n}.norm" if own_norm else "final_norm", x)
+        self.report("exit_norm", x, c.hidden_size)
+        self.g.op("Identity", self.head(f"exits.{n}.head" if own_head else head, x), name="logits")
+
+    # ---- its parts ------------------------------------------------------------------
+
+    def norm(self, name: str, x: str) -> str:
+        """The configured norm (SPEC 3)."""
+        weight, bias = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
+        return ops.norm(self.g, x, weight, bias, self.config.norm_eps)
+
+    def linears(self, names: list[str], x: str, width: int) -> list[str]:
+        """Linear layers that share their input [T, width] (SPEC 4.3, 4.5, 4.6, 5.1)."""
+        g, c = self.g, self.config
+        if c.linear == "float32":
+            return [
+                g.op("MatMul", x, g.weight(key, self.tensors[key].T))
+                for key in (f"{name}.weight" for name in names)
+            ]
+        if c.hadamard:
+            x = ops.rotate(g, x, width)
+        quantized = ops.quantize(g, x, c.activation_bits)
+        outputs = []
+        for name in names:
+            codes = unpack_ternary(self.tensors[f"{name}.weight"], c.padded(width))
+            alpha = self.tensors[f"{name}.scale"]
+            y = ops.ternary_linear(g, name, quantized, codes, alpha)
+            outputs.append(ops.relu2(g, y) if c.relu2_in_linear else y)
+        return outputs
+
+    def activation(self, up: str, gate: str | None = None) -> str:
+        """What enters the down projection, [T, F] (SPEC 7.1)."""
+        if gate is not None:
+            function = ops.silu if self.config.ffn == "swiglu" else ops.relu2
+            return self.g.op("Mul", function(self.g, gate), up)
+        return up if self.config.relu2_in_linear else ops.relu2(self.g, up)
+
+    def head(self, name: str, x: str) -> str:
+        """x [T, D] -> logits [T, V] (SPEC 4.4, 4.5)."""
+        weight = self.head_weight(name)
+        if self.config.head_format == "int8":
+            return ops.int8_linear(self.g, x, weight, self.head_scale(name))
+        shape = (self.config.hidden_size, self.config.vocab_size)
+        return ops.float_linear(self.g, x, self.g.cast(weight, f32), shape)
+
+    def head_weight(self, name: str) -> str:
+        """Codes or floats of a head, [D, V]."""
+        return self.g.weight(f"{name}.weight", self.tensors[f"{name}.weight"].T)
+
+    def head_scale(self, name: str) -> str:
+        return self.g.weight(f"{name}.scale", self.tensors[f"{name}.scale"])
+
+    def cached(self, name: str, new: str) -> str:
+        """past.{name} with new [T, K, E] after it, which is present.{name}."""
+        tail: list[Dim] = [self.config.num_key_value_heads, self.config.head_dim]
+        self.inputs.append(value_info(f"past.{name}", f32, ["S", *tail]))
+        self.outputs.append(value_info(f"present.{name}", f32, ["S+T", *tail]))
+        return self.g.op("Concat", f"past.{name}", new, axis=0, name=f"present.{name}")
+
+    def report(self, stage: str, x: str, *shape: int) -> None:
+        """Make x [T, *shape] an output of a tracing graph."""
+        if self.trace:
+            self.g.op("Identity", x, name=stage)
+            self.stages.append(value_info(stage, f32, ["T", *shape]))

@@ -1,0 +1,97 @@
+"""Files that `write_onnx` leaves, and the engine on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from bitskip_ref.compare import difference
+from bitskip_ref.exits import ConfidenceExit
+from bitskip_ref.folder import FormatError
+from bitskip_ref.model import load
+from export import load_onnx
+from export.onnx_files import write_onnx
+from tests.helpers import random_folder, random_tokens, twin
+
+CONFIG = twin("bitskip-v1")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return random_folder(tmp_path / "model", CONFIG)
+
+
+def test_files_run_in_onnxruntime_alone(model: Path, tmp_path: Path) -> None:
+    paths = write_onnx(model, tmp_path / "onnx", [4, 2])
+    assert [p.name for p in paths] == ["exit-2.onnx", "exit-4.onnx"]
+    assert len(list((tmp_path / "onnx").glob("weights-*.data"))) == 1
+    ids = random_tokens(CONFIG, 5)
+    for path, n in zip(paths, (2, 4), strict=True):
+        onnx.checker.check_model(path, full_check=True)
+        session = ort.InferenceSession(path)
+        assert session.get_modelmeta().custom_metadata_map["bitskip.exit"] == str(n)
+        assert session.get_modelmeta().custom_metadata_map["bitskip.arithmetic"] == "exact"
+        empty = np.zeros((0, CONFIG.num_key_value_heads, CONFIG.head_dim), np.float32)
+        feeds = {i.name: empty for i in session.get_inputs()} | {"token_ids": np.array(ids)}
+        logits = session.run(["logits"], feeds)[0]
+        assert difference("logits", load(model).logits(ids, n), logits) is None
+
+
+def test_the_graph_stays_as_written(model: Path, tmp_path: Path) -> None:
+    """At the highest level ONNX Runtime fuses nothing into operators with an order of their own."""
+    path = write_onnx(model, tmp_path / "onnx")[0]
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(path, options)
+    nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    assert {node.domain for node in nodes} <= {"", "ai.onnx"}
+    kinds = {node.op_type for node in nodes}
+    assert not kinds & {"MatMul", "Exp", "Sigmoid", "ReduceSum", "ReduceMean", "Softmax", "Pow"}
+
+
+def test_the_engine_on_files(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "onnx"
+    write_onnx(model, out, [2])
+    write_onnx(model, out, [4])  # another weights file; the first graph keeps its own
+    ids, engine = random_tokens(CONFIG, 5), load_onnx(out)
+    for n in (2, 4):
+        assert difference("logits", load(model).logits(ids, n), engine.logits(ids, n)) is None
+    assert load_onnx(out / "exit-2.onnx").logits(ids, 2).shape == (5, CONFIG.vocab_size)
+    with pytest.raises(ValueError, match=r"no graph of exit 3, only of \[2, 4\]"):
+        engine.logits(ids, 3)
+    with pytest.raises(ValueError, match="no stages to trace"):
+        engine.extend(ids, engine.new_cache(), trace=lambda *_: None)
+
+
+def test_misuse_is_refused(model: Path) -> None:
+    engine = load_onnx(model)
+    cache = engine.new_cache()
+    with pytest.raises(ValueError, match="fixed number of blocks"):
+        engine.step(1, cache, ConfidenceExit(0.5))
+    with pytest.raises(ValueError, match="out of range"):
+        engine.logits([1], 5)
+    with pytest.raises(ValueError, match="no tokens"):
+        engine.logits([])
+    with pytest.raises(ValueError, match=r"integers in 0\.\.96"):
+        engine.logits([97])
+    engine.extend([1, 2], cache, exit_layer=2)
+    with pytest.raises(ValueError, match="filled at another exit"):
+        engine.extend([3], cache, exit_layer=4)
+    engine.extend([3], cache, exit_layer=1)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="neither a model folder nor"):
+        load_onnx(tmp_path)
+    path = tmp_path / "x.onnx"
+    path.write_bytes(b"no protobuf")
+    with pytest.raises(FormatError, match="cannot be read as an ONNX file"):
+        load_onnx(path)
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), path)
+    with pytest.raises(FormatError, match="not written by this project"):
+        load_onnx(path)

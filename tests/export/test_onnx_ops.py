@@ -1,0 +1,113 @@
+"""ONNX nodes of single rules against the reference, on values chosen to be awkward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from bitskip_ref import functions, hadamard, norms, quant
+from bitskip_ref.compare import difference
+from export import onnx_ops as ops
+from export.onnx_builder import GraphBuilder, value_info
+
+f32 = np.float32
+AWKWARD = np.array(
+    [0.0, -0.0, 1e-45, -1e-45, 1e-38, 1.0, -1.0, 0.5, 1.5, 2.5, -2.5, 87.0, -87.0, 88.0, -88.0,
+     127.0, 1e-5, -1e-5, 3e4, -3e4, 0.34657359, -0.34657359, 0.3465736, 9.9e-6],
+    f32,
+)  # fmt: skip
+
+
+def run(x: np.ndarray, build: Callable[[GraphBuilder], str], level: int = 99) -> np.ndarray:
+    """What the nodes that `build` adds make of input x."""
+    g = GraphBuilder()
+    y = build(g)
+    inputs = [value_info("x", f32, ["T", *x.shape[1:]])]
+    kind = g.op("Identity", y, name="y")
+    model = g.model("test", inputs, [value_info(kind, f32, [None] * 2)], {})
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel(level)
+    return ort.InferenceSession(model.SerializeToString(), options).run(None, {"x": x})[0]
+
+
+def values(rows: int, width: int, seed: int = 0) -> np.ndarray:
+    """Rows of many magnitudes; the first is awkward, the second zero."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, width)) * 10.0 ** rng.uniform(-8, 4, (rows, 1))
+    x[0] = np.resize(AWKWARD, width)
+    x[1] = 0.0
+    return x.astype(f32)
+
+
+def equal(expected: np.ndarray, actual: np.ndarray) -> None:
+    assert (report := difference("values", expected, actual)) is None, report
+
+
+def test_exp_and_silu() -> None:
+    x = np.concatenate([np.linspace(-100, 100, 20001), AWKWARD]).astype(f32)[None]
+    equal(functions.exp(x), run(x, lambda g: ops.exp(g, "x")))
+    equal(functions.silu(x), run(x, lambda g: ops.silu(g, "x")))
+    equal(functions.relu2(x), run(x, lambda g: ops.relu2(g, "x")))
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3, 99])
+@pytest.mark.parametrize("width", [2, 48, 64])
+def test_norms(width: int, level: int) -> None:
+    """Level 1 and up hold DivMulFusion, which would turn x * (1 / s) into x / s."""
+    rng, x = np.random.default_rng(1), values(40, width)
+    weight, bias = rng.standard_normal((2, width)).astype(f32)
+    bias[0] = 0.0
+    expected = norms.rms_norm(x, weight, 1e-5), norms.layer_norm(x, weight, bias, 1e-5)
+    for b, y in zip((None, bias), expected, strict=True):
+        equal(y, run(x, lambda g, b=b: ops.norm(g, "x", weight, b, 1e-5), level))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 48, 64, 100])
+def test_rotation(width: int) -> None:
+    x = values(5, width)
+    equal(hadamard.rotate(x), run(x, lambda g: ops.rotate(g, "x", width)))
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3, 99])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_ternary_linear(bits: int, level: int) -> None:
+    """Level 2 and up hold MatMulIntegerToFloat, which would use the first row's step for all."""
+    codes = np.random.default_rng(2).integers(-1, 2, (33, 48)).astype(np.int8)
+    alpha, x = np.array([0.037], f32), values(9, 48)
+    expected = quant.ternary_linear(x, codes, alpha[0], bits)
+    equal(expected, run(x, lambda g: ops.ternary_linear(
+        g, "w", ops.quantize(g, "x", bits), codes, alpha), level))  # fmt: skip
+
+
+@pytest.mark.parametrize("fill", [127, -127, None])
+def test_int8_linear_at_its_largest_sums(fill: int | None) -> None:
+    """All codes at the ends: 16-bit pair sums would saturate on CPUs without VNNI."""
+    rng = np.random.default_rng(3)
+    weight = rng.integers(-127, 128, (40, 64)).astype(np.int8)
+    if fill is not None:
+        weight[:] = fill
+    scale, x = rng.uniform(0.1, 1, 40).astype(f32), values(6, 64)
+    x[2], x[3] = 1.0, -1.0
+    expected = quant.int8_linear(x, weight, scale)
+    equal(expected, run(x, lambda g: ops.int8_linear(
+        g, "x", g.weight("w", weight.T), g.const(scale))))  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [48, 64])
+def test_float_linear(width: int) -> None:
+    weight = np.random.default_rng(4).standard_normal((40, width)).astype(f32)
+    weight[0, :5] = -0.0
+    x = values(6, width)
+    expected = quant.float_linear(x, weight)
+    equal(expected, run(x, lambda g: ops.float_linear(
+        g, "x", g.weight("w", weight.T), weight.T.shape)))  # fmt: skip
+
+
+def test_int2_weights_hold_every_code() -> None:
+    codes = np.array([[-1, 0, 1], [1, 1, -2], [0, -1, -1]], np.int8)  # a length not divisible by 4
+    x = np.eye(3, dtype=f32)
+    equal(codes.astype(f32), run(x, lambda g: g.op(
+        "MatMul", "x", g.cast(g.int2_weight("w", codes), f32))))  # fmt: skip

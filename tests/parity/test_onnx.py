@@ -1,0 +1,121 @@
+"""ONNX graphs against the reference: every stage, exit, optimization level, thread count."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bitskip_ref.compare import difference
+from bitskip_ref.exits import FixedExit
+from bitskip_ref.folder import write_folder
+from bitskip_ref.model import ReferenceModel
+from bitskip_ref.packing import pack_ternary, unpack_ternary
+from export import load_onnx
+from export.onnx_engine import OnnxModel
+from tests.helpers import OPTIONS, QUANTIZED, random_folder, random_tensors, random_tokens, twin
+
+Folder = Callable[[str], Path]
+LEVELS = {"none": 0, "basic": 1, "extended": 2, "layout": 3, "all": 99}
+FLOAT32 = ["layerskip", "llama3"]
+CONTEXT = 64  # of the small twins
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """name -> a random model's folder, written once."""
+    root = tmp_path_factory.mktemp("models")
+    return functools.cache(lambda name: random_folder(root / name, twin(name)))
+
+
+@functools.cache
+def stages(name: str, exit_layer: int, tokens: int = 7) -> list[tuple[str, np.ndarray]]:
+    """What the reference reports for a prompt."""
+    model = ReferenceModel(twin(name), random_tensors(twin(name)))
+    return traced(model, random_tokens(model.config, tokens), exit_layer)
+
+
+def traced(
+    engine: ReferenceModel | OnnxModel, ids: list[int], exit_layer: int
+) -> list[tuple[str, np.ndarray]]:
+    found: list[tuple[str, np.ndarray]] = []
+    cache = engine.new_cache()
+    engine.extend(ids, cache, exit_layer=exit_layer, trace=lambda n, x: found.append((n, x.copy())))
+    return found
+
+
+def ignore(stage: str, values: np.ndarray) -> None:
+    """A trace, so that the tracing graph is used again and no other is built."""
+
+
+def equal(name: str, expected: np.ndarray, actual: np.ndarray) -> None:
+    assert (report := difference(name, expected, actual)) is None, report
+
+
+@pytest.mark.parametrize("name", [*QUANTIZED, *OPTIONS])
+def test_every_stage_and_token_by_token(name: str, folder: Folder) -> None:
+    engine, ids = load_onnx(folder(name), threads=1), random_tokens(twin(name), 7)
+    for exit_layer in (1, 4):
+        expected, found = stages(name, exit_layer), traced(engine, ids, exit_layer)
+        assert [stage for stage, _ in found] == [stage for stage, _ in expected]
+        for (stage, values), (_, actual) in zip(expected, found, strict=True):
+            equal(f"exit {exit_layer}, {stage}", values, actual)
+        cache = engine.new_cache()
+        engine.extend(ids[:2], cache, exit_layer=exit_layer, trace=ignore)
+        for t in range(2, 7):
+            logits, depth = engine.step(ids[t], cache, FixedExit(exit_layer), ignore)
+            assert depth == exit_layer
+            equal(f"exit {exit_layer}, token {t}", expected[-1][1][t], logits)
+
+
+@pytest.mark.parametrize("name", [*QUANTIZED, *OPTIONS])
+def test_every_optimization_level_and_thread_count(name: str, folder: Folder) -> None:
+    expected, ids = stages(name, 2)[-1][1], random_tokens(twin(name), 7)
+    for level, threads in [("none", 1), ("basic", 2), ("extended", 1), ("layout", 2), ("all", 2)]:
+        engine = load_onnx(folder(name), threads=threads, optimization=LEVELS[level])
+        equal(f"logits at level {level!r}", expected, engine.logits(ids, 2))
+
+
+@pytest.mark.parametrize("name", ["bitskip-v3", "wt2-bitskip"])
+def test_a_full_context_in_pieces(name: str, folder: Folder) -> None:
+    """Lengths on both sides of the chunks and powers of two of the positions tree."""
+    engine, ids = load_onnx(folder(name)), random_tokens(twin(name), CONTEXT)
+    expected = stages(name, 2, CONTEXT)[-1][1]
+    cache, start = engine.new_cache(), 0
+    for length in (1, 6, 1, 1, 7, 16, 1, 30, 1):
+        part = engine.extend(ids[start : start + length], cache, exit_layer=2)
+        equal(f"from {start}", expected[start : start + length], part)
+        start += length
+    assert cache.length == start == CONTEXT
+    with pytest.raises(ValueError, match="exceed the context"):
+        engine.extend([0], cache, exit_layer=2)
+
+
+@pytest.mark.parametrize("name", FLOAT32)
+def test_float32_models_stay_within_the_bound(name: str, folder: Folder) -> None:
+    """SPEC 4.5: library products, so a bound and not bits."""
+    engine = load_onnx(folder(name))
+    for exit_layer in (2, 4):
+        expected = stages(name, exit_layer)[-1][1]
+        actual = engine.logits(random_tokens(twin(name), 7), exit_layer)
+        bound = 1e-5 * np.abs(expected).max(axis=1, keepdims=True)
+        assert actual.dtype == np.float32 and (np.abs(actual - expected) <= bound).all()
+
+
+def test_last_only_is_the_last_row(folder: Folder) -> None:
+    engine, expected = load_onnx(folder("tiny")), stages("tiny", 4)[-1][1]
+    ids = random_tokens(twin("tiny"), 7)
+    equal("logits", expected[-1:], engine.extend(ids, engine.new_cache(), last_only=True))
+
+
+def test_a_flipped_weight_is_seen(folder: Folder, tmp_path: Path) -> None:
+    """The comparison can fail: one code of one weight changes the logits."""
+    config, tensors, name = twin("tiny"), random_tensors(twin("tiny")), "layers.1.down_proj.weight"
+    codes = unpack_ternary(tensors[name], config.intermediate_size)
+    codes[5, 3] = 1 if codes[5, 3] < 1 else 0
+    write_folder(tmp_path, config, tensors | {name: pack_ternary(codes)})
+    logits = load_onnx(tmp_path).logits(random_tokens(config, 7))
+    assert difference("logits", stages("tiny", 4)[-1][1], logits)
