@@ -17,9 +17,14 @@ _V1_PHASE1 = TrainConfig(
     lr=6e-4, warmup=1000, schedule="linear", weight_decay=0.1, clip=1.0, dtype="bfloat16",
     eval_every=1000, eval_tokens=200_000, save_every=1000,
 )  # fmt: skip
-_EXIT_LOSS = {"exit_lambda": 0.3, "exit_weights": "linear", "exit_first": 1, "exit_last": -1}
-_PHASE2 = {**_EXIT_LOSS, "dropout_max": 0.5, "dropout_form": "v1"}
-_V2_RATES = {"lr": 3e-4, "warmup": 4000, "clip": 0.5}  # the 4-bit model of v1
+_EXIT_LOSS: dict[str, Any] = {
+    "exit_lambda": 0.3,
+    "exit_weights": "linear",
+    "exit_first": 1,
+    "exit_last": -1,
+}
+_PHASE2: dict[str, Any] = {**_EXIT_LOSS, "dropout_max": 0.5, "dropout_form": "v1"}
+_V2_RATES: dict[str, Any] = {"lr": 3e-4, "warmup": 4000, "clip": 0.5}  # the 4-bit model of v1
 
 # v2 4.2 and 4.3. Not stated there and chosen here: warm-up, decay part, weight decay, clip.
 _WT2 = TrainConfig(
@@ -28,7 +33,7 @@ _WT2 = TrainConfig(
     route_lambda=0.2, quant_lambda=0.05, eval_every=100, patience=3, save_every=100,
     dtype="bfloat16",
 )  # fmt: skip
-_WT2_EXITS = {
+_WT2_EXITS: dict[str, Any] = {
     "exit_lambda": 0.3, "exit_weights": "inverse", "exit_first": 1, "exit_last": 0,
     "dropout_max": 0.7, "dropout_form": "v2",
 }  # fmt: skip
