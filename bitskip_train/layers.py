@@ -107,6 +107,12 @@ class Cache:
 class Block(nn.Module):
     """SPEC 7: attention and FFN with their norms and residuals, before or after."""
 
+    attn_norm: Norm
+    ffn_norm: Norm
+    attn_sub_norm: Norm
+    ffn_sub_norm: Norm
+    gate: Gate
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

@@ -85,7 +85,7 @@ class TorchEngine:
                 if n < layers and rule.stops(TorchProbe(model, x, n)):
                     break
             for i in range(n, layers):  # SPEC 8.6
-                block = model.layers[i]
+                block = model.block(i)
                 _, keys, values = block.queries_keys_values(x, block.prepare(ops), run)
                 cache.write(i, keys, values)
         cache.length += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ INIT_STD = 0.02
 
 class Exit(nn.Module):
     """What exit n < L has of its own (SPEC 8.1); empty where it shares everything."""
+
+    norm: Norm
+    head: Weight
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -152,32 +155,38 @@ class BitskipModel(nn.Module):
         trace: TensorTrace | None = None,
     ) -> Tensor:
         """Block i on the samples that `keep` bool [B] names (None: all); x f32 [B, T, D]."""
-        block = self.layers[i]
+        block = self.block(i)
         prepared = block.prepare(run.ops)
+        # A compiled block rounds elsewhere, and is made for training's passes only.
+        plain = cache is None and trace is None and not run.ops.exact
+        call = block if plain else block.forward
         if keep is not None and not bool(keep.all()):
             chosen = keep.nonzero().squeeze(1).to(x.device)
             if not len(chosen):
                 return PassThrough.apply(x, *block.parameters())
-            part = block(x.index_select(0, chosen), prepared, run)
-            return x.index_copy(0, chosen, part)
+            return x.index_copy(0, chosen, call(x.index_select(0, chosen), prepared, run))
         remember = report = None
         if cache is not None:
             remember = lambda keys, values: cache.write(i, keys, values)  # noqa: E731
         if trace is not None:
             report = lambda stage, values: trace(f"layers.{i}.{stage}", values)  # noqa: E731
-        return block(x, prepared, run, remember, report)
+        return call(x, prepared, run, remember, report)
+
+    def block(self, i: int) -> Block:
+        """Block i, from 0."""
+        return cast(Block, self.layers[i])
 
     # ---- exits ----------------------------------------------------------------------
 
     def exit_norm(self, n: int) -> Norm:
         """The final norm of exit n = 1..L."""
         own = n < self.config.num_hidden_layers and self.config.exit_norm == "per_layer"
-        return self.exits[str(n)].norm if own else self.final_norm
+        return cast(Exit, self.exits[str(n)]).norm if own else self.final_norm
 
     def exit_head(self, n: int) -> Weight:
         """The head of exit n = 1..L."""
         if n < self.config.num_hidden_layers and self.config.exit_head == "per_layer":
-            return self.exits[str(n)].head
+            return cast(Exit, self.exits[str(n)]).head
         return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
     def logits(self, hidden: Tensor, n: int, trace: TensorTrace | None = None) -> Tensor:
@@ -202,7 +211,7 @@ class BitskipModel(nn.Module):
             raise ValueError("this model has no routing gates: use a configuration with gates")
         ops = self.ops()
         with self.region(ops):
-            return self.layers[n - 1].gate(hidden, ops)
+            return self.block(n - 1).gate(hidden, ops)
 
     def gate(self, hidden: Tensor, n: int) -> Tensor:
         """SPEC 8.4: probability of exiting after block n = 1..L: f32 [B, T, D] -> f32 [B, T]."""
