@@ -1,6 +1,6 @@
-"""Ternary early-exit models on the CPU: `load` a folder, then `generate` or use token ids.
+"""Running ternary models with early exit on CPUs.
 
-Importing this package loads nothing heavy; `load` brings in NumPy and Numba.
+Importing this package is cheap; Numba is imported when an engine is made.
 """
 
 from __future__ import annotations
@@ -9,21 +9,16 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bitskip_cpu.model import Model
+    from bitskip_cpu.engine import Engine
 
 __all__ = ["load"]
 
 
-def load(model: str | os.PathLike[str] | None = None, threads: int | None = None) -> Model:
-    """Load a model folder, or a model that comes with the package (None: the default one).
+def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
+    """Load a model folder (docs/FORMAT.md) to run on `threads` threads (None: physical cores).
 
-    threads: None takes what suits the machine. Raises bitskip_ref.folder.FormatError if the
-    folder is not a whole model, ValueError if there is none or threads are out of range.
+    Raises bitskip_ref.folder.FormatError for a folder that is not whole.
     """
-    from bitskip_cpu import models
-    from bitskip_cpu.model import Model
-    from bitskip_ref.folder import read_folder
-    from bitskip_ref.model import ReferenceModel
+    from bitskip_cpu import engine
 
-    folder = read_folder(models.resolve(None if model is None else os.fspath(model)))
-    return Model(ReferenceModel(folder.config, folder.tensors), folder)
+    return engine.load(path, threads)

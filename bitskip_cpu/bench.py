@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,9 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from bitskip_cpu.machine import peak_rss_bytes
+from bitskip_cpu import isa, models
+from bitskip_cpu.engine import Engine as NumbaEngine
+from bitskip_cpu.engine import random_model
+from bitskip_cpu.machine import fingerprint, peak_rss_bytes
+from bitskip_cpu.tables import size, table
+from bitskip_cpu.threads import default_threads
+from bitskip_ref.config import preset as preset_config
 from bitskip_ref.engine import Engine
 from bitskip_ref.exits import FixedExit
+from bitskip_ref.folder import read_folder
 
 
 @dataclass
@@ -105,3 +113,60 @@ def bench(
                     case.peak_rss_bytes = peak_rss_bytes()
         rows += [case.row() for case in cases]
     return rows
+
+
+def report(
+    model: str | None,
+    preset: str | None,
+    *,
+    prompts: Sequence[int],
+    generated: Sequence[int],
+    threads: Sequence[int] | None,
+    exits: Sequence[int] | None,
+    repetitions: int,
+    seed: int,
+    as_json: bool,
+    note: Callable[[str], None],
+) -> str:
+    """What `bitskip-cpu bench` prints; progress goes to `note`. Raises ValueError."""
+    if preset is None:
+        folder = read_folder(models.resolve(model))
+        name, config = str(folder.path), folder.config
+    else:
+        name, config = f"{preset} (random weights, seed {seed})", preset_config(preset)
+
+    def engine_for(count: int) -> Engine:
+        if preset is not None:
+            return random_model(config, seed, count)
+        return NumbaEngine(config, folder.tensors, count)
+
+    rows = bench(
+        engine_for,
+        prompts=prompts,
+        generated=generated,
+        threads=threads or [default_threads()],
+        exits=exits or [config.num_hidden_layers],
+        repetitions=repetitions,
+        report=note,
+        seed=seed,
+    )
+    machine = {**fingerprint(), "isa": isa.PATH}
+    if as_json:
+        about = {"name": name, "parameters": config.parameters(), "config": config.to_dict()}
+        return json.dumps({"machine": machine, "model": about, "rows": rows})
+    cells = []
+    for row in rows:
+        speed, latency = row["tokens_per_s"], row.get("latency_ms", {})
+        cells.append(
+            (
+                row["test"],
+                row["exit_layer"],
+                row["threads"],
+                f"{speed['mean']:.1f} ± {speed['sd']:.1f}",
+                *(f"{latency[p]:.2f}" if latency else "" for p in ("p50", "p95")),
+                size(row["peak_rss_bytes"]),
+            )
+        )
+    header = ("test", "exit", "threads", "tokens/s", "p50 ms", "p95 ms", "peak memory")
+    about_machine = f"{machine['cpu']}, {machine['usable_cores']} cores, path {isa.PATH}"
+    return f"{name}\n{about_machine}\n\n{table(header, cells)}"

@@ -115,9 +115,11 @@ def _prompt(prompt: str | None, file: IO[bytes] | None) -> str | None:
 
 
 def _load(model: str | None, threads: int | None, quiet: bool = False) -> Model:
-    """Load a model."""
+    """Load a model, compiling the kernels first if this machine never has."""
     import bitskip_cpu
+    from bitskip_cpu.progress import prepare
 
+    prepare(quiet)
     return bitskip_cpu.load(model, threads)
 
 
@@ -137,7 +139,7 @@ def _generation(stream: TextStream, model: Model, prompt: str, seed: int) -> dic
         "mean_exit_layer": g.mean_exit_layer,
         "stop_reason": g.stop_reason,
         "seed": seed,
-        "threads": getattr(model.engine, "threads", 1),
+        "threads": model.threads,
         "ttft_s": g.ttft_s,
         "prefill_tokens_per_s": g.prefill_tokens_per_s,
         "decode_tokens_per_s": g.decode_tokens_per_s,
@@ -183,7 +185,9 @@ def bench(
     if model is not None and preset is not None:
         raise click.UsageError("MODEL and --preset exclude each other: give one")
     from bitskip_cpu.bench import report
+    from bitskip_cpu.progress import prepare
 
+    prepare()
     text = report(
         model, preset, prompts=prompts, generated=generated, threads=threads, exits=exits,
         repetitions=repetitions, seed=seed, as_json=output == "json",
@@ -231,9 +235,26 @@ def inspect(model: str | None, as_json: bool) -> None:
 @THREADS
 def selftest(model: str | None, threads: int | None) -> None:
     """Compare the engine with the reference, bit for bit, on this machine."""
+    from bitskip_cpu.progress import prepare
     from bitskip_cpu.selftest import run
 
+    prepare()
     sys.exit(run(model, threads, click.echo))
+
+
+@main.command()
+def warmup() -> None:
+    """Compile the kernels now, so that the first `generate` starts at once."""
+    from bitskip_cpu.compiling import KERNELS
+    from bitskip_cpu.progress import prepare
+
+    prepare()
+    if KERNELS.directory is None:
+        raise ValueError(
+            "the cache folder cannot be written, so nothing was kept: set BITSKIP_CACHE_DIR to a "
+            "folder that can"
+        )
+    click.echo(f"kernels are ready in {KERNELS.directory}")
 
 
 @main.command()

@@ -36,6 +36,11 @@ class Model:
             )
         return self._tokenizer
 
+    @property
+    def threads(self) -> int:
+        """Threads of the engine."""
+        return getattr(self.engine, "threads", 1)
+
     # ---- text -----------------------------------------------------------------------
 
     def generate(self, prompt: str, **options: Any) -> Generation:
@@ -60,14 +65,20 @@ class Model:
         seed: int = 0,
         stop: Sequence[str] = (),
         context: int | None = None,
+        threads: int | None = None,
     ) -> TextStream:
         """The continuation of a prompt, piece by piece as it comes.
 
         exit_layer: blocks to run (1..L), or `gate`, `max`, `margin`, `auto` with a threshold (see
         `exit_rule`); None: what the folder recommends, else all. temperature 0 is greedy, and the
         other sampling options (SPEC 9.2) then change nothing but the repetition penalty.
-        context: positions that may be used; None: all the model has. Raises ValueError.
+        context: positions that may be used; None: all the model has. threads: None keeps the
+        engine's; another number makes a new engine on the same weights. Raises ValueError.
         """
+        if threads not in (None, self.threads):
+            from bitskip_cpu.engine import Engine as CpuEngine
+
+            self.engine = CpuEngine(self.config, self.folder.tensors, threads, self.folder)
         ids = self.tokenizer.encode(prompt)
         if not ids:
             raise ValueError("the prompt is empty: give at least one character")

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from bitskip_cpu import isa, models
+from bitskip_cpu.engine import Engine
+from bitskip_cpu.threads import default_threads
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import Engine, ExitRule
+from bitskip_ref.engine import Engine as AnyEngine
+from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
+from bitskip_ref.folder import read_folder
 from bitskip_ref.generate import stream
+from bitskip_ref.model import ReferenceModel
 from bitskip_ref.sampling import Sampler
 
 PROMPT, STEPS = 12, 6  # tokens: enough for a prompt tile with a remainder, few for the reference
@@ -25,8 +32,34 @@ class Check:
     problem: str | None
 
 
+def run(model: str | None, threads: int | None, echo: Callable[[str], None]) -> int:
+    """What `bitskip-cpu selftest` does with a MODEL argument. Returns the exit code.
+
+    Tests one thread and `threads` (None: every physical core). Stops at the first
+    difference, since whatever follows from it differs too.
+    """
+    folder = read_folder(models.resolve(model))
+    counts = sorted({1, threads or default_threads()})
+    echo(f"{folder.path}, path {isa.PATH}, {' and '.join(map(str, counts))} threads")
+    start, done = time.perf_counter(), 0
+    reference = ReferenceModel(folder.config, folder.tensors)
+    checks = selftest(reference, lambda n: Engine(folder.config, folder.tensors, n), counts)
+    for check in checks:
+        if check.problem:
+            echo(f"DIFFERENT  {check.name}")
+            echo(f"           {check.problem}")
+            return 1
+        echo(f"same bits  {check.name}")
+        done += 1
+    echo(f"all {done} comparisons equal, in {time.perf_counter() - start:.1f} s")
+    return 0
+
+
 def selftest(
-    reference: Engine, engine_for: Callable[[int], Engine], threads: Sequence[int], seed: int = 0
+    reference: AnyEngine,
+    engine_for: Callable[[int], AnyEngine],
+    threads: Sequence[int],
+    seed: int = 0,
 ) -> Iterator[Check]:
     """Compare, for each number of threads, stages, exits, ways of feeding, rules and choices.
 
@@ -80,7 +113,7 @@ def describe(rule: ExitRule) -> str:
     return f"gate exit (> {rule.threshold})" if isinstance(rule, GateExit) else "fixed exit"
 
 
-def record(engine: Engine, ids: Sequence[int]) -> list[tuple[str, np.ndarray]]:
+def record(engine: AnyEngine, ids: Sequence[int]) -> list[tuple[str, np.ndarray]]:
     """Every stage that the engine reports for a prompt, in forward order, copied."""
     stages: list[tuple[str, np.ndarray]] = []
     engine.extend(ids, engine.new_cache(), trace=lambda name, x: stages.append((name, x.copy())))
@@ -88,7 +121,7 @@ def record(engine: Engine, ids: Sequence[int]) -> list[tuple[str, np.ndarray]]:
 
 
 def stage_difference(
-    expected: Sequence[tuple[str, np.ndarray]], engine: Engine, ids: Sequence[int]
+    expected: Sequence[tuple[str, np.ndarray]], engine: AnyEngine, ids: Sequence[int]
 ) -> str | None:
     """The first stage, in forward order, whose bits differ."""
     actual = dict(record(engine, ids))
@@ -101,13 +134,13 @@ def stage_difference(
     return None
 
 
-def singly(engine: Engine, ids: Sequence[int]) -> np.ndarray:
+def singly(engine: AnyEngine, ids: Sequence[int]) -> np.ndarray:
     """Logits [T, V] of the tokens fed one by one."""
     cache = engine.new_cache()
     return np.concatenate([engine.extend([t], cache) for t in ids])
 
 
-def follow(engine: Engine, ids: Sequence[int], rule: ExitRule) -> tuple[np.ndarray, np.ndarray]:
+def follow(engine: AnyEngine, ids: Sequence[int], rule: ExitRule) -> tuple[np.ndarray, np.ndarray]:
     """Half the tokens as a prompt, the others step by step under a rule: (logits, depths)."""
     cache = engine.new_cache()
     half = len(ids) // 2

@@ -1,0 +1,31 @@
+"""The key-value cache of one text, in the layout that attention reads (kernels.attention)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bitskip_cpu.kernels.layout import LANES
+from bitskip_ref.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of `length` positions; memory is taken as positions are first used.
+
+    A smaller `length` forgets the positions from there on (what lies behind is overwritten).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        groups = -(-config.max_position_embeddings // LANES)
+        padded = 1 << (config.head_dim - 1).bit_length()
+        heads = config.num_hidden_layers, config.num_key_value_heads
+        self.config = config
+        self.capacity = groups * LANES
+        self.keys = np.zeros((*heads, groups, padded, LANES), np.float32)
+        self.values = np.zeros((*heads, self.capacity, config.head_dim), np.float32)
+        self.length = 0
+
+    def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Block i's keys (turned) and values as SPEC 6.4 has them: copies, f32 [S, K, E]."""
+        keys = self.keys[i].transpose(1, 3, 0, 2).reshape(self.capacity, *self.keys.shape[1::2])
+        values = self.values[i].transpose(1, 0, 2)
+        return keys[: self.length, :, : values.shape[2]].copy(), values[: self.length].copy()

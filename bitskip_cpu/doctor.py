@@ -1,0 +1,98 @@
+"""What this installation runs on, and what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from bitskip_cpu import isa, models
+from bitskip_cpu.compiling import KERNELS
+from bitskip_cpu.machine import fingerprint
+from bitskip_cpu.models import DEFAULT
+from bitskip_cpu.tables import size
+from bitskip_cpu.threads import default_threads
+from bitskip_cpu.tokenizer import Tokenizer
+from bitskip_ref.folder import FormatError, read_folder
+
+
+def doctor() -> dict[str, Any]:
+    """Everything `bitskip-cpu doctor` prints.
+
+    Keys: machine, isa, threads, cache, memory_available_bytes, models, problems (one line each,
+    with the remedy; empty if all is well).
+    """
+    import psutil
+
+    problems = []
+    if KERNELS.directory is None:
+        problems.append(
+            "the kernel cache cannot be written, so kernels are compiled in every process: set "
+            "BITSKIP_CACHE_DIR to a folder that can"
+        )
+    shipped = [_check(name) for name in models.names()]
+    problems += [f"model {m['name']}: {m['problem']}" for m in shipped if m["problem"]]
+    if DEFAULT not in models.names():
+        problems.append(f"the model {DEFAULT} is missing: verbs need a MODEL argument")
+    return {
+        "machine": fingerprint(),
+        "isa": {
+            "path": isa.PATH,
+            "available": list(isa.available_paths()),
+            "cpu": isa.cpu_name(),
+            "features": sorted(isa.cpu_features()),
+        },
+        "threads": default_threads(),
+        "cache": {
+            "folder": str(KERNELS.directory) if KERNELS.directory else None,
+            "writable": KERNELS.directory is not None,
+            "warm": KERNELS.compiled,
+        },
+        "environment": {k: v for k, v in sorted(os.environ.items()) if _concerns_us(k)},
+        "memory_available_bytes": psutil.virtual_memory().available,
+        "models": shipped,
+        "problems": problems,
+    }
+
+
+def _concerns_us(variable: str) -> bool:
+    return variable.startswith(("BITSKIP_", "NUMBA_", "OMP_"))
+
+
+def _check(name: str) -> dict[str, Any]:
+    """A shipped model, read with every check."""
+    path, problem = models.path(name), None
+    try:
+        folder = read_folder(path)
+        if folder.tokenizer is None:
+            problem = "lacks tokenizer.json"
+        else:
+            Tokenizer(folder.tokenizer, folder.config.vocab_size)
+    except (FormatError, OSError) as error:
+        problem = f"{error}; install the package again"
+    return {"name": name, "path": str(path), "problem": problem}
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The facts of `doctor` as text."""
+    machine, isa_facts, cache = facts["machine"], facts["isa"], facts["cache"]
+    packages = ", ".join(f"{k} {v or '(source tree)'}" for k, v in machine["packages"].items())
+    lines = [
+        ("cpu", f"{machine['cpu']} ({isa_facts['cpu']})"),
+        ("cores", f"{machine['physical_cores']} physical, {machine['usable_cores']} usable"),
+        ("threads", facts["threads"]),
+        (
+            "memory",
+            f"{size(machine['memory_bytes'])}, {size(facts['memory_available_bytes'])} free",
+        ),
+        ("path", f"{isa_facts['path']} (possible: {', '.join(isa_facts['available'])})"),
+        ("system", f"{machine['system']}, Python {machine['python']}"),
+        ("packages", packages),
+        (
+            "cache",
+            f"{cache['folder'] or 'none'} ({'warm' if cache['warm'] else 'not compiled yet'})",
+        ),
+        *(("variable", f"{k}={v}") for k, v in facts["environment"].items()),
+        *(("model", f"{m['name']}: {m['problem'] or 'intact'}") for m in facts["models"]),
+    ]
+    lines += [("problem", p) for p in facts["problems"]] or [("problems", "none")]
+    return "\n".join(f"{name:<9} {value}" for name, value in lines)

@@ -1,0 +1,215 @@
+"""The engine: `bitskip_ref.engine.Engine` on compiled kernels.
+
+Order and names are those of `bitskip_ref.model`; the arithmetic is in `kernels`, bit for bit the
+same. This file only says what is to be run on which memory.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numba import config as numba_config
+
+from bitskip_cpu.cache import KVCache
+from bitskip_cpu.compiling import KERNELS
+from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, EMBED, EXIT, FILL, GATE, MEASURE
+from bitskip_cpu.threads import Team, default_threads
+from bitskip_cpu.weights import Tensors, Weights, random_tensors
+from bitskip_cpu.workspace import Workspace
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.engine import ExitRule, Trace
+from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.folder import Folder, read_folder
+from bitskip_ref.model import check_tokens
+
+f32 = np.float32
+
+
+class Engine:
+    """A model ready to run on this CPU. Several threads may call it; one call runs at a time.
+
+    `folder` is what it was loaded from (tokenizer, end-of-text), None for a random model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Tensors,
+        threads: int | None = None,
+        folder: Folder | None = None,
+    ) -> None:
+        """`tensors` as in a model folder, already checked; they must not change afterwards.
+
+        `threads`: None for every physical core. Interpreted kernels always have one. Raises
+        ValueError for less than one.
+        """
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads {threads}: must be at least 1")
+        self.config, self.folder = config, folder
+        self.threads = 1 if numba_config.DISABLE_JIT else threads or default_threads()
+        self._run = KERNELS.run
+        self._space = Workspace(Weights(config, tensors), self.threads)
+        self._lock = threading.Lock()
+        self._team: Team | None = None
+        if self.threads > 1:
+            space = self._space
+            self._team = Team(self._run, space.states, space.products, space.sync, self.threads - 1)
+            weakref.finalize(self, self._team.close)
+
+    # ---- the engine protocol --------------------------------------------------------
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.config)
+
+    def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
+        return self.extend(token_ids, self.new_cache(), exit_layer=exit_layer)
+
+    def extend(
+        self,
+        token_ids: Sequence[int],
+        cache: KVCache,
+        *,
+        exit_layer: int | None = None,
+        last_only: bool = False,
+        trace: Trace | None = None,
+    ) -> np.ndarray:
+        n = check_exit_layer(exit_layer, self.config)
+        ids = check_tokens(token_ids, cache.length, self.config)
+        z = np.empty((1 if last_only else len(ids), self.config.vocab_size), f32)
+        with self._lock:
+            record = _Record(trace)
+            for start in range(0, len(ids), CHUNK):
+                part = ids[start : start + CHUNK]
+                self._space.set_tokens(part, cache, start)
+                if not last_only:
+                    self._forward(n, record, z[start : start + CHUNK])
+                elif start + CHUNK < len(ids):
+                    self._forward(n, record)
+                else:
+                    self._forward(n, record, z, len(part) - 1)
+            record.replay()
+            cache.length += len(ids)
+        return z
+
+    def step(
+        self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
+    ) -> tuple[np.ndarray, int]:
+        if rule.fixed_layer is not None:
+            n = rule.fixed_layer
+            return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
+        layers = self.config.num_hidden_layers
+        ids = check_tokens([token_id], cache.length, self.config)
+        with self._lock:
+            record, space = _Record(trace), self._space
+            space.set_tokens(ids, cache, 0)
+            self._call(EMBED)
+            record.add(space.embedded)
+            for n in range(1, layers + 1):
+                self._call(BLOCKS, n - 1, n)
+                record.add(space.block_stages, n - 1)
+                probe = CpuProbe(self, n)
+                if n < layers and rule.stops(probe):
+                    break
+            self._call(FILL, n, layers)  # SPEC 8.6
+            z = probe.logits()
+            record.add(space.exit_stages, z)
+            record.replay()
+            cache.length += 1
+        return z[0], n
+
+    # ---- its parts ------------------------------------------------------------------
+
+    def _forward(
+        self, n: int, record: _Record, z: np.ndarray | None = None, first: int = 0
+    ) -> None:
+        """n blocks on the tokens at hand; logits of those from `first` on into z, if given."""
+        if z is not None:
+            self._space.set_exit(n, z, first)
+        if not record.wanted:
+            self._call(EMBED | BLOCKS | (EXIT if z is not None else 0), 0, n)
+            return
+        self._call(EMBED)
+        record.add(self._space.embedded)
+        for i in range(n):
+            self._call(BLOCKS, i, i + 1)
+            record.add(self._space.block_stages, i)
+        if z is not None:
+            self._call(EXIT)
+            record.add(self._space.exit_stages, z)
+
+    def _call(self, actions: int, first: int = 0, last: int = 0) -> None:
+        """Run actions over blocks first..last-1."""
+        if self._team:
+            self._team.wake()
+        self._run(self._space.states, self._space.products, actions, first, last)
+
+
+class CpuProbe:
+    """`bitskip_ref.engine.Probe` of the token at hand after n blocks; nothing is done twice."""
+
+    def __init__(self, engine: Engine, n: int) -> None:
+        self._engine, self._n = engine, n
+        self._logits: np.ndarray | None = None
+
+    def gate(self) -> np.float32:
+        space = self._engine._space
+        space.set_gate(self._n)
+        self._engine._call(GATE)
+        return f32(space.state["probability"])
+
+    def max_probability(self) -> np.float32:
+        return self._measure("probability")
+
+    def margin(self) -> np.float32:
+        return self._measure("margin")
+
+    def _measure(self, name: str) -> np.float32:
+        self.logits()
+        self._engine._call(MEASURE)
+        return f32(self._engine._space.state[name])
+
+    def logits(self) -> np.ndarray:
+        """Logits at this exit, f32 [1, V]."""
+        if self._logits is None:
+            self._logits = np.empty((1, self._engine.config.vocab_size), f32)
+            self._engine._space.set_exit(self._n, self._logits)
+            self._engine._call(EXIT)
+        return self._logits
+
+
+class _Record:
+    """Collects stages chunk by chunk, and tells them whole and in forward order."""
+
+    def __init__(self, trace: Trace | None) -> None:
+        self._trace = trace
+        self._stages: dict[str, list[np.ndarray]] = {}
+
+    @property
+    def wanted(self) -> bool:
+        return self._trace is not None
+
+    def add(self, stages: Callable[..., dict[str, np.ndarray]], *arguments: Any) -> None:
+        if self._trace:
+            for name, value in stages(*arguments).items():
+                self._stages.setdefault(name, []).append(value.copy())
+
+    def replay(self) -> None:
+        if self._trace:
+            for name, parts in self._stages.items():
+                self._trace(name, np.concatenate(parts))
+
+
+def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
+    """Load a model folder. Raises bitskip_ref.folder.FormatError if it is not a whole one."""
+    folder = read_folder(path)
+    return Engine(folder.config, folder.tensors, threads, folder)
+
+
+def random_model(config: ModelConfig, seed: int = 0, threads: int | None = None) -> Engine:
+    """A model of that shape with random weights, made in memory: for benchmarks and tests."""
+    return Engine(config, random_tensors(config, seed), threads)

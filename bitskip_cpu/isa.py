@@ -1,0 +1,88 @@
+"""Which instruction-set path this process runs: chosen once, before any kernel is declared.
+
+An LLVM intrinsic that the target lacks aborts the process, so the choice follows what Numba will
+compile for (NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included), not what the CPU could do.
+"""
+
+from __future__ import annotations
+
+import os
+
+import llvmlite.binding as llvm
+from numba import config
+from numba.core.codegen import get_host_cpu_features
+
+PATHS = ("vnni512", "vnni256", "avx2", "plain")  # best first
+
+NEEDS = {
+    "vnni512": {"avx512f", "avx512bw", "avx512vl", "avx512vnni"},
+    "vnni256": {"avx2", "avxvnni"},
+    "avx2": {"avx2"},
+    "plain": set(),
+}
+
+# What a CPU name given in NUMBA_CPU_NAME implies beyond the feature list; others imply nothing.
+_AVX2 = {"avx2"}
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl"}
+_IMPLIED = {
+    "haswell": _AVX2,
+    "broadwell": _AVX2,
+    "skylake": _AVX2,
+    "x86-64-v3": _AVX2,
+    "znver1": _AVX2,
+    "znver2": _AVX2,
+    "znver3": _AVX2,
+    "alderlake": _AVX2 | {"avxvnni"},
+    "skylake-avx512": _AVX512,
+    "x86-64-v4": _AVX512,
+    "cascadelake": _AVX512 | {"avx512vnni"},
+    "icelake-server": _AVX512 | {"avx512vnni"},
+    "sapphirerapids": _AVX512 | {"avx512vnni", "avxvnni"},
+    "znver4": _AVX512 | {"avx512vnni"},
+    "znver5": _AVX512 | {"avx512vnni", "avxvnni"},
+}
+
+
+class IsaError(RuntimeError):
+    """BITSKIP_ISA asks for a path that is unknown or that this CPU cannot run."""
+
+
+def cpu_name() -> str:
+    """The LLVM CPU name that Numba compiles for."""
+    return config.CPU_NAME or llvm.get_host_cpu_name()
+
+
+def cpu_features() -> frozenset[str]:
+    """LLVM names of the features that Numba's code generator may use in this process."""
+    listed = config.CPU_FEATURES
+    if listed is None:
+        listed = get_host_cpu_features()
+    words = listed.split(",")
+    implied = _IMPLIED.get(cpu_name(), set())
+    return frozenset(
+        (implied | {w[1:] for w in words if w[:1] == "+"}) - {w[1:] for w in words if w[:1] == "-"}
+    )
+
+
+def available_paths() -> tuple[str, ...]:
+    """The paths that can run here, best first. Interpreted (NUMBA_DISABLE_JIT=1): only `plain`."""
+    if config.DISABLE_JIT:
+        return ("plain",)
+    features = cpu_features()
+    return tuple(path for path in PATHS if NEEDS[path] <= features)
+
+
+def choose_path(wanted: str | None = None) -> str:
+    """The best available path, or the wanted one. Raises IsaError where that cannot run."""
+    available = available_paths()
+    if not wanted:
+        return available[0]
+    if wanted not in PATHS:
+        raise IsaError(f"BITSKIP_ISA={wanted}: unknown; one of {', '.join(PATHS)}")
+    if wanted not in available:
+        raise IsaError(f"BITSKIP_ISA={wanted}: not possible here; choose {', '.join(available)}")
+    return wanted
+
+
+PATH = choose_path(os.environ.get("BITSKIP_ISA"))
+"""The path of this process."""

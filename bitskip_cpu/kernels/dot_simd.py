@@ -1,0 +1,218 @@
+"""Exact integer products of 8-bit codes as LLVM IR (SPEC 4.3, 4.4).
+
+Every kernel multiplies unsigned bytes by signed bytes and adds groups of four products to 32-bit
+lanes; the paths differ only in the register width and in `dot`, the instruction for that:
+
+    vnni512, vnni256   vpdpbusd, which cannot saturate
+    avx2               vpmaddubsw, vpmaddwd: pairs of products must fit 16 bits. The largest pair is
+                       2 * 128 * 127 = 32512 (a packed code 2 in the top plane, unshifted).
+
+A kernel computes a tile of R rows x C columns of products. Its arguments are (rows address, row
+stride, last row, columns address, column stride, last column, steps, out address, out stride).
+Rows above `last row` repeat it, so that a tile at the border needs no code of its own. The int32
+sums of one token lie side by side, the next token's `out stride` bytes further: tokens are the
+columns, and in the head kernels (`by_row`) the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from bitskip_cpu.isa import PATH
+from bitskip_cpu.kernels.memory import vector_pointer
+
+PREFETCH = 4096  # bytes; measured, 1024 to 8192 are alike
+WIDTH = 64 if PATH == "vnni512" else 32  # bytes in a register
+BYTE, WORD, INT, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+BYTES = ir.VectorType(BYTE, WIDTH)
+WORDS = ir.VectorType(WORD, WIDTH // 2)
+INTS = ir.VectorType(INT, WIDTH // 4)
+
+
+def splat(kind: ir.VectorType, value: int) -> ir.Constant:
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(result, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+
+def dot(builder: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+    """total int32 lanes + sums of four u8 * s8 products each."""
+    if PATH == "avx2":
+        pairs = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", WORDS, u, s)
+        fours = _call(builder, "llvm.x86.avx2.pmadd.wd", INTS, pairs, splat(WORDS, 1))
+        return builder.add(total, fours)
+    name = f"llvm.x86.avx512.vpdpbusd.{WIDTH * 8}"
+    return _call(builder, name, INTS, total, builder.bitcast(u, INTS), builder.bitcast(s, INTS))
+
+
+def lane_sums(builder: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
+    """n vectors -> one vector <n x i32> of the sums of their lanes (n a power of two)."""
+
+    def neighbours(a: ir.Value, b: ir.Value, count: int) -> ir.Value:
+        halves = [
+            builder.shuffle_vector(
+                a, b, ir.Constant(ir.VectorType(INT, count), list(range(first, 2 * count, 2)))
+            )
+            for first in (0, 1)
+        ]
+        return builder.add(*halves)
+
+    lanes, n = INTS.count, len(parts)
+    while len(parts) > 1:
+        parts = [neighbours(a, b, lanes) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    result = parts[0]
+    while lanes > n:
+        lanes //= 2
+        result = neighbours(result, result, lanes)
+    return result
+
+
+Tile = Callable[..., None]
+
+
+def tile(rows: int, columns: int, step: Callable[..., None], planes: int, by_row: bool) -> Tile:
+    """An intrinsic that runs `step` along a tile and stores the sums (module docstring).
+
+    Each of the rows * columns products has `planes` accumulators; that of plane p holds 4^p times
+    its share, so that packed weights need no shift before they are multiplied.
+    """
+
+    @intrinsic
+    def kernel(
+        typing: Any, a: Any, a_stride: Any, a_last: Any, b: Any, b_stride: Any, b_last: Any,
+        steps: Any, out: Any, out_stride: Any,
+    ) -> Any:  # fmt: skip
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            a, a_stride, a_last, b, b_stride, b_last, steps, out, out_stride = args
+
+            def starts(base: ir.Value, stride: ir.Value, last: ir.Value, count: int) -> list[Any]:
+                found = [base]
+                for i in range(1, count):
+                    inside = builder.icmp_signed("<=", LONG(i), last)
+                    found.append(builder.select(inside, builder.add(found[-1], stride), found[-1]))
+                return found
+
+            row_at = starts(a, a_stride, a_last, rows)
+            column_at = starts(b, b_stride, b_last, columns)
+            count = rows * columns * planes
+            totals = [cgutils.alloca_once_value(builder, splat(INTS, 0)) for _ in range(count)]
+            with cgutils.for_range(builder, steps) as loop:
+                step(builder, loop.index, row_at, column_at, totals)
+
+            def whole(i: int, j: int) -> ir.Value:
+                first = (i * columns + j) * planes
+                parts = [builder.load(t) for t in totals[first : first + planes]]
+                result = parts[0]
+                for p in range(1, planes):
+                    result = builder.add(result, builder.ashr(parts[p], splat(INTS, 2 * p)))
+                return result
+
+            if by_row:
+                lines = [[whole(i, j) for j in range(columns)] for i in range(rows)]
+            else:
+                lines = [[whole(i, j) for i in range(rows)] for j in range(columns)]
+            for line in lines:
+                result = lane_sums(builder, line)
+                builder.store(result, vector_pointer(builder, out, result.type), align=4)
+                out = builder.add(out, out_stride)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 9), codegen
+
+    return kernel  # type: ignore[no-any-return]
+
+
+def load(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
+    pointer = vector_pointer(builder, builder.add(base, offset), BYTES)
+    return builder.load(pointer, align=1)
+
+
+def prefetch(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:
+    """Ask for the bytes PREFETCH further on; without it, memory is read at half its speed."""
+    at = builder.add(builder.add(base, offset), LONG(PREFETCH))
+    pointer = builder.inttoptr(at, BYTE.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [pointer, INT(0), INT(3), INT(1)])  # read, keep, data
+
+
+def add_to(builder: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> None:
+    builder.store(dot(builder, builder.load(total), u, s), total)
+
+
+def packed_step(
+    builder: ir.IRBuilder, index: ir.Value, rows: list[Any], columns: list[Any], totals: list[Any]
+) -> None:
+    """64 packed bytes of each row (FORMAT 2) with 256 codes of each column."""
+    start = builder.mul(index, LONG(64))
+    for row in rows:
+        prefetch(builder, row, start)
+    for part in range(0, 64, WIDTH):
+        packed = [load(builder, row, builder.add(start, LONG(part))) for row in rows]
+        for plane in range(4):
+            first = builder.add(builder.mul(index, LONG(256)), LONG(plane * 64 + part))
+            codes = [load(builder, column, first) for column in columns]
+            mask = splat(BYTES, 3 << 2 * plane)
+            for i, row in enumerate(packed):
+                weights = builder.and_(row, mask)
+                for j, code in enumerate(codes):
+                    add_to(builder, totals[(i * len(codes) + j) * 4 + plane], weights, code)
+
+
+def bytes_step(
+    builder: ir.IRBuilder, index: ir.Value, rows: list[Any], columns: list[Any], totals: list[Any]
+) -> None:
+    """64 unsigned bytes of each row with 64 signed bytes of each column."""
+    start = builder.mul(index, LONG(64))
+    for part in range(0, 64, WIDTH):
+        at = builder.add(start, LONG(part))
+        codes = [load(builder, column, at) for column in columns]
+        for i, row in enumerate(rows):
+            u = load(builder, row, at)
+            for j, code in enumerate(codes):
+                add_to(builder, totals[i * len(codes) + j], u, code)
+
+
+def head_step(
+    builder: ir.IRBuilder, index: ir.Value, rows: list[Any], columns: list[Any], totals: list[Any]
+) -> None:
+    """64 activation codes of each row (a token) with 64 codes of each column (a head's row).
+
+    With vpdpbusd the activations come with ACTIVATION_OFFSET added. Without it such bytes would
+    overflow 16 bits, so signs move to the activations: |w| * (a * sign w), both at most 127.
+    """
+    start = builder.mul(index, LONG(64))
+    for column in columns:
+        prefetch(builder, column, start)
+    if PATH != "avx2":
+        bytes_step(builder, index, rows, columns, totals)
+        return
+    for part in range(0, 64, WIDTH):
+        at = builder.add(start, LONG(part))
+        activations = [load(builder, row, at) for row in rows]
+        for j, column in enumerate(columns):
+            weights = load(builder, column, at)
+            size = _call(builder, "llvm.x86.avx2.psign.b", BYTES, weights, weights)
+            for i, row in enumerate(activations):
+                turned = _call(builder, "llvm.x86.avx2.psign.b", BYTES, row, weights)
+                add_to(builder, totals[i * len(columns) + j], size, turned)
+
+
+ACTIVATION_OFFSET = 0 if PATH == "avx2" else 128
+"""What the head kernels expect to be added to each activation code; the caller corrects it."""
+
+packed_4x1 = tile(4, 1, packed_step, 4, False)
+packed_2x2 = tile(2, 2, packed_step, 4, False)
+packed_1x4 = tile(1, 4, packed_step, 4, False)
+bytes_4x4 = tile(4, 4, bytes_step, 1, False)
+head_1x4 = tile(1, 4, head_step, 1, True)
+head_4x4 = tile(4, 4, head_step, 1, True)

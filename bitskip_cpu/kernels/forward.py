@@ -1,0 +1,143 @@
+"""The forward pass: one compiled function, no Python between the layers (SPEC sections 7 and 8)."""
+
+from __future__ import annotations
+
+import numpy as np
+from bitskip_cpu.kernels.inner import inner
+
+from bitskip_cpu.kernels.floats import confidence, copy, dot_tree, layer_norm, relu, sigmoid, widen
+from bitskip_cpu.kernels.jobs import (
+    ATTEND,
+    ATTENTION_IN,
+    BLOCK_OUT,
+    DOWN_IN,
+    EXIT_IN,
+    FFN_IN,
+    OUT_IN,
+    ROWS,
+    STORE,
+    norm,
+)
+from bitskip_cpu.kernels.layout import (
+    BAND,
+    BLOCKS,
+    DOWN,
+    EMBED,
+    EXIT,
+    FILL,
+    FLOAT16,
+    GATE,
+    HEAD,
+    HELP,
+    INT8,
+    MEASURE,
+    OUT,
+    QKV,
+    UP,
+)
+from bitskip_cpu.kernels.memory import floats, int8s, int32s
+from bitskip_cpu.kernels.team import help_out, share
+
+f32 = np.float32
+
+PART_BYTES = 1 << 15  # of weights, about, in one part of a product
+
+
+@inner
+def embed(s, t):
+    """Token t's embedding, and its norm if there is one (SPEC 4.4, 7.4)."""
+    n, token, x_at = s.hidden, np.int64(int32s(s.ids, s.tokens)[t]), s.x + t * 4 * s.hidden
+    if s.head_kind == INT8:
+        codes, x = int8s(s.embedding + token * n, n), floats(x_at, n)
+        scale = floats(s.embedding_scale, s.vocab)[token]
+        for i in range(n):
+            x[i] = f32(codes[i]) * scale
+    elif s.head_kind == FLOAT16:
+        widen(s.embedding + token * 2 * n, x_at, n)
+    else:
+        copy(s.embedding + token * 4 * n, x_at, n)
+    if s.embedding_norm:
+        norm(s, x_at, s.first_norm, x_at, n, s.scratch)
+
+
+@inner
+def product(s, products, index, first, last, row_bytes):
+    """Rows first..last-1 of a product for all tokens."""
+    s.product, s.first_row, s.last_row = index, first, last
+    s.grain = max(1, PART_BYTES // (row_bytes * BAND)) * BAND
+    count = (last - first + s.grain - 1) // s.grain
+    share(s, products, ROWS, count, (last - first) * row_bytes * ((s.tokens + 3) // 4))
+
+
+@inner
+def keys_values(s, products, first_row):
+    """Up to the cache: norm, product of q|k|v from `first_row` on, keys turned and stored."""
+    p, tokens = products[QKV], s.tokens
+    share(s, products, ATTENTION_IN, tokens, tokens * s.row_stride)
+    product(s, products, QKV, first_row, p.rows, p.row_bytes)
+    share(s, products, STORE, tokens, tokens * 8 * s.kv)
+
+
+@inner
+def block(s, products, layer):
+    """One block on the tokens at hand (SPEC 7.2, 7.3)."""
+    s.layer = layer
+    tokens, cost = s.tokens, s.tokens * s.row_stride
+    keys_values(s, products, 0)
+    seen = 4 * (s.position + tokens) * s.attention
+    share(s, products, ATTEND, tokens * s.kv_heads, tokens * seen)
+    share(s, products, OUT_IN, tokens, cost)
+    product(s, products, OUT, 0, products[OUT].rows, products[OUT].row_bytes)
+    share(s, products, FFN_IN, tokens, cost)
+    product(s, products, UP, 0, products[UP].rows, products[UP].row_bytes)
+    share(s, products, DOWN_IN, tokens, cost)
+    product(s, products, DOWN, 0, products[DOWN].rows, products[DOWN].row_bytes)
+    share(s, products, BLOCK_OUT, tokens, cost)
+
+
+@inner
+def exit_logits(s, products):
+    """Final norm and head for the tokens from `exit_from` on (SPEC 8.1)."""
+    tokens = s.tokens
+    s.tokens = tokens - s.exit_from
+    share(s, products, EXIT_IN, s.tokens, s.tokens * s.row_stride)
+    product(s, products, HEAD, 0, s.vocab, s.head_row_bytes)
+    s.tokens = tokens
+
+
+@inner
+def gate(s):
+    """The routing gate on the first token at hand (SPEC 8.4)."""
+    layer_norm(s.x, s.gate_norm, s.row, s.hidden, s.norm_eps, s.scratch)
+    inner_at = s.row + 4 * s.hidden
+    inner = floats(inner_at, s.gate_width)
+    for i in range(s.gate_width):
+        inner[i] = relu(dot_tree(s.row, s.gate_fc1 + 4 * i * s.hidden, s.hidden, s.scratch))
+    return sigmoid(dot_tree(inner_at, s.gate_fc2, s.gate_width, s.scratch))
+
+
+def run(states, products, actions, first, last):
+    """Do `actions` on the one state in `states`, blocks (or fills) first..last-1; HELP: thread first.
+
+    No argument is checked: `bitskip_cpu.engine` does.
+    """
+    s = states[0]
+    if actions & HELP:
+        help_out(s, products, first)
+        return
+    if actions & EMBED:
+        for t in range(s.tokens):
+            embed(s, t)
+    if actions & BLOCKS:
+        for layer in range(first, last):
+            block(s, products, layer)
+    if actions & FILL:  # SPEC 8.6
+        for layer in range(first, last):
+            s.layer = layer
+            keys_values(s, products, s.attention)
+    if actions & EXIT:
+        exit_logits(s, products)
+    if actions & MEASURE:
+        s.probability, s.margin = confidence(s.logits, s.vocab, s.scratch)
+    if actions & GATE:
+        s.probability = gate(s)

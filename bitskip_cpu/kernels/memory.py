@@ -1,0 +1,68 @@
+"""Arrays from addresses.
+
+Kernels take addresses (int64) instead of arrays: one struct of addresses (`layout.STATE`) then
+serves every model, every cache and every thread through a single compiled signature, and passing
+an array between kernels costs one register. Whoever fills in an address keeps its array alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import config, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
+
+View = Callable[[Any, Any], np.ndarray]
+
+
+def _view(kind: type) -> View:
+    """A function (address, n) -> 1-D array of that dtype over existing memory."""
+    if config.DISABLE_JIT:
+        element = np.ctypeslib.as_ctypes_type(kind)
+
+        def interpreted(address: int, n: int) -> np.ndarray:
+            memory = (element * int(n)).from_address(int(address))
+            return np.frombuffer(memory, kind)
+
+        return interpreted
+
+    item: types.Type = getattr(types, np.dtype(kind).name)
+    array = types.Array(item, 1, "C")
+
+    @intrinsic
+    def compiled(typing: Any, address: Any, n: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            data = context.get_data_type(item)
+            size = context.get_constant(types.intp, context.get_abi_sizeof(data))
+            result = context.make_array(array)(context, builder)
+            populate_array(
+                result,
+                data=builder.inttoptr(args[0], data.as_pointer()),
+                shape=cgutils.pack_array(builder, [args[1]]),
+                strides=cgutils.pack_array(builder, [size]),
+                itemsize=size,
+                meminfo=None,
+            )
+            return result._getvalue()
+
+        return array(types.int64, types.int64), codegen
+
+    return compiled  # type: ignore[no-any-return]
+
+
+floats = _view(np.float32)
+halfs = _view(np.uint16)
+int8s = _view(np.int8)
+uint8s = _view(np.uint8)
+int32s = _view(np.int32)
+
+
+def vector_pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.VectorType) -> ir.Value:
+    """An address as a pointer to an LLVM vector."""
+    return builder.inttoptr(address, kind.as_pointer())

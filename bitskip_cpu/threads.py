@@ -1,0 +1,98 @@
+"""Helper threads of an engine, and how many to have."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from bitskip_cpu.kernels.layout import HELP
+from bitskip_cpu.kernels.team import STOP
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use, container limits included; at least 1."""
+    logical = os.cpu_count() or 1
+    allowed = set(range(logical))
+    if hasattr(os, "sched_getaffinity"):
+        allowed = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text().strip())
+        except OSError:  # not Linux, or hidden: trust the totals
+            cores = set(range(min(len(allowed), psutil.cpu_count(logical=False) or logical)))
+            break
+    count = len(cores)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or no limit ("max")
+        pass
+    return max(1, count)
+
+
+class Team:
+    """Threads that take parts of the leader's jobs (kernels.team).
+
+    They wait in compiled code for some 30 ms after the last job, without the interpreter's lock,
+    and then sleep here until `wake`. They hold the arrays, not the engine.
+    """
+
+    def __init__(
+        self, run: Callable[..., None], state: np.ndarray, products: np.ndarray,
+        sync: np.ndarray, helpers: int,
+    ) -> None:  # fmt: skip
+        self._run, self._state, self._products, self._sync = run, state, products, sync
+        self._helpers = helpers
+        self._process = -1
+        self._begin()
+
+    def _begin(self) -> None:
+        self._condition = threading.Condition()
+        self._parked = self._calls = 0
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+
+    def wake(self) -> None:
+        """Before a job: see that the helpers are there. After a fork they are made anew."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._begin()
+            self._sync[:] = 0
+            for i in range(1, self._helpers + 1):
+                thread = threading.Thread(target=self._live, args=(i,), daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        elif self._parked:
+            with self._condition:
+                self._calls += 1
+                self._condition.notify_all()
+
+    def _live(self, thread: int) -> None:
+        while True:
+            self._run(self._state, self._products, HELP, thread, 0)
+            with self._condition:
+                seen = self._calls
+                self._parked += 1
+                self._condition.wait_for(lambda seen=seen: self._closed or self._calls != seen)
+                self._parked -= 1
+                if self._closed:
+                    return
+
+    def close(self) -> None:
+        """End the threads; part of the engine's end and of the interpreter's."""
+        if self._process != os.getpid():
+            return
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+        self._sync[STOP // 8] = 1
+        for thread in self._threads:
+            thread.join()
+        self._process = -1

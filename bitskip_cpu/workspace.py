@@ -1,0 +1,180 @@
+"""The memory that kernels work in, and the struct that tells them where everything is."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bitskip_cpu.cache import KVCache
+from bitskip_cpu.kernels.attention import LEVELS
+from bitskip_cpu.kernels.floats import GATED_RELU2, RELU2, SWIGLU
+from bitskip_cpu.kernels.layout import (
+    BAND,
+    CHUNK,
+    DOWN,
+    FLOAT16,
+    FLOAT32,
+    INT8,
+    LANES,
+    OUT,
+    QKV,
+    STATE,
+    UP,
+)
+from bitskip_cpu.kernels.team import SYNC_WORDS
+from bitskip_cpu.weights import Weights
+from bitskip_ref.rope import rope_table
+
+FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
+HEAD_KINDS = {"int8": INT8, "float32": FLOAT32, "float16": FLOAT16}
+WORTH = 1 << 16  # bytes of weights below which a job is not worth sharing
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _aligned(shape: tuple[int, ...], kind: type) -> np.ndarray:
+    """Zeros that start at a cache line."""
+    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(kind).reshape(shape)
+
+
+class Workspace:
+    """Buffers for up to CHUNK tokens; allocated once, reused by every call."""
+
+    def __init__(self, weights: Weights, threads: int) -> None:
+        self.weights = weights
+        self._arrays: list[np.ndarray] = []  # whose addresses the structs hold
+        self.states = np.zeros(1, STATE).view(np.recarray)
+        self.products = weights.products.view(np.recarray)
+        self.state = self.states[0]
+        self._shape()
+        self._weights()
+        self._buffers()
+        self._scratch(threads)
+
+    def _shape(self) -> None:
+        c, s = self.weights.config, self.state
+        for name, value in {
+            "hidden": c.hidden_size, "heads": c.num_attention_heads,
+            "kv_heads": c.num_key_value_heads, "head_dim": c.head_dim,
+            "head_padded": _power_of_two(c.head_dim), "attention": c.attention_size,
+            "kv": c.kv_size, "ffn": c.intermediate_size, "vocab": c.vocab_size,
+            "ternary": c.linear == "ternary", "hadamard": c.hadamard,
+            "layer_norm": c.norm == "layer", "post_norm": c.norm_position == "post",
+            "sub_norm": c.sub_norm, "embedding_norm": c.embedding_norm,
+            "ffn_kind": FFN_KINDS[c.ffn], "squared": c.relu2_in_linear, "norm_eps": c.norm_eps,
+            "largest_code": 2 ** (c.activation_bits - 1) - 1,
+            "head_kind": HEAD_KINDS[c.head_format], "gate_width": c.gate_width,
+        }.items():  # fmt: skip
+            s[name] = value
+
+    def _weights(self) -> None:
+        w, s = self.weights, self.state
+        s["weights"], s["layer_bytes"] = self._keep(w.linear), w.layer_bytes
+        s["params"], s["params_stride"] = self._keep(w.params), w.params.strides[0]
+        for name, offset in w.norm_offsets.items():
+            s[name] = offset
+        s["cos"], s["sin"] = (self._keep(table) for table in rope_table(w.config))
+        s["embedding"] = self._keep(w.tensors["embed_tokens.weight"])
+        if w.config.head_format == "int8":
+            s["embedding_scale"] = self._keep(w.tensors["embed_tokens.scale"])
+        if w.config.embedding_norm:
+            s["first_norm"] = self._keep(w.norm("embedding_norm"))
+
+    def _buffers(self) -> None:
+        c, s, p = self.weights.config, self.state, self.products
+        wide = max(*p["width"], c.hidden_size + c.gate_width)
+
+        def floats(width: int) -> np.ndarray:
+            return _aligned((CHUNK, width), np.float32)
+
+        self.ids = np.zeros(CHUNK, np.int32)
+        self.x, self.mid, self.y = (floats(c.hidden_size) for _ in range(3))
+        self.qkv, self.attended = floats(int(p["rows"][QKV])), floats(c.attention_size)
+        self.up, self.act = floats(int(p["rows"][UP])), floats(c.intermediate_size)
+        self.row = floats(int(wide))
+        codes = _aligned((CHUNK, int(max(*p["padded"], -(-c.hidden_size // 64) * 64))), np.int8)
+        for name, array in {
+            "ids": self.ids, "x": self.x, "mid": self.mid, "y": self.y, "qkv": self.qkv,
+            "attended": self.attended, "up": self.up, "act": self.act, "row": self.row,
+            "codes": codes, "steps": np.zeros(CHUNK, np.float32),
+            "sums": np.zeros(CHUNK, np.int32),
+        }.items():  # fmt: skip
+            s[name] = self._keep(array)
+        s["row_stride"], s["codes_stride"] = self.row.strides[0], codes.strides[0]
+        for index, array in ((QKV, self.qkv), (OUT, self.y), (UP, self.up), (DOWN, self.y)):
+            p[index]["out"], p[index]["out_stride"] = array.ctypes.data, array.strides[0]
+
+    def _scratch(self, threads: int) -> None:
+        """Each thread's own: [floats | unpacked rows | int32 sums], each from a cache line on."""
+        c, s, p = self.weights.config, self.state, self.products
+        padded, seen = int(s["head_padded"]), -(-c.max_position_embeddings // LANES) * LANES
+        parts = max((LEVELS + 1) * (c.head_dim + 1), padded // 2 * LANES)
+        longest = max(*p["width"], c.hidden_size, c.attention_size, c.intermediate_size)
+        floats = max(
+            _power_of_two(c.vocab_size),  # confidence
+            _power_of_two(int(longest)) + self.row.shape[1],  # tree sums, a widened row
+            seen + padded + parts,  # attention
+        )
+        unpacked = -(-4 * floats // 64) * 64
+        acc = unpacked + 4 * int(p["padded"].max())
+        stride = acc + (CHUNK + 3) * BAND * 4
+        s["scratch"] = self._keep(_aligned((threads * stride,), np.uint8))
+        s["scratch_stride"], s["unpacked"], s["acc"] = stride, unpacked, acc
+        self.sync = _aligned((SYNC_WORDS,), np.int64)
+        s["sync"] = self._keep(self.sync)
+        s["helpers"], s["worth"] = threads - 1, WORTH
+
+    def _keep(self, array: np.ndarray) -> int:
+        """Keep the array as long as this workspace; its address."""
+        self._arrays.append(array)
+        return int(array.ctypes.data)
+
+    # ---- what changes from call to call ---------------------------------------------
+
+    def set_tokens(self, ids: np.ndarray, cache: KVCache, past: int) -> None:
+        """The tokens at hand, `past` positions behind the cache's length; no logits asked."""
+        s = self.state
+        self.ids[: len(ids)] = ids
+        s["tokens"], s["position"] = len(ids), cache.length + past
+        s["keys"], s["values"] = cache.keys.ctypes.data, cache.values.ctypes.data
+        s["capacity"] = cache.capacity
+
+    def set_exit(self, n: int, logits: np.ndarray, first: int = 0) -> None:
+        """Logits after n blocks, of the tokens from `first` on, go to `logits` f32 [T - first, V]."""
+        s, w = self.state, self.weights
+        norm, head = w.exit(n)
+        rows, scales, corrections = w.head(head)
+        s["final_norm"] = w.norm(norm).ctypes.data
+        s["head"], s["head_row_bytes"] = rows.ctypes.data, rows.strides[0]
+        s["head_scale"], s["head_sums"] = scales.ctypes.data, corrections.ctypes.data
+        s["logits"], s["exit_from"] = logits.ctypes.data, first
+
+    def set_gate(self, n: int) -> None:
+        """The gate of block n, counted from 1."""
+        s, at = self.state, f"layers.{n - 1}.gate"
+        s["gate_norm"] = self.weights.norm(f"{at}.norm").ctypes.data
+        for name in ("fc1", "fc2"):
+            s[f"gate_{name}"] = self.weights.tensors[f"{at}.{name}.weight"].ctypes.data
+
+    # ---- what a call has left behind (bitskip_ref.engine.Trace) -----------------------
+
+    def embedded(self) -> dict[str, np.ndarray]:
+        return {"embed": self.x[: self.state["tokens"]]}
+
+    def block_stages(self, i: int) -> dict[str, np.ndarray]:
+        """Views of block i's stages, in forward order."""
+        c, tokens = self.weights.config, int(self.state["tokens"])
+        q, k, v = np.split(self.qkv[:tokens], (c.attention_size, c.attention_size + c.kv_size), 1)
+        stages = {
+            "q": q.reshape(tokens, -1, c.head_dim), "k": k.reshape(tokens, -1, c.head_dim),
+            "v": v.reshape(tokens, -1, c.head_dim), "attn": self.attended[:tokens],
+            "mid": self.mid[:tokens], "act": self.act[:tokens], "out": self.x[:tokens],
+        }  # fmt: skip
+        return {f"layers.{i}.{name}": value for name, value in stages.items()}
+
+    def exit_stages(self, logits: np.ndarray) -> dict[str, np.ndarray]:
+        return {"exit_norm": self.row[: len(logits), : self.x.shape[1]], "logits": logits}
