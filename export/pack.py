@@ -1,0 +1,159 @@
+"""Full-precision weights to a packed model folder (FORMAT), quantized by the reference."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.documents import END_OF_TEXT
+from bitskip_ref.folder import (
+    CONFIG,
+    TOKENIZER,
+    expected_tensors,
+    parameter_shapes,
+    write_folder,
+)
+from bitskip_ref.packing import pack_ternary
+from bitskip_ref.quant import SCALE_FLOOR, quantize_activations, quantize_weights
+
+CHUNK = 4096  # rows of an embedding that are quantized at a time, for bounded scratch
+
+
+class ExportError(ValueError):
+    """Weights that cannot be exported, or a place that cannot be written to."""
+
+
+def export_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    head_format: str | None = None,
+    ternary: bool = False,
+    exit_layer: int | None = None,
+    force: bool = False,
+) -> Path:
+    """Write the model folder of a training checkpoint, which is only read; returns its path.
+
+    head_format: int8, float32 or float16 instead of the configuration's. ternary: the linear
+    weights are -a, 0 and a already; keep that. exit_layer: what the folder recommends. force:
+    write into a folder that holds something else. The end-of-text id is the tokenizer's.
+    Raises ExportError, or bitskip_train's CheckpointError; nothing is written then.
+    """
+    from bitskip_train.checkpoint import load_checkpoint
+    from bitskip_train.tokenizer import parse_tokenizer
+
+    root = Path(out)
+    check_target(root, force)
+    loaded = load_checkpoint(Path(checkpoint))
+    config = loaded.config.replace(head_format=head_format or loaded.config.head_format)
+    if exit_layer is not None and not 1 <= exit_layer <= config.num_hidden_layers:
+        raise ExportError(f"exit layer {exit_layer}: must be in 1..{config.num_hidden_layers}")
+    end = None
+    if loaded.tokenizer_json is not None:
+        tokenizer = parse_tokenizer(loaded.tokenizer_json, f"{checkpoint}: its tokenizer")
+        end = tokenizer.token_to_id(END_OF_TEXT)
+    state = {name: tensor.numpy() for name, tensor in loaded.state.items()}
+    tensors = pack(config, state, ternary=ternary)
+    if loaded.tokenizer_json is None:
+        (root / TOKENIZER).unlink(missing_ok=True)  # an older model's
+    write_folder(
+        root,
+        config,
+        tensors,
+        tokenizer_json=loaded.tokenizer_json,
+        eos_token_id=end,
+        exit_layer=exit_layer,
+    )
+    return root
+
+
+def check_target(root: Path, force: bool = False) -> None:
+    """Raise ExportError if writing a model to `root` would mix it with something else."""
+    if root.exists() and not root.is_dir():
+        raise ExportError(f"{root} is a file: choose another folder with -o")
+    if force or not root.exists() or not any(root.iterdir()):
+        return
+    try:
+        known = json.loads((root / CONFIG).read_text("utf-8")).get("model_type") == "bitskip"
+    except (OSError, ValueError, AttributeError):
+        known = False
+    if not known:
+        raise ExportError(f"{root} holds files and no model: choose another folder, or --force")
+
+
+def pack(
+    config: ModelConfig, state: Mapping[str, np.ndarray], *, ternary: bool = False
+) -> dict[str, np.ndarray]:
+    """A folder's tensors from f32 parameters under FORMAT's names; `state` is not changed.
+
+    Raises ExportError for missing, extra or misshapen parameters, another dtype, values that are
+    not finite or do not fit; and, with `ternary`, for linear weights that are not -a, 0, a of one
+    a. Without it, weights that are so are refused too: SPEC 4.1 would give them another scale.
+    """
+    shapes = parameter_shapes(config)
+    for problem, names in (
+        ("lacks", shapes.keys() - state.keys()),
+        ("has an unknown", state.keys() - shapes.keys()),
+    ):
+        if names:
+            raise ExportError(f"the checkpoint {problem} tensor {min(names)} ({len(names)} in all)")
+    tensors: dict[str, np.ndarray] = {}
+    for name, (kind, _) in expected_tensors(config).items():
+        if name not in shapes:
+            continue  # a scale: made with its weight
+        w = state[name]
+        if w.shape != shapes[name] or w.dtype != np.float32:
+            raise ExportError(
+                f"{name} is {w.dtype}{list(w.shape)}, "
+                f"the configuration asks for float32{list(shapes[name])}"
+            )
+        if not np.isfinite(w).all():
+            at = [int(i) for i in np.argwhere(~np.isfinite(w))[0]]
+            raise ExportError(
+                f"{name}{at} is {w[tuple(at)]}: training has diverged, export an older checkpoint"
+            )
+        scale = name.removesuffix("weight") + "scale"
+        if kind is np.uint8:
+            codes, alpha = ternary_codes(name, w, ternary)
+            tensors[name], tensors[scale] = pack_ternary(codes), np.array([alpha])
+        elif kind is np.int8:
+            tensors[name], tensors[scale] = int8_rows(w)
+        else:
+            if kind is np.float16 and np.abs(w).max() > np.finfo(np.float16).max:
+                raise ExportError(f"{name} exceeds float16 (65504): use --head int8 or float32")
+            tensors[name] = w.astype(kind)
+    return tensors
+
+
+def ternary_codes(name: str, w: np.ndarray, ternary: bool) -> tuple[np.ndarray, np.float32]:
+    """Codes int8 and alpha of a linear weight f32 [out, in]; errors as of `pack`."""
+    magnitudes = np.abs(w)
+    largest = magnitudes.max()
+    already = bool(((magnitudes == largest) | (w == 0)).all())
+    if ternary and not already:
+        odd = w[(magnitudes != largest) & (w != 0)]
+        raise ExportError(
+            f"{name} is not ternary: beside 0 and +-{largest:.6g} it holds {odd[0]:.6g} "
+            f"({odd.size} of {w.size} values): export without --ternary to quantize it"
+        )
+    if ternary:
+        return np.sign(w).astype(np.int8), np.maximum(largest, SCALE_FLOOR)
+    codes, alpha = quantize_weights(w)
+    if already and (w == 0).any() and largest > 0:
+        raise ExportError(
+            f"{name} is ternary already, +-{largest:.6g}; quantizing would make it +-{alpha:.6g}: "
+            "export with --ternary to keep it"
+        )
+    return codes, alpha
+
+
+def int8_rows(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """SPEC 4.4: f32 [V, D] -> (codes int8 [V, D], scales f32 [V])."""
+    parts = [quantize_activations(w[i : i + CHUNK], 8) for i in range(0, len(w), CHUNK)]
+    codes, steps = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return codes, steps[:, 0]

@@ -1,0 +1,32 @@
+"""What an export has made, in a few lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+
+def summary(path: Path) -> str:
+    """Sizes, bits per weight and ternary statistics of a model folder."""
+    from bitskip_cpu.inspect import inspect
+    from bitskip_cpu.tables import size, table
+
+    facts = inspect(path)
+    total = facts["bytes"]["total"]
+    rows = [(kind, size(n), f"{n / total:.1%}") for kind, n in facts["bytes"].items()]
+    lines = [
+        table(("kind", "size", "share"), rows),
+        f"{facts['parameters']:,} parameters; linear layers at "
+        f"{facts['bits_per_weight']:.3f} bits per weight",
+    ]
+    if blocks := facts["layers"]:
+        mean = {k: np.mean([b[k] for b in blocks]) for k in ("minus", "zero", "plus")}
+        alphas = [a for b in blocks for a in b["alpha"].values()]
+        sparsest = max(blocks, key=lambda b: b["zero"])
+        lines += [
+            f"weights -1: {mean['minus']:.1%}, 0: {mean['zero']:.1%}, +1: {mean['plus']:.1%}; "
+            f"scales {min(alphas):.4g} to {max(alphas):.4g}",
+            f"sparsest: block {sparsest['layer']}, {sparsest['zero']:.1%} zeros",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,160 @@
+"""Packing checkpoints: what is written, what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bitskip_ref.compare import difference
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.folder import FormatError, read_folder
+from bitskip_ref.packing import unpack_ternary
+from bitskip_train.checkpoint import Checkpoint, save_checkpoint
+from bitskip_train.errors import CheckpointError
+from bitskip_train.settings import TrainConfig
+from export.pack import ExportError, export_checkpoint, pack
+from export.report import summary
+from tests.cli.conftest import byte_level_bpe
+from tests.helpers import OPTIONS, QUANTIZED, random_parameters, random_tensors, twin
+
+CONFIG = twin("per-layer-exits")
+LINEAR = "layers.2.up_proj.weight"
+
+
+def write_checkpoint(
+    path: Path, config: ModelConfig = CONFIG, tokenizer: str | None = None, **changes: np.ndarray
+) -> Path:
+    """A checkpoint of random parameters, some of them changed."""
+    state = {n: torch.from_numpy(w) for n, w in (random_parameters(config) | changes).items()}
+    save_checkpoint(path, Checkpoint(config, state, tokenizer, TrainConfig().to_dict(), step=7))
+    return path
+
+
+@pytest.mark.parametrize("name", [*QUANTIZED, *OPTIONS, "layerskip"])
+def test_packing_follows_the_specification(name: str) -> None:
+    """`random_tensors` quantizes the same parameters by itself."""
+    config = twin(name)
+    state = random_parameters(config)
+    before = {n: w.copy() for n, w in state.items()}
+    tensors, expected = pack(config, state), random_tensors(config)
+    assert tensors.keys() == expected.keys()
+    for key, values in expected.items():
+        assert difference(key, values, tensors[key]) is None
+    assert all(difference(n, before[n], state[n]) is None for n in before)
+
+
+def test_a_checkpoint_becomes_a_folder(tmp_path: Path) -> None:
+    config = CONFIG.replace(vocab_size=320)
+    tokenizer = byte_level_bpe()
+    path = write_checkpoint(tmp_path / "best.pt", config, tokenizer)
+    digest = hashlib.sha256(path.read_bytes()).digest()
+    folder = read_folder(export_checkpoint(path, tmp_path / "model", exit_layer=3))
+    assert folder.config == config and folder.exit_layer == 3 and folder.eos_token_id == 0
+    assert folder.tokenizer and folder.tokenizer.read_text("utf-8") == tokenizer
+    for name, values in random_tensors(config).items():
+        assert difference(name, values, folder.tensors[name]) is None
+    assert hashlib.sha256(path.read_bytes()).digest() == digest
+    text = summary(folder.path)
+    assert "9.481 bits per weight" in text  # rows of 48, 64 and 80 weights take 64 bytes each
+    assert "sparsest: block" in text
+
+
+def test_the_head_format_can_be_chosen(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "a.pt")
+    folder = read_folder(export_checkpoint(path, tmp_path / "m", head_format="float16"))
+    assert folder.config == CONFIG.replace(head_format="float16")
+    head = random_parameters(CONFIG)["lm_head.weight"].astype(np.float16)
+    assert difference("head", head, folder.tensors["lm_head.weight"]) is None
+    large = {"lm_head.weight": np.full((97, 48), 7e4, np.float32)}
+    path = write_checkpoint(tmp_path / "b.pt", **large)
+    with pytest.raises(ExportError, match=r"lm_head.weight exceeds float16.*--head int8"):
+        export_checkpoint(path, tmp_path / "n", head_format="float16")
+    assert not (tmp_path / "n").exists()
+
+
+def test_ternary_weights_are_kept_only_when_said(tmp_path: Path) -> None:
+    codes = np.random.default_rng(5).integers(-1, 2, (80, 48)).astype(np.float32)
+    state = random_parameters(CONFIG)
+    linear = [n for n in state if "_proj." in n]
+    state |= {n: np.sign(np.round(2 * state[n])) * np.float32(0.3) for n in linear}
+    state[LINEAR] = codes * np.float32(0.02)
+    tensors = pack(CONFIG, state, ternary=True)
+    assert tensors["layers.2.up_proj.scale"].tolist() == [np.float32(0.02)]
+    assert (unpack_ternary(tensors[LINEAR], 48) == codes).all()
+    with pytest.raises(ExportError, match=r"ternary already.*--ternary"):
+        pack(CONFIG, state)
+    state[LINEAR][3, 4] = 0.01
+    with pytest.raises(ExportError, match=r"up_proj.weight is not ternary: .* holds 0.01"):
+        pack(CONFIG, state, ternary=True)
+
+
+def test_zero_and_constant_weights_are_quantized() -> None:
+    state = random_parameters(CONFIG)
+    state[LINEAR][:] = 0.0
+    state["layers.1.up_proj.weight"][:] = -0.5
+    tensors = pack(CONFIG, state)
+    assert tensors["layers.2.up_proj.scale"][0] == np.float32(1e-5)
+    assert not unpack_ternary(tensors[LINEAR], 48).any()
+    assert (unpack_ternary(tensors["layers.1.up_proj.weight"], 48) == -1).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [LINEAR, "lm_head.weight", "final_norm.weight"])
+def test_numbers_that_are_not_finite_are_refused(name: str, bad: float) -> None:
+    state = random_parameters(CONFIG)
+    state[name].reshape(-1)[7] = bad
+    with pytest.raises(ExportError, match=rf"{name}\[.*\] is {bad}: training has diverged"):
+        pack(CONFIG, state)
+
+
+def test_wrong_tensors_are_refused() -> None:
+    state = random_parameters(CONFIG)
+    with pytest.raises(ExportError, match=r"lacks tensor final_norm\.weight"):
+        pack(CONFIG, {n: w for n, w in state.items() if n != "final_norm.weight"})
+    with pytest.raises(ExportError, match="has an unknown tensor extra"):
+        pack(CONFIG, state | {"extra": np.zeros(1, np.float32)})
+    for wrong in (state[LINEAR].T, state[LINEAR].astype(np.float64)):
+        with pytest.raises(ExportError, match=rf"{LINEAR} is .*asks for float32\[80, 48\]"):
+            pack(CONFIG, state | {LINEAR: wrong})
+
+
+def test_hostile_checkpoints_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    (tmp_path / "noise.pt").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
+    torch.save({"format": "bitskip-checkpoint-1"}, tmp_path / "empty.pt")
+    for name in ("absent.pt", "noise.pt", "empty.pt"):
+        with pytest.raises(CheckpointError):
+            export_checkpoint(tmp_path / name, out)
+    path = write_checkpoint(tmp_path / "a.pt", **{LINEAR: np.zeros((3, 3), np.float32)})
+    with pytest.raises(CheckpointError, match="do not fit the configuration"):
+        export_checkpoint(path, out)
+    assert not out.exists()
+
+
+def test_other_files_are_not_mixed_with_a_model(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "a.pt")
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter1.txt").write_text("words")
+    with pytest.raises(ExportError, match="holds files and no model"):
+        export_checkpoint(path, out)
+    with pytest.raises(ExportError, match="is a file"):
+        export_checkpoint(path, out / "chapter1.txt")
+    assert [p.name for p in out.iterdir()] == ["chapter1.txt"]
+    export_checkpoint(path, out, force=True)
+    assert (out / "chapter1.txt").read_text() == "words"
+    (out / "tokenizer.json").write_text("an older model's")
+    export_checkpoint(path, out)  # a model now, so no force
+    assert read_folder(out).tokenizer is None
+
+
+def test_an_exit_out_of_range_is_refused(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "a.pt")
+    with pytest.raises(ExportError, match=r"exit layer 5: must be in 1\.\.4"):
+        export_checkpoint(path, tmp_path / "m", exit_layer=5)
+    with pytest.raises(FormatError):
+        read_folder(tmp_path / "m")
