@@ -1,6 +1,6 @@
-"""Running ternary models with early exit on CPUs.
+"""Ternary early-exit models on the CPU: `load` a folder, then `generate` or use token ids.
 
-Importing this package is cheap; Numba is imported when an engine is made.
+Importing this package loads nothing heavy; `load` brings in NumPy and Numba.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bitskip_cpu.engine import Engine
+    from bitskip_cpu.model import Model
 
 __all__ = ["load"]
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
-    """Load a model folder (docs/FORMAT.md) to run on `threads` threads (None: physical cores).
+def load(model: str | os.PathLike[str] | None = None, threads: int | None = None) -> Model:
+    """Load a model folder, or a model that comes with the package (None: the default one).
 
-    Raises bitskip_ref.folder.FormatError for a folder that is not whole.
+    threads: None takes what suits the machine. Raises bitskip_ref.folder.FormatError if the
+    folder is not a whole model, ValueError if there is none or threads are out of range.
     """
-    from bitskip_cpu import engine
+    from bitskip_cpu import models
+    from bitskip_cpu.engine import Engine
+    from bitskip_cpu.model import Model
+    from bitskip_ref.folder import read_folder
 
-    return engine.load(path, threads)
+    folder = read_folder(models.resolve(None if model is None else os.fspath(model)))
+    return Model(Engine(folder.config, folder.tensors, threads, folder), folder)
