@@ -105,7 +105,7 @@ def _prompt(prompt: str | None, file: IO[bytes] | None) -> str | None:
     if prompt is not None and file is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other: give one")
     if prompt == "-":
-        file = click.get_binary_stream("stdin")
+        file = sys.stdin.buffer
     if file is None:
         return prompt
     try:

@@ -14,7 +14,7 @@ from bitskip_cpu.threads import default_threads
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import Engine as AnyEngine
-from bitskip_ref.engine import ExitRule
+from bitskip_ref.engine import ExitRule, Probe
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.folder import read_folder
 from bitskip_ref.generate import stream
@@ -28,6 +28,7 @@ PROMPT, STEPS = 12, 6  # tokens: enough for a prompt tile with a remainder, few 
 class Check:
     """One comparison; `problem` is None or one line that names the first difference."""
 
+    threads: int
     name: str
     problem: str | None
 
@@ -35,23 +36,26 @@ class Check:
 def run(model: str | None, threads: int | None, echo: Callable[[str], None]) -> int:
     """What `bitskip-cpu selftest` does with a MODEL argument. Returns the exit code.
 
-    Tests one thread and `threads` (None: every physical core). Stops at the first
-    difference, since whatever follows from it differs too.
+    Tests one thread and `threads` (None: every physical core). Stops at the first difference,
+    since whatever follows from it differs too.
     """
     folder = read_folder(models.resolve(model))
     counts = sorted({1, threads or default_threads()})
-    echo(f"{folder.path}, path {isa.PATH}, {' and '.join(map(str, counts))} threads")
-    start, done = time.perf_counter(), 0
+    start = time.perf_counter()
+    echo(f"{folder.path} on path {isa.PATH}, against the NumPy reference")
     reference = ReferenceModel(folder.config, folder.tensors)
-    checks = selftest(reference, lambda n: Engine(folder.config, folder.tensors, n), counts)
-    for check in checks:
+    same: dict[int, list[str]] = {}
+    for check in selftest(
+        reference, lambda n: Engine(folder.config, folder.tensors, n, folder), counts
+    ):
         if check.problem:
-            echo(f"DIFFERENT  {check.name}")
-            echo(f"           {check.problem}")
+            echo(f"DIFFERENT with {check.threads} thread(s), {check.name}: {check.problem}")
             return 1
-        echo(f"same bits  {check.name}")
-        done += 1
-    echo(f"all {done} comparisons equal, in {time.perf_counter() - start:.1f} s")
+        same.setdefault(check.threads, []).append(check.name)
+    for count, names in same.items():
+        echo(f"same bits with {count} thread(s): {'; '.join(names)}")
+    total = sum(map(len, same.values()))
+    echo(f"all {total} comparisons equal, in {time.perf_counter() - start:.1f} s")
     return 0
 
 
@@ -71,27 +75,27 @@ def selftest(
     ids = prompt.tolist()
     stages = record(reference, ids)
     exits = {n: reference.logits(ids, n) for n in quarters(config)}
-    rules = {rule: follow(reference, ids, rule) for rule in rules_for(config)}
+    rules = {rule: follow(reference, ids, rule) for rule in rules_for(reference, ids)}
     sampler = Sampler(temperature=1.0, top_k=40, top_p=0.95, seed=seed)
     text = [(t.id, t.depth) for t in stream(reference, ids, FixedExit(), sampler, STEPS)]
     for count in threads:
         engine = engine_for(count)
-        where = f"{count} thread{'s' if count > 1 else ''}"
-        yield Check(f"every stage of a prompt, {where}", stage_difference(stages, engine, ids))
+        yield Check(count, "every stage of a prompt", stage_difference(stages, engine, ids))
         for n, expected in exits.items():
-            yield Check(f"exit {n}, {where}", difference("logits", expected, engine.logits(ids, n)))
-        expected = stages[-1][1]
-        yield Check(f"token by token, {where}", difference("logits", expected, singly(engine, ids)))
+            problem = difference("logits", expected, engine.logits(ids, n))
+            yield Check(count, f"exit {n}", problem)
+        problem = difference("logits", stages[-1][1], singly(engine, ids))
+        yield Check(count, "token by token", problem)
         for rule, (logits, depths) in rules.items():
             got_logits, got_depths = follow(engine, ids, rule)
             problem = difference("exit layers", depths, got_depths)
-            yield Check(
-                f"{describe(rule)}, depths {sorted(set(depths.tolist()))}, {where}",
-                problem or difference("logits", logits, got_logits),
-            )
+            problem = problem or difference("logits", logits, got_logits)
+            name = "gate" if isinstance(rule, GateExit) else rule.measure
+            shown = ", ".join(map(str, sorted(set(depths.tolist()))))
+            yield Check(count, f"{name} > {rule.threshold:.3g} (exits {shown})", problem)
         got = [(t.id, t.depth) for t in stream(engine, ids, FixedExit(), sampler, STEPS)]
         problem = None if got == text else f"(token, exit layer): {got}, expected {text}"
-        yield Check(f"sampled tokens, {where}", problem)
+        yield Check(count, "sampled tokens", problem)
 
 
 def quarters(config: ModelConfig) -> list[int]:
@@ -100,17 +104,36 @@ def quarters(config: ModelConfig) -> list[int]:
     return sorted({max(1, layers * n // 4) for n in (1, 2, 3, 4)})
 
 
-def rules_for(config: ModelConfig) -> list[ExitRule]:
-    """Rules that decide token by token, with thresholds low enough to stop early sometimes."""
-    rules: list[ExitRule] = [ConfidenceExit(0.3, "max"), ConfidenceExit(0.3, "margin")]
-    return [*rules, GateExit(0.5)] if config.gates else rules
+class Watch:
+    """A rule that never stops and notes what every other rule would have seen."""
+
+    fixed_layer: None = None
+
+    def __init__(self, gates: bool) -> None:
+        self.seen: dict[str, list[float]] = {"max": [], "margin": []}
+        if gates:
+            self.seen["gate"] = []
+
+    def check(self, config: ModelConfig) -> None:
+        """Any model will do."""
+
+    def stops(self, probe: Probe) -> bool:
+        """No, but note the measures."""
+        ask = {"max": probe.max_probability, "margin": probe.margin, "gate": probe.gate}
+        for name, values in self.seen.items():
+            values.append(float(ask[name]()))
+        return False
 
 
-def describe(rule: ExitRule) -> str:
-    """The rule in words."""
-    if isinstance(rule, ConfidenceExit):
-        return f"confidence exit ({rule.measure} > {rule.threshold})"
-    return f"gate exit (> {rule.threshold})" if isinstance(rule, GateExit) else "fixed exit"
+def rules_for(reference: AnyEngine, ids: Sequence[int]) -> list[ConfidenceExit | GateExit]:
+    """The rules that decide token by token, with thresholds at which half the places stop."""
+    watch = Watch(reference.config.gates)
+    follow(reference, ids, watch)
+    rules: list[ConfidenceExit | GateExit] = []
+    for name, values in watch.seen.items():
+        at = float(np.median(values)) if values else 0.5
+        rules.append(GateExit(at) if name == "gate" else ConfidenceExit(at, name))
+    return rules
 
 
 def record(engine: AnyEngine, ids: Sequence[int]) -> list[tuple[str, np.ndarray]]:

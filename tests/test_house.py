@@ -24,8 +24,11 @@ LAZY = {"export": {"bitskip_train", "bitskip_cpu", "torch"}}
 # The reference's arithmetic: whoever used it would be compared with itself.
 ARITHMETIC = {
     f"bitskip_ref.{name}"
-    for name in ("attention", "ffn", "functions", "hadamard", "model", "norms", "quant", "sums")
-}
+    for name in (
+        "attention", "ffn", "functions", "hadamard", "norms", "quant", "sums", "load",
+        "ReferenceModel", "model.load", "model.ReferenceModel",
+    )
+}  # fmt: skip
 COMPARE = {ROOT / "bitskip_cpu/selftest.py"}  # runs the reference beside the engine
 
 

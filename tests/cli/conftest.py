@@ -98,3 +98,11 @@ def command(*arguments: str | Path, **options: Any) -> subprocess.CompletedProce
         [sys.executable, "-m", "bitskip_cpu", *map(str, arguments)],
         capture_output=True, text=True, timeout=120, **options,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled() -> None:
+    """Kernels are ready, so that no test sees the message about the first time."""
+    from bitskip_cpu.compiling import warmup
+
+    warmup()
