@@ -103,9 +103,8 @@ def bench(
             if not 0 < case.tokens <= context:
                 raise ValueError(f"{case.test}: needs 1..{context} tokens, the model's context")
         for number in range(repetitions + 1):
+            report(f"{count} threads: {f'{number} of {repetitions}' if number else 'warm-up'}")
             for case in cases:
-                part = f"{number}/{repetitions}" if number else "warm-up"
-                report(f"{case.test}, exit {case.exit_layer}, {count} threads: {part}")
                 speed, steps = case.run(engine, np.random.default_rng(seed))
                 if number:
                     case.tokens_per_s.append(speed)

@@ -52,6 +52,7 @@ def fingerprint() -> dict[str, Any]:
         "logical_cores": os.cpu_count(),
         "usable_cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
+        "load_average": list(psutil.getloadavg()),  # over 1, 5 and 15 minutes: was it alone?
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": versions(),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+DIGITS = "0123456789"
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table with aligned columns; what starts with a digit is set to the right."""
+    """A Markdown table with aligned columns; those of numbers (or nothing) to the right."""
     cells = [list(header), *([str(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    right = [all(row[i][:1].isdigit() for row in cells[1:]) for i in range(len(header))]
+    right = [all(row[i][:1] in DIGITS for row in cells[1:]) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
         parts = (

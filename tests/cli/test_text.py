@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bitskip_cpu
 from bitskip_cpu.model import Model
 from bitskip_cpu.tokenizer import StopStrings, StreamDecoder, Tokenizer
 from bitskip_ref.folder import Folder, FormatError
@@ -211,6 +212,16 @@ def test_begin_token_and_recommended_exit_are_used(say) -> None:
 def test_bad_options_are_refused_with_the_rule(say, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         say("the").generate(**{"prompt": "a", **options})
+
+
+def test_threads_of_one_generation(folder: Path) -> None:
+    model = bitskip_cpu.load(folder, threads=1)
+    alone = model.generate("Once", max_tokens=6)
+    assert model.threads == 1
+    assert model.generate("Once", max_tokens=6, threads=2).token_ids == alone.token_ids
+    assert model.threads == 2
+    with pytest.raises(ValueError, match="at least 1"):
+        model.generate("Once", threads=0)
 
 
 def test_a_folder_without_tokenizer_says_so(tmp_path: Path) -> None:
