@@ -65,7 +65,10 @@ def train(
     data: tuple[str, ...], valid: tuple[str, ...], out: Path, resume: bool,
     tensorboard: bool | None, token_cache: Path,
 ) -> None:  # fmt: skip
-    """Train a model. Writes last.pt, best.pt and history.jsonl to OUT."""
+    """Train a model. Writes last.pt, best.pt and history.jsonl to OUT.
+
+    On several GPUs: torchrun --nproc-per-node N cli.py train ...
+    """
     checkpoint: Checkpoint | None = None
     last = out / "last.pt"
     if resume:
@@ -103,32 +106,40 @@ def _run(
     from bitskip_train.data import TextSource, load_split
     from bitskip_train.tokenizer import make_tokenizer, parse_tokenizer
     from bitskip_train.trainer import Trainer, check_settings
+    from bitskip_train.world import World
 
     check_settings(model, settings)
     if not settings.data:
         raise ConfigError("--data is missing")
-    source = TextSource(settings.data, "train")
-    if checkpoint is not None and checkpoint.tokenizer_json is not None:
-        tokenizer = parse_tokenizer(checkpoint.tokenizer_json, "the checkpoint's tokenizer")
-    else:
-        tokenizer = make_tokenizer(settings.tokenizer, source.documents())
-    if tokenizer.get_vocab_size() > model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.vocab_size}: "
-            f"--set model.vocab_size={tokenizer.get_vocab_size()}"
+    world = World.from_environment()
+    try:
+        source = TextSource(settings.data, "train")
+        text = checkpoint.tokenizer_json if checkpoint is not None else None
+        if text is None and world.main:
+            text = make_tokenizer(settings.tokenizer, source.documents()).to_str()
+        tokenizer = parse_tokenizer(world.share(text), "the tokenizer")
+        if tokenizer.get_vocab_size() > model.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model "
+                f"{model.vocab_size}: --set model.vocab_size={tokenizer.get_vocab_size()}"
+            )
+        split = load_split(source, tokenizer, cache)
+        held_out = None
+        if settings.valid:
+            held_out = load_split(TextSource(settings.valid, "validation"), tokenizer, cache)
+        trainer = Trainer(
+            model, settings, split, held_out, tokenizer.to_str(), out, checkpoint, world
         )
-    split = load_split(source, tokenizer, cache)
-    held_out = None
-    if settings.valid:
-        held_out = load_split(TextSource(settings.valid, "validation"), tokenizer, cache)
-    trainer = Trainer(model, settings, split, held_out, tokenizer.to_str(), out, checkpoint)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    click.echo(
-        f"{parameters:,} parameters, {len(split.tokens):,} tokens of data, "
-        f"{trainer.device.type}, steps {trainer.step}..{settings.steps}",
-        err=True,
-    )
-    return trainer.run(tensorboard)
+        if world.main:
+            parameters = sum(p.numel() for p in trainer.model.parameters())
+            click.echo(
+                f"{parameters:,} parameters, {len(split.tokens):,} tokens of data, "
+                f"{world.size} x {trainer.device.type}, steps {trainer.step}..{settings.steps}",
+                err=True,
+            )
+        return trainer.run(tensorboard)
+    finally:
+        world.close()
 
 
 def _exit_list(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:

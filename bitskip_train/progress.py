@@ -19,25 +19,29 @@ class Report:
 
     def __init__(
         self,
-        out: Path,
+        out: Path | None,
         steps: int,
         done: int,
         history: list[dict[str, Any]],
         tensorboard: bool | None = None,
     ) -> None:
-        """tensorboard: None writes its files if the package is there, True insists on it.
+        """out: None keeps the history and says nothing (all processes but the main one).
 
-        Raises TrainingError if it is asked for and missing.
+        tensorboard: None writes its files if the package is there, True insists on it. Raises
+        TrainingError if it is asked for and missing.
         """
         self.history = history
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=out is None)
         self._steps, self._start_step = steps, done
         self._started = time.monotonic()
+        self._bar: Progress | None = None
+        self._board = self._file = None
+        if out is None:
+            return
         with replace_file(out / "history.jsonl") as file:  # drops what came after the checkpoint
             file.writelines(_line(entry) for entry in history)
         self._file = (out / "history.jsonl").open("ab", buffering=0)
         self._board = self._open_board(out, done, tensorboard)
-        self._bar: Progress | None = None
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -91,7 +95,8 @@ class Report:
 
     def _record(self, entry: dict[str, Any], group: str) -> None:
         self.history.append(entry)
-        self._file.write(_line(entry))
+        if self._file:
+            self._file.write(_line(entry))
         if self._board:
             for name, value in entry.items():
                 if name != "step":
@@ -103,7 +108,8 @@ class Report:
             self._bar.stop()
         if self._board:
             self._board.close()
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def _line(entry: dict[str, Any]) -> bytes:

@@ -14,7 +14,9 @@ from click.testing import CliRunner, Result
 import cli
 from bitskip_train.checkpoint import load_checkpoint
 
-SMALL = ["tokenizer=bpe:300", "context=16", "batch=2", "eval_tokens=200", "save_every=1000"]
+SMALL = [
+    "tokenizer=bpe:300", "context=16", "batch=2", "eval_tokens=200", "save_every=1000", "threads=1",
+]  # fmt: skip
 
 
 def run(*arguments: str | Path) -> Result:

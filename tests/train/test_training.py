@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bitskip_ref.config import ConfigError
-from bitskip_train import losses, trainer
+from bitskip_train import losses, objective, trainer
 from bitskip_train.checkpoint import load_checkpoint
 from bitskip_train.errors import CheckpointError, TrainingError
 from bitskip_train.trainer import Trainer, make_optimizer
@@ -35,11 +35,11 @@ def plain_loss(run: Trainer, ids: torch.Tensor, keep: torch.Tensor | None) -> to
 
     total = mean_loss(depth)
     teacher = model.logits(hidden[depth], depth).flatten(0, 1)
-    for n, weight in run.exits.items():
+    for n, weight in run.objective.exits.items():
         kl = losses.distillation(model.logits(hidden[n], n).flatten(0, 1), teacher) / len(targets)
         total = total + train.exit_lambda * weight * (mean_loss(n) + train.exit_distill * kl)
     if train.route_lambda:
-        generator = torch.Generator().manual_seed(trainer.mix(train.seed, 0))
+        generator = torch.Generator().manual_seed(0)
         if keep is not None:
             torch.rand(keep.shape, generator=generator)
         gates = [
@@ -53,7 +53,7 @@ def plain_loss(run: Trainer, ids: torch.Tensor, keep: torch.Tensor | None) -> to
 def test_gradients_are_those_of_the_whole_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
 ) -> None:
-    monkeypatch.setattr(trainer, "LOGIT_BUDGET", budget)  # the second: pieces of 5 rows
+    monkeypatch.setattr(objective, "LOGIT_BUDGET", budget)  # the second: pieces of 5 rows
     config = small_config("wt2-bitskip")
     run = small_trainer(
         tmp_path,
@@ -61,11 +61,11 @@ def test_gradients_are_those_of_the_whole_loss(
         **(EVERYTHING | {"accumulation": 1, "exit_subset": 0, "quant_lambda": 0.0}),
     )
     ids = torch.from_numpy(run.windows.batch(0, 3))
-    run._pass(ids, 0)
+    run.objective.backward(ids, 0, 0, torch.Generator().manual_seed(0))
     found = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
     run.model.zero_grad()
-    generator = torch.Generator().manual_seed(trainer.mix(run.train.seed, 0))
-    plain_loss(run, ids, run._keep(3, generator)).backward()
+    keep = run.objective.keep(3, 0, torch.Generator().manual_seed(0))
+    plain_loss(run, ids, keep).backward()
     for name, p in run.model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
@@ -78,7 +78,8 @@ def test_unshifted_exit_targets_are_the_inputs(tmp_path: Path) -> None:
             tmp_path, exit_targets=reading, exit_layers=[3], exit_subset=0, dropout_max=0.0
         )
         ids = torch.from_numpy(run.windows.batch(0, 3))
-        results.append(run._pass(ids, 0)["exit_loss"].item())
+        terms = run.objective.backward(ids, 0, 0, torch.Generator())
+        results.append(terms["exit_loss"].item())
         with torch.no_grad():
             logits = run.model.logits(run.model(ids[:, :-1], exit_layer=3)[3], 3)
         targets = ids[:, 1:] if reading == "next" else ids[:, :-1]

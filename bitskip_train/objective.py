@@ -1,0 +1,102 @@
+"""The whole loss of one batch and its gradient (v1 Eq. 5, v2 Eq. 7)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitskip_train import losses
+from bitskip_train.evaluate import LOGIT_BUDGET
+from bitskip_train.model import BitskipModel
+from bitskip_train.schedule import dropout_probabilities
+from bitskip_train.settings import TrainConfig
+
+
+class Objective:
+    """Forward and backward of batches through a model, with every term but the quantization loss.
+
+    Heads run backward at once, exit by exit and piece by piece, into the hidden states; the blocks
+    then run backward once. So only one piece's logits are ever held, and an exit costs its head
+    and nothing else.
+    """
+
+    def __init__(self, model: BitskipModel, train: TrainConfig, device: torch.device) -> None:
+        """Raises ConfigError for exits that the model does not have."""
+        self.model, self.train, self.device = model, train, device
+        self.depth = model.config.num_hidden_layers
+        self.dtype = torch.bfloat16 if train.dtype == "bfloat16" else None
+        self.exits: dict[int, float] = {}  # of the early-exit loss
+        if train.exit_lambda:
+            self.exits = losses.exit_weights(train, self.depth)
+
+    def backward(
+        self, ids: Tensor, step: int, turn: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Add the gradient of the mean loss over ids [B, T + 1] to the parameters'.
+
+        `turn` counts passes, for the rotation of exits; `generator` draws layer dropout and gate
+        decisions. The gradient is divided by `accumulation`; the terms returned, detached, are
+        not: `loss` of the last layer, and `exit_loss` and `route_loss` where they are on.
+        """
+        train = self.train
+        exits = losses.exit_subset(self.exits, train.exit_subset, turn)
+        collect = set(range(1, self.depth + 1)) if train.route_lambda else {*exits, self.depth}
+        keep = self.keep(ids.shape[0], step, generator)
+        with self.autocast():
+            hidden = self.model(ids[:, :-1], keep=keep, collect=collect)
+        leaves = {n: hidden[n].detach().requires_grad_() for n in sorted(collect)}
+        terms = self._head_losses(leaves, ids, exits)
+        if train.route_lambda:
+            with self.autocast():
+                gates = [
+                    losses.sample_exits(self.model.gate(h, n), generator) for n, h in leaves.items()
+                ]
+            terms["route_loss"] = losses.route_loss(gates, train.route_leftover)
+            (train.route_lambda * terms["route_loss"] / train.accumulation).backward()
+        torch.autograd.backward([hidden[n] for n in leaves], [h.grad for h in leaves.values()])
+        return {name: term.detach() for name, term in terms.items()}
+
+    def _head_losses(
+        self, leaves: dict[int, Tensor], ids: Tensor, exits: dict[int, float]
+    ) -> dict[str, Tensor]:
+        """Loss of the last layer and of the exits, with their gradients left in the leaves."""
+        train, depth = self.train, self.depth
+        flat = {n: leaf.flatten(0, 1) for n, leaf in leaves.items()}  # [B * T, D]
+        targets = ids[:, 1:].flatten()
+        exit_targets = targets if train.exit_targets == "next" else ids[:, :-1].flatten()
+        scale = 1 / (len(targets) * train.accumulation)
+        main = exit_total = torch.zeros((), device=self.device)
+        rows = max(1, LOGIT_BUDGET // self.model.config.vocab_size)
+        for start in range(0, len(targets), rows):
+            piece = slice(start, start + rows)
+            logits = self._logits(flat[depth][piece], depth)
+            loss = losses.cross_entropy(logits, targets[piece])
+            (loss * scale).backward()
+            main = main + loss.detach()
+            teacher = logits.detach()
+            for n, weight in exits.items():
+                logits = self._logits(flat[n][piece], n)
+                loss = losses.cross_entropy(logits, exit_targets[piece])
+                if train.exit_distill:
+                    loss = loss + train.exit_distill * losses.distillation(logits, teacher)
+                (train.exit_lambda * weight * scale * loss).backward()
+                exit_total = exit_total + weight * loss.detach()
+        terms = {"loss": main / len(targets)}
+        if exits:
+            terms["exit_loss"] = exit_total / len(targets)
+        return terms
+
+    def _logits(self, hidden: Tensor, n: int) -> Tensor:
+        with self.autocast():
+            return self.model.logits(hidden, n)
+
+    def keep(self, batch: int, step: int, generator: torch.Generator) -> Tensor | None:
+        """Which samples each block runs for: bool [L, B] on the CPU, or None for all."""
+        p = dropout_probabilities(self.train, self.depth, step)
+        if not any(p):
+            return None
+        return torch.rand((len(p), batch), generator=generator) >= torch.tensor(p)[:, None]
+
+    def autocast(self) -> torch.autocast:
+        """The region in which products run in the chosen dtype."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
