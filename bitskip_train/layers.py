@@ -122,7 +122,7 @@ class Block(nn.Module):
             self.add_module(name, Norm(width, config.norm, config.norm_eps))
         if config.gates:
             self.gate = Gate(config)
-        self._prepared: dict[tuple[str, type, torch.dtype], tuple[Any, Prepared]] = {}
+        self._kept: dict[str, Prepared] | None = None
 
     # ---- linear layers --------------------------------------------------------------
 
@@ -131,24 +131,19 @@ class Block(nn.Module):
         return [getattr(self, name) for name in GROUPS[group] if hasattr(self, name)]
 
     def prepare(self, ops: FastOps) -> dict[str, Prepared]:
-        """Quantized weights by group, made again only after the weights have changed.
-
-        Change is seen by PyTorch's version counters: write to parameters in place (optimizers and
-        `load_state_dict` do), not through `.data`.
-        """
+        """Quantized weights by group; those of a loaded model are kept from pass to pass."""
         if self.config.linear != "ternary":
             return {}
-        found = {}
+        if self._kept is not None:
+            return self._kept
+        made, loaded = {}, False
         for group in GROUPS:
             layers = self.linears(group)
-            weights = [layer.weight for layer in layers]
-            state = [(w.data_ptr(), w._version) for w in weights]
-            key = (group, type(ops), ops.dtype)
-            if key not in self._prepared or self._prepared[key][0] != state:
-                made = ops.prepare(weights, [layer.scale for layer in layers])
-                self._prepared[key] = (state, made)
-            found[group] = self._prepared[key][1]
-        return found
+            made[group] = ops.prepare([x.weight for x in layers], [x.scale for x in layers])
+            loaded = layers[0].scale is not None
+        if loaded:
+            self._kept = made
+        return made
 
     def linear(
         self, group: str, x: Tensor, prepared: dict[str, Prepared], run: Pass

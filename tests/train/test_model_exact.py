@@ -43,6 +43,18 @@ def engines(name: str) -> tuple[ReferenceModel, TorchEngine]:
     return ReferenceModel(config, tensors), TorchEngine(config, tensors)
 
 
+def stages(
+    model: ReferenceModel | TorchEngine, ids: list[int], exit_layer: int | None = None
+) -> dict[str, np.ndarray]:
+    """All that a trace reports of a whole prompt."""
+    seen: dict[str, np.ndarray] = {}
+    model.extend(
+        ids, model.new_cache(), exit_layer=exit_layer,
+        trace=lambda name, x: seen.update({name: x.copy()}),
+    )  # fmt: skip
+    return seen
+
+
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
@@ -98,19 +110,11 @@ def test_every_stage_equals_the_reference(name: str, threads: int) -> None:
     reference, engine = engines(name)
     ids = random_tokens(reference.config, 19)
     for exit_layer in (2, None):
-        stages: dict[str, np.ndarray] = {}
-        reference.extend(
-            ids, reference.new_cache(), exit_layer=exit_layer,
-            trace=lambda stage, x: stages.update({stage: x.copy()}),  # noqa: B023
-        )  # fmt: skip
-        seen = []
-
-        def check(stage: str, x: np.ndarray) -> None:
-            seen.append(stage)
-            equal(stages[stage], x, stage)  # noqa: B023
-
-        engine.extend(ids, engine.new_cache(), exit_layer=exit_layer, trace=check)
-        assert seen == list(stages)
+        expected = stages(reference, ids, exit_layer)
+        actual = stages(engine, ids, exit_layer)
+        assert list(actual) == list(expected)
+        for stage, x in expected.items():
+            equal(x, actual[stage], stage)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -200,16 +204,10 @@ def test_planted_mistakes_show(monkeypatch: pytest.MonkeyPatch) -> None:
     # Stages, not logits: the next quantizer may swallow a difference in the last bit.
     reference, engine = engines("bitskip-v1")
     ids = random_tokens(reference.config, 9)
-
-    def stages(model: ReferenceModel | TorchEngine) -> dict[str, np.ndarray]:
-        seen: dict[str, np.ndarray] = {}
-        model.extend(ids, model.new_cache(), trace=lambda name, x: seen.update({name: x.copy()}))
-        return seen
-
-    expected = stages(reference)
+    expected = stages(reference, ids)
 
     def differs() -> bool:
-        return any(difference(name, expected[name], x) for name, x in stages(engine).items())
+        return any(difference(name, expected[name], x) for name, x in stages(engine, ids).items())
 
     assert not differs()
     with monkeypatch.context() as patch:
@@ -218,6 +216,7 @@ def test_planted_mistakes_show(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(exact, "mean", lambda x: x.mean(-1, keepdim=True))
         assert differs()
+    _, engine = engines("bitskip-v1")  # codes are prepared at the first pass
     weight = engine.model.block(1).k_proj.weight
     weight[0, 0] = 1 if weight[0, 0] != 1 else -1
     assert differs()
