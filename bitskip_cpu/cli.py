@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ def main() -> None:
     MODEL is a model folder or the name of a model that comes with the package; without it the
     verbs take the one that ships.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a model's text may leave a narrow code page
 
 
 @main.command()

@@ -92,10 +92,11 @@ class UniformEngine(ScriptEngine):
         return np.full((len(token_ids), self.config.vocab_size), 2.5, np.float32)
 
 
-def command(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+def command(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run `bitskip-cpu` as a process of its own."""
+    words = [a if isinstance(a, bytes) else str(a) for a in arguments]
     return subprocess.run(
-        [sys.executable, "-m", "bitskip_cpu", *map(str, arguments)],
+        [sys.executable, "-m", "bitskip_cpu", *words],
         capture_output=True, text=True, timeout=120, **options,
     )  # fmt: skip
 

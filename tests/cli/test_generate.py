@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -224,6 +225,19 @@ def one_line(result: Any, message: str) -> None:
 
 def test_a_prompt_that_is_not_utf8_is_one_line(folder: Path) -> None:
     one_line(generate(folder, "-p", "-", input=b"caf\xe9"), "not UTF-8 (byte 3)")
+
+
+def test_a_narrow_code_page_gets_question_marks(folder: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    result = command("generate", folder, "-p", "日本", "-n", 0, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "??\n"
+
+
+def test_an_argument_that_is_not_utf8_is_one_line(folder: Path) -> None:
+    result = command("generate", folder, "-p", b"caf\xe9")
+    assert result.returncode == 1
+    assert result.stderr == "error: the text is not valid Unicode (it was not UTF-8)\n"
 
 
 def truncate(folder: Path) -> None:
