@@ -152,7 +152,8 @@ def verify(
     failed = 0
     for check in checks.verify(model, ids, exits, names, threads, skipped):
         place = f"{check.engine:<6}  {check.threads:>7}  {check.exit_layer:>4}  {check.mode:<14}"
-        click.echo(f"{place}  {'OK' if check.problem is None else 'DIFFERS'}")
+        passed = "OK" if check.exact else f"within {checks.BOUND:g}"
+        click.echo(f"{place}  {passed if check.problem is None else 'DIFFERS'}")
         if check.problem is not None:
             click.echo(f"    {check.problem}")
             failed += 1

@@ -41,6 +41,7 @@ class GraphBuilder:
         self.made = 0
 
     def child(self) -> GraphBuilder:
+        """A builder for the body of a `scan`; its constants and weights belong to the root."""
         return GraphBuilder(self)
 
     @contextmanager
@@ -86,16 +87,16 @@ class GraphBuilder:
         """
         self.described.append(value_info(x, kind, shape))
 
-    def cast(self, x: str, kind: type | int) -> str:
-        """x as another NumPy type (or ONNX type number)."""
-        to = kind if isinstance(kind, int) else helper.np_dtype_to_tensor_dtype(np.dtype(kind))
-        return self.op("Cast", x, to=to)
+    def cast(self, x: str, kind: type) -> str:
+        """x as another NumPy type."""
+        return self.op("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(kind)))
 
     def pad(self, x: str, axis: int, amounts: str) -> str:
         """x with float zeros before and after one axis, by `amounts` int64 [2]."""
         return self.op("Pad", x, amounts, self.const(np.float32(0.0)), self.const(np.array([axis])))
 
     def reshape(self, x: str, *shape: int) -> str:
+        """x in another shape; 0 keeps an axis, -1 is what is left."""
         return self.op("Reshape", x, self.const(np.array(shape, np.int64)))
 
     def const(self, value: np.ndarray | np.generic) -> str:

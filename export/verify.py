@@ -58,6 +58,7 @@ class Check:
     threads: int
     exit_layer: int
     mode: str
+    exact: bool  # bits were compared; False: logits, with the bound
     problem: str | None
 
 
@@ -92,7 +93,7 @@ def verify(
             for n in exits:
                 for mode, run in (("whole", whole), ("token by token", singly)):
                     problem = compare(reference.config, expected[n], run(engine, ids, n))
-                    yield Check(name, count, n, mode, problem)
+                    yield Check(name, count, n, mode, exact, problem)
 
 
 def whole(engine: Engine, ids: Sequence[int], exit_layer: int) -> Stages:

@@ -94,11 +94,21 @@ def test_verify_says_ok(tmp_path: Path) -> None:
     assert result.output.count(" OK\n") == 2 * 2 + 2 * 2 * 2 * 2  # exits, modes; threads, engines
 
 
-def test_verify_holds_float32_models_to_the_bound(tmp_path: Path) -> None:
+def test_verify_holds_float32_models_to_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = random_folder(tmp_path / "m", twin("layerskip"))
     arguments = [folder, "--engines", "torch,onnx", "--threads", "1", "--tokens", 5]
     result = run_verify(*arguments)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0 and "OK" not in result.output, result.output
+    assert result.output.count("within 1e-05\n") == 2 * 3 * 2  # engines, exits, modes
+    tensors = random_tensors(twin("layerskip"))
+    tensors["layers.0.o_proj.weight"][5] *= np.float32(1.001)
+    write_folder(tmp_path / "other", twin("layerskip"), tensors)
+    load = checks.ENGINES["onnx"]
+    monkeypatch.setitem(checks.ENGINES, "onnx", lambda _, n: load(tmp_path / "other", n))
+    result = run_verify(*arguments)
+    assert result.exit_code == 1 and "the bound is 1e-05" in result.output
 
 
 def test_verify_of_a_prompt(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import pytest
 from bitskip_ref.compare import difference
 from bitskip_ref.exits import ConfidenceExit
 from bitskip_ref.folder import FormatError
-from bitskip_ref.model import load
+from bitskip_ref.model import ReferenceModel, load
 from export import load_onnx
 from export.onnx_files import write_onnx
-from tests.helpers import random_folder, random_tokens, twin
+from export.onnx_graph import build_graph
+from tests.helpers import random_folder, random_tensors, random_tokens, twin
 
 CONFIG = twin("bitskip-v1")
 
@@ -39,6 +40,16 @@ def test_files_run_in_onnxruntime_alone(model: Path, tmp_path: Path) -> None:
         feeds = {i.name: empty for i in session.get_inputs()} | {"token_ids": np.array(ids)}
         logits = session.run(["logits"], feeds)[0]
         assert difference("logits", load(model).logits(ids, n), logits) is None
+
+
+def test_a_graph_with_its_weights_inside(tmp_path: Path) -> None:
+    model = build_graph(CONFIG, random_tensors(CONFIG), 2)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, tmp_path / "one.onnx")
+    engine = load_onnx(tmp_path / "one.onnx")
+    ids = random_tokens(CONFIG, 5)
+    expected = ReferenceModel(CONFIG, random_tensors(CONFIG)).logits(ids, 2)
+    assert difference("logits", expected, engine.logits(ids, 2)) is None
 
 
 def test_the_graph_stays_as_written(model: Path, tmp_path: Path) -> None:

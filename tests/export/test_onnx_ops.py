@@ -9,9 +9,12 @@ import onnxruntime as ort
 import pytest
 
 from bitskip_ref import functions, hadamard, norms, quant
+from bitskip_ref.attention import attention as reference_attention
 from bitskip_ref.compare import difference
 from export import onnx_ops as ops
+from export.onnx_attention import attention, positions
 from export.onnx_builder import GraphBuilder, value_info
+from tests.helpers import twin
 
 f32 = np.float32
 AWKWARD = np.array(
@@ -104,6 +107,37 @@ def test_float_linear(width: int) -> None:
     expected = quant.float_linear(x, weight)
     equal(expected, run(x, lambda g: ops.float_linear(
         g, "x", g.weight("w", weight.T), weight.T.shape)))  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [12, 16])
+@pytest.mark.parametrize("context", [7, 8, 64])
+def test_attention(head_dim: int, context: int) -> None:
+    """Every number of positions up to a full context; some values are -0, whose sum is +0."""
+    config = twin("tiny").replace(head_dim=head_dim, max_position_embeddings=context)
+    tail = [config.num_key_value_heads, head_dim]
+    g = GraphBuilder()
+    out = attention(g, config, positions(g, config), "q", "keys", "values")
+    inputs = [value_info("q", f32, ["T", config.num_attention_heads, head_dim])]
+    inputs += [
+        value_info(name, f32, [n, *tail]) for name, n in (("keys", "S+T"), ("values", "S+T"))
+    ]
+    inputs += [
+        value_info("token_ids", np.int64, ["T"]),
+        value_info("past.0.key", f32, ["S", *tail]),
+    ]
+    g.op("Identity", out, name="y")
+    model = g.model("test", inputs, [value_info("y", f32, ["T", config.attention_size])], {})
+    session = ort.InferenceSession(model.SerializeToString())
+    rng = np.random.default_rng(6)
+    for total in range(1, context + 1):
+        new = int(rng.integers(1, total + 1))
+        q = 3 * rng.standard_normal((new, config.num_attention_heads, head_dim), f32)
+        keys, values = rng.standard_normal((2, total, *tail), f32)
+        values[..., 3:5] = -0.0
+        feeds = {"q": q, "keys": keys, "values": values, "token_ids": np.zeros(new, np.int64)}
+        actual = session.run(None, feeds | {"past.0.key": keys[: total - new]})[0]
+        equal(reference_attention(q, keys, values), actual)
+        assert not np.signbit(actual[:, 3:5]).any()
 
 
 def test_int2_weights_hold_every_code() -> None:

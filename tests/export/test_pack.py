@@ -124,7 +124,7 @@ def test_wrong_tensors_are_refused() -> None:
 
 def test_hostile_checkpoints_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "model"
-    (tmp_path / "noise.pt").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
+    (tmp_path / "noise.pt").write_bytes(b"\x80\x02cos\nsystem\n(S'true'\ntR.")
     torch.save({"format": "bitskip-checkpoint-1"}, tmp_path / "empty.pt")
     for name in ("absent.pt", "noise.pt", "empty.pt"):
         with pytest.raises(CheckpointError):
