@@ -39,8 +39,9 @@ class Probe(Protocol):
 class ExitRule(Protocol):
     """A way of choosing how many blocks a token runs."""
 
-    fixed_layer: int | None
-    """Blocks every token runs (SPEC 8.2); None: `stops` decides token by token (SPEC 8.3)."""
+    @property
+    def fixed_layer(self) -> int | None:
+        """Blocks every token runs (SPEC 8.2); None: `stops` decides token by token (SPEC 8.3)."""
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError, with the remedy, where the rule means nothing for this model."""
