@@ -115,10 +115,12 @@ class Engine:
                 probe = CpuProbe(self, n)
                 if n < layers and rule.stops(probe):
                     break
-            self._call(FILL, n, layers)  # SPEC 8.6
             z = probe.logits()
-            record.add(space.exit_stages, z)
-            record.replay()
+            if record.wanted:
+                self._call(EXIT)  # once more: the rule may have used the same memory since
+                record.add(space.exit_stages, z)
+                record.replay()
+            self._call(FILL, n, layers)  # SPEC 8.6
             cache.length += 1
         return z[0], n
 

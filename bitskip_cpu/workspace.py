@@ -112,7 +112,7 @@ class Workspace:
         """Each thread's own: [floats | unpacked rows | int32 sums], each from a cache line on."""
         c, s, p = self.weights.config, self.state, self.products
         padded, seen = int(s["head_padded"]), -(-c.max_position_embeddings // LANES) * LANES
-        parts = max((LEVELS + 1) * (c.head_dim + 1), padded // 2 * LANES)
+        parts = max((LEVELS + 1) * (c.head_dim + 1), (padded // 2 + 1) * LANES)
         longest = max(*p["width"], c.hidden_size, c.attention_size, c.intermediate_size)
         floats = max(
             _power_of_two(c.vocab_size),  # confidence

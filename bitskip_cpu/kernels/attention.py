@@ -13,14 +13,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from bitskip_cpu.kernels.inner import inner
 
-from bitskip_cpu.kernels.floats import ONE, ZERO, copy, exp, fill_zero
+from bitskip_cpu.kernels.floats import ZERO, copy, exp, fill_zero
+from bitskip_cpu.kernels.inner import inner
+from bitskip_cpu.kernels.lanes import add, larger, scale, two_products
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_cpu.kernels.memory import floats
 
 f32 = np.float32
 
+LANE_BYTES = 4 * LANES
 LEVELS = 24  # of the streamed tree: up to 2^24 groups of positions
 LOWEST = f32(-np.inf)
 
@@ -51,33 +53,38 @@ def store_key(key_at, keys_at, padded, head_dim, position):
 def scores(q_at, keys_at, padded, head_dim, seen, out_at, scratch_at):
     """out[s] = sum 2.2 of q * k[s], scaled, for s < seen; -> the largest (SPEC 6.2).
 
-    q has E' floats, zeros behind E; out holds whole groups; scratch E' / 2 * LANES floats.
+    q has E' floats, zeros behind E; out holds whole groups, its surplus is set to LOWEST; scratch
+    holds (E' / 2 + 1) * LANES floats.
     """
-    scale = f32(1.0 / math.sqrt(float(head_dim)))
+    factor = f32(1.0 / math.sqrt(float(head_dim)))
     half = padded >> 1
     q = floats(q_at, padded)
-    product = floats(scratch_at, half * LANES)
-    largest = LOWEST
+    largest_at = scratch_at + half * LANE_BYTES
+    largest = floats(largest_at, LANES)
+    for lane in range(LANES):
+        largest[lane] = LOWEST
     for start in range(0, seen, LANES):
-        k = floats(keys_at + 4 * start * padded, padded * LANES)
+        k_at, to = keys_at + 4 * start * padded, out_at + 4 * start
         for e in range(half):
-            low, high = q[e], q[e + half]
-            for lane in range(LANES):
-                i = e * LANES + lane
-                product[i] = low * k[i] + high * k[i + half * LANES]
+            low_at = k_at + e * LANE_BYTES
+            high_at = low_at + half * LANE_BYTES
+            two_products(q[e], low_at, q[e + half], high_at, scratch_at + e * LANE_BYTES)
         n = half
         while n > 1:
             n >>= 1
-            upper = floats(scratch_at + 4 * n * LANES, n * LANES)
-            for i in range(n * LANES):
-                product[i] = product[i] + upper[i]
-        out = floats(out_at + 4 * start, LANES)
-        for lane in range(LANES):
-            out[lane] = product[lane] * scale
-        for lane in range(min(LANES, seen - start)):
-            if out[lane] > largest:
-                largest = out[lane]
-    return largest
+            for i in range(n):
+                at = scratch_at + i * LANE_BYTES
+                add(at, at + n * LANE_BYTES, at)
+        scale(scratch_at, factor, to)
+        if seen - start < LANES:
+            surplus = floats(to, LANES)
+            for lane in range(seen - start, LANES):
+                surplus[lane] = LOWEST
+        larger(to, largest_at, largest_at)
+    result = largest[0]
+    for lane in range(1, LANES):
+        result = largest[lane] if largest[lane] > result else result
+    return result
 
 
 @inner
@@ -99,7 +106,7 @@ def weigh_group(e_at, values_at, head_dim, out_at):
 
 
 @inner
-def add(a_at, target_at, n):
+def add_to(a_at, target_at, n):
     """target = a + target."""
     a, target = floats(a_at, n), floats(target_at, n)
     for i in range(n):
@@ -110,8 +117,8 @@ def add(a_at, target_at, n):
 def attend(q_at, keys_at, values_at, padded, head_dim, seen, out_at, scratch_at):
     """One turned query head over `seen` positions -> out [E] (SPEC 6.2, 6.3).
 
-    Scratch (floats): scores, whole groups | query, E' | products, E' / 2 * LANES | LEVELS + 1
-    partial sums, E + 1 each.
+    Scratch (floats): scores, whole groups | query, E' | first products, (E' / 2 + 1) * LANES, then
+    LEVELS + 1 partial sums, E + 1 each.
     """
     e_at = scratch_at
     groups = (seen + LANES - 1) // LANES
@@ -133,13 +140,13 @@ def attend(q_at, keys_at, values_at, padded, head_dim, seen, out_at, scratch_at)
         weigh_group(e_at + 4 * first, values_at + 4 * first * head_dim, head_dim, now_at)
         level = 0
         while (group >> level) & 1:
-            add(parts_at + 4 * level * width, now_at, width)
+            add_to(parts_at + 4 * level * width, now_at, width)
             level += 1
         copy(now_at, parts_at + 4 * level * width, width)
     fill_zero(now_at, width)
     for level in range(LEVELS):
         if (groups >> level) & 1:
-            add(parts_at + 4 * level * width, now_at, width)
+            add_to(parts_at + 4 * level * width, now_at, width)
     total = floats(now_at + 4 * head_dim, 1)[0] + ZERO
     weighed, out = floats(now_at, head_dim), floats(out_at, head_dim)
     for i in range(head_dim):

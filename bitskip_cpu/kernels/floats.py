@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from bitskip_cpu.kernels.inner import inner
 
+from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.memory import floats, halfs, int8s, int32s
 
 f32, i32 = np.float32, np.int32

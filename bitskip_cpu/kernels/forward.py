@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from bitskip_cpu.kernels.inner import inner
 
 from bitskip_cpu.kernels.floats import confidence, copy, dot_tree, layer_norm, relu, sigmoid, widen
+from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.jobs import (
     ATTEND,
     ATTENTION_IN,

@@ -7,7 +7,6 @@ threads nor the order in which they take parts can change a bit.
 from __future__ import annotations
 
 import numpy as np
-from bitskip_cpu.kernels.inner import inner
 
 from bitskip_cpu.kernels.attention import attend, store_key, turn
 from bitskip_cpu.kernels.floats import (
@@ -19,6 +18,7 @@ from bitskip_cpu.kernels.floats import (
     quantize,
     rms_norm,
 )
+from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.layout import DOWN, HEAD, INT8, OUT, QKV, UP
 from bitskip_cpu.kernels.linear import (
     ACTIVATION_OFFSET,

@@ -13,25 +13,7 @@ STATE = np.dtype(
     [
         (name, np.float32 if name in ("norm_eps", "largest_code", "probability", "margin")
          else np.int64)
-        for name in """
-        hidden heads kv_heads head_dim head_padded attention kv ffn vocab layers
-        ternary hadamard layer_norm post_norm sub_norm embedding_norm ffn_kind squared
-        norm_eps largest_code
-
-        weights layer_bytes
-        params params_stride attn_norm ffn_norm attn_sub_norm ffn_sub_norm
-        first_norm final_norm cos sin
-        embedding embedding_scale
-        head_kind head_row_bytes head head_scale head_sums
-        gate_norm gate_fc1 gate_fc2 gate_width
-
-        keys values capacity
-        ids x mid qkv attended y up act row row_stride codes codes_stride steps sums
-        logits scratch scratch_stride unpacked acc
-
-        tokens position exit_from probability margin
-        helpers worth sync job count layer product first_row last_row grain
-        """.split()
+        for name in ["hidden", "heads", "kv_heads", "head_dim", "head_padded", "attention", "kv", "ffn", "vocab", "layers", "ternary", "hadamard", "layer_norm", "post_norm", "sub_norm", "embedding_norm", "ffn_kind", "squared", "norm_eps", "largest_code", "weights", "layer_bytes", "params", "params_stride", "attn_norm", "ffn_norm", "attn_sub_norm", "ffn_sub_norm", "first_norm", "final_norm", "cos", "sin", "embedding", "embedding_scale", "head_kind", "head_row_bytes", "head", "head_scale", "head_sums", "gate_norm", "gate_fc1", "gate_fc2", "gate_width", "keys", "values", "capacity", "ids", "x", "mid", "qkv", "attended", "y", "up", "act", "row", "row_stride", "codes", "codes_stride", "steps", "sums", "logits", "scratch", "scratch_stride", "unpacked", "acc", "tokens", "position", "exit_from", "probability", "margin", "helpers", "worth", "sync", "job", "count", "layer", "product", "first_row", "last_row", "grain"]
     ],
     align=True,
 )  # fmt: skip
@@ -41,8 +23,7 @@ of up to CHUNK tokens; the call at hand; the job that threads share (`kernels.th
 PRODUCT = np.dtype(
     [
         (name, np.int64)
-        for name in "weights rows width source row_bytes padded alphas end0 end1 out out_stride"
-        .split()
+        for name in ["weights", "rows", "width", "source", "row_bytes", "padded", "alphas", "end0", "end1", "out", "out_stride"]
     ]
 )  # fmt: skip
 """One of a block's four products: q|k|v, o, gate|up, down. `weights`: its bytes' offset in a block;

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from bitskip_cpu.kernels.inner import inner
 
 from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.floats import dot_tree, relu2, widen
+from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.layout import BAND, FLOAT16, INT8
 from bitskip_cpu.kernels.memory import floats, int32s, uint8s
 

@@ -7,7 +7,6 @@ an array between kernels costs one register. Whoever fills in an address keeps i
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 

@@ -14,9 +14,8 @@ helper that the operating system keeps waiting holds up at most the part in its 
 
 from __future__ import annotations
 
-from bitskip_cpu.kernels.inner import inner
-
 from bitskip_cpu.kernels import sync
+from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.jobs import run_part
 
 atomic_read, atomic_write, atomic_add = sync.read, sync.write, sync.add

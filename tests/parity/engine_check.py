@@ -1,0 +1,163 @@
+"""The compiled engine against the reference, bit for bit: one call per configuration.
+
+Also a script, so that a process with another instruction-set path can run the same comparison:
+`python -m tests.parity.engine_check NAME ...` prints one JSON object, name -> problems.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bitskip_cpu.engine import Engine
+from bitskip_ref.compare import difference
+from bitskip_ref.config import ModelConfig, small_twin
+from bitskip_ref.engine import ExitRule
+from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
+from bitskip_ref.model import ReferenceModel
+from bitskip_ref.packing import pack_ternary
+from tests.helpers import random_tensors, random_tokens, twin
+
+SIZES: dict[str, ModelConfig] = {
+    # Widths above one group of packed weights, none a multiple of it; two heads of an odd half.
+    "wide": small_twin("bitskip-v1").replace(
+        hidden_size=320, intermediate_size=600, num_attention_heads=3, num_key_value_heads=1,
+        head_dim=26, num_hidden_layers=2, vocab_size=150,
+    ),
+    "wide-hadamard": small_twin("bitskip-v2").replace(
+        hidden_size=320, intermediate_size=600, num_hidden_layers=2,
+    ),
+    # More tokens than the engine takes at a time, more positions than a group of cached keys.
+    "long": small_twin("bitskip-v3").replace(max_position_embeddings=150, num_hidden_layers=2),
+    "smallest": small_twin("bitskip-v1").replace(
+        vocab_size=1, hidden_size=1, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=2, intermediate_size=1, max_position_embeddings=6,
+    ),
+    "extreme": small_twin("bitskip-v1").replace(
+        hidden_size=512, intermediate_size=512, num_hidden_layers=2,
+    ),
+}  # fmt: skip
+
+Stages = dict[str, np.ndarray]
+
+
+def config_of(name: str) -> ModelConfig:
+    return SIZES[name] if name in SIZES else twin(name)
+
+
+def tensors_of(name: str) -> dict[str, np.ndarray]:
+    """Random tensors; for `extreme`, those that make every sum as large as it can become."""
+    config = config_of(name)
+    tensors = random_tensors(config)
+    if name == "extreme":
+        for key, t in tensors.items():
+            if t.dtype == np.uint8:
+                width = config.linear_shapes()[key.split(".")[2]][1]
+                sign = -1 if "o_proj" in key else 1
+                t[:] = pack_ternary(np.full((len(t), width), sign, np.int8))
+            elif t.dtype == np.int8:
+                t[:] = 127 if "embed" in key else np.where(np.arange(t.size) % 5, 127, -127
+                                                           ).reshape(t.shape)  # fmt: skip
+            elif "norm" in key:
+                t[:] = 1.0
+    return tensors
+
+
+def traced(engine: Any, ids: Sequence[int], cache: Any) -> Stages:
+    stages: Stages = {}
+    z = engine.extend(ids, cache, trace=lambda name, x: stages.update({name: x.copy()}))
+    return stages | {"returned logits": z}
+
+
+def rules(config: ModelConfig) -> Iterator[ExitRule]:
+    """Rules that stop always, never and now and then."""
+    yield FixedExit(1)
+    yield FixedExit(config.num_hidden_layers)
+    for threshold in (0.0, 0.02, 1.0):
+        yield ConfidenceExit(threshold, "max")
+    yield ConfidenceExit(0.004, "margin")
+    if config.gates:
+        for threshold in (0.0, 0.5, 1.0):
+            yield GateExit(threshold)
+
+
+def stepped(engine: Any, prompt: Sequence[int], rule: ExitRule, ids: Sequence[int]) -> Stages:
+    """Logits, depth and the last step's stages when ids follow a prompt under a rule."""
+    cache = engine.new_cache()
+    found: Stages = {"prompt": engine.extend(prompt, cache, exit_layer=rule.fixed_layer)}
+    for i, token in enumerate(ids):
+        last = i == len(ids) - 1
+        trace = (lambda name, x: found.update({name: x.copy()})) if last else None
+        z, depth = engine.step(token, cache, rule, trace)
+        found |= {f"step {i}": z, f"depth {i}": np.array(depth)}
+    return found
+
+
+def compare(what: str, expected: Stages, actual: Stages) -> Iterator[str]:
+    if list(expected) != list(actual):
+        yield f"{what}: stages {list(actual)}, expected {list(expected)}"
+    for name in expected.keys() & actual.keys():
+        problem = difference(f"{what}: {name}", expected[name], actual[name])
+        if problem:
+            yield problem
+
+
+def check(
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    threads: Sequence[int] = (1, 2),
+    against: Mapping[str, np.ndarray] | None = None,
+) -> list[str]:
+    """All differences between engines on `tensors` and the reference on them, or on `against`."""
+    reference = ReferenceModel(config, against or tensors)
+    engines = {f"{n} threads, ": Engine(config, tensors, n) for n in threads}
+    for engine in engines.values():
+        engine._space.state["worth"] = 0  # share even the smallest job
+    layers, room = config.num_hidden_layers, config.max_position_embeddings
+    ids = random_tokens(config, min(23, room) if room < 150 else 140)
+    prompt, rest = ids[: len(ids) // 3], ids[len(ids) // 3 :][:6]
+    problems: list[str] = []
+
+    cache = reference.new_cache()
+    whole = traced(reference, ids, cache)
+    caches = dict(enumerate(zip(cache.keys, cache.values, strict=True)))
+    z = whole["returned logits"]
+    for who, engine in engines.items():
+        mine = engine.new_cache()
+        problems += compare(f"{who}whole", whole, traced(engine, ids, mine))
+        for i, (keys, values) in caches.items():
+            found = dict(zip(("keys", "values"), mine.layer(i), strict=True))
+            problems += compare(f"{who}cache {i}", {"keys": keys, "values": values}, found)
+        problems += compare(f"{who}in parts", {"logits": z}, {"logits": in_parts(engine, ids)})
+        last = engine.extend(ids, engine.new_cache(), last_only=True)
+        problems += compare(f"{who}last only", {"logits": z[-1:]}, {"logits": last})
+    for n in range(1, layers + 1):
+        z = reference.logits(prompt, n)
+        for who, engine in engines.items():
+            problems += compare(f"{who}exit {n}", {"": z}, {"": engine.logits(prompt, n)})
+    for rule in rules(config):
+        steps = stepped(reference, prompt, rule, rest)
+        for who, engine in engines.items():
+            problems += compare(f"{who}{rule}", steps, stepped(engine, prompt, rule, rest))
+    return problems
+
+
+def in_parts(engine: Any, ids: Sequence[int]) -> np.ndarray:
+    """The ids in several calls, so that each way of multiplying tokens is used."""
+    cache, parts, start = engine.new_cache(), [], 0
+    for size in (1, 2, 3, 4, 1, len(ids)):
+        if ids[start : start + size]:
+            parts.append(engine.extend(ids[start : start + size], cache))
+        start += size
+    return np.concatenate(parts)
+
+
+if __name__ == "__main__":
+    from bitskip_cpu.isa import PATH
+
+    found = {name: check(config_of(name), tensors_of(name)) for name in sys.argv[1:]}
+    print(json.dumps({"path": PATH, "problems": found}))

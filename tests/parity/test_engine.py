@@ -1,0 +1,50 @@
+"""The compiled engine has the reference's bits: this machine's best path, 1 and 2 threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import bitskip_ref.model
+from bitskip_ref.config import PRESETS
+from bitskip_ref.hadamard import rotate
+from tests.helpers import OPTIONS
+from tests.parity.engine_check import SIZES, check, config_of, tensors_of
+
+# Presets that differ in size alone have the same twin.
+NAMES = list({config_of(name): name for name in [*PRESETS, *OPTIONS, *SIZES]}.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bits_equal_the_reference(name: str) -> None:
+    assert check(config_of(name), tensors_of(name)) == []
+
+
+def test_a_flipped_weight_code_is_seen() -> None:
+    right = tensors_of("bitskip-v1")
+    wrong = dict(right)
+    name = "layers.3.down_proj.weight"
+    wrong[name] = right[name].copy()
+    wrong[name][5, 7] ^= np.uint8(1 if right[name][5, 7] & 3 < 2 else 2)
+    problems = check(config_of("bitskip-v1"), wrong, [1], against=right)
+    assert any("layers.3.out" in line for line in problems)
+    assert not any("layers.3.act" in line for line in problems if "whole" in line)
+
+
+def test_a_swapped_butterfly_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def swapped(x: np.ndarray) -> np.ndarray:
+        y = rotate(x)
+        y[..., 1] = -y[..., 1]
+        return y
+
+    monkeypatch.setattr(bitskip_ref.model, "rotate", swapped)
+    problems = check(config_of("bitskip-v3"), tensors_of("bitskip-v3"), [1])
+    assert any("layers.0.q" in line for line in problems)
+
+
+def test_a_wrong_norm_of_one_exit_is_seen() -> None:
+    right = tensors_of("per-layer-exits")
+    wrong = right | {"exits.2.norm.weight": right["exits.3.norm.weight"]}
+    problems = check(config_of("per-layer-exits"), wrong, [1], against=right)
+    assert any("exit 2" in line for line in problems)
+    assert not any(part in line for line in problems for part in ("exit 1", "exit 3", "whole"))
