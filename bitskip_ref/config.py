@@ -216,8 +216,8 @@ PRESETS: dict[str, ModelConfig] = {
     "wt2-ee": _WT2,
     "wt2-bitskip": _WT2.replace(hadamard=True),
     "stories-24": _V1.replace(
-        vocab_size=4096, hidden_size=256, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=512,
+        vocab_size=4096, hidden_size=192, num_attention_heads=3, num_key_value_heads=1,
+        intermediate_size=384,
     ),
     "bitnet-2b4t": ModelConfig(
         vocab_size=128_256, hidden_size=2560, num_hidden_layers=30, num_attention_heads=20,
