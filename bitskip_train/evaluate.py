@@ -43,7 +43,7 @@ def check_exits(exits: Sequence[int], layers: int) -> list[int]:
     return sorted(set(exits))
 
 
-@torch.no_grad()  # not inference_mode: blocks keep quantized weights for the next training step
+@torch.no_grad()
 def evaluate(
     model: Any,
     tokens: np.ndarray,

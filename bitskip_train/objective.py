@@ -36,7 +36,8 @@ class Objective:
 
         `turn` counts passes, for the rotation of exits; `generator` draws layer dropout and gate
         decisions. The gradient is divided by `accumulation`; the terms returned, detached, are
-        not: `loss` of the last layer, and `exit_loss` and `route_loss` where they are on.
+        not: `loss` of the last layer, and where they are on `exit_loss`, the weighted mean of this
+        pass's exits, and `route_loss`.
         """
         train = self.train
         exits = losses.exit_subset(self.exits, train.exit_subset, turn)
@@ -83,7 +84,8 @@ class Objective:
                 exit_total = exit_total + weight * loss.detach()
         terms = {"loss": main / len(targets)}
         if exits:
-            terms["exit_loss"] = exit_total / len(targets)
+            # A subset's weights do not add up to 1; divided by their sum, passes can be compared.
+            terms["exit_loss"] = exit_total / (len(targets) * sum(exits.values()))
         return terms
 
     def _logits(self, hidden: Tensor, n: int) -> Tensor:

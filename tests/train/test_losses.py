@@ -49,6 +49,15 @@ def test_subsets_add_up_to_the_full_loss(count: int) -> None:
     assert {n: t / 23 for n, t in total.items()} == pytest.approx(weights)
 
 
+def test_subsets_are_spread_over_the_depth() -> None:
+    weights = losses.exit_weights(TrainConfig(), 24)
+    for turn in range(23):
+        subset = losses.exit_subset(weights, 4, turn)
+        assert min(subset) <= 6
+        assert max(subset) >= 18
+        assert 0.6 < sum(subset.values()) < 1.4
+
+
 def test_subset_of_none_or_more_is_all() -> None:
     weights = {1: 0.25, 2: 0.75}
     assert losses.exit_subset(weights, 0, 3) == losses.exit_subset(weights, 5, 3) == weights

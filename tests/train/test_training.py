@@ -88,6 +88,33 @@ def test_unshifted_exit_targets_are_the_inputs(tmp_path: Path) -> None:
     assert results[0] != results[1]
 
 
+def test_the_reported_exit_loss_is_the_weighted_mean_of_the_exits_used(tmp_path: Path) -> None:
+    run = small_trainer(tmp_path, dropout_max=0.0)
+    ids = torch.from_numpy(run.windows.batch(0, 3))
+    weights = losses.exit_subset(run.objective.exits, 2, 1)
+    assert list(weights) == [2, 3]
+    terms = run.objective.backward(ids, 0, 1, torch.Generator())
+    want = 0.0
+    for n, weight in weights.items():
+        with torch.no_grad():
+            logits = run.model.logits(run.model(ids[:, :-1], exit_layer=n)[n], n)
+        loss = losses.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item() / 24
+        want += weight * loss / sum(weights.values())
+    assert terms["exit_loss"].item() == pytest.approx(want, rel=1e-5)
+
+
+def test_blocks_are_skipped_with_their_probabilities(tmp_path: Path) -> None:
+    run = small_trainer(tmp_path, dropout_max=0.9)  # v2: 0, 0.9 / 16, 0.9 * 4 / 16, last 0
+    keep = run.objective.keep(4000, 0, torch.Generator().manual_seed(0))
+    assert keep.shape == (4, 4000)
+    skipped = 1 - keep.float().mean(1)
+    assert skipped.tolist() == pytest.approx([0, 0.05625, 0.225, 0], abs=0.02)
+    assert keep[0].all()
+    assert keep[3].all()
+    run = small_trainer(tmp_path, dropout_max=0.0)
+    assert run.objective.keep(3, 0, torch.Generator()) is None
+
+
 def test_weight_decay_is_on_matrices_only() -> None:
     model = trainer.BitskipModel(small_config("wt2-bitskip"))
     decayed, others = make_optimizer(model, small_train(weight_decay=0.3)).param_groups
