@@ -10,7 +10,14 @@ VERBS = {  # verb -> (module:command, what --help says)
     "train": ("bitskip_train.cli:train", "Train a model."),
     "evaluate": ("bitskip_train.cli:evaluate", "Held-out loss of a checkpoint, per exit."),
     "export": ("export.cli:export", "Checkpoint to a packed model folder."),
-    "verify": ("export.cli:verify", "Check that a folder and its checkpoint agree."),
+    "verify": ("export.cli:verify", "Compare every engine with the reference, bit for bit."),
+    "generate": ("bitskip_cpu.cli:generate", "Continue a prompt (as bitskip-cpu; so all below)."),
+    "bench": ("bitskip_cpu.cli:bench", "Measure tokens a second."),
+    "perplexity": ("bitskip_cpu.cli:perplexity", "Held-out loss of a folder, per exit."),
+    "inspect": ("bitskip_cpu.cli:inspect", "Shapes, sizes and ternary statistics of a folder."),
+    "selftest": ("bitskip_cpu.cli:selftest", "The compiled engine against the reference."),
+    "warmup": ("bitskip_cpu.cli:warmup", "Compile the kernels."),
+    "doctor": ("bitskip_cpu.cli:doctor", "What this machine offers and lacks."),
 }
 
 
