@@ -20,15 +20,15 @@ def default_threads() -> int:
     allowed = set(range(logical))
     if hasattr(os, "sched_getaffinity"):
         allowed = os.sched_getaffinity(0)
-    cores = set()
+    cores: set[str] = set()
     for cpu in allowed:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         try:
             cores.add(siblings.read_text().strip())
         except OSError:  # not Linux, or hidden: trust the totals
-            cores = set(range(min(len(allowed), psutil.cpu_count(logical=False) or logical)))
+            cores.clear()
             break
-    count = len(cores)
+    count = len(cores) or min(len(allowed), psutil.cpu_count(logical=False) or logical)
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         count = min(count, max(1, int(quota) // int(period)))
@@ -78,9 +78,10 @@ class Team:
         while True:
             self._run(self._state, self._products, HELP, thread, 0)
             with self._condition:
-                seen = self._calls
+                calls = self._calls
                 self._parked += 1
-                self._condition.wait_for(lambda seen=seen: self._closed or self._calls != seen)
+                while not self._closed and self._calls == calls:
+                    self._condition.wait()
                 self._parked -= 1
                 if self._closed:
                     return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -138,8 +139,8 @@ def random_tensors(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """
     rng = np.random.default_rng(seed)
     expected = expected_tensors(config)
-    linear = [n for n in expected if n.endswith("_proj.weight")]
-    sizes = {n: int(np.prod(s)) * np.dtype(k).itemsize for n, (k, s) in expected.items()}
+    linear = {n for n in expected if n.endswith("_proj.weight")}
+    sizes = {n: math.prod(s) * np.dtype(k).itemsize for n, (k, s) in expected.items()}
     pool = np.empty(sum(sizes[n] for n in linear), np.uint8)  # in a row, as in a file
     legal = np.array([a | b << 2 | c << 4 | d << 6 for a in range(3) for b in range(3)
                       for c in range(3) for d in range(3)], np.uint8)  # fmt: skip
@@ -148,7 +149,8 @@ def random_tensors(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     start = 0
     for name, (kind, shape) in expected.items():
-        if name in sizes and name in linear:
+        values: np.ndarray
+        if name in linear:
             values = pool[start : start + sizes[name]].view(kind).reshape(shape)
             start += sizes[name]
         else:

@@ -144,7 +144,7 @@ class Workspace:
         s["capacity"] = cache.capacity
 
     def set_exit(self, n: int, logits: np.ndarray, first: int = 0) -> None:
-        """Logits after n blocks, of the tokens from `first` on, go to `logits` f32 [T - first, V]."""
+        """Logits after n blocks go to `logits` f32 [T - first, V]: those of tokens from `first`."""
         s, w = self.state, self.weights
         norm, head = w.exit(n)
         rows, scales, corrections = w.head(head)

@@ -36,6 +36,7 @@ INTS = ir.VectorType(INT, WIDTH // 4)
 
 
 def splat(kind: ir.VectorType, value: int) -> ir.Constant:
+    """A vector of equal constants."""
     return ir.Constant(kind, [value] * kind.count)
 
 
@@ -132,6 +133,7 @@ def tile(rows: int, columns: int, step: Callable[..., None], planes: int, by_row
 
 
 def load(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
+    """WIDTH bytes at base + offset."""
     pointer = vector_pointer(builder, builder.add(base, offset), BYTES)
     return builder.load(pointer, align=1)
 
@@ -146,6 +148,7 @@ def prefetch(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:
 
 
 def add_to(builder: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> None:
+    """`dot` onto an accumulator in memory (which LLVM keeps in a register)."""
     builder.store(dot(builder, builder.load(total), u, s), total)
 
 

@@ -55,6 +55,7 @@ def tree_sum(at, n):
 
 @inner
 def fill_zero(at, n):
+    """n zeros."""
     x = floats(at, n)
     for i in range(n):
         x[i] = ZERO
@@ -62,6 +63,7 @@ def fill_zero(at, n):
 
 @inner
 def copy(source_at, target_at, n):
+    """n floats; the two may not overlap."""
     source, target = floats(source_at, n), floats(target_at, n)
     for i in range(n):
         target[i] = source[i]
@@ -88,6 +90,7 @@ def dot_tree(x_at, w_at, n, scratch_at):
 
 @inner
 def exp(x):
+    """SPEC 2.6, of one float32."""
     x = x if x > EXP_MIN else EXP_MIN
     x = x if x < EXP_MAX else EXP_MAX
     k = (x * LOG2_E + ROUNDER) - ROUNDER
@@ -99,11 +102,13 @@ def exp(x):
 
 @inner
 def sigmoid(x):
+    """SPEC 2.7, of one float32."""
     return ONE / (ONE + exp(-x))
 
 
 @inner
 def relu(x):
+    """SPEC 2.8, of one float32."""
     return x if x > ZERO else ZERO
 
 

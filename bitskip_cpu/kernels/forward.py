@@ -117,9 +117,9 @@ def gate(s):
 
 
 def run(states, products, actions, first, last):
-    """Do `actions` on the one state in `states`, blocks (or fills) first..last-1; HELP: thread first.
+    """Do `actions` (`layout`) on the one state in `states`; BLOCKS and FILL: first..last-1.
 
-    No argument is checked: `bitskip_cpu.engine` does.
+    HELP: live as helper thread `first`. No argument is checked: `bitskip_cpu.engine` does.
     """
     s = states[0]
     if actions & HELP:

@@ -103,6 +103,7 @@ def norm(s, x, weight, y, n, scratch):
 
 @inner
 def residual(x_at, y_at, out_at, n):
+    """out = x + y."""
     x, y, out = floats(x_at, n), floats(y_at, n), floats(out_at, n)
     for i in range(n):
         out[i] = x[i] + y[i]
@@ -157,6 +158,7 @@ def keys_of(s, h):
 
 @inner
 def values_of(s, h):
+    """Where the block's cache holds key-value head h's values."""
     return s.values + 4 * (s.layer * s.kv_heads + h) * s.capacity * s.head_dim
 
 

@@ -9,23 +9,34 @@ from __future__ import annotations
 
 import numpy as np
 
+_STATE = """
+    hidden heads kv_heads head_dim head_padded attention kv ffn vocab
+    ternary hadamard layer_norm post_norm sub_norm embedding_norm ffn_kind squared
+    norm_eps largest_code
+
+    weights layer_bytes params params_stride attn_norm ffn_norm attn_sub_norm ffn_sub_norm
+    first_norm final_norm cos sin embedding embedding_scale
+    head_kind head_row_bytes head head_scale head_sums
+    gate_norm gate_fc1 gate_fc2 gate_width
+
+    ids x mid qkv attended y up act row row_stride codes codes_stride steps sums
+    scratch scratch_stride unpacked acc
+
+    keys values capacity tokens position logits exit_from probability margin
+
+    helpers worth sync job count layer product first_row last_row grain
+"""
+_FLOATS = {"norm_eps", "largest_code", "probability", "margin"}
+
 STATE = np.dtype(
-    [
-        (name, np.float32 if name in ("norm_eps", "largest_code", "probability", "margin")
-         else np.int64)
-        for name in ["hidden", "heads", "kv_heads", "head_dim", "head_padded", "attention", "kv", "ffn", "vocab", "layers", "ternary", "hadamard", "layer_norm", "post_norm", "sub_norm", "embedding_norm", "ffn_kind", "squared", "norm_eps", "largest_code", "weights", "layer_bytes", "params", "params_stride", "attn_norm", "ffn_norm", "attn_sub_norm", "ffn_sub_norm", "first_norm", "final_norm", "cos", "sin", "embedding", "embedding_scale", "head_kind", "head_row_bytes", "head", "head_scale", "head_sums", "gate_norm", "gate_fc1", "gate_fc2", "gate_width", "keys", "values", "capacity", "ids", "x", "mid", "qkv", "attended", "y", "up", "act", "row", "row_stride", "codes", "codes_stride", "steps", "sums", "logits", "scratch", "scratch_stride", "unpacked", "acc", "tokens", "position", "exit_from", "probability", "margin", "helpers", "worth", "sync", "job", "count", "layer", "product", "first_row", "last_row", "grain"]
-    ],
-    align=True,
-)  # fmt: skip
+    [(name, np.float32 if name in _FLOATS else np.int64) for name in _STATE.split()], align=True
+)
 """One model on one workspace. In order: shape and kind (SPEC 1); where its weights are; workspace
 of up to CHUNK tokens; the call at hand; the job that threads share (`kernels.threads`)."""
 
-PRODUCT = np.dtype(
-    [
-        (name, np.int64)
-        for name in ["weights", "rows", "width", "source", "row_bytes", "padded", "alphas", "end0", "end1", "out", "out_stride"]
-    ]
-)  # fmt: skip
+_PRODUCT = "weights rows width source row_bytes padded alphas end0 end1 out out_stride"
+
+PRODUCT = np.dtype([(name, np.int64) for name in _PRODUCT.split()])
 """One of a block's four products: q|k|v, o, gate|up, down. `weights`: its bytes' offset in a block;
 `source`: floats of input, `width`: with the Hadamard padding, `padded`: with that of packed rows;
 `alphas`: index of its first weight scale, whose rows end at `end0`, the second's at `end1`."""

@@ -122,6 +122,7 @@ def head_rows(s, first, last, scratch_at, acc_at):
 
 @inner
 def int8_head_rows(s, first, last, acc_at):
+    """`head_rows` of int8 rows (SPEC 4.4)."""
     size, codes, stride = s.head_row_bytes, s.codes, s.codes_stride
     steps, scales = floats(s.steps, s.tokens), floats(s.head_scale, s.vocab)
     corrections = int32s(s.head_sums, s.vocab)

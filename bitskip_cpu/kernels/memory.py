@@ -26,7 +26,7 @@ def _view(kind: type) -> View:
         element = np.ctypeslib.as_ctypes_type(kind)
 
         def interpreted(address: int, n: int) -> np.ndarray:
-            memory = (element * int(n)).from_address(int(address))
+            memory: Any = (element * int(n)).from_address(int(address))
             return np.frombuffer(memory, kind)
 
         return interpreted

@@ -89,11 +89,14 @@ def stepped(engine: Any, prompt: Sequence[int], rule: ExitRule, ids: Sequence[in
     """Logits, depth and the last step's stages when ids follow a prompt under a rule."""
     cache = engine.new_cache()
     found: Stages = {"prompt": engine.extend(prompt, cache, exit_layer=rule.fixed_layer)}
+
+    def trace(name: str, x: np.ndarray) -> None:
+        found[f"last {name}"] = x.copy()
+
     for i, token in enumerate(ids):
         last = i == len(ids) - 1
-        trace = (lambda name, x: found.update({name: x.copy()})) if last else None
-        z, depth = engine.step(token, cache, rule, trace)
-        found |= {f"step {i}": z, f"depth {i}": np.array(depth)}
+        z, depth = engine.step(token, cache, rule, trace if last else None)
+        found[f"step {i}"], found[f"depth {i}"] = z, np.array(depth)
     return found
 
 

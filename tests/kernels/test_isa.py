@@ -1,0 +1,66 @@
+"""Which path is chosen, and where compiled kernels are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from numba import config
+
+from bitskip_cpu import isa
+from bitskip_cpu.compiling import KERNELS, cache_directory
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, name: str | None, features: str | None) -> None:
+    monkeypatch.setattr(config, "CPU_NAME", name)
+    monkeypatch.setattr(config, "CPU_FEATURES", features)
+    monkeypatch.setattr(config, "DISABLE_JIT", 0)
+
+
+@pytest.mark.parametrize(("name", "features", "path"), [
+    ("haswell", "", "avx2"),
+    ("x86-64", "", "plain"),
+    ("generic", "", "plain"),
+    ("an-unknown-cpu", "", "plain"),
+    ("x86-64", "+avx2", "avx2"),
+    ("znver5", "", "vnni512"),
+    ("znver5", "-avx512vnni", "vnni256"),
+    ("znver5", "-avx512vnni,-avxvnni", "avx2"),
+    ("haswell", "+avx512f,+avx512bw,+avx512vl,+avx512vnni", "vnni512"),
+    ("cortex-a76", "+dotprod,+neon", "plain"),
+])  # fmt: skip
+def test_best_path(monkeypatch: pytest.MonkeyPatch, name: str, features: str, path: str) -> None:
+    pretend(monkeypatch, name, features)
+    assert isa.choose_path() == path
+    assert "plain" in isa.available_paths()
+
+
+def test_interpreted_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "znver5", "")
+    monkeypatch.setattr(config, "DISABLE_JIT", 1)
+    assert isa.available_paths() == ("plain",)
+
+
+def test_a_wish_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "haswell", "")
+    assert isa.choose_path("plain") == "plain"
+    with pytest.raises(isa.IsaError, match=r"BITSKIP_ISA=vnni512.*choose avx2, plain"):
+        isa.choose_path("vnni512")
+    with pytest.raises(isa.IsaError, match="BITSKIP_ISA=sse9: unknown"):
+        isa.choose_path("sse9")
+
+
+def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path / "new"))
+    first = cache_directory()
+    assert first is not None and first.is_dir() and first.parent == tmp_path / "new"
+    monkeypatch.setattr(isa, "PATH", "another")
+    assert cache_directory() not in (first, None)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path / "file"))
+    assert cache_directory() is None
+
+
+def test_kernels_count_as_compiled_once_used() -> None:
+    assert KERNELS.run is not None
+    assert KERNELS.compiled

@@ -1,0 +1,145 @@
+"""Helper threads: many callers, more threads than cores, forks, and a clean end."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bitskip_cpu.engine import Engine, load, random_model
+from bitskip_cpu.threads import default_threads
+from bitskip_ref.config import preset, small_twin
+from bitskip_ref.exits import ConfidenceExit
+from tests.helpers import random_folder, random_tokens
+
+CONFIG = small_twin("wt2-bitskip")
+IDS = random_tokens(CONFIG, 20)
+
+
+def eager(threads: int, seed: int = 0) -> Engine:
+    """An engine that shares even the smallest job."""
+    engine = random_model(CONFIG, seed, threads)
+    engine._space.state["worth"] = 0
+    return engine
+
+
+def text(engine: Engine) -> np.ndarray:
+    """Logits of a prompt and of some steps under a rule, f32 [.., V]."""
+    cache = engine.new_cache()
+    parts = [engine.extend(IDS[:12], cache)]
+    parts += [engine.step(i, cache, ConfidenceExit(0.02))[0][None] for i in IDS[12:]]
+    return np.concatenate(parts)
+
+
+def test_threads_and_callers_do_not_change_a_bit() -> None:
+    expected = text(eager(1))
+    engines = [eager(2), eager(2), eager(5)]  # together more threads than cores
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(text, engines * 4))
+    for result in results:
+        assert result.tobytes() == expected.tobytes()
+
+
+def test_sleeping_helpers_come_back() -> None:
+    engine = eager(2)
+    expected = text(engine)
+    team = engine._team
+    assert team is not None
+    for _ in range(3):
+        deadline = time.monotonic() + 60
+        while not team._parked and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert team._parked == 1  # asleep in Python, burning nothing
+        assert text(engine).tobytes() == expected.tobytes()
+
+
+def test_helpers_end_with_their_engine() -> None:
+    gc.collect()
+    before = threading.active_count()
+    engine = eager(3)
+    text(engine)
+    assert threading.active_count() == before + 2
+    del engine
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_one_thread_starts_none() -> None:
+    before = threading.active_count()
+    engine = eager(1)
+    text(engine)
+    assert threading.active_count() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_fork_gets_helpers_of_its_own() -> None:
+    engine = eager(2)
+    expected = text(engine)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if text(engine).tobytes() == expected.tobytes() else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert text(engine).tobytes() == expected.tobytes()
+
+
+def test_the_interpreter_ends_cleanly(tmp_path: Path) -> None:
+    folder = random_folder(tmp_path / "model", CONFIG)
+    program = (
+        "import sys, bitskip_cpu.engine as e\n"
+        f"engine = e.load({str(folder)!r}, 3)\n"
+        "engine._space.state['worth'] = 0\n"
+        "print(engine.logits([1, 2, 3]).shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"(3, {CONFIG.vocab_size})\n", "")
+
+
+def test_wrong_requests(tmp_path: Path) -> None:
+    engine = load(random_folder(tmp_path / "model", CONFIG))
+    assert engine.threads == default_threads() >= 1
+    cache = engine.new_cache()
+    for ids, problem in (
+        ([], "no tokens"), ([CONFIG.vocab_size], "token ids"), ([-1], "token ids"),
+        ([0] * (CONFIG.max_position_embeddings + 1), "exceed the context"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=problem):
+            engine.extend(ids, cache)
+    with pytest.raises(ValueError, match="exit layer 9"):
+        engine.extend([1], cache, exit_layer=9)
+    assert cache.length == 0
+    with pytest.raises(ValueError, match="threads 0"):
+        random_model(CONFIG, threads=0)
+
+
+def test_a_shortened_cache_forgets() -> None:
+    engine = eager(1)
+    cache = engine.new_cache()
+    engine.extend(IDS[:9], cache)
+    engine.extend([5, 5, 5, 5], cache)
+    cache.length = 9
+    again = engine.extend(IDS[9:], cache)
+    assert again.tobytes() == engine.logits(IDS)[9:].tobytes()
+
+
+def test_weights_are_used_where_they_are_mapped(tmp_path: Path) -> None:
+    config = preset("tiny").replace(hidden_size=128)
+    engine = load(random_folder(tmp_path / "model", config))
+    assert engine.folder is not None
+    first = engine.folder.tensors["layers.0.q_proj.weight"]
+    state = engine._space.state
+    assert state["weights"] == first.ctypes.data
+    assert state["embedding"] == engine.folder.tensors["embed_tokens.weight"].ctypes.data
+    engine.logits([1])
+    assert state["head"] == engine.folder.tensors["lm_head.weight"].ctypes.data
