@@ -27,6 +27,8 @@ from bitskip_train.schedule import learning_rate
 from bitskip_train.settings import TrainConfig
 from bitskip_train.world import World
 
+_COMPILERS = ("torch._dynamo", "torch._inductor")  # modules whose errors compiling raises
+
 
 class Trainer:
     """One run. All randomness is a function of (seed, step), so a resumed run repeats the bits."""
@@ -131,6 +133,17 @@ class Trainer:
             if finished and (not self.history or "valid_loss" not in self.history[-1]):
                 self._evaluate(report)
             self._save("last.pt")
+        except torch.cuda.OutOfMemoryError:
+            raise TrainingError(
+                "out of GPU memory: lower train.batch and raise train.accumulation"
+            ) from None
+        except Exception as error:
+            if self.train.compile and type(error).__module__.startswith(_COMPILERS):
+                reason = str(error).strip().splitlines()[0]
+                raise TrainingError(
+                    f"train.compile: {reason} (it needs a C++ compiler; try compile=false)"
+                ) from error
+            raise
         finally:
             report.close()
         return finished

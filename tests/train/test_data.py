@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,6 +107,35 @@ def test_a_damaged_cache_is_refused(text: Path, tmp_path: Path) -> None:
     tokens.write_bytes(tokens.read_bytes()[:-2])
     with pytest.raises(DataError, match="damaged token cache"):
         load_split(source, bpe(), tmp_path / "cache")
+
+
+def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    rows = {"text": ["", " = Title = \n", "", " Some text . \n"]}
+
+    class Rows(dict[str, list[str]]):
+        _fingerprint = "print"
+
+    def load_dataset(*names: str | None, split: str) -> Rows:
+        asked.append((*names, split))
+        if split == "validation":
+            raise ConnectionError("no network")
+        return Rows(rows)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    wiki = TextSource(("wikitext-2",), "train")
+    assert list(wiki.documents()) == [" \n = Title = \n \n Some text . \n"]
+    tiny = TextSource(("tinystories",), "train")
+    assert list(tiny.documents()) == [rows["text"][1], rows["text"][3]]
+    assert asked == [
+        ("Salesforce/wikitext", "wikitext-2-v1", "train"),
+        ("roneneldan/TinyStories", None, "train"),
+    ]
+    with pytest.raises(DataError, match=r"did not load .ConnectionError.; without a network"):
+        TextSource(("tinystories",), "validation")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="pip install datasets"):
+        TextSource(("tinystories",), "train")
 
 
 def test_wrong_sources(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,29 @@ def test_a_loss_that_is_not_finite_stops_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"step 1: .* smaller train\.lr"):
         run.run(tensorboard=False)
     assert not (tmp_path / "last.pt").exists()
+
+
+def test_failing_compilation_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = type("NoCompiler", (Exception,), {"__module__": "torch._inductor.exc"})
+
+    def fail(run: Trainer) -> None:
+        raise failure("no compiler\nand a long story")
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    with pytest.raises(TrainingError, match=r"^train.compile: no compiler \(.*compile=false\)$"):
+        small_trainer(tmp_path, compile=True).run(tensorboard=False)
+    with pytest.raises(failure):  # without compilation it is a defect: no disguise
+        small_trainer(tmp_path).run(tensorboard=False)
+
+
+def test_tensorboard_is_optional_unless_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if not installed
+    assert small_trainer(tmp_path, steps=1).run()
+    assert "tensorboard is not installed" in capsys.readouterr().err
+    with pytest.raises(TrainingError, match="pip install tensorboard"):
+        small_trainer(tmp_path, steps=1).run(tensorboard=True)
 
 
 def test_bfloat16_trains_float32_weights(tmp_path: Path) -> None:
