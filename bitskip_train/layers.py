@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ class Block(nn.Module):
             self.add_module(name, Norm(width, config.norm, config.norm_eps))
         if config.gates:
             self.gate = Gate(config)
-        self._kept: dict[str, Prepared] | None = None
+        self._kept: dict[str, Prepared] = {}
 
     # ---- linear layers --------------------------------------------------------------
 
@@ -130,24 +130,17 @@ class Block(nn.Module):
         """The group's layers that this configuration has, in file order."""
         return [getattr(self, name) for name in GROUPS[group] if hasattr(self, name)]
 
-    def prepare(self, ops: FastOps) -> dict[str, Prepared]:
-        """Quantized weights by group; those of a loaded model are kept from pass to pass."""
-        if self.config.linear != "ternary":
-            return {}
-        if self._kept is not None:
-            return self._kept
-        made, loaded = {}, False
-        for group in GROUPS:
-            layers = self.linears(group)
-            made[group] = ops.prepare([x.weight for x in layers], [x.scale for x in layers])
-            loaded = layers[0].scale is not None
-        if loaded:
-            self._kept = made
+    def prepare(self, group: str, ops: FastOps) -> Prepared:
+        """A group's quantized weights; those of a loaded model are kept from pass to pass."""
+        if group in self._kept:
+            return self._kept[group]
+        layers = self.linears(group)
+        made = ops.prepare([x.weight for x in layers], [x.scale for x in layers])
+        if layers[0].scale is not None:
+            self._kept[group] = made
         return made
 
-    def linear(
-        self, group: str, x: Tensor, prepared: dict[str, Prepared], run: Pass
-    ) -> Sequence[Tensor]:
+    def linear(self, group: str, x: Tensor, run: Pass) -> Sequence[Tensor]:
         """One group's layers: [..., in] -> a tensor [..., out_i] for each (SPEC 4.3, 5.1, 4.6)."""
         config, ops = self.config, run.ops
         weights = [layer.weight for layer in self.linears(group)]
@@ -160,27 +153,25 @@ class Block(nn.Module):
             if run.bypass == "weights":
                 y = ops.float_product(codes * step, weights)
             else:
-                y = ops.ternary_product(codes, step, prepared[group], weights)
+                y = ops.ternary_product(codes, step, self.prepare(group, ops), weights)
         if config.relu2_in_linear:
             y = ops.relu2(y)
         return y.split([w.shape[0] for w in weights], -1)
 
     # ---- forward --------------------------------------------------------------------
 
-    def queries_keys_values(
-        self, x: Tensor, prepared: dict[str, Prepared], run: Pass
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, x: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
         """x f32 [B, T, D] -> turned queries [B, T, H, E], turned keys and values [B, T, K, E]."""
         if self.config.norm_position == "pre":
             x = self.attn_norm(x, run.ops)
         dim = (-1, self.config.head_dim)
-        q, k, v = (part.unflatten(-1, dim) for part in self.linear("qkv", x, prepared, run))
+        q, k, v = (part.unflatten(-1, dim) for part in self.linear("qkv", x, run))
         return run.ops.rope(q, run.cos, run.sin), run.ops.rope(k, run.cos, run.sin), v
 
-    def ffn(self, x: Tensor, prepared: dict[str, Prepared], run: Pass, trace: Any) -> Tensor:
+    def ffn(self, x: Tensor, run: Pass, trace: TensorTrace) -> Tensor:
         """SPEC 7.1: f32 [B, T, D] -> [B, T, D]."""
         config, ops = self.config, run.ops
-        *gate, up = self.linear("up", x, prepared, run)
+        *gate, up = self.linear("up", x, run)
         if config.gated:
             up = (ops.silu if config.ffn == "swiglu" else ops.relu2)(gate[0]) * up
         elif not config.relu2_in_linear:
@@ -188,12 +179,11 @@ class Block(nn.Module):
         trace("act", up)
         if config.sub_norm:
             up = self.ffn_sub_norm(up, ops)
-        return self.linear("down", up, prepared, run)[0]
+        return self.linear("down", up, run)[0]
 
     def forward(
         self,
         x: Tensor,
-        prepared: dict[str, Prepared],
         run: Pass,
         remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         trace: TensorTrace | None = None,
@@ -204,7 +194,7 @@ class Block(nn.Module):
         """
         config, ops = self.config, run.ops
         report = trace or _ignore
-        q, k, v = self.queries_keys_values(x, prepared, run)
+        q, k, v = self.queries_keys_values(x, run)
         report("q", q)
         report("k", k)
         report("v", v)
@@ -214,12 +204,12 @@ class Block(nn.Module):
         report("attn", mixed)
         if config.sub_norm:
             mixed = self.attn_sub_norm(mixed, ops)
-        x = x + self.linear("o", mixed, prepared, run)[0]
+        x = x + self.linear("o", mixed, run)[0]
         if config.norm_position == "post":
             x = self.attn_norm(x, ops)
         report("mid", x)
         before = self.ffn_norm(x, ops) if config.norm_position == "pre" else x
-        x = x + self.ffn(before, prepared, run, report)
+        x = x + self.ffn(before, run, report)
         if config.norm_position == "post":
             x = self.ffn_norm(x, ops)
         report("out", x)

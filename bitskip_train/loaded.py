@@ -86,7 +86,7 @@ class TorchEngine:
                     break
             for i in range(n, layers):  # SPEC 8.6
                 block = model.block(i)
-                _, keys, values = block.queries_keys_values(x, block.prepare(ops), run)
+                _, keys, values = block.queries_keys_values(x, run)
                 cache.write(i, keys, values)
         cache.length += 1
         return model.logits(x, n, report)[0, 0].numpy(), n

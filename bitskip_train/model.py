@@ -156,7 +156,6 @@ class BitskipModel(nn.Module):
     ) -> Tensor:
         """Block i on the samples that `keep` bool [B] names (None: all); x f32 [B, T, D]."""
         block = self.block(i)
-        prepared = block.prepare(run.ops)
         # A compiled block rounds elsewhere, and is made for training's passes only.
         plain = cache is None and trace is None and not run.ops.exact
         call = block if plain else block.forward
@@ -164,13 +163,13 @@ class BitskipModel(nn.Module):
             chosen = keep.nonzero().squeeze(1).to(x.device)
             if not len(chosen):
                 return PassThrough.apply(x, *block.parameters())
-            return x.index_copy(0, chosen, call(x.index_select(0, chosen), prepared, run))
+            return x.index_copy(0, chosen, call(x.index_select(0, chosen), run))
         remember = report = None
         if cache is not None:
             remember = lambda keys, values: cache.write(i, keys, values)  # noqa: E731
         if trace is not None:
             report = lambda stage, values: trace(f"layers.{i}.{stage}", values)  # noqa: E731
-        return call(x, prepared, run, remember, report)
+        return call(x, run, remember, report)
 
     def block(self, i: int) -> Block:
         """Block i, from 0."""
