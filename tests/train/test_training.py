@@ -146,16 +146,18 @@ def test_resuming_repeats_the_bits(tmp_path: Path, name: str) -> None:
         assert all(torch.equal(state[key], b.optimizer["state"][i][key]) for key in state)
 
 
-def test_dropout_exits_and_order_depend_on_the_seed(tmp_path: Path) -> None:
-    weights = []
-    for seed in (5, 5, 6):
-        run = small_trainer(tmp_path, seed=5)
-        run.train, run.windows.seed = run.train.replace(seed=seed), seed
+def test_the_seed_chooses_weights_order_and_dropout(tmp_path: Path) -> None:
+    def trained(first: int = 5, order: int = 5, draws: int = 5) -> torch.Tensor:
+        run = small_trainer(tmp_path, seed=first)
+        run.windows.seed, run.train = order, run.train.replace(seed=draws)
         run.train_step()
         run.train_step()
-        weights.append(run.model.lm_head.weight.detach().clone())
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
+        return run.model.lm_head.weight.detach().clone()
+
+    reference = trained()
+    assert torch.equal(trained(), reference)
+    for other in (trained(first=6), trained(order=6), trained(draws=6)):
+        assert not torch.equal(other, reference)
 
 
 def test_training_lowers_the_loss_and_the_checkpoint_has_the_trained_weights(
