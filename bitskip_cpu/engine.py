@@ -79,7 +79,7 @@ class Engine:
         trace: Trace | None = None,
     ) -> np.ndarray:
         n = check_exit_layer(exit_layer, self.config)
-        ids = check_tokens(token_ids, cache.length, self.config)
+        ids = self._checked(token_ids, cache)
         z = np.empty((1 if last_only else len(ids), self.config.vocab_size), f32)
         with self._lock:
             record = _Record(trace)
@@ -103,7 +103,7 @@ class Engine:
             n = rule.fixed_layer
             return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
         layers = self.config.num_hidden_layers
-        ids = check_tokens([token_id], cache.length, self.config)
+        ids = self._checked([token_id], cache)
         with self._lock:
             record, space = _Record(trace), self._space
             space.set_tokens(ids, cache, 0)
@@ -125,6 +125,14 @@ class Engine:
         return z[0], n
 
     # ---- its parts ------------------------------------------------------------------
+
+    def _checked(self, token_ids: Sequence[int], cache: KVCache) -> np.ndarray:
+        """The ids, once they and the cache are known to be safe: kernels check nothing."""
+        if cache.config is not self.config and cache.config != self.config:
+            raise ValueError("the cache belongs to another model: take one from new_cache()")
+        if cache.length < 0:
+            raise ValueError(f"cache length {cache.length}: must be 0 or more")
+        return check_tokens(token_ids, cache.length, self.config)
 
     def _forward(
         self, n: int, record: _Record, z: np.ndarray | None = None, first: int = 0

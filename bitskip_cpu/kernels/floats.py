@@ -12,6 +12,8 @@ import math
 import numpy as np
 
 from bitskip_cpu.kernels.inner import inner
+from bitskip_cpu.kernels.lanes import butterflies
+from bitskip_cpu.kernels.layout import LANES
 from bitskip_cpu.kernels.memory import floats, halfs, int8s, int32s
 
 f32, i32 = np.float32, np.int32
@@ -197,7 +199,8 @@ def layer_norm(x_at, weight_at, y_at, n, eps, scratch_at):
 def fwht(at, n):
     """In place, n a power of two."""
     h = n >> 1
-    while h:
+    shortest = LANES if n >= LANES else 1
+    while h >= shortest:
         for block in range(0, n, 2 * h):
             a, b = floats(at + 4 * block, h), floats(at + 4 * (block + h), h)
             for i in range(h):
@@ -205,6 +208,9 @@ def fwht(at, n):
                 a[i] = low + high
                 b[i] = low - high
         h >>= 1
+    if n >= LANES:
+        for block in range(0, n, LANES):
+            butterflies(at + 4 * block)
     scale = f32(1.0 / math.sqrt(float(n)))
     x = floats(at, n)
     for i in range(n):

@@ -165,7 +165,7 @@ def values_of(s, h):
 @inner
 def attention_part(s, scratch, part):
     """The query heads of one token that share a key-value head (SPEC 6)."""
-    t, kv_head = part // s.kv_heads, part % s.kv_heads
+    kv_head, t = part // s.tokens, part % s.tokens  # a head's keys stay at hand
     position, e, group = s.position + t, 4 * s.head_dim, s.heads // s.kv_heads
     half = e >> 1
     for h in range(kv_head * group, (kv_head + 1) * group):

@@ -55,8 +55,19 @@ def _larger(a_at: int, b_at: int, out_at: int) -> None:
     floats(out_at, LANES)[:] = np.where(a > b, a, b)
 
 
+def _butterflies(at: int) -> None:
+    """The last steps of SPEC 5.2, within LANES neighbours, in place."""
+    x = floats(at, LANES)
+    h = LANES // 2
+    while h:
+        a, b = x.reshape(-1, 2, h).transpose(1, 0, 2)
+        x[:] = np.stack([a + b, a - b], axis=1).reshape(-1)
+        h //= 2
+
+
 if config.DISABLE_JIT:
     two_products, add, scale, larger = _two_products, _add, _scale, _larger
+    butterflies = _butterflies
 else:
 
     @intrinsic
@@ -98,3 +109,22 @@ else:
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64), codegen
+
+    @intrinsic
+    def butterflies(typing: Any, at: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            x = _load(builder, args[0])
+            h = LANES // 2
+            while h:
+                # Lane i meets lane i ^ h; the upper one of a pair becomes other - itself.
+                lanes = ir.VectorType(ir.IntType(32), LANES)
+                other = builder.shuffle_vector(
+                    x, x, ir.Constant(lanes, [i ^ h for i in range(LANES)])
+                )
+                signs = ir.Constant(FLOATS, [-1.0 if i & h else 1.0 for i in range(LANES)])
+                x = builder.fadd(other, builder.fmul(x, signs))
+                h //= 2
+            _store(builder, x, args[0])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen

@@ -119,6 +119,11 @@ def test_wrong_requests(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exit layer 9"):
         engine.extend([1], cache, exit_layer=9)
     assert cache.length == 0
+    cache.length = -1
+    with pytest.raises(ValueError, match="cache length -1"):
+        engine.extend([1], cache)
+    with pytest.raises(ValueError, match="another model"):
+        engine.extend([1], random_model(small_twin("bitskip-v1"), threads=1).new_cache())
     with pytest.raises(ValueError, match="threads 0"):
         random_model(CONFIG, threads=0)
 
