@@ -29,7 +29,7 @@ def causal_attention(q: Tensor, keys: Tensor, values: Tensor, tokens: int) -> tu
 
 @causal_attention.register_fake
 def _(q: Tensor, keys: Tensor, values: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[1], keys.shape[1])
+    return q.new_empty(q.shape), q.new_empty(*q.shape[:2], keys.shape[1])
 
 
 @torch.library.custom_op("bitskip::causal_attention_backward", mutates_args=())
@@ -47,7 +47,7 @@ def causal_attention_backward(
 def _(
     grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(keys), torch.empty_like(values)
+    return q.new_empty(q.shape), keys.new_empty(keys.shape), values.new_empty(values.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
