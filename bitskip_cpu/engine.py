@@ -23,7 +23,7 @@ from bitskip_cpu.weights import Tensors, Weights, random_tensors
 from bitskip_cpu.workspace import Workspace
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import ExitRule, Trace
-from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.exits.fixed import FixedExit, check_exit_layer
 from bitskip_ref.folder import Folder, read_folder
 from bitskip_ref.model import check_tokens
 
@@ -99,10 +99,10 @@ class Engine:
     def step(
         self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
-        if rule.fixed_layer is not None:
-            n = rule.fixed_layer
-            return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
         layers = self.config.num_hidden_layers
+        if isinstance(rule, FixedExit) or rule.fixed_layer is not None:
+            n = rule.fixed_layer or layers
+            return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
         ids = self._checked([token_id], cache)
         with self._lock:
             record, space = _Record(trace), self._space

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import config as numba_config
 
 from bitskip_cpu.cache import KVCache
 from bitskip_cpu.kernels.attention import LEVELS
@@ -47,9 +48,11 @@ class Workspace:
     def __init__(self, weights: Weights, threads: int) -> None:
         self.weights = weights
         self._arrays: list[np.ndarray] = []  # whose addresses the structs hold
-        self.states = np.zeros(1, STATE).view(np.recarray)
-        self.products = weights.products.view(np.recarray)
+        self.states, self.products = np.zeros(1, STATE), weights.products
+        if numba_config.DISABLE_JIT:  # attributes, as compiled code has them; slower to pass
+            self.states, self.products = (a.view(np.recarray) for a in (self.states, self.products))
         self.state = self.states[0]
+        self._exits: dict[int, dict[str, int]] = {}
         self._shape()
         self._weights()
         self._buffers()
@@ -145,12 +148,17 @@ class Workspace:
 
     def set_exit(self, n: int, logits: np.ndarray, first: int = 0) -> None:
         """Logits after n blocks go to `logits` f32 [T - first, V]: those of tokens from `first`."""
-        s, w = self.state, self.weights
-        norm, head = w.exit(n)
-        rows, scales, corrections = w.head(head)
-        s["final_norm"] = w.norm(norm).ctypes.data
-        s["head"], s["head_row_bytes"] = rows.ctypes.data, rows.strides[0]
-        s["head_scale"], s["head_sums"] = scales.ctypes.data, corrections.ctypes.data
+        s = self.state
+        if n not in self._exits:
+            norm, head = self.weights.exit(n)
+            rows, scales, corrections = self.weights.head(head)
+            self._exits[n] = {
+                "final_norm": self.weights.norm(norm).ctypes.data, "head": rows.ctypes.data,
+                "head_row_bytes": rows.strides[0], "head_scale": scales.ctypes.data,
+                "head_sums": corrections.ctypes.data,
+            }  # fmt: skip
+        for name, value in self._exits[n].items():
+            s[name] = value
         s["logits"], s["exit_from"] = logits.ctypes.data, first
 
     def set_gate(self, n: int) -> None:

@@ -77,6 +77,7 @@ def rules(config: ModelConfig) -> Iterator[ExitRule]:
     """Rules that stop always, never and now and then."""
     yield FixedExit(1)
     yield FixedExit(config.num_hidden_layers)
+    yield FixedExit()
     for threshold in (0.0, 0.02, 1.0):
         yield ConfidenceExit(threshold, "max")
     yield ConfidenceExit(0.004, "margin")
