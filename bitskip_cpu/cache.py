@@ -6,15 +6,17 @@ import numpy as np
 
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.engine import CacheFill
 
 
-class KVCache:
+class KVCache(CacheFill):
     """Keys and values of `length` positions; memory is taken as positions are first used.
 
     A smaller `length` forgets the positions from there on (what lies behind is overwritten).
     """
 
     def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
         groups = -(-config.max_position_embeddings // LANES)
         padded = 1 << (config.head_dim - 1).bit_length()
         heads = config.num_hidden_layers, config.num_key_value_heads
@@ -22,7 +24,6 @@ class KVCache:
         self.capacity = groups * LANES
         self.keys = np.zeros((*heads, groups, padded, LANES), np.float32)
         self.values = np.zeros((*heads, self.capacity, config.head_dim), np.float32)
-        self.length = 0
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Block i's keys (turned) and values as SPEC 6.4 has them: copies, f32 [S, K, E]."""

@@ -25,7 +25,7 @@ from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import ExitRule, Trace
 from bitskip_ref.exits.fixed import FixedExit, check_exit_layer
 from bitskip_ref.folder import Folder, read_folder
-from bitskip_ref.model import check_tokens
+from bitskip_ref.model import check_input
 
 f32 = np.float32
 
@@ -79,7 +79,7 @@ class Engine:
         trace: Trace | None = None,
     ) -> np.ndarray:
         n = check_exit_layer(exit_layer, self.config)
-        ids = self._checked(token_ids, cache)
+        ids = self._checked(token_ids, cache, n)
         z = np.empty((1 if last_only else len(ids), self.config.vocab_size), f32)
         with self._lock:
             record = _Record(trace)
@@ -93,7 +93,7 @@ class Engine:
                 else:
                     self._forward(n, record, z, len(part) - 1)
             record.replay()
-            cache.length += len(ids)
+            cache.advance(len(ids), n)
         return z
 
     def step(
@@ -103,7 +103,7 @@ class Engine:
         if isinstance(rule, FixedExit) or rule.fixed_layer is not None:
             n = rule.fixed_layer or layers
             return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
-        ids = self._checked([token_id], cache)
+        ids = self._checked([token_id], cache, layers)
         with self._lock:
             record, space = _Record(trace), self._space
             space.set_tokens(ids, cache, 0)
@@ -121,18 +121,18 @@ class Engine:
                 record.add(space.exit_stages, z)
                 record.replay()
             self._call(FILL, n, layers)  # SPEC 8.6
-            cache.length += 1
+            cache.advance(1, layers)
         return z[0], n
 
     # ---- its parts ------------------------------------------------------------------
 
-    def _checked(self, token_ids: Sequence[int], cache: KVCache) -> np.ndarray:
+    def _checked(self, token_ids: Sequence[int], cache: KVCache, blocks: int) -> np.ndarray:
         """The ids, once they and the cache are known to be safe: kernels check nothing."""
         if cache.config is not self.config and cache.config != self.config:
             raise ValueError("the cache belongs to another model: take one from new_cache()")
         if cache.length < 0:
             raise ValueError(f"cache length {cache.length}: must be 0 or more")
-        return check_tokens(token_ids, cache.length, self.config)
+        return check_input(token_ids, cache, blocks, self.config)
 
     def _forward(
         self, n: int, record: _Record, z: np.ndarray | None = None, first: int = 0

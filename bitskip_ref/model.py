@@ -9,7 +9,7 @@ import numpy as np
 
 from bitskip_ref.attention import attention
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import ExitRule, Trace
+from bitskip_ref.engine import CacheFill, ExitRule, Trace
 from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.ffn import ffn_activation
 from bitskip_ref.folder import read_folder
@@ -24,18 +24,18 @@ from bitskip_ref.sums import feature_sum
 f32 = np.float32
 
 
-class KVCache:
+class KVCache(CacheFill):
     """Keys (turned) and values per block, f32 [S, K, E] (SPEC 6.4)."""
 
     def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
         empty = np.zeros((0, config.num_key_value_heads, config.head_dim), f32)
         self.keys = [empty] * config.num_hidden_layers
         self.values = [empty] * config.num_hidden_layers
-        self.length = 0
 
     def append(self, layer: int, k: np.ndarray, v: np.ndarray) -> None:
-        self.keys[layer] = np.concatenate([self.keys[layer], k])
-        self.values[layer] = np.concatenate([self.values[layer], v])
+        self.keys[layer] = np.concatenate([self.keys[layer][: self.length], k])
+        self.values[layer] = np.concatenate([self.values[layer][: self.length], v])
 
 
 class ReferenceModel:
@@ -168,13 +168,13 @@ class ReferenceModel:
         trace: Trace | None = None,
     ) -> np.ndarray:
         n = check_exit_layer(exit_layer, self.config)
-        ids = check_tokens(token_ids, cache.length, self.config)
+        ids = check_input(token_ids, cache, n, self.config)
         report = trace or (lambda *_: None)
         x = self.embed(ids)
         report("embed", x)
         for i in range(n):
             x = self.block(i, x, cache, report)
-        cache.length += len(ids)
+        cache.advance(len(ids), n)
         return self.exit(x[-1:] if last_only else x, n, report)
 
     def step(
@@ -185,7 +185,7 @@ class ReferenceModel:
             n = rule.fixed_layer
             return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
         report = trace or (lambda *_: None)
-        x = self.embed(check_tokens([token_id], cache.length, self.config))
+        x = self.embed(check_input([token_id], cache, layers, self.config))
         report("embed", x)
         n = 0
         while n < layers:
@@ -197,7 +197,7 @@ class ReferenceModel:
             pre = self.config.norm_position == "pre"
             a = self.norm(f"layers.{i}.attn_norm", x) if pre else x
             cache.append(i, *self.keys_values(i, a, cache.length))
-        cache.length += 1
+        cache.advance(1, layers)
         return self.exit(x, n, report)[0], n
 
 
@@ -226,16 +226,22 @@ class ReferenceProbe:
         return exp(z - z.max())
 
 
-def check_tokens(token_ids: Sequence[int], past: int, config: ModelConfig) -> np.ndarray:
-    """Token ids as int64 [T]. Raises ValueError for none, ids outside 0..V-1, or no room."""
+def check_input(
+    token_ids: Sequence[int], cache: CacheFill, blocks: int, config: ModelConfig
+) -> np.ndarray:
+    """Token ids as int64 [T], to be run through `blocks` blocks after what the cache holds.
+
+    Raises ValueError for none, ids outside 0..V-1, no room, or a cache of fewer blocks (SPEC 8.2).
+    """
+    cache.require(blocks)
     ids = np.asarray(token_ids)
     if ids.ndim != 1 or ids.size == 0:
         raise ValueError("no tokens: give at least one token id")
     if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= config.vocab_size:
         raise ValueError(f"token ids must be integers in 0..{config.vocab_size - 1}")
-    if past + ids.size > config.max_position_embeddings:
+    if cache.length + ids.size > config.max_position_embeddings:
         raise ValueError(
-            f"{past} + {ids.size} positions exceed the context of "
+            f"{cache.length} + {ids.size} positions exceed the context of "
             f"{config.max_position_embeddings}: shorten the prompt or start anew"
         )
     return ids.astype(np.int64)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.engine import CacheFill
 from bitskip_train.fast import FastOps, Prepared, Rotations
 
 TensorTrace = Callable[[str, Tensor], None]
@@ -82,16 +83,16 @@ class Gate(nn.Module):
         return ops.gate_product(torch.relu(inner), self.fc2.weight).squeeze(-1)
 
 
-class Cache:
+class Cache(CacheFill):
     """Keys (turned) and values of past positions (SPEC 6.4): f32 [L, B, S, K, E], S the context."""
 
     def __init__(self, config: ModelConfig, batch: int = 1) -> None:
+        super().__init__(config)
         shape = (
             config.num_hidden_layers, batch, config.max_position_embeddings,
             config.num_key_value_heads, config.head_dim,
         )  # fmt: skip
         self.keys, self.values = torch.zeros(shape), torch.zeros(shape)
-        self.length = 0
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append [B, T, K, E] for one block; returns all its keys and values [B, S, K, E].

@@ -13,7 +13,7 @@ from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import ExitRule, Trace
 from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.folder import read_folder
-from bitskip_ref.model import check_tokens
+from bitskip_ref.model import check_input
 from bitskip_ref.packing import unpack_ternary
 from bitskip_train.exact import exp, feature_sum
 from bitskip_train.layers import Cache, TensorTrace
@@ -60,7 +60,7 @@ class TorchEngine:
         trace: Trace | None = None,
     ) -> np.ndarray:
         n = check_exit_layer(exit_layer, self.config)
-        ids = self._ids(token_ids, cache)
+        ids = self._ids(token_ids, cache, n)
         report = _without_batch(trace)
         x = self.model(ids, exit_layer=n, cache=cache, trace=report)[n]
         return self.model.logits(x[:, -1:] if last_only else x, n, report)[0].numpy()
@@ -72,7 +72,8 @@ class TorchEngine:
         if rule.fixed_layer is not None:
             n = rule.fixed_layer
             return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
-        ids, report, ops = self._ids([token_id], cache), _without_batch(trace), model.ops()
+        report, ops = _without_batch(trace), model.ops()
+        ids = self._ids([token_id], cache, layers)
         with model.region(ops):
             run = model.start(ops, "none", cache.length, 1)
             x = model.embed(ids, ops)
@@ -88,11 +89,11 @@ class TorchEngine:
                 block = model.block(i)
                 _, keys, values = block.queries_keys_values(x, run)
                 cache.write(i, keys, values)
-        cache.length += 1
+        cache.advance(1, layers)
         return model.logits(x, n, report)[0, 0].numpy(), n
 
-    def _ids(self, token_ids: Sequence[int], cache: Cache) -> Tensor:
-        return torch.from_numpy(check_tokens(token_ids, cache.length, self.config))[None]
+    def _ids(self, token_ids: Sequence[int], cache: Cache, blocks: int) -> Tensor:
+        return torch.from_numpy(check_input(token_ids, cache, blocks, self.config))[None]
 
 
 class TorchProbe:

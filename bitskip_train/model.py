@@ -142,7 +142,7 @@ class BitskipModel(nn.Module):
                 if i + 1 in collect or i + 1 == depth:
                     hidden[i + 1] = x
         if cache is not None:
-            cache.length += ids.shape[1]
+            cache.advance(ids.shape[1], depth)
         return hidden
 
     def run_block(

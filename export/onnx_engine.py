@@ -10,10 +10,10 @@ import numpy as np
 import onnxruntime as ort
 
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import ExitRule, Trace
+from bitskip_ref.engine import CacheFill, ExitRule, Trace
 from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.folder import CONFIG, read_folder
-from bitskip_ref.model import check_tokens
+from bitskip_ref.model import check_input
 from export.onnx_builder import lay_out
 from export.onnx_files import find_graphs, weight_bytes
 from export.onnx_graph import ExitGraph
@@ -24,14 +24,14 @@ OpenSession = Callable[[int, bool], ort.InferenceSession]
 """(exit layer, whether to trace) -> session."""
 
 
-class OnnxCache:
+class OnnxCache(CacheFill):
     """Keys (turned) and values of each block, f32 [S, K, E] (SPEC 6.4)."""
 
     def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
         empty = np.zeros((0, config.num_key_value_heads, config.head_dim), np.float32)
         self.keys = [empty] * config.num_hidden_layers
         self.values = [empty] * config.num_hidden_layers
-        self.length = 0
 
 
 class OnnxModel:
@@ -62,23 +62,18 @@ class OnnxModel:
         trace: Trace | None = None,
     ) -> np.ndarray:
         n = check_exit_layer(exit_layer, self.config)
-        ids = check_tokens(token_ids, cache.length, self.config)
-        for i in range(n):
-            if len(cache.keys[i]) != cache.length:
-                raise ValueError(
-                    f"the cache lacks positions of block {i + 1}: it was filled at another exit; "
-                    f"run the prompt again at exit {n}"
-                )
+        ids = check_input(token_ids, cache, n, self.config)
         session = self.session(n, trace is not None)
         feeds = {"token_ids": ids}
         for i in range(n):
-            feeds[f"past.{i}.key"], feeds[f"past.{i}.value"] = cache.keys[i], cache.values[i]
+            feeds[f"past.{i}.key"] = cache.keys[i][: cache.length]
+            feeds[f"past.{i}.value"] = cache.values[i][: cache.length]
         names = [output.name for output in session.get_outputs()]
         outputs = dict(zip(names, session.run(names, feeds), strict=True))
         for i in range(n):
             cache.keys[i] = outputs.pop(f"present.{i}.key")
             cache.values[i] = outputs.pop(f"present.{i}.value")
-        cache.length += len(ids)
+        cache.advance(len(ids), n)
         if last_only:
             for name in ("exit_norm", "logits"):
                 if name in outputs:

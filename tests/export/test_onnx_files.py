@@ -91,7 +91,7 @@ def test_misuse_is_refused(model: Path) -> None:
     with pytest.raises(ValueError, match=r"integers in 0\.\.96"):
         engine.logits([97])
     engine.extend([1, 2], cache, exit_layer=2)
-    with pytest.raises(ValueError, match="filled at another exit"):
+    with pytest.raises(ValueError, match="was filled at exit layer"):
         engine.extend([3], cache, exit_layer=4)
     engine.extend([3], cache, exit_layer=1)
 

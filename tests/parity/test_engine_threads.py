@@ -17,7 +17,7 @@ import pytest
 from bitskip_cpu.engine import Engine, load, random_model
 from bitskip_cpu.threads import default_threads
 from bitskip_ref.config import preset, small_twin
-from bitskip_ref.exits import ConfidenceExit
+from bitskip_ref.exits import ConfidenceExit, FixedExit
 from tests.helpers import random_folder, random_tokens
 
 CONFIG = small_twin("wt2-bitskip")
@@ -136,6 +136,23 @@ def test_a_shortened_cache_forgets() -> None:
     cache.length = 9
     again = engine.extend(IDS[9:], cache)
     assert again.tobytes() == engine.logits(IDS)[9:].tobytes()
+
+
+def test_a_cache_serves_only_the_blocks_it_holds() -> None:
+    """SPEC 8.2."""
+    engine = eager(1)
+    cache = engine.new_cache()
+    engine.extend(IDS[:5], cache)
+    engine.step(IDS[5], cache, FixedExit(2))
+    for attempt in (
+        lambda: engine.extend([1], cache, exit_layer=3),
+        lambda: engine.step(1, cache, ConfidenceExit()),
+        lambda: engine.step(1, cache, FixedExit()),
+    ):
+        with pytest.raises(ValueError, match="filled at exit layer 2"):
+            attempt()
+    cache.length = 0
+    assert engine.extend(IDS, cache).tobytes() == engine.logits(IDS).tobytes()
 
 
 def test_weights_are_used_where_they_are_mapped(tmp_path: Path) -> None:

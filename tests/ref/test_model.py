@@ -150,6 +150,20 @@ def test_rules_refuse_what_means_nothing() -> None:
             rule.check(config)
 
 
+def test_a_shallow_cache_does_not_serve_deeper_exits() -> None:
+    m = model("tiny")
+    cache = m.new_cache()
+    m.extend([1, 2], cache, exit_layer=3)
+    m.extend([3], cache, exit_layer=2)
+    with pytest.raises(ValueError, match="filled at exit layer 2 and cannot serve 3"):
+        m.extend([4], cache, exit_layer=3)
+    with pytest.raises(ValueError, match="cannot serve 4"):
+        m.step(4, cache, ConfidenceExit(0.5))
+    assert cache.length == 3
+    cache.length = 2  # forget the shallow position
+    equal(m.logits([1, 2, 5], 3)[2:], m.extend([5], cache, exit_layer=3))
+
+
 def test_tokens_are_checked() -> None:
     m = model("tiny")
     for ids, words in (
