@@ -130,8 +130,6 @@ class Engine:
         """The ids, once they and the cache are known to be safe: kernels check nothing."""
         if cache.config is not self.config and cache.config != self.config:
             raise ValueError("the cache belongs to another model: take one from new_cache()")
-        if cache.length < 0:
-            raise ValueError(f"cache length {cache.length}: must be 0 or more")
         return check_input(token_ids, cache, blocks, self.config)
 
     def _forward(
