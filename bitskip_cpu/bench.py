@@ -13,10 +13,10 @@ import numpy as np
 
 from bitskip_cpu import isa, models
 from bitskip_cpu.engine import Engine as NumbaEngine
-from bitskip_cpu.engine import random_model
 from bitskip_cpu.machine import fingerprint, peak_rss_bytes
 from bitskip_cpu.tables import size, table
 from bitskip_cpu.threads import default_threads
+from bitskip_cpu.weights import random_tensors
 from bitskip_ref.config import preset as preset_config
 from bitskip_ref.engine import Engine
 from bitskip_ref.exits import FixedExit
@@ -130,17 +130,12 @@ def report(
     """What `bitskip-cpu bench` prints; progress goes to `note`. Raises ValueError."""
     if preset is None:
         folder = read_folder(models.resolve(model))
-        name, config = str(folder.path), folder.config
+        name, config, tensors = str(folder.path), folder.config, folder.tensors
     else:
         name, config = f"{preset} (random weights, seed {seed})", preset_config(preset)
-
-    def engine_for(count: int) -> Engine:
-        if preset is not None:
-            return random_model(config, seed, count)
-        return NumbaEngine(config, folder.tensors, count)
-
+        tensors = random_tensors(config, seed)
     rows = bench(
-        engine_for,
+        lambda count: NumbaEngine(config, tensors, count),
         prompts=prompts,
         generated=generated,
         threads=threads or [default_threads()],

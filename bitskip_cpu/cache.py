@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from bitskip_cpu.kernels.layout import LANES
+from bitskip_ref.cache import CacheFill
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import CacheFill
 
 
 class KVCache(CacheFill):

@@ -21,11 +21,11 @@ from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, EMBED, EXIT, FILL, GATE, M
 from bitskip_cpu.threads import Team, default_threads
 from bitskip_cpu.weights import Tensors, Weights, random_tensors
 from bitskip_cpu.workspace import Workspace
+from bitskip_ref.cache import check_input
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import ExitRule, Trace
 from bitskip_ref.exits.fixed import FixedExit, check_exit_layer
 from bitskip_ref.folder import Folder, read_folder
-from bitskip_ref.model import check_input
 
 f32 = np.float32
 

@@ -159,7 +159,9 @@ def random_tensors(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
         if kind is np.uint8:
             np.take(translate, rng.integers(0, 256, flat.size, np.uint8), out=flat)
         elif kind is np.int8:
-            flat[:] = rng.integers(-127, 128, flat.size, np.int8)
+            for first in range(0, flat.size, 1 << 20):  # bounded scratch
+                part = flat[first : first + (1 << 20)]
+                part[:] = rng.integers(-127, 128, part.size, np.int8)
         elif name.endswith(".scale"):
             flat[:] = rng.uniform(0.5, 1.5, flat.size) * (0.02 if "_proj" in name else 2e-3)
         elif len(shape) == 1:

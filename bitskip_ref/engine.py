@@ -23,34 +23,6 @@ Arrays may be reused by the engine after the call: copy what is kept.
 """
 
 
-class CacheFill:
-    """How far a KV cache is filled (SPEC 8.2); every engine's cache is one.
-
-    `length` counts positions. It may be lowered, to forget the positions from there on.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.length = 0
-        self._filled = [0] * config.num_hidden_layers  # positions that each block has run
-
-    def require(self, blocks: int) -> None:
-        """Raise ValueError unless blocks 1..`blocks` hold every position so far."""
-        if self.length < 0:
-            raise ValueError(f"cache length {self.length}: must be 0 or more")
-        self._filled = [min(n, self.length) for n in self._filled]  # what was forgotten is gone
-        depth = sum(n == self.length for n in self._filled)
-        if depth < blocks:
-            raise ValueError(
-                f"the cache was filled at exit layer {depth} and cannot serve {blocks}: "
-                "keep to that exit, or start with a new cache"
-            )
-
-    def advance(self, tokens: int, blocks: int) -> None:
-        """Note that blocks 1..`blocks` ran `tokens` more positions."""
-        self.length += tokens
-        self._filled[:blocks] = [self.length] * blocks
-
-
 class Probe(Protocol):
     """What an exit rule may ask about the token at hand after a block (SPEC 8.4, 8.5)."""
 

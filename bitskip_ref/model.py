@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bitskip_ref.attention import attention
+from bitskip_ref.cache import CacheFill, check_input
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import CacheFill, ExitRule, Trace
+from bitskip_ref.engine import ExitRule, Trace
 from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.ffn import ffn_activation
 from bitskip_ref.folder import read_folder
@@ -224,27 +225,6 @@ class ReferenceProbe:
     def _exponentials(self) -> np.ndarray:
         z = self.model.exit(self.x, self.n)[0]
         return exp(z - z.max())
-
-
-def check_input(
-    token_ids: Sequence[int], cache: CacheFill, blocks: int, config: ModelConfig
-) -> np.ndarray:
-    """Token ids as int64 [T], to be run through `blocks` blocks after what the cache holds.
-
-    Raises ValueError for none, ids outside 0..V-1, no room, or a cache of fewer blocks (SPEC 8.2).
-    """
-    cache.require(blocks)
-    ids = np.asarray(token_ids)
-    if ids.ndim != 1 or ids.size == 0:
-        raise ValueError("no tokens: give at least one token id")
-    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= config.vocab_size:
-        raise ValueError(f"token ids must be integers in 0..{config.vocab_size - 1}")
-    if cache.length + ids.size > config.max_position_embeddings:
-        raise ValueError(
-            f"{cache.length} + {ids.size} positions exceed the context of "
-            f"{config.max_position_embeddings}: shorten the prompt or start anew"
-        )
-    return ids.astype(np.int64)
 
 
 def load(path: str | os.PathLike[str]) -> ReferenceModel:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitskip_ref.cache import check_input
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import ExitRule, Trace
 from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.folder import read_folder
-from bitskip_ref.model import check_input
 from bitskip_ref.packing import unpack_ternary
 from bitskip_train.exact import exp, feature_sum
 from bitskip_train.layers import Cache, TensorTrace

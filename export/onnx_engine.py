@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from bitskip_ref.cache import CacheFill, check_input
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import CacheFill, ExitRule, Trace
+from bitskip_ref.engine import ExitRule, Trace
 from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.folder import CONFIG, read_folder
-from bitskip_ref.model import check_input
 from export.onnx_builder import lay_out
 from export.onnx_files import find_graphs, weight_bytes
 from export.onnx_graph import ExitGraph

@@ -1,0 +1,58 @@
+"""What every engine's KV cache has in common, and the check of what is to be run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bitskip_ref.config import ModelConfig
+
+
+class CacheFill:
+    """How far a KV cache is filled (SPEC 8.2); every engine's cache is one.
+
+    `length` counts positions. It may be lowered, to forget the positions from there on.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.length = 0
+        self._filled = [0] * config.num_hidden_layers  # positions that each block has run
+
+    def require(self, blocks: int) -> None:
+        """Raise ValueError unless blocks 1..`blocks` hold every position so far."""
+        if self.length < 0:
+            raise ValueError(f"cache length {self.length}: must be 0 or more")
+        self._filled = [min(n, self.length) for n in self._filled]  # what was forgotten is gone
+        depth = sum(n == self.length for n in self._filled)
+        if depth < blocks:
+            raise ValueError(
+                f"the cache was filled at exit layer {depth} and cannot serve {blocks}: "
+                "keep to that exit, or start with a new cache"
+            )
+
+    def advance(self, tokens: int, blocks: int) -> None:
+        """Note that blocks 1..`blocks` ran `tokens` more positions."""
+        self.length += tokens
+        self._filled[:blocks] = [self.length] * blocks
+
+
+def check_input(
+    token_ids: Sequence[int], cache: CacheFill, blocks: int, config: ModelConfig
+) -> np.ndarray:
+    """Token ids as int64 [T], to be run through `blocks` blocks after what the cache holds.
+
+    Raises ValueError for none, ids outside 0..V-1, no room, or a cache of fewer blocks (SPEC 8.2).
+    """
+    cache.require(blocks)
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1 or ids.size == 0:
+        raise ValueError("no tokens: give at least one token id")
+    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(f"token ids must be integers in 0..{config.vocab_size - 1}")
+    if cache.length + ids.size > config.max_position_embeddings:
+        raise ValueError(
+            f"{cache.length} + {ids.size} positions exceed the context of "
+            f"{config.max_position_embeddings}: shorten the prompt or start anew"
+        )
+    return ids.astype(np.int64)
