@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from bitskip_cpu.isa import available_paths
 from bitskip_ref.compare import difference
 from bitskip_ref.model import ReferenceModel
 from tests.helpers import OPTIONS, QUANTIZED, random_folder, random_tensors, random_tokens, twin
-from tests.parity.test_engine_paths import X86, start
+from tests.parity.test_engine_paths import ROOT, X86, start
 
 pytestmark = pytest.mark.slow
 
@@ -70,8 +73,27 @@ def test_paths(path: str) -> None:
     assert set(problems) == set(NAMES) and not any(problems.values()), problems
 
 
-def test_interpreted() -> None:
-    process = start({"NUMBA_DISABLE_JIT": "1"}, ["tiny", "smallest"])
-    out, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert not any(json.loads(out)["problems"].values()), out
+@pytest.mark.parametrize("name", NAMES)
+def test_interpreted(name: str) -> None:
+    """Kernels as plain Python: two tokens, whole and stepped, at two exits."""
+    config = twin(name)
+    ids = random_tokens(config, 2)
+    reference = ReferenceModel(config, random_tensors(config))
+    code = f"""
+import sys
+import numpy as np
+from bitskip_cpu.engine import Engine
+from tests.helpers import random_tensors, twin
+engine = Engine(twin({name!r}), random_tensors(twin({name!r})))
+for n in (1, 2):
+    cache = engine.new_cache()
+    steps = [engine.extend([t], cache, exit_layer=n) for t in {ids}]
+    for z in (engine.logits({ids}, n), np.concatenate(steps)):
+        sys.stdout.buffer.write(z.tobytes())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True,
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
+    )  # fmt: skip
+    expected = b"".join(reference.logits(ids, n).tobytes() * 2 for n in (1, 2))
+    assert run.stdout == expected
