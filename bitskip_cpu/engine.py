@@ -29,6 +29,8 @@ from bitskip_ref.folder import Folder, read_folder
 
 f32 = np.float32
 
+SMALL = 4 << 20  # bytes of linear weights; stories-24 (2.4 MB) decodes faster with one thread
+
 
 class Engine:
     """A model ready to run on this CPU. Several threads may call it; one call runs at a time.
@@ -45,15 +47,18 @@ class Engine:
     ) -> None:
         """`tensors` as in a model folder, already checked; they must not change afterwards.
 
-        `threads`: None for every physical core. Interpreted kernels always have one. Raises
-        ValueError for less than one.
+        `threads`: None for every physical core, or one where the weights are so few that waking a
+        helper costs more than it saves. Interpreted kernels always have one. Raises ValueError for
+        less than one.
         """
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads}: must be at least 1")
         self.config, self.folder = config, folder
-        self.threads = 1 if numba_config.DISABLE_JIT else threads or default_threads()
+        weights = Weights(config, tensors)
+        usual = 1 if weights.linear.nbytes < SMALL else default_threads()
+        self.threads = 1 if numba_config.DISABLE_JIT else threads or usual
         self._run = KERNELS.run
-        self._space = Workspace(Weights(config, tensors), self.threads)
+        self._space = Workspace(weights, self.threads)
         self._lock = threading.Lock()
         self._team: Team | None = None
         if self.threads > 1:

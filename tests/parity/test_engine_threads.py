@@ -106,9 +106,15 @@ def test_the_interpreter_ends_cleanly(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"(3, {CONFIG.vocab_size})\n", "")
 
 
+def test_small_models_have_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert random_model(CONFIG).threads == 1
+    assert random_model(CONFIG, threads=2).threads == 2
+    monkeypatch.setattr("bitskip_cpu.engine.SMALL", 0)
+    assert random_model(CONFIG).threads == default_threads() >= 1
+
+
 def test_wrong_requests(tmp_path: Path) -> None:
     engine = load(random_folder(tmp_path / "model", CONFIG))
-    assert engine.threads == default_threads() >= 1
     cache = engine.new_cache()
     for ids, problem in (
         ([], "no tokens"), ([CONFIG.vocab_size], "token ids"), ([-1], "token ids"),
