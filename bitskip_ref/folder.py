@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.files import replace_file
 from bitskip_ref.packing import IllegalCodeError, check_codes, packed_width
 
 FORMAT = 1
@@ -247,13 +247,13 @@ def write_folder(
     ordered = {name: tensors[name] for name in expected_tensors(config)}
     digest = write_tensors(root / WEIGHTS, ordered)
     if tokenizer_json is not None:
-        write_atomic(root / TOKENIZER, tokenizer_json)
+        _write_text(root / TOKENIZER, tokenizer_json)
     generation = {
         "eos_token_id": eos_token_id,
         "bos_token_id": bos_token_id,
         "exit_layer": exit_layer,
     }
-    write_atomic(root / GENERATION, json.dumps(generation, indent=2) + "\n")
+    _write_text(root / GENERATION, json.dumps(generation, indent=2) + "\n")
     stored = {
         "model_type": "bitskip",
         "architectures": ["BitskipForCausalLM"],
@@ -261,7 +261,7 @@ def write_folder(
         **config.to_dict(),
         "weights_sha256": digest,
     }
-    write_atomic(root / CONFIG, json.dumps(stored, indent=2) + "\n")
+    _write_text(root / CONFIG, json.dumps(stored, indent=2) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
@@ -279,29 +279,14 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     digest = hashlib.sha256()
 
-    def write(file: Any) -> None:
+    with replace_file(path) as file:
         for part in (struct.pack("<Q", len(text)), text, *tensors.values()):
             raw = part if isinstance(part, bytes) else np.ascontiguousarray(part).data.cast("B")
             digest.update(raw)
             file.write(raw)
-
-    write_atomic(path, write)
     return digest.hexdigest()
 
 
-def write_atomic(path: Path, content: str | Callable[[Any], None]) -> None:
-    """Write text, or let a function write bytes, under a temporary name; then rename."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if isinstance(content, str):
-                file.write(content.encode("utf-8"))
-            else:
-                content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide an installed model from others
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def _write_text(path: Path, text: str) -> None:
+    with replace_file(path) as file:
+        file.write(text.encode("utf-8"))

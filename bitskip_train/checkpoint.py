@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.files import replace_file
 from bitskip_train.errors import CheckpointError
-from bitskip_train.files import replace_file
 
 FORMAT = "bitskip-checkpoint-1"
 _KINDS: dict[str, tuple[type, ...]] = {  # what a file's fields must be
@@ -40,10 +40,17 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; an interrupted or failing write leaves an older file as it was."""
+    """Write a checkpoint; an interrupted or failing write leaves an older file as it was.
+
+    Raises CheckpointError where it cannot be written, a full disk among others.
+    """
     values = {**vars(checkpoint), "config": checkpoint.config.to_dict(), "format": FORMAT}
-    with replace_file(path) as file:
-        torch.save(values, file)
+    try:
+        with replace_file(path) as file:
+            torch.save(values, file)
+    except (OSError, RuntimeError) as error:  # torch hides the first behind the second
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(f"{path}: cannot be written ({reason})") from None
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -14,8 +14,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bitskip_ref.documents import END_OF_TEXT, read_documents
+from bitskip_ref.files import replace_file
 from bitskip_train.errors import DataError
-from bitskip_train.files import replace_file
 
 CACHE_VERSION = 1  # part of the key: raise it when tokens would come out differently
 HUB = {

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bitskip_ref.files import replace_file
 from bitskip_train.errors import TrainingError
-from bitskip_train.files import replace_file
 
 
 class Report:

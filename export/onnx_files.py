@@ -12,7 +12,8 @@ from pathlib import Path
 import onnx
 
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.folder import Folder, FormatError, read_folder, write_atomic
+from bitskip_ref.files import replace_file
+from bitskip_ref.folder import Folder, FormatError, read_folder
 from export.onnx_builder import Weight, lay_out
 from export.onnx_graph import CONFIG_KEY, EXIT_KEY, ExitGraph
 
@@ -53,7 +54,8 @@ def write_onnx(
 
 
 def _write(path: Path, parts: Iterable[memoryview | bytes]) -> None:
-    write_atomic(path, lambda file: file.writelines(parts))
+    with replace_file(path) as file:
+        file.writelines(parts)
 
 
 def weight_bytes(weights: Mapping[str, Weight]) -> Iterator[memoryview | bytes]:

@@ -15,6 +15,7 @@ import safetensors.numpy
 from bitskip_ref import folder as fd
 from bitskip_ref.compare import difference
 from bitskip_ref.config import PRESETS
+from bitskip_ref.files import replace_file
 from tests.helpers import OPTIONS, random_folder, random_tensors, twin
 
 
@@ -55,13 +56,10 @@ def test_nothing_is_written_for_wrong_tensors(tmp_path: Path) -> None:
 
 def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    fd.write_atomic(path, "old")
-
-    def fail(file: object) -> None:
+    path.write_text("old")
+    with pytest.raises(OSError, match="No space"), replace_file(path) as file:
+        file.write(b"new")
         raise OSError("No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        fd.write_atomic(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -43,10 +46,22 @@ def test_a_failing_write_leaves_the_old_file(
         raise OSError("disk full")
 
     monkeypatch.setattr(module.torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match=r"last.pt: cannot be written \(disk full\)"):
         save_checkpoint(path, small_checkpoint(step=2))
     assert load_checkpoint(path).step == 1
     assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's own writer, which reports something else than what the system said."""
+
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "replace_file", lambda path: contextlib.nullcontext(Full()))
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_checkpoint(tmp_path / "last.pt", small_checkpoint(step=1))
 
 
 class Hostile:
