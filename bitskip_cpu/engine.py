@@ -24,7 +24,7 @@ from bitskip_cpu.workspace import Workspace
 from bitskip_ref.cache import check_input
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import ExitRule, Trace
-from bitskip_ref.exits.fixed import FixedExit, check_exit_layer
+from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.folder import Folder, read_folder
 
 f32 = np.float32
@@ -105,9 +105,9 @@ class Engine:
         self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
         layers = self.config.num_hidden_layers
-        if isinstance(rule, FixedExit) or rule.fixed_layer is not None:
-            n = rule.fixed_layer or layers
-            return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
+        fixed = rule.fixed_depth(self.config)
+        if fixed is not None:
+            return self.extend([token_id], cache, exit_layer=fixed, trace=trace)[0], fixed
         ids = self._checked([token_id], cache, layers)
         with self._lock:
             record, space = _Record(trace), self._space

@@ -107,12 +107,14 @@ def quarters(config: ModelConfig) -> list[int]:
 class Watch:
     """A rule that never stops and notes what every other rule would have seen."""
 
-    fixed_layer: None = None
-
     def __init__(self, gates: bool) -> None:
         self.seen: dict[str, list[float]] = {"max": [], "margin": []}
         if gates:
             self.seen["gate"] = []
+
+    def fixed_depth(self, config: ModelConfig) -> int | None:
+        """None: it is asked after each block."""
+        return None
 
     def check(self, config: ModelConfig) -> None:
         """Any model will do."""

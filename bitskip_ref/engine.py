@@ -39,8 +39,7 @@ class Probe(Protocol):
 class ExitRule(Protocol):
     """A way of choosing how many blocks a token runs."""
 
-    @property
-    def fixed_layer(self) -> int | None:
+    def fixed_depth(self, config: ModelConfig) -> int | None:
         """Blocks every token runs (SPEC 8.2); None: `stops` decides token by token (SPEC 8.3)."""
 
     def check(self, config: ModelConfig) -> None:

@@ -182,8 +182,8 @@ class ReferenceModel:
         self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
         layers = self.config.num_hidden_layers
-        if rule.fixed_layer is not None:
-            n = rule.fixed_layer
+        n = rule.fixed_depth(self.config)
+        if n is not None:
             return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
         report = trace or (lambda *_: None)
         x = self.embed(check_input([token_id], cache, layers, self.config))

@@ -69,8 +69,8 @@ class TorchEngine:
         self, token_id: int, cache: Cache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
         model, layers = self.model, self.config.num_hidden_layers
-        if rule.fixed_layer is not None:
-            n = rule.fixed_layer
+        n = rule.fixed_depth(self.config)
+        if n is not None:
             return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
         report, ops = _without_batch(trace), model.ops()
         ids = self._ids([token_id], cache, layers)

@@ -88,12 +88,12 @@ class OnnxModel:
     def step(
         self, token_id: int, cache: OnnxCache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
-        if rule.fixed_layer is None:
+        n = rule.fixed_depth(self.config)
+        if n is None:
             raise ValueError(
                 "an ONNX graph runs a fixed number of blocks: choose an exit layer, or another "
                 "engine for exits by gate or confidence"
             )
-        n = check_exit_layer(rule.fixed_layer, self.config)
         return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
 
     def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:

@@ -17,7 +17,9 @@ class ConfidenceExit:
 
     threshold: float = 0.9
     measure: str = "max"
-    fixed_layer: None = None
+
+    def fixed_depth(self, config: ModelConfig) -> int | None:
+        return None
 
     def check(self, config: ModelConfig) -> None:
         check_threshold(self.threshold)

@@ -26,9 +26,8 @@ class FixedExit:
 
     layer: int | None = None
 
-    @property
-    def fixed_layer(self) -> int | None:
-        return self.layer
+    def fixed_depth(self, config: ModelConfig) -> int | None:
+        return check_exit_layer(self.layer, config)
 
     def check(self, config: ModelConfig) -> None:
         check_exit_layer(self.layer, config)

@@ -19,7 +19,9 @@ class GateExit:
     """Stop after the first block whose gate's probability exceeds `threshold`."""
 
     threshold: float = 0.5
-    fixed_layer: None = None
+
+    def fixed_depth(self, config: ModelConfig) -> int | None:
+        return None
 
     def check(self, config: ModelConfig) -> None:
         check_threshold(self.threshold)

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import bitskip_ref
 from bitskip_cpu.cli import main
 from bitskip_cpu.selftest import selftest
+from bitskip_ref.exits import FixedExit
 from tests.cli.conftest import write_model
 
 
@@ -55,12 +56,12 @@ def wrong_exit(logits: Any, ids: Any, exit_layer: int) -> Any:
 
 def wrong_depth(step: Any, token: int, cache: Any, rule: Any, *rest: Any) -> Any:
     z, depth = step(token, cache, rule, *rest)
-    return z, depth + (rule.fixed_layer is None)
+    return z, depth + (not isinstance(rule, FixedExit))
 
 
 def wrong_sample(step: Any, token: int, cache: Any, rule: Any, *rest: Any) -> Any:
     z, depth = step(token, cache, rule, *rest)
-    return (-z if rule.fixed_layer == 4 or not hasattr(rule, "threshold") else z), depth
+    return (-z if getattr(rule, "layer", None) == 4 or not hasattr(rule, "threshold") else z), depth
 
 
 @pytest.fixture(scope="module")

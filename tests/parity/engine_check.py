@@ -89,7 +89,9 @@ def rules(config: ModelConfig) -> Iterator[ExitRule]:
 def stepped(engine: Any, prompt: Sequence[int], rule: ExitRule, ids: Sequence[int]) -> Stages:
     """Logits, depth and the last step's stages when ids follow a prompt under a rule."""
     cache = engine.new_cache()
-    found: Stages = {"prompt": engine.extend(prompt, cache, exit_layer=rule.fixed_layer)}
+    found: Stages = {
+        "prompt": engine.extend(prompt, cache, exit_layer=rule.fixed_depth(engine.config))
+    }
 
     def trace(name: str, x: np.ndarray) -> None:
         found[f"last {name}"] = x.copy()

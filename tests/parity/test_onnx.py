@@ -107,6 +107,13 @@ def test_float32_models_stay_within_the_bound(name: str, folder: Folder) -> None
         assert actual.dtype == np.float32 and (np.abs(actual - expected) <= bound).all()
 
 
+def test_a_fixed_exit_without_a_number_is_full_depth(folder: Folder) -> None:
+    engine, ids = load_onnx(folder("tiny")), random_tokens(twin("tiny"), 7)
+    logits, depth = engine.step(ids[0], engine.new_cache(), FixedExit())
+    assert depth == 4
+    equal("logits", stages("tiny", 4)[-1][1][0], logits)
+
+
 def test_last_only_is_the_last_row(folder: Folder) -> None:
     engine, expected = load_onnx(folder("tiny")), stages("tiny", 4)[-1][1]
     ids = random_tokens(twin("tiny"), 7)
