@@ -8,7 +8,7 @@ from torch import Tensor
 from bitskip_train import losses
 from bitskip_train.evaluate import LOGIT_BUDGET
 from bitskip_train.model import BitskipModel
-from bitskip_train.schedule import dropout_probabilities
+from bitskip_train.schedule import dropout_probabilities, ramp
 from bitskip_train.settings import TrainConfig
 
 
@@ -46,7 +46,9 @@ class Objective:
         with self.autocast():
             hidden = self.model(ids[:, :-1], keep=keep, collect=collect)
         leaves = {n: hidden[n].detach().requires_grad_() for n in sorted(collect)}
-        terms = self._head_losses(leaves, ids, exits)
+        terms = self._head_losses(
+            leaves, ids, exits, train.exit_lambda * ramp(train.exit_ramp, step)
+        )
         if train.route_lambda:
             with self.autocast():
                 gates = [
@@ -58,7 +60,7 @@ class Objective:
         return {name: term.detach() for name, term in terms.items()}
 
     def _head_losses(
-        self, leaves: dict[int, Tensor], ids: Tensor, exits: dict[int, float]
+        self, leaves: dict[int, Tensor], ids: Tensor, exits: dict[int, float], exit_lambda: float
     ) -> dict[str, Tensor]:
         """Loss of the last layer and of the exits, with their gradients left in the leaves."""
         train, depth = self.train, self.depth
@@ -80,13 +82,21 @@ class Objective:
                 loss = losses.cross_entropy(logits, exit_targets[piece])
                 if train.exit_distill:
                     loss = loss + train.exit_distill * losses.distillation(logits, teacher)
-                (train.exit_lambda * weight * scale * loss).backward()
+                (exit_lambda * weight * scale * loss).backward(inputs=self._receivers(n, leaves[n]))
                 exit_total = exit_total + weight * loss.detach()
         terms = {"loss": main / len(targets)}
         if exits:
             # A subset's weights do not add up to 1; divided by their sum, passes can be compared.
             terms["exit_loss"] = exit_total / (len(targets) * sum(exits.values()))
         return terms
+
+    def _receivers(self, n: int, leaf: Tensor) -> list[Tensor] | None:
+        """What exit n's loss sends gradients to: its hidden states and its own norm and head, if it
+        has any, but not what it shares; None: to everything."""
+        if not self.train.exit_detach:
+            return None
+        own = self.model.exits[str(n)].parameters() if n < self.depth else ()
+        return [leaf, *own]
 
     def _logits(self, hidden: Tensor, n: int) -> Tensor:
         with self.autocast():

@@ -1,4 +1,4 @@
-"""What depends on the step alone: the learning rate and the layer-dropout probabilities."""
+"""What depends on the step alone: learning rate, layer-dropout probabilities, curricula."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ def dropout_probabilities(train: TrainConfig, layers: int, step: int | None = No
 
     `v1` (3.3): p_max (l / L)^2 for l = 1..L, scaled so that they sum to 1; p_max cancels, so any
     `dropout_max` above 0 gives the same. `v2` (Eq. 5): p_max (l / L)^2 for l = 0..L-1, unscaled.
-    The last block's is then set to 0. With `dropout_ramp` and a step, all are multiplied by
-    min(1, step / dropout_ramp).
+    The last block's is then set to 0. With a step, all are multiplied by `dropout_ramp`'s ramp.
     """
     if train.dropout_max == 0:
         return [0.0] * layers
@@ -42,6 +41,11 @@ def dropout_probabilities(train: TrainConfig, layers: int, step: int | None = No
         total = sum(p)
         p = [x / total for x in p]
     p[-1] = 0.0
-    if step is not None and train.dropout_ramp:
-        p = [x * min(1.0, step / train.dropout_ramp) for x in p]
+    if step is not None:
+        p = [x * ramp(train.dropout_ramp, step) for x in p]
     return p
+
+
+def ramp(length: int, step: int) -> float:
+    """What a curriculum multiplies by: from 0 at step 0 to 1 at step `length` and after."""
+    return min(1.0, step / length) if length else 1.0

@@ -75,6 +75,8 @@ class TrainConfig:
     exit_subset: int = 0  # exits used by one pass, in rotation; 0: all
     exit_targets: str = "next"  # "same": the unshifted reading
     exit_distill: float = 0.0  # weight of KL(last layer || exit) beside the cross-entropy
+    exit_ramp: int = 0  # steps over which exit_lambda grows from 0 (a curriculum)
+    exit_detach: bool = False  # the exits' loss does not move the norm and head they share
     # layer dropout (SPEC 10 row 10)
     dropout_max: float = 0.0  # 0: none
     dropout_form: str = "v1"

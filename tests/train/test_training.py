@@ -104,6 +104,37 @@ def test_the_reported_exit_loss_is_the_weighted_mean_of_the_exits_used(tmp_path:
     assert terms["exit_loss"].item() == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.parametrize("own", ["shared", "per_layer"])
+def test_detached_exits_leave_what_they_share_alone(tmp_path: Path, own: str) -> None:
+    """The blocks and an exit's own norm and head get the whole gradient, the shared ones none."""
+    config = small_config(exit_norm=own, exit_head=own)
+    gradients = []
+    for changes in ({"exit_lambda": 0.0}, {}, {"exit_detach": True}):
+        run = small_trainer(tmp_path, config, dropout_max=0.0, exit_subset=0, **changes)
+        ids = torch.from_numpy(run.windows.batch(0, 3))
+        run.objective.backward(ids, 0, 0, torch.Generator())
+        gradients.append({name: p.grad for name, p in run.model.named_parameters()})
+    without, attached, detached = gradients
+    for name, found in detached.items():
+        shared = name.startswith(("final_norm", "lm_head"))
+        torch.testing.assert_close(found, without[name] if shared else attached[name], msg=name)
+    reaches = not torch.equal(attached["lm_head.weight"], without["lm_head.weight"])
+    assert reaches == (own == "shared")
+    assert not torch.equal(attached["layers.0.q_proj.weight"], without["layers.0.q_proj.weight"])
+
+
+def test_the_exit_loss_is_phased_in(tmp_path: Path) -> None:
+    def gradient(step: int, **changes: Any) -> torch.Tensor:
+        run = small_trainer(tmp_path, dropout_max=0.0, exit_subset=0, **changes)
+        ids = torch.from_numpy(run.windows.batch(0, 3))
+        run.objective.backward(ids, step, 0, torch.Generator())
+        return run.model.lm_head.weight.grad
+
+    for step, part in ((0, 0.0), (5, 0.5), (10, 1.0), (99, 1.0)):
+        want = gradient(0, exit_lambda=0.3 * part)
+        torch.testing.assert_close(gradient(step, exit_ramp=10), want)
+
+
 def test_blocks_are_skipped_with_their_probabilities(tmp_path: Path) -> None:
     run = small_trainer(tmp_path, dropout_max=0.9)  # v2: 0, 0.9 / 16, 0.9 * 4 / 16, last 0
     keep = run.objective.keep(4000, 0, torch.Generator().manual_seed(0))
