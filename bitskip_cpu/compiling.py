@@ -50,7 +50,7 @@ def _fingerprint() -> str:
 
 
 class Kernels:
-    """The compiled forward pass. Nothing is compiled or loaded before it is needed."""
+    """The compiled functions. Nothing is compiled or loaded before it is needed."""
 
     @cached_property
     def directory(self) -> Path | None:
@@ -59,31 +59,41 @@ class Kernels:
 
     @property
     def compiled(self) -> bool:
-        """Whether `run` can start without compiling (always, if interpreted)."""
-        if config.DISABLE_JIT or "run" in self.__dict__:
+        """Whether everything can start without compiling (always, if interpreted)."""
+        if config.DISABLE_JIT or {"run", "repack"} <= self.__dict__.keys():
             return True
-        return self.directory is not None and any(self.directory.rglob("*.nbi"))
+        return self.directory is not None and len(list(self.directory.rglob("*.nbi"))) == 2
 
     @cached_property
     def run(self) -> Callable[..., None]:
         """`kernels.forward`'s function, compiled; see there for its arguments."""
         from bitskip_cpu.kernels.forward import run
 
+        state, product = (types.Array(numba.from_dtype(kind), 1, "C") for kind in (STATE, PRODUCT))
+        return self._compile(run, state, product, *[types.int64] * 3)
+
+    @cached_property
+    def repack(self) -> Callable[..., None]:
+        """`kernels.repack`'s function, compiled; see there for its arguments."""
+        from bitskip_cpu.kernels.repack import repack
+
+        return self._compile(repack, *[types.int64] * 7)
+
+    def _compile(self, function: Callable[..., None], *signature: types.Type) -> Any:
         if config.DISABLE_JIT:
-            return run
+            return function
         before = config.CACHE_DIR
         try:
             # Read when the dispatcher is made; others' functions keep their own place.
             config.CACHE_DIR = str(self.directory or "")
             dispatcher = numba.njit(
                 nogil=True, error_model="numpy", cache=self.directory is not None
-            )(run)
+            )(function)
         finally:
             config.CACHE_DIR = before
-        state, product = (types.Array(numba.from_dtype(kind), 1, "C") for kind in (STATE, PRODUCT))
-        dispatcher.compile((state, product, types.int64, types.int64, types.int64))
+        dispatcher.compile(signature)
         dispatcher.disable_compile()
-        return dispatcher  # type: ignore[no-any-return]
+        return dispatcher
 
 
 KERNELS = Kernels()
@@ -91,11 +101,10 @@ KERNELS = Kernels()
 
 def warmup(progress: Progress | None = None) -> None:
     """Compile the kernels, or load them from the cache; once per process."""
-    if progress is None or config.DISABLE_JIT:
-        KERNELS.run  # noqa: B018
+    if config.DISABLE_JIT:
         return
-    with event.install_listener("numba:compile", _Counter(progress)):
-        KERNELS.run  # noqa: B018
+    with event.install_listener("numba:compile", _Counter(progress or (lambda _: None))):
+        KERNELS.run, KERNELS.repack  # noqa: B018
 
 
 class _Counter(event.Listener):

@@ -12,9 +12,10 @@ import llvmlite.binding as llvm
 from numba import config
 from numba.core.codegen import get_host_cpu_features
 
-PATHS = ("vnni512", "vnni256", "avx2", "plain")  # best first
+PATHS = ("vbmi512", "vnni512", "vnni256", "avx2", "plain")  # best first
 
 NEEDS = {
+    "vbmi512": {"avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512vbmi"},
     "vnni512": {"avx512f", "avx512bw", "avx512vl", "avx512vnni"},
     "vnni256": {"avx2", "avxvnni"},
     "avx2": {"avx2"},

@@ -1,17 +1,24 @@
-"""A model's tensors as the kernels read them. Packed weights stay where they are mapped."""
+"""A model's tensors as the kernels read them.
+
+Ternary weights are copied into tiles (kernels.tiles) when a model is loaded, and what was mapped of
+them is given back; everything else stays where it is mapped.
+"""
 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from bitskip_cpu.compiling import KERNELS
+from bitskip_cpu.kernels import tiles
 from bitskip_cpu.kernels.layout import DOWN, OUT, PRODUCT, QKV, UP
 from bitskip_cpu.kernels.linear import ACTIVATION_OFFSET
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.folder import expected_tensors
-from bitskip_ref.packing import GROUP, packed_width
+from bitskip_ref.packing import packed_width
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -31,32 +38,76 @@ def in_a_row(tensors: Sequence[np.ndarray]) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(base, (size,), (1,), writeable=False)
 
 
+def give_back(array: np.ndarray) -> None:
+    """Let the system take back the memory of a mapped file's part; reading it again is slow."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or not hasattr(base, "madvise"):
+        return
+    offset = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (offset + array.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0:
+        base.madvise(mmap.MADV_DONTNEED, start, size)
+
+
 class Weights:
-    """Arrays in the kernels' layout; `products` is filled but for the workspace addresses."""
+    """Arrays in the kernels' layout; `products` is filled but for the workspace addresses.
+
+    Several engines may use the same.
+    """
 
     def __init__(self, config: ModelConfig, tensors: Tensors) -> None:
         """`tensors` as in a model folder, already checked (bitskip_ref.folder.check_tensors)."""
         self.config = config
-        self.tensors = tensors
-        shapes = config.linear_shapes()
-        blocks = range(config.num_hidden_layers)
-        self.linear = in_a_row([tensors[f"layers.{i}.{n}.weight"] for i in blocks for n in shapes])
+        blocks = [
+            [[tensors[f"layers.{i}.{n}.weight"] for n in names] for names in self._members().values()]
+            for i in range(config.num_hidden_layers)
+        ]
+        linear = {id(t) for block in blocks for product in block for t in product}
+        self.tensors = {name: t for name, t in tensors.items() if id(t) not in linear}
         self._norms: dict[str, np.ndarray] = {}
         self._heads: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.products = self._products()
         self.norm_offsets, self.params = self._params()
+        if config.linear == "ternary":
+            self.linear = self._tiles(blocks)
+        else:
+            self.linear = in_a_row([t for block in blocks for product in block for t in product])
+
+    def _members(self) -> dict[int, list[str]]:
+        """The linear layers that each product consists of."""
+        return {
+            QKV: ["q_proj", "k_proj", "v_proj"],
+            OUT: ["o_proj"],
+            UP: ["gate_proj", "up_proj"] if self.config.gated else ["up_proj"],
+            DOWN: ["down_proj"],
+        }
+
+    def _tiles(self, blocks: Sequence[Sequence[Sequence[np.ndarray]]]) -> np.ndarray:
+        """Every block's packed rows as tiles, uint8 [L * layer_bytes]."""
+        result = np.empty(len(blocks) * self.layer_bytes, np.uint8)
+        widest = max(max(int(p["padded"]), 4 * packed_width(int(p["width"]))) for p in self.products)
+        scratch = np.empty(2 * tiles.TILE_ROWS * widest + tiles.UNIT_VALUE * tiles.LINE, np.uint8)
+        for i, block in enumerate(blocks):
+            for p, members in zip(self.products, block, strict=True):
+                packed = in_a_row(members)
+                to = result.ctypes.data + i * self.layer_bytes + int(p["weights"])
+                KERNELS.repack(
+                    packed.ctypes.data, packed_width(int(p["width"])), int(p["rows"]),
+                    int(p["units"]), int(p["tail"]), to, scratch.ctypes.data,
+                )  # fmt: skip
+                for t in members:
+                    give_back(t)
+        return result
 
     def _products(self) -> np.ndarray:
         c, shapes = self.config, self.config.linear_shapes()
         names = list(shapes)
         table = np.zeros(4, PRODUCT)
         offset = 0
-        for index, members in (
-            (QKV, ["q_proj", "k_proj", "v_proj"]),
-            (OUT, ["o_proj"]),
-            (UP, ["gate_proj", "up_proj"] if c.gated else ["up_proj"]),
-            (DOWN, ["down_proj"]),
-        ):
+        for index, members in self._members().items():
             p = table[index]
             ends = np.cumsum([shapes[n][0] for n in members])
             width = shapes[members[0]][1]
@@ -64,11 +115,16 @@ class Weights:
             p["source"] = dict(zip((QKV, UP, OUT, DOWN), (
                 c.hidden_size, c.hidden_size, c.attention_size, c.intermediate_size,
             ), strict=True))[index]  # fmt: skip
-            p["row_bytes"] = packed_width(width) if c.linear == "ternary" else 4 * width
-            p["padded"] = -(-width // GROUP) * GROUP
+            p["units"], p["tail"] = tiles.units(width), tiles.tail_lines(width)
+            p["padded"] = tiles.padded_width(width)
+            p["row_bytes"] = 4 * width
+            rows = int(p["rows"])
+            if c.linear == "ternary":
+                p["row_bytes"] = tiles.tile_bytes(width) // tiles.TILE_ROWS
+                rows = -(-rows // tiles.TILE_ROWS) * tiles.TILE_ROWS
             p["alphas"] = names.index(members[0])
             p["end0"], p["end1"] = ends[0], ends[min(1, len(ends) - 1)]
-            offset += p["rows"] * p["row_bytes"]
+            offset += rows * int(p["row_bytes"])
         self.layer_bytes = int(offset)
         return table
 

@@ -21,6 +21,7 @@ from bitskip_cpu.kernels.layout import (
     STATE,
     UP,
 )
+from bitskip_cpu.kernels.linear import BLOCK_TOKENS
 from bitskip_cpu.kernels.team import SYNC_WORDS
 from bitskip_cpu.weights import Weights
 from bitskip_ref.rope import rope_table
@@ -123,8 +124,8 @@ class Workspace:
             seen + padded + parts,  # attention
         )
         unpacked = -(-4 * floats // 64) * 64
-        acc = unpacked + 4 * int(p["padded"].max())
-        stride = acc + (CHUNK + 3) * BAND * 4
+        acc = unpacked + BAND * int(p["padded"].max())
+        stride = acc + (CHUNK + BLOCK_TOKENS) * BAND * 4
         s["scratch"] = self._keep(_aligned((threads * stride,), np.uint8))
         s["scratch_stride"], s["unpacked"], s["acc"] = stride, unpacked, acc
         self.sync = _aligned((SYNC_WORDS,), np.int64)

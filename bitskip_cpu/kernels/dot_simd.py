@@ -28,7 +28,7 @@ from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.memory import vector_pointer
 
 PREFETCH = 4096  # bytes; measured, 1024 to 8192 are alike
-WIDTH = 64 if PATH == "vnni512" else 32  # bytes in a register
+WIDTH = 64 if PATH in ("vbmi512", "vnni512") else 32  # bytes in a register
 BYTE, WORD, INT, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 BYTES = ir.VectorType(BYTE, WIDTH)
 WORDS = ir.VectorType(WORD, WIDTH // 2)
@@ -40,7 +40,8 @@ def splat(kind: ir.VectorType, value: int) -> ir.Constant:
     return ir.Constant(kind, [value] * kind.count)
 
 
-def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+def call_llvm(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+    """An LLVM intrinsic."""
     kind = ir.FunctionType(result, [a.type for a in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
@@ -48,11 +49,11 @@ def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) ->
 def dot(builder: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
     """total int32 lanes + sums of four u8 * s8 products each."""
     if PATH == "avx2":
-        pairs = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", WORDS, u, s)
-        fours = _call(builder, "llvm.x86.avx2.pmadd.wd", INTS, pairs, splat(WORDS, 1))
+        pairs = call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", WORDS, u, s)
+        fours = call_llvm(builder, "llvm.x86.avx2.pmadd.wd", INTS, pairs, splat(WORDS, 1))
         return builder.add(total, fours)
     name = f"llvm.x86.avx512.vpdpbusd.{WIDTH * 8}"
-    return _call(builder, name, INTS, total, builder.bitcast(u, INTS), builder.bitcast(s, INTS))
+    return call_llvm(builder, name, INTS, total, builder.bitcast(u, INTS), builder.bitcast(s, INTS))
 
 
 def lane_sums(builder: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
@@ -77,15 +78,22 @@ def lane_sums(builder: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
     return result
 
 
+def starts(
+    builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, last: ir.Value, count: int
+) -> list[ir.Value]:
+    """base, base + stride, ...; those above the last one repeat it."""
+    found = [base]
+    for i in range(1, count):
+        inside = builder.icmp_signed("<=", LONG(i), last)
+        found.append(builder.select(inside, builder.add(found[-1], stride), found[-1]))
+    return found
+
+
 Tile = Callable[..., None]
 
 
-def tile(rows: int, columns: int, step: Callable[..., None], planes: int, by_row: bool) -> Tile:
-    """An intrinsic that runs `step` along a tile and stores the sums (module docstring).
-
-    Each of the rows * columns products has `planes` accumulators; that of plane p holds 4^p times
-    its share, so that packed weights need no shift before they are multiplied.
-    """
+def tile(tokens: int, rows: int, step: Callable[..., None]) -> Tile:
+    """An intrinsic that runs `step` along a tile and stores the sums (module docstring)."""
 
     @intrinsic
     def kernel(
@@ -94,34 +102,14 @@ def tile(rows: int, columns: int, step: Callable[..., None], planes: int, by_row
     ) -> Any:  # fmt: skip
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             a, a_stride, a_last, b, b_stride, b_last, steps, out, out_stride = args
-
-            def starts(base: ir.Value, stride: ir.Value, last: ir.Value, count: int) -> list[Any]:
-                found = [base]
-                for i in range(1, count):
-                    inside = builder.icmp_signed("<=", LONG(i), last)
-                    found.append(builder.select(inside, builder.add(found[-1], stride), found[-1]))
-                return found
-
-            row_at = starts(a, a_stride, a_last, rows)
-            column_at = starts(b, b_stride, b_last, columns)
-            count = rows * columns * planes
+            token_at = starts(builder, a, a_stride, a_last, tokens)
+            row_at = starts(builder, b, b_stride, b_last, rows)
+            count = tokens * rows
             totals = [cgutils.alloca_once_value(builder, splat(INTS, 0)) for _ in range(count)]
             with cgutils.for_range(builder, steps) as loop:
-                step(builder, loop.index, row_at, column_at, totals)
-
-            def whole(i: int, j: int) -> ir.Value:
-                first = (i * columns + j) * planes
-                parts = [builder.load(t) for t in totals[first : first + planes]]
-                result = parts[0]
-                for p in range(1, planes):
-                    result = builder.add(result, builder.ashr(parts[p], splat(INTS, 2 * p)))
-                return result
-
-            if by_row:
-                lines = [[whole(i, j) for j in range(columns)] for i in range(rows)]
-            else:
-                lines = [[whole(i, j) for i in range(rows)] for j in range(columns)]
-            for line in lines:
+                step(builder, loop.index, token_at, row_at, totals)
+            for i in range(tokens):
+                line = [builder.load(total) for total in totals[i * rows : (i + 1) * rows]]
                 result = lane_sums(builder, line)
                 builder.store(result, vector_pointer(builder, out, result.type), align=4)
                 out = builder.add(out, out_stride)
@@ -144,45 +132,12 @@ def prefetch(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:
     pointer = builder.inttoptr(at, BYTE.as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer, INT(0), INT(3), INT(1)])  # read, keep, data
+    builder.call(function, [pointer, INT(0), INT(2), INT(1)])  # read, into the second cache, data
 
 
 def add_to(builder: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> None:
     """`dot` onto an accumulator in memory (which LLVM keeps in a register)."""
     builder.store(dot(builder, builder.load(total), u, s), total)
-
-
-def packed_step(
-    builder: ir.IRBuilder, index: ir.Value, rows: list[Any], columns: list[Any], totals: list[Any]
-) -> None:
-    """64 packed bytes of each row (FORMAT 2) with 256 codes of each column."""
-    start = builder.mul(index, LONG(64))
-    for row in rows:
-        prefetch(builder, row, start)
-    for part in range(0, 64, WIDTH):
-        packed = [load(builder, row, builder.add(start, LONG(part))) for row in rows]
-        for plane in range(4):
-            first = builder.add(builder.mul(index, LONG(256)), LONG(plane * 64 + part))
-            codes = [load(builder, column, first) for column in columns]
-            mask = splat(BYTES, 3 << 2 * plane)
-            for i, row in enumerate(packed):
-                weights = builder.and_(row, mask)
-                for j, code in enumerate(codes):
-                    add_to(builder, totals[(i * len(codes) + j) * 4 + plane], weights, code)
-
-
-def bytes_step(
-    builder: ir.IRBuilder, index: ir.Value, rows: list[Any], columns: list[Any], totals: list[Any]
-) -> None:
-    """64 unsigned bytes of each row with 64 signed bytes of each column."""
-    start = builder.mul(index, LONG(64))
-    for part in range(0, 64, WIDTH):
-        at = builder.add(start, LONG(part))
-        codes = [load(builder, column, at) for column in columns]
-        for i, row in enumerate(rows):
-            u = load(builder, row, at)
-            for j, code in enumerate(codes):
-                add_to(builder, totals[i * len(codes) + j], u, code)
 
 
 def head_step(
@@ -196,26 +151,22 @@ def head_step(
     start = builder.mul(index, LONG(64))
     for column in columns:
         prefetch(builder, column, start)
-    if PATH != "avx2":
-        bytes_step(builder, index, rows, columns, totals)
-        return
     for part in range(0, 64, WIDTH):
         at = builder.add(start, LONG(part))
         activations = [load(builder, row, at) for row in rows]
         for j, column in enumerate(columns):
             weights = load(builder, column, at)
-            size = _call(builder, "llvm.x86.avx2.psign.b", BYTES, weights, weights)
+            if PATH != "avx2":
+                for i, row in enumerate(activations):
+                    add_to(builder, totals[i * len(columns) + j], row, weights)
+                continue
+            size = call_llvm(builder, "llvm.x86.avx2.psign.b", BYTES, weights, weights)
             for i, row in enumerate(activations):
-                turned = _call(builder, "llvm.x86.avx2.psign.b", BYTES, row, weights)
+                turned = call_llvm(builder, "llvm.x86.avx2.psign.b", BYTES, row, weights)
                 add_to(builder, totals[i * len(columns) + j], size, turned)
 
 
 ACTIVATION_OFFSET = 0 if PATH == "avx2" else 128
 """What the head kernels expect to be added to each activation code; the caller corrects it."""
 
-packed_4x1 = tile(4, 1, packed_step, 4, False)
-packed_2x2 = tile(2, 2, packed_step, 4, False)
-packed_1x4 = tile(1, 4, packed_step, 4, False)
-bytes_4x4 = tile(4, 4, bytes_step, 1, False)
-head_1x4 = tile(1, 4, head_step, 1, True)
-head_4x4 = tile(4, 4, head_step, 1, True)
+head_1x4, head_4x4 = tile(1, 4, head_step), tile(4, 4, head_step)

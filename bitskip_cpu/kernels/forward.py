@@ -36,6 +36,7 @@ from bitskip_cpu.kernels.layout import (
     UP,
 )
 from bitskip_cpu.kernels.memory import floats, int8s, int32s
+from bitskip_cpu.kernels.tiles import TILE_ROWS
 from bitskip_cpu.kernels.team import help_out, share
 
 f32 = np.float32
@@ -134,7 +135,7 @@ def run(states, products, actions, first, last):
     if actions & FILL:  # SPEC 8.6
         for layer in range(first, last):
             s.layer = layer
-            keys_values(s, products, s.attention)
+            keys_values(s, products, s.attention // TILE_ROWS * TILE_ROWS)
     if actions & EXIT:
         exit_logits(s, products)
     if actions & MEASURE:

@@ -34,18 +34,19 @@ STATE = np.dtype(
 """One model on one workspace. In order: shape and kind (SPEC 1); where its weights are; workspace
 of up to CHUNK tokens; the call at hand; the job that threads share (`kernels.threads`)."""
 
-_PRODUCT = "weights rows width source row_bytes padded alphas end0 end1 out out_stride"
+_PRODUCT = "weights rows width source row_bytes padded units tail alphas end0 end1 out out_stride"
 
 PRODUCT = np.dtype([(name, np.int64) for name in _PRODUCT.split()])
 """One of a block's four products: q|k|v, o, gate|up, down. `weights`: its bytes' offset in a block;
-`source`: floats of input, `width`: with the Hadamard padding, `padded`: with that of packed rows;
+`source`: floats of input, `width`: with the Hadamard padding, `padded`: with that of tiles, which
+have `units` and `tail` (kernels.tiles); `row_bytes` of a packed row: a tile's over its rows;
 `alphas`: index of its first weight scale, whose rows end at `end0`, the second's at `end1`."""
 
 QKV, OUT, UP, DOWN, HEAD = 0, 1, 2, 3, 4
 INT8, FLOAT32, FLOAT16 = 0, 1, 2  # head_kind
 CHUNK = 128  # most tokens at a time
 LANES = 16  # positions in a group of cached keys
-BAND = 64  # rows of a product whose int32 sums are converted together
+BAND = 64  # rows of a product whose int32 sums are converted together; whole tiles
 
 # What `kernels.forward.run` does, added up; in this order.
 EMBED, BLOCKS, FILL, EXIT, MEASURE, GATE, HELP = 1, 2, 4, 8, 16, 32, 64

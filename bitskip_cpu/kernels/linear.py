@@ -8,15 +8,20 @@ from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.floats import dot_tree, relu2, widen
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.layout import BAND, FLOAT16, INT8
-from bitskip_cpu.kernels.memory import floats, int32s, uint8s
+from bitskip_cpu.kernels.memory import floats, int32s
+from bitskip_cpu.kernels.tiles import COLUMNS, TILE_ROWS
 
 if PATH == "plain":
     from bitskip_cpu.kernels import dot_plain as dot
+    from bitskip_cpu.kernels import ternary_plain as ternary
 else:
     from bitskip_cpu.kernels import dot_simd as dot  # type: ignore[no-redef]
+    from bitskip_cpu.kernels import ternary_simd as ternary  # type: ignore[no-redef]
 
-packed_4x1, packed_2x2, packed_1x4 = dot.packed_4x1, dot.packed_2x2, dot.packed_1x4
-bytes_4x4, head_1x4, head_4x4 = dot.bytes_4x4, dot.head_1x4, dot.head_4x4
+packed_1, packed_2, packed_4 = ternary.packed_1, ternary.packed_2, ternary.packed_4
+unpack_tile, bytes_block = ternary.unpack_tile, ternary.bytes_block
+BLOCK_TILES, BLOCK_TOKENS = ternary.BLOCK_TILES, ternary.BLOCK_TOKENS
+head_1x4, head_4x4 = dot.head_1x4, dot.head_4x4
 ACTIVATION_OFFSET = dot.ACTIVATION_OFFSET
 
 f32 = np.float32
@@ -24,58 +29,45 @@ ACC_STRIDE = 4 * BAND
 
 
 @inner
-def unpack(row_at, row_bytes, out_at):
-    """One packed row -> its codes 0, 1, 2 as bytes, 256 for 64 (FORMAT 2)."""
-    for group in range(0, row_bytes, 64):
-        packed = uint8s(row_at + group, 64)
-        first, second = uint8s(out_at + 4 * group, 64), uint8s(out_at + 4 * group + 64, 64)
-        third, fourth = uint8s(out_at + 4 * group + 128, 64), uint8s(out_at + 4 * group + 192, 64)
-        for i in range(64):
-            byte = packed[i]
-            first[i] = np.uint8(byte & 3)
-            second[i] = np.uint8((byte >> 2) & 3)
-            third[i] = np.uint8((byte >> 4) & 3)
-            fourth[i] = np.uint8(byte >> 6)
+def ternary_sums(s, p, tiles_at, tiles, acc_at, unpacked_at):
+    """Sums of code products of `tiles` tiles: acc int32 [T, BAND]; weights count as w + 1.
 
-
-@inner
-def ternary_sums(s, p, rows_at, count, acc_at, unpacked_at):
-    """Sums of code products of `count` <= BAND rows: acc int32 [T, BAND]; weights count as w + 1.
-
-    Few tokens multiply the packed rows; from five on, unpacking four rows once is cheaper.
+    Few tokens multiply the packed tiles; from five on, unpacking them once is cheaper.
     """
-    tokens, size, steps = s.tokens, p.row_bytes, p.row_bytes // 64
+    tokens, size, units, tail = s.tokens, TILE_ROWS * p.row_bytes, p.units, p.tail
     codes, stride, last = s.codes, s.codes_stride, s.tokens - 1
-    for row in range(0, count, 4):
-        at, to, above = rows_at + row * size, acc_at + 4 * row, count - 1 - row
-        if tokens == 1:
-            packed_4x1(at, size, above, codes, stride, 0, steps, to, ACC_STRIDE)
-        elif tokens == 2:
-            for i in range(0, min(4, above + 1), 2):
-                packed_2x2(at + i * size, size, above - i, codes, stride, 1, steps,
-                           to + 4 * i, ACC_STRIDE)  # fmt: skip
-        elif tokens <= 4:
-            for i in range(min(4, above + 1)):
-                packed_1x4(at + i * size, size, 0, codes, stride, last, steps,
-                           to + 4 * i, ACC_STRIDE)  # fmt: skip
-        else:
-            for i in range(min(4, above + 1)):
-                unpack(at + i * size, size, unpacked_at + i * 4 * size)
-            for t in range(0, tokens, 4):
-                bytes_4x4(unpacked_at, 4 * size, above, codes + t * stride, stride, last - t,
-                          4 * steps, to + t * ACC_STRIDE, ACC_STRIDE)  # fmt: skip
+    if tokens <= 4:
+        for i in range(tiles):
+            at, to = tiles_at + i * size, acc_at + 4 * TILE_ROWS * i
+            if tokens == 1:
+                packed_1(at, units, tail, codes, stride, last, to, ACC_STRIDE)
+            elif tokens == 2:
+                packed_2(at, units, tail, codes, stride, last, to, ACC_STRIDE)
+            else:
+                packed_4(at, units, tail, codes, stride, last, to, ACC_STRIDE)
+        return
+    fours, room = p.padded // COLUMNS, TILE_ROWS * p.padded
+    for i in range(tiles):
+        unpack_tile(tiles_at + i * size, units, tail, unpacked_at + i * room)
+    for t in range(0, tokens, BLOCK_TOKENS):
+        for i in range(0, tiles, BLOCK_TILES):
+            bytes_block(unpacked_at + i * room, room, tiles - 1 - i, fours, codes + t * stride,
+                        stride, last - t, acc_at + t * ACC_STRIDE + 4 * TILE_ROWS * i, ACC_STRIDE)  # fmt: skip
 
 
 @inner
 def ternary_rows(s, p, first, last, acc_at, unpacked_at):
-    """Rows first..last-1 of one of the block's products, for every token (SPEC 4.3, 4.6)."""
+    """Rows first..last-1 of one of the block's products, for every token (SPEC 4.3, 4.6).
+
+    `first` is a multiple of TILE_ROWS.
+    """
     weights_at = s.weights + s.layer * s.layer_bytes + p.weights
     alphas = floats(s.params + s.layer * s.params_stride + 4 * p.alphas, 3)
     steps, sums = floats(s.steps, s.tokens), int32s(s.sums, s.tokens)
     for start in range(first, last, BAND):
         stop = min(start + BAND, last)
         rows_at = weights_at + start * p.row_bytes
-        ternary_sums(s, p, rows_at, stop - start, acc_at, unpacked_at)
+        ternary_sums(s, p, rows_at, (stop - start + TILE_ROWS - 1) // TILE_ROWS, acc_at, unpacked_at)
         for t in range(s.tokens):
             out_at = p.out + t * p.out_stride + 4 * start
             out = floats(out_at, stop - start)

@@ -1,0 +1,50 @@
+"""How ternary weights lie in memory while a model runs, and the integers that describe it.
+
+A tile is 16 rows of a product. In it, one *line* of 64 bytes concerns 4 columns of each row and
+plane: byte 4 r + c belongs to row r, column c. A line multiplied by 4 activation codes, repeated
+16 times, adds to the 16 rows' sums lane by lane, so that no sum is ever taken across lanes.
+
+    two bits    a line holds 4 planes of 4 columns: bits 2p, 2p + 1 of its bytes are plane p
+    dense       a line's low 5 bits hold 3 planes as one number d0 + 3 d1 + 9 d2; the upper 3 bits
+                of 5 lines hold the numbers of 3 lines more, so that 5 lines are worth 8
+
+Codes are w + 1: 0, 1, 2. Lines are taken UNIT at a time; what is left at a row's end is stored as
+single lines, dense ones with unused upper bits.
+"""
+
+from __future__ import annotations
+
+from bitskip_cpu.isa import PATH
+
+TILE_ROWS = 16  # of a tile
+LINE = 64  # bytes
+COLUMNS = 4  # of a line and plane
+DENSE = PATH == "vbmi512"
+PLANES = 3 if DENSE else 4  # of a line
+UNIT_LINES = 5 if DENSE else 4  # stored for a unit
+UNIT_VALUE = 8 if DENSE else 4  # lines that a unit is worth
+LINE_COLUMNS = PLANES * COLUMNS
+UNIT_COLUMNS = UNIT_VALUE * LINE_COLUMNS
+
+
+def units(width: int) -> int:
+    """Whole units of a row of that many weights."""
+    left = width % UNIT_COLUMNS
+    # A rest worth more than UNIT_LINES lines is cheaper as a unit.
+    return width // UNIT_COLUMNS + (left > UNIT_LINES * LINE_COLUMNS)
+
+
+def tail_lines(width: int) -> int:
+    """Single lines behind the units."""
+    left = max(0, width - units(width) * UNIT_COLUMNS)
+    return -(-left // LINE_COLUMNS)
+
+
+def padded_width(width: int) -> int:
+    """Columns of a row with its padding; a multiple of COLUMNS."""
+    return units(width) * UNIT_COLUMNS + tail_lines(width) * LINE_COLUMNS
+
+
+def tile_bytes(width: int) -> int:
+    """Bytes of a tile of rows of that many weights."""
+    return (units(width) * UNIT_LINES + tail_lines(width)) * LINE
