@@ -173,18 +173,12 @@ class CpuProbe:
         space = self._engine._space
         space.set_gate(self._n)
         self._engine._call(GATE)
-        return f32(space.state["probability"])
+        return f32(space.state["gate_probability"])
 
-    def max_probability(self) -> np.float32:
-        return self._measure("probability")
-
-    def margin(self) -> np.float32:
-        return self._measure("margin")
-
-    def _measure(self, name: str) -> np.float32:
+    def confidence(self, measure: str) -> np.float32:
         self.logits()
         self._engine._call(MEASURE)
-        return f32(self._engine._space.state[name])
+        return f32(self._engine._space.state[f"confidence_{measure}"])
 
     def logits(self) -> np.ndarray:
         """Logits at this exit, f32 [1, V]."""

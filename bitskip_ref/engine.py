@@ -29,11 +29,8 @@ class Probe(Protocol):
     def gate(self) -> np.float32:
         """Exit probability of the block's routing gate."""
 
-    def max_probability(self) -> np.float32:
-        """Largest softmax probability of the logits at this exit."""
-
-    def margin(self) -> np.float32:
-        """Largest minus second largest softmax probability at this exit."""
+    def confidence(self, measure: str) -> np.float32:
+        """`max`, `margin` or `entropy` of the logits at this exit."""
 
 
 class ExitRule(Protocol):

@@ -9,18 +9,18 @@ import numpy as np
 
 from bitskip_ref.attention import attention
 from bitskip_ref.cache import CacheFill, check_input
+from bitskip_ref.confidence import confidence
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import ExitRule, Trace
 from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.ffn import ffn_activation
 from bitskip_ref.folder import read_folder
-from bitskip_ref.functions import exp, relu, relu2, sigmoid
+from bitskip_ref.functions import relu, relu2, sigmoid
 from bitskip_ref.hadamard import rotate
 from bitskip_ref.norms import layer_norm, rms_norm
 from bitskip_ref.packing import unpack_ternary
 from bitskip_ref.quant import float_linear, int8_linear, ternary_linear
 from bitskip_ref.rope import apply_rope, rope_table
-from bitskip_ref.sums import feature_sum
 
 f32 = np.float32
 
@@ -214,17 +214,8 @@ class ReferenceProbe:
         inner = relu(float_linear(inner, t[f"{at}.fc1.weight"]))
         return sigmoid(float_linear(inner, t[f"{at}.fc2.weight"]))[0, 0]
 
-    def max_probability(self) -> np.float32:
-        return f32(f32(1.0) / feature_sum(self._exponentials()))
-
-    def margin(self) -> np.float32:
-        e = self._exponentials()
-        second = np.sort(e)[-2] if len(e) > 1 else f32(0.0)
-        return f32((f32(1.0) - second) / feature_sum(e))
-
-    def _exponentials(self) -> np.ndarray:
-        z = self.model.exit(self.x, self.n)[0]
-        return exp(z - z.max())
+    def confidence(self, measure: str) -> np.float32:
+        return confidence(self.model.exit(self.x, self.n)[0])[measure]
 
 
 def load(path: str | os.PathLike[str]) -> ReferenceModel:

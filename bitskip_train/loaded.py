@@ -15,7 +15,7 @@ from bitskip_ref.engine import ExitRule, Trace
 from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.folder import read_folder
 from bitskip_ref.packing import unpack_ternary
-from bitskip_train.exact import exp, feature_sum
+from bitskip_train.exact import confidence
 from bitskip_train.layers import Cache, TensorTrace
 from bitskip_train.model import BitskipModel
 
@@ -105,21 +105,8 @@ class TorchProbe:
     def gate(self) -> np.float32:
         return np.float32(self.model.gate(self.hidden, self.n).item())
 
-    def max_probability(self) -> np.float32:
-        return self._share(self._exponentials(), torch.tensor(1.0))
-
-    def margin(self) -> np.float32:
-        e = self._exponentials()
-        second = e.topk(2).values[1] if len(e) > 1 else torch.tensor(0.0)
-        return self._share(e, 1.0 - second)
-
-    @staticmethod
-    def _share(e: Tensor, part: Tensor) -> np.float32:
-        return np.float32((part / feature_sum(e)).item())
-
-    def _exponentials(self) -> Tensor:
-        z = self.model.logits(self.hidden, self.n)[0, 0]
-        return exp(z - z.max())
+    def confidence(self, measure: str) -> np.float32:
+        return np.float32(confidence(self.model.logits(self.hidden, self.n)[0, 0], measure).item())
 
 
 def _without_batch(trace: Trace | None) -> TensorTrace | None:

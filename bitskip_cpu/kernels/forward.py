@@ -138,6 +138,7 @@ def run(states, products, actions, first, last):
     if actions & EXIT:
         exit_logits(s, products)
     if actions & MEASURE:
-        s.probability, s.margin = confidence(s.logits, s.vocab, s.scratch)
+        values = confidence(s.logits, s.vocab, s.scratch)
+        s.confidence_max, s.confidence_margin, s.confidence_entropy = values
     if actions & GATE:
-        s.probability = gate(s)
+        s.gate_probability = gate(s)

@@ -22,11 +22,15 @@ _STATE = """
     ids x mid qkv attended y up act row row_stride codes codes_stride steps sums
     scratch scratch_stride unpacked acc
 
-    keys values capacity tokens position logits exit_from probability margin
+    keys values capacity tokens position logits exit_from
+    gate_probability confidence_max confidence_margin confidence_entropy
 
     helpers worth sync job count layer product first_row last_row grain
 """
-_FLOATS = {"norm_eps", "largest_code", "probability", "margin"}
+_FLOATS = {
+    "norm_eps", "largest_code", "gate_probability", "confidence_max", "confidence_margin",
+    "confidence_entropy",
+}  # fmt: skip
 
 STATE = np.dtype(
     [(name, np.float32 if name in _FLOATS else np.int64) for name in _STATE.split()], align=True

@@ -8,7 +8,7 @@ from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import Probe
 from bitskip_ref.exits.gate import check_threshold
 
-MEASURES = ("max", "margin")
+MEASURES = ("max", "margin", "entropy")
 
 
 @dataclass(frozen=True)
@@ -27,5 +27,4 @@ class ConfidenceExit:
             raise ValueError(f"confidence measure {self.measure!r}: one of {', '.join(MEASURES)}")
 
     def stops(self, probe: Probe) -> bool:
-        value = probe.max_probability() if self.measure == "max" else probe.margin()
-        return float(value) > self.threshold
+        return float(probe.confidence(self.measure)) > self.threshold

@@ -81,6 +81,8 @@ def rules(config: ModelConfig) -> Iterator[ExitRule]:
     for threshold in (0.0, 0.02, 1.0):
         yield ConfidenceExit(threshold, "max")
     yield ConfidenceExit(0.004, "margin")
+    for threshold in (0.0, 0.06):
+        yield ConfidenceExit(threshold, "entropy")
     if config.gates:
         for threshold in (0.0, 0.5, 1.0):
             yield GateExit(threshold)
