@@ -42,12 +42,16 @@ def main() -> None:
 @click.option("--max-tokens", "-n", type=click.IntRange(0), default=200, show_default=True)
 @click.option(
     "--exit-layer", "--exit", type=ExitLayer(), metavar="N|WORD",
-    help="Blocks to run, or how to decide for each token: gate, max (probability), margin, auto "
-    "(gate if the model has gates, else max). Default: the model's recommendation, else all.",
+    help="Blocks to run, or what decides for each token: gate, max (probability), margin, entropy; "
+    "auto: the model's calibrated setting. Default: the model's recommendation, else all.",
 )  # fmt: skip
 @click.option(
     "--exit-threshold", type=float,
-    help="0 to 1, for gate (default 0.5), max and margin (default 0.9).",
+    help="0 to 1; a token stops above it. Default: 0.5 for gate, 0.9 for the others.",
+)  # fmt: skip
+@click.option(
+    "--exit-looks", type=Numbers(1), metavar="N,N,...",
+    help="Blocks after which it may stop. Default: all for gate, the quarters for the others.",
 )  # fmt: skip
 @click.option(
     "--temperature", type=float, default=0.0, show_default=True,

@@ -114,9 +114,10 @@ class Engine:
             space.set_tokens(ids, cache, 0)
             self._call(EMBED)
             record.add(space.embedded)
-            for n in range(1, layers + 1):
-                self._call(BLOCKS, n - 1, n)
-                record.add(space.block_stages, n - 1)
+            n = 0
+            for look in (*rule.looks(self.config), layers):
+                self._blocks(n, look, record)
+                n = look
                 probe = CpuProbe(self, n)
                 if n < layers and rule.stops(probe):
                     break
@@ -148,12 +149,19 @@ class Engine:
             return
         self._call(EMBED)
         record.add(self._space.embedded)
-        for i in range(n):
-            self._call(BLOCKS, i, i + 1)
-            record.add(self._space.block_stages, i)
+        self._blocks(0, n, record)
         if z is not None:
             self._call(EXIT)
             record.add(self._space.exit_stages, z)
+
+    def _blocks(self, first: int, last: int, record: _Record) -> None:
+        """Blocks first..last-1 on the tokens at hand."""
+        if not record.wanted:
+            self._call(BLOCKS, first, last)
+            return
+        for i in range(first, last):
+            self._call(BLOCKS, i, i + 1)
+            record.add(self._space.block_stages, i)
 
     def _call(self, actions: int, first: int = 0, last: int = 0) -> None:
         """Run actions over blocks first..last-1."""
@@ -176,16 +184,17 @@ class CpuProbe:
         return f32(space.state["gate_probability"])
 
     def confidence(self, measure: str) -> np.float32:
-        self.logits()
-        self._engine._call(MEASURE)
+        self.logits(MEASURE)
         return f32(self._engine._space.state[f"confidence_{measure}"])
 
-    def logits(self) -> np.ndarray:
-        """Logits at this exit, f32 [1, V]."""
+    def logits(self, actions: int = 0) -> np.ndarray:
+        """Logits at this exit, f32 [1, V]; then `actions` on them."""
         if self._logits is None:
             self._logits = np.empty((1, self._engine.config.vocab_size), f32)
             self._engine._space.set_exit(self._n, self._logits)
-            self._engine._call(EXIT)
+            actions |= EXIT
+        if actions:
+            self._engine._call(actions)
         return self._logits
 
 

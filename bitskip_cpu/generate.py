@@ -8,43 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bitskip_cpu.tokenizer import StopStrings, StreamDecoder, Tokenizer
-from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import Engine, ExitRule
-from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.generate import stream as stream_tokens
 from bitskip_ref.sampling import Sampler
 
 StopReason = Literal["end_of_text", "stop_string", "max_tokens", "context", "interrupted"]
-EXIT_NAMES = ("auto", "gate", "max", "margin")
-
-
-def exit_rule(
-    exit_layer: int | str | None, threshold: float | None, config: ModelConfig
-) -> ExitRule:
-    """The rule that `--exit-layer` and `--exit-threshold` describe, checked for the model.
-
-    exit_layer: blocks every token runs (1..L; None: all), or how to decide token by token: `gate`
-    (SPEC 8.4), `max` or `margin` (SPEC 8.5), `auto` for `gate` if the model has gates, else `max`.
-    threshold: for the latter, in 0..1; None: 0.5 for gates, 0.9 for `max` and `margin`.
-    Raises ValueError.
-    """
-    if exit_layer == "auto":
-        exit_layer = "gate" if config.gates else "max"
-    rule: ExitRule
-    if exit_layer is None or isinstance(exit_layer, int):
-        if threshold is not None:
-            raise ValueError("an exit threshold needs an exit that asks for one: gate, max, margin")
-        rule = FixedExit(exit_layer)
-    elif exit_layer == "gate":
-        rule = GateExit() if threshold is None else GateExit(threshold)
-    elif exit_layer in EXIT_NAMES:
-        rule = ConfidenceExit(0.9 if threshold is None else threshold, exit_layer)
-    else:
-        raise ValueError(
-            f"exit layer {exit_layer!r}: must be a number of blocks, or {', '.join(EXIT_NAMES)}"
-        )
-    rule.check(config)
-    return rule
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from bitskip_cpu.generate import Generation, TextStream, exit_rule
+from bitskip_cpu.generate import Generation, TextStream
 from bitskip_cpu.tokenizer import Tokenizer
 from bitskip_ref.engine import Engine, ExitRule, Trace
+from bitskip_ref.exits.named import named_rule
 from bitskip_ref.folder import Folder
 from bitskip_ref.sampling import Sampler
 
@@ -41,6 +42,33 @@ class Model:
         """Threads of the engine."""
         return getattr(self.engine, "threads", 1)
 
+    def exit_rule(
+        self,
+        exit_layer: int | str | None = None,
+        threshold: float | None = None,
+        looks: Sequence[int] | None = None,
+    ) -> ExitRule:
+        """The rule that `--exit-layer`, `--exit-threshold` and `--exit-looks` mean for this model.
+
+        As `bitskip_ref.exits.named.named_rule`; besides, `auto` is the setting that `calibrate`
+        wrote into the folder, and None the folder's `exit_layer`, else all blocks. Raises
+        ValueError.
+        """
+        if exit_layer == "auto":
+            if threshold is not None or looks is not None:
+                raise ValueError(
+                    "exit layer auto brings its own threshold and looks: leave them out"
+                )
+            if self.folder.auto_exit is None:
+                raise ValueError(
+                    f"{self.folder.path} holds no calibrated exit for auto: run `bitskip-cpu "
+                    "calibrate MODEL --text FILE`, or choose a number of blocks, gate, max, ..."
+                )
+            return self.folder.auto_exit
+        if exit_layer is None and threshold is None and looks is None:
+            exit_layer = self.folder.exit_layer
+        return named_rule(exit_layer, threshold, looks, self.config)
+
     # ---- text -----------------------------------------------------------------------
 
     def generate(self, prompt: str, **options: Any) -> Generation:
@@ -57,6 +85,7 @@ class Model:
         max_tokens: int = 200,
         exit_layer: int | str | None = None,
         exit_threshold: float | None = None,
+        exit_looks: Sequence[int] | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -69,8 +98,7 @@ class Model:
     ) -> TextStream:
         """The continuation of a prompt, piece by piece as it comes.
 
-        exit_layer: blocks to run (1..L), or `gate`, `max`, `margin`, `auto` with a threshold (see
-        `exit_rule`); None: what the folder recommends, else all. temperature 0 is greedy, and the
+        exit_layer, exit_threshold, exit_looks: see `exit_rule`. temperature 0 is greedy, and the
         other sampling options (SPEC 9.2) then change nothing but the repetition penalty.
         context: positions that may be used; None: all the model has. threads: None keeps the
         engine's; another number makes a new engine on the same weights. Raises ValueError.
@@ -84,13 +112,11 @@ class Model:
             raise ValueError("the prompt is empty: give at least one character")
         if self.folder.bos_token_id is not None:
             ids = [self.folder.bos_token_id, *ids]
-        if exit_layer is None:
-            exit_layer = self.folder.exit_layer
         return TextStream(
             self.engine,
             self.tokenizer,
             ids,
-            rule=exit_rule(exit_layer, exit_threshold, self.config),
+            rule=self.exit_rule(exit_layer, exit_threshold, exit_looks),
             sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed),
             max_tokens=max_tokens,
             stop=stop,

@@ -53,7 +53,7 @@ class Verbs(click.Group):
 
 
 class ExitLayer(click.ParamType):
-    """A number of blocks, or a word that `bitskip_cpu.generate.exit_rule` knows."""
+    """A number of blocks, or a word that `bitskip_cpu.model.Model.exit_rule` knows."""
 
     name = "exit layer"
 

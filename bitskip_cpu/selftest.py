@@ -117,6 +117,10 @@ class Watch:
         """None: it is asked after each block."""
         return None
 
+    def looks(self, config: ModelConfig) -> tuple[int, ...]:
+        """Every block but the last."""
+        return tuple(range(1, config.num_hidden_layers))
+
     def check(self, config: ModelConfig) -> None:
         """Any model will do."""
 

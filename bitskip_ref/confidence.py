@@ -15,12 +15,13 @@ def confidence(z: np.ndarray) -> dict[str, np.float32]:
     d = z - z.max()
     e = exp(d)
     total = feature_sum(e)
-    certain = {"max": f32(1.0) / total, "margin": f32(1.0), "entropy": f32(1.0)}
+    most = f32(f32(1.0) / total)
     if len(z) == 1:
-        return certain
+        return {"max": most, "margin": f32(1.0), "entropy": f32(1.0)}
     second = exp(np.partition(d, -2)[-2])
     entropy = log(total) - feature_sum(e * d) / total
-    return certain | {
-        "margin": (f32(1.0) - second) / total,
-        "entropy": f32(1.0) - entropy / log(f32(len(z))),
+    return {
+        "max": most,
+        "margin": f32((f32(1.0) - second) / total),
+        "entropy": f32(f32(1.0) - entropy / log(np.array(len(z), f32))),
     }

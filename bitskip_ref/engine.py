@@ -39,11 +39,14 @@ class ExitRule(Protocol):
     def fixed_depth(self, config: ModelConfig) -> int | None:
         """Blocks every token runs (SPEC 8.2); None: `stops` decides token by token (SPEC 8.3)."""
 
+    def looks(self, config: ModelConfig) -> tuple[int, ...]:
+        """Depths after which `stops` is asked, rising, within 1..L-1."""
+
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError, with the remedy, where the rule means nothing for this model."""
 
     def stops(self, probe: Probe) -> bool:
-        """Whether to stop here; asked after each block but the last."""
+        """Whether to stop here; asked at each of `looks` until it says so."""
 
 
 class Engine(Protocol):

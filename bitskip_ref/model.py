@@ -189,9 +189,10 @@ class ReferenceModel:
         x = self.embed(check_input([token_id], cache, layers, self.config))
         report("embed", x)
         n = 0
-        while n < layers:
-            x = self.block(n, x, cache, report)
-            n += 1
+        for look in (*rule.looks(self.config), layers):
+            for i in range(n, look):
+                x = self.block(i, x, cache, report)
+            n = look
             if n < layers and rule.stops(ReferenceProbe(self, x, n)):
                 break
         for i in range(n, layers):  # SPEC 8.6

@@ -80,9 +80,10 @@ class TorchEngine:
             if report is not None:
                 report("embed", x)
             n = 0
-            while n < layers:
-                x = model.run_block(n, x, run, cache=cache, trace=report)
-                n += 1
+            for look in (*rule.looks(self.config), layers):
+                for i in range(n, look):
+                    x = model.run_block(i, x, run, cache=cache, trace=report)
+                n = look
                 if n < layers and rule.stops(TorchProbe(model, x, n)):
                     break
             for i in range(n, layers):  # SPEC 8.6

@@ -29,6 +29,9 @@ class FixedExit:
     def fixed_depth(self, config: ModelConfig) -> int | None:
         return check_exit_layer(self.layer, config)
 
+    def looks(self, config: ModelConfig) -> tuple[int, ...]:
+        return ()
+
     def check(self, config: ModelConfig) -> None:
         check_exit_layer(self.layer, config)
 

@@ -83,6 +83,8 @@ def rules(config: ModelConfig) -> Iterator[ExitRule]:
     yield ConfidenceExit(0.004, "margin")
     for threshold in (0.0, 0.06):
         yield ConfidenceExit(threshold, "entropy")
+    if config.num_hidden_layers > 2:
+        yield ConfidenceExit(0.02, layers=(2,))
     if config.gates:
         for threshold in (0.0, 0.5, 1.0):
             yield GateExit(threshold)

@@ -143,7 +143,9 @@ def test_rules_refuse_what_means_nothing() -> None:
     for rule, words in (
         (GateExit(), "no routing gates"),
         (GateExit(1.5), "between 0 and 1"),
-        (ConfidenceExit(0.5, "entropy?"), "max, margin"),
+        (ConfidenceExit(0.5, "entropy?"), "max, margin, entropy"),
+        (ConfidenceExit(0.5, layers=(2, 4)), r"exit look 4 .* choose 1\.\.3"),
+        (ConfidenceExit(0.5, layers=(0,)), r"choose 1\.\.3"),
         (FixedExit(0), "1..4"),
         (FixedExit(5), "1..4"),
     ):
