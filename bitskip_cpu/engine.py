@@ -130,6 +130,12 @@ class Engine:
             cache.advance(1, layers)
         return z[0], n
 
+    def weight_bytes(self, exit_layer: int) -> int:
+        """Bytes that a token run to that exit reads: its linear layers as packed here, the head."""
+        weights = self._space.weights
+        _, head = weights.exit(exit_layer)
+        return weights.layer_bytes * exit_layer + sum(a.nbytes for a in weights.head(head))
+
     # ---- its parts ------------------------------------------------------------------
 
     def _checked(self, token_ids: Sequence[int], cache: KVCache, blocks: int) -> np.ndarray:
