@@ -7,11 +7,14 @@ reported to a trace in forward order, under the same names, so that a difference
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from bitskip_ref.config import ModelConfig
+
+if TYPE_CHECKING:  # drafts need exits, which ask a Probe
+    from bitskip_ref.draft import Choose, Draft
 
 Trace = Callable[[str, np.ndarray], None]
 """Receives (stage, values). Stages, i counting blocks from 0:
@@ -77,6 +80,24 @@ class Engine(Protocol):
         self, token_id: int, cache: Any, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
         """Run one token under a rule (SPEC 8.2, 8.3, 8.6). Returns (logits f32 [V], depth)."""
+
+    def speculate(
+        self,
+        token_id: int,
+        cache: Any,
+        count: int,
+        draft: Draft,
+        *,
+        exit_layer: int | None = None,
+        choose: Choose | None = None,
+    ) -> tuple[list[int], np.ndarray]:
+        """Run a round of at most `count` drafts after one token; advance the cache by k + 1.
+
+        Returns the k drafts that were run and verified at `exit_layer` (None: L), and the logits
+        f32 [k + 1, V] after the token and after each of them (SPEC 11.1). Drafts are greedy, or
+        what `choose` makes of the draft logits of each position, the last one's too; it must not
+        use this engine. Raises ValueError as `extend` does, and for what cannot draft.
+        """
 
     def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
         """`extend` on an empty cache: f32 [T, V]."""

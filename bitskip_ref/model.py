@@ -11,6 +11,7 @@ from bitskip_ref.attention import attention
 from bitskip_ref.cache import CacheFill, check_input
 from bitskip_ref.confidence import confidence
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.draft import Choose, Draft
 from bitskip_ref.engine import ExitRule, Trace
 from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.ffn import ffn_activation
@@ -201,6 +202,38 @@ class ReferenceModel:
             cache.append(i, *self.keys_values(i, a, cache.length))
         cache.advance(1, layers)
         return self.exit(x, n, report)[0], n
+
+    def speculate(
+        self,
+        token_id: int,
+        cache: KVCache,
+        count: int,
+        draft: Draft,
+        *,
+        exit_layer: int | None = None,
+        choose: Choose | None = None,
+    ) -> tuple[list[int], np.ndarray]:
+        n = draft.check_round(token_id, cache, count, exit_layer, self.config)
+        start, ids, hidden = cache.length, [token_id], []
+        while True:
+            x = self.embed(np.array(ids[-1:]))
+            for i in range(draft.exit_layer):
+                x = self.block(i, x, cache)
+            cache.advance(1, draft.exit_layer)
+            hidden.append(x)
+            if choose is None and len(ids) > count:
+                break
+            z = self.exit(x, draft.exit_layer)[0, : draft.vocab]
+            drafted = choose(z) if choose else draft.greedy(z)
+            if drafted is None or len(ids) > count:
+                break
+            ids.append(drafted)
+        cache.length = start  # the blocks above go on from there
+        x = np.concatenate(hidden)
+        for i in range(draft.exit_layer, n):
+            x = self.block(i, x, cache)
+        cache.advance(len(ids), n)
+        return ids[1:], self.exit(x, n)
 
 
 class ReferenceProbe:
