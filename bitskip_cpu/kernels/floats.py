@@ -291,6 +291,16 @@ def two_largest(x_at, n, scratch_at):
 
 
 @inner
+def first_of(x_at, n, value):
+    """Index of the first of n floats that equals a value among them."""
+    x = floats(x_at, n)
+    i = 0
+    while x[i] != value:
+        i += 1
+    return i
+
+
+@inner
 def confidence(logits_at, n, scratch_at):
     """-> (max, margin, entropy); scratch: power_of_two(n) floats."""
     if n == 1:
