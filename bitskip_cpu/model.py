@@ -9,7 +9,7 @@ import numpy as np
 
 from bitskip_cpu.generate import Generation, TextStream
 from bitskip_cpu.tokenizer import Tokenizer
-from bitskip_ref.engine import Engine, ExitRule, Trace
+from bitskip_ref.engine import Engine, ExitRule, Trace, Visit
 from bitskip_ref.exits.named import named_rule
 from bitskip_ref.folder import Folder
 from bitskip_ref.sampling import Sampler
@@ -143,6 +143,12 @@ class Model:
         return self.engine.extend(
             token_ids, cache, exit_layer=exit_layer, last_only=last_only, trace=trace
         )
+
+    def extend_exits(
+        self, token_ids: Sequence[int], cache: Any, exit_layers: Sequence[int], visit: Visit
+    ) -> None:
+        """See `bitskip_ref.engine.Engine.extend_exits`."""
+        self.engine.extend_exits(token_ids, cache, exit_layers, visit)
 
     def step(
         self, token_id: int, cache: Any, rule: ExitRule, trace: Trace | None = None

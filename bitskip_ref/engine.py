@@ -25,6 +25,10 @@ embed [T, D]; layers.{i}.q [T, H, E] and .k [T, K, E] (after RoPE), .v [T, K, E]
 Arrays may be reused by the engine after the call: copy what is kept.
 """
 
+Visit = Callable[[int, int, np.ndarray], None]
+"""Receives (exit layer, first, logits f32 [t, V]) of the tokens at hand from the one numbered
+`first` on. Arrays may be reused by the engine after the call; it may not be called meanwhile."""
+
 
 class Probe(Protocol):
     """What an exit rule may ask about the token at hand after a block (SPEC 8.4, 8.5)."""
@@ -74,6 +78,15 @@ class Engine(Protocol):
         `exit_layer` 1..L counts executed blocks (None: L). Returns logits f32 [T, V], or [1, V]
         of the last token with `last_only`. Raises ValueError for an empty list, an id or exit out
         of range, more positions than the context, or blocks that lack earlier positions.
+        """
+
+    def extend_exits(
+        self, token_ids: Sequence[int], cache: Any, exit_layers: Sequence[int], visit: Visit
+    ) -> None:
+        """`extend` to the deepest of some exits, with the logits at each of them on the way.
+
+        Each exit's logits come in pieces, in the order of the tokens. Raises ValueError as
+        `extend`, and for no exits.
         """
 
     def step(

@@ -12,8 +12,8 @@ from bitskip_ref.cache import CacheFill, check_input
 from bitskip_ref.confidence import confidence
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.draft import Choose, Draft
-from bitskip_ref.engine import ExitRule, Trace
-from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.engine import ExitRule, Trace, Visit
+from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
 from bitskip_ref.ffn import ffn_activation
 from bitskip_ref.folder import read_folder
 from bitskip_ref.functions import relu, relu2, sigmoid
@@ -178,6 +178,19 @@ class ReferenceModel:
             x = self.block(i, x, cache, report)
         cache.advance(len(ids), n)
         return self.exit(x[-1:] if last_only else x, n, report)
+
+    def extend_exits(
+        self, token_ids: Sequence[int], cache: KVCache, exit_layers: Sequence[int], visit: Visit
+    ) -> None:
+        exits = check_exit_layers(exit_layers, self.config)
+        ids = check_input(token_ids, cache, exits[-1], self.config)
+        x, done = self.embed(ids), 0
+        for n in exits:
+            for i in range(done, n):
+                x = self.block(i, x, cache)
+            done = n
+            visit(n, 0, self.exit(x, n))
+        cache.advance(len(ids), exits[-1])
 
     def step(
         self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from bitskip_ref.cache import check_input
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import ExitRule, Trace
-from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.engine import ExitRule, Trace, Visit
+from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
 from bitskip_ref.folder import read_folder
 from bitskip_ref.packing import unpack_ternary
 from bitskip_train.exact import confidence
@@ -64,6 +64,15 @@ class TorchEngine:
         report = _without_batch(trace)
         x = self.model(ids, exit_layer=n, cache=cache, trace=report)[n]
         return self.model.logits(x[:, -1:] if last_only else x, n, report)[0].numpy()
+
+    def extend_exits(
+        self, token_ids: Sequence[int], cache: Cache, exit_layers: Sequence[int], visit: Visit
+    ) -> None:
+        exits = check_exit_layers(exit_layers, self.config)
+        ids = self._ids(token_ids, cache, exits[-1])
+        hidden = self.model(ids, exit_layer=exits[-1], collect=exits, cache=cache)
+        for n in exits:
+            visit(n, 0, self.model.logits(hidden[n], n)[0].numpy())
 
     def step(
         self, token_id: int, cache: Cache, rule: ExitRule, trace: Trace | None = None

@@ -11,8 +11,8 @@ import onnxruntime as ort
 
 from bitskip_ref.cache import CacheFill, check_input
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import ExitRule, Trace
-from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.engine import ExitRule, Trace, Visit
+from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
 from bitskip_ref.folder import CONFIG, read_folder
 from export.onnx_builder import lay_out
 from export.onnx_files import find_graphs, weight_bytes
@@ -84,6 +84,16 @@ class OnnxModel:
                 trace(stage, values)
             trace("logits", logits)
         return logits
+
+    def extend_exits(
+        self, token_ids: Sequence[int], cache: OnnxCache, exit_layers: Sequence[int], visit: Visit
+    ) -> None:
+        """As the protocol has it; each exit has its own graph, which starts from the tokens."""
+        exits, length = check_exit_layers(exit_layers, self.config), cache.length
+        check_input(token_ids, cache, exits[-1], self.config)
+        for n in exits:
+            cache.length = length
+            visit(n, 0, self.extend(token_ids, cache, exit_layer=n))
 
     def step(
         self, token_id: int, cache: OnnxCache, rule: ExitRule, trace: Trace | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bitskip_ref.config import ModelConfig
@@ -18,6 +19,14 @@ def check_exit_layer(exit_layer: int | None, config: ModelConfig) -> int:
             f"{config.num_hidden_layers} blocks, choose 1..{config.num_hidden_layers}"
         )
     return int(exit_layer)
+
+
+def check_exit_layers(exit_layers: Iterable[int], config: ModelConfig) -> list[int]:
+    """The exits in order of depth, without repeats. Raises ValueError for none, or outside 1..L."""
+    exits = sorted({check_exit_layer(n, config) for n in exit_layers})
+    if not exits:
+        raise ValueError("no exit layers: give at least one")
+    return exits
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from tests.helpers import (
     random_tokens,
     twin,
 )
+from tests.parity.engine_check import exits_of
 
 f32 = np.float32
 NAMES = [*QUANTIZED, *OPTIONS]
@@ -150,6 +151,16 @@ def test_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = random_tokens(reference.config, 19)
     monkeypatch.setattr(exact, "CHUNK", 1000)
     equal(reference.logits(ids), engine.logits(ids))
+
+
+@pytest.mark.parametrize("name", ["wt2-bitskip", "per-layer-exits"])
+def test_every_exit_at_once(name: str) -> None:
+    reference, engine = engines(name)
+    ids = random_tokens(reference.config, 9)
+    expected, actual = (exits_of(model, ids, 4) for model in (reference, engine))
+    assert expected.keys() == actual.keys()
+    for stage, values in expected.items():
+        equal(values, actual[stage], stage)
 
 
 @pytest.mark.parametrize("name", ["wt2-bitskip", "per-layer-exits", "bitskip-v1"])
