@@ -17,14 +17,15 @@ from numba import config as numba_config
 
 from bitskip_cpu.cache import KVCache
 from bitskip_cpu.compiling import KERNELS
-from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, EMBED, EXIT, FILL, GATE, MEASURE
+from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, GATE, MEASURE
 from bitskip_cpu.threads import Team, default_threads
 from bitskip_cpu.weights import Tensors, Weights, random_tensors
 from bitskip_cpu.workspace import Workspace
 from bitskip_ref.cache import check_input
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import ExitRule, Trace, Visit
-from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
+from bitskip_ref.draft import Choose, Draft
+from bitskip_ref.engine import ExitRule, Trace
+from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.folder import Folder, read_folder
 
 f32 = np.float32
@@ -101,24 +102,6 @@ class Engine:
             cache.advance(len(ids), n)
         return z
 
-    def extend_exits(
-        self, token_ids: Sequence[int], cache: KVCache, exit_layers: Sequence[int], visit: Visit
-    ) -> None:
-        exits = check_exit_layers(exit_layers, self.config)
-        ids = self._checked(token_ids, cache, exits[-1])
-        z = np.empty((min(len(ids), CHUNK), self.config.vocab_size), f32)
-        with self._lock:
-            for start in range(0, len(ids), CHUNK):
-                part = ids[start : start + CHUNK]
-                self._space.set_tokens(part, cache, start)
-                done, actions = 0, EMBED
-                for n in exits:
-                    self._space.set_exit(n, z)
-                    self._call(actions | BLOCKS | EXIT, done, n)
-                    visit(n, start, z[: len(part)])
-                    done, actions = n, 0
-            cache.advance(len(ids), exits[-1])
-
     def step(
         self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
@@ -148,6 +131,32 @@ class Engine:
             cache.advance(1, layers)
         return z[0], n
 
+    def speculate(
+        self,
+        token_id: int,
+        cache: KVCache,
+        count: int,
+        draft: Draft,
+        *,
+        exit_layer: int | None = None,
+        choose: Choose | None = None,
+    ) -> tuple[list[int], np.ndarray]:
+        self._own(cache)
+        n = draft.check_round(token_id, cache, count, exit_layer, self.config)
+        with self._lock:
+            space = self._space
+            if choose is None:
+                space.set_draft(token_id, cache, count, draft)
+                self._call(DRAFT, 0, draft.exit_layer)
+                ids = space.ids[: space.state["tokens"]].tolist()
+            else:
+                ids = self._draft_by(choose, token_id, cache, count, draft)
+            z = np.empty((len(ids), self.config.vocab_size), f32)
+            space.set_exit(n, z)
+            self._call(BLOCKS | EXIT, draft.exit_layer, n)
+            cache.advance(len(ids), n)
+        return ids[1:], z
+
     def weight_bytes(self, exit_layer: int) -> int:
         """Bytes that a token run to that exit reads: its linear layers as packed here, the head."""
         weights = self._space.weights
@@ -156,11 +165,35 @@ class Engine:
 
     # ---- its parts ------------------------------------------------------------------
 
-    def _checked(self, token_ids: Sequence[int], cache: KVCache, blocks: int) -> np.ndarray:
-        """The ids, once they and the cache are known to be safe: kernels check nothing."""
+    def _own(self, cache: KVCache) -> None:
+        """Refuse a cache of another shape: kernels check nothing."""
         if cache.config is not self.config and cache.config != self.config:
             raise ValueError("the cache belongs to another model: take one from new_cache()")
+
+    def _checked(self, token_ids: Sequence[int], cache: KVCache, blocks: int) -> np.ndarray:
+        """The ids, once they and the cache are known to be safe."""
+        self._own(cache)
         return check_input(token_ids, cache, blocks, self.config)
+
+    def _draft_by(
+        self, choose: Choose, token_id: int, cache: KVCache, count: int, draft: Draft
+    ) -> list[int]:
+        """SPEC 11.1 with drafts from outside: the ids run, their hidden states left at hand."""
+        space, ids, hidden = self._space, [token_id], []
+        while True:
+            space.set_tokens(ids[-1:], cache, len(hidden))
+            space.set_exit(draft.exit_layer, space.draft_logits)
+            self._call(EMBED | BLOCKS | EXIT, 0, draft.exit_layer)
+            hidden.append(space.x[0].copy())
+            drafted = choose(space.draft_logits[0, : draft.vocab])
+            if drafted is None or len(ids) > count:
+                break
+            if not 0 <= drafted < self.config.vocab_size:
+                raise ValueError(f"draft {drafted}: must be 0..{self.config.vocab_size - 1}")
+            ids.append(drafted)
+        space.x[: len(ids)] = hidden
+        space.set_tokens(ids, cache, 0)
+        return ids
 
     def _forward(
         self, n: int, record: _Record, z: np.ndarray | None = None, first: int = 0
