@@ -24,8 +24,8 @@ from bitskip_cpu.workspace import Workspace
 from bitskip_ref.cache import check_input
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.draft import Choose, Draft
-from bitskip_ref.engine import ExitRule, Trace
-from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.engine import ExitRule, Trace, Visit
+from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
 from bitskip_ref.folder import Folder, read_folder
 
 f32 = np.float32
@@ -101,6 +101,24 @@ class Engine:
             record.replay()
             cache.advance(len(ids), n)
         return z
+
+    def extend_exits(
+        self, token_ids: Sequence[int], cache: KVCache, exit_layers: Sequence[int], visit: Visit
+    ) -> None:
+        exits = check_exit_layers(exit_layers, self.config)
+        ids = self._checked(token_ids, cache, exits[-1])
+        z = np.empty((min(len(ids), CHUNK), self.config.vocab_size), f32)
+        with self._lock:
+            for start in range(0, len(ids), CHUNK):
+                part = ids[start : start + CHUNK]
+                self._space.set_tokens(part, cache, start)
+                done, actions = 0, EMBED
+                for n in exits:
+                    self._space.set_exit(n, z)
+                    self._call(actions | BLOCKS | EXIT, done, n)
+                    visit(n, start, z[: len(part)])
+                    done, actions = n, 0
+            cache.advance(len(ids), exits[-1])
 
     def step(
         self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
