@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from io import TextIOWrapper
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from bitskip_cpu.options import MODEL, THREADS, ExitLayer, Numbers, Verbs
+from bitskip_cpu.heldout.verbs import perplexity
+from bitskip_cpu.options import MODEL, THREADS, ExitLayer, Numbers, Pair, Verbs, load_model
 
 if TYPE_CHECKING:
     from bitskip_cpu.generate import TextStream
@@ -78,7 +78,7 @@ def generate(
     Ctrl-C ends the text, keeps what was said, and exits with 130.
     """
     text = _prompt(prompt, prompt_file)
-    loaded = _load(model, threads, quiet)
+    loaded = load_model(model, threads, quiet)
     if text is None:
         from bitskip_cpu import models
 
@@ -120,15 +120,6 @@ def _prompt(prompt: str | None, file: IO[bytes] | None) -> str | None:
         return file.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise ValueError(f"the prompt is not UTF-8 (byte {error.start})") from None
-
-
-def _load(model: str | None, threads: int | None, quiet: bool = False) -> Model:
-    """Load a model, compiling the kernels first if this machine never has."""
-    import bitskip_cpu
-    from bitskip_cpu.progress import prepare
-
-    prepare(quiet)
-    return bitskip_cpu.load(model, threads)
 
 
 def _generation(stream: TextStream, model: Model, prompt: str, seed: int) -> dict[str, Any]:
@@ -176,54 +167,40 @@ def _statistics(stream: TextStream, model: Model) -> str:
               help="Prompt lengths; 0 leaves the test out.")  # fmt: skip
 @click.option("-n", "generated", type=Numbers(0), default="64", show_default=True,
               help="Tokens to generate; 0 leaves the test out.")  # fmt: skip
+@click.option("-pg", "pairs", type=Pair(), multiple=True,
+              help="A prompt and then tokens, timed as one. Repeatable.")  # fmt: skip
+@click.option("-d", "depths", type=Numbers(0), default="0", show_default=True,
+              help="Tokens in the cache before the timed part.")  # fmt: skip
 @click.option("-t", "threads", type=Numbers(1), help="Default: what `generate` takes.")
-@click.option("--exit-layer", "exits", type=Numbers(1), help="Default: all blocks.")
+@click.option("--exit-layer", "--exit", "exits", type=Numbers(1), help="Default: all blocks.")
 @click.option("-r", "repetitions", type=click.IntRange(1), default=5, show_default=True)
-@click.option("-o", "output", type=click.Choice(["md", "json"]), default="md", show_default=True)
+@click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md",
+              show_default=True)  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.pass_context
 def bench(
-    model: str | None, preset: str | None, prompts: list[int], generated: list[int],
-    threads: list[int] | None, exits: list[int] | None, repetitions: int, output: str, seed: int,
+    click_context: click.Context, model: str | None, preset: str | None, prompts: list[int],
+    generated: list[int], pairs: tuple[tuple[int, int], ...], depths: list[int], output: str,
+    **options: Any,
 ) -> None:  # fmt: skip
-    """Measure prompt processing (pp) and decoding (tg) in tokens a second.
+    """Measure prompt processing (pp) and decoding (tg), and what of the machine's limits they use.
 
-    Numbers may be lists: -t 1,2. tg steps start from an empty cache. Compiling and one run of
-    each test come before the measured ones.
+    Numbers may be lists: -t 1,2. Compiling and one run of each test come before the measured ones.
+    Ctrl-C prints what is measured so far, if every test has run once, and exits with 130.
     """
     if model is not None and preset is not None:
         raise click.UsageError("MODEL and --preset exclude each other: give one")
-    from bitskip_cpu.bench import report
-    from bitskip_cpu.progress import prepare
+    from bitskip_cpu.bench.timing import tasks_of
+    from bitskip_cpu.bench.verb import bench
 
-    prepare()
-    text = report(
-        model, preset, prompts=prompts, generated=generated, threads=threads, exits=exits,
-        repetitions=repetitions, seed=seed, as_json=output == "json",
-        note=lambda line: click.echo(line, err=True),
-    )  # fmt: skip
-    click.echo(text)
+    tasks = tasks_of(prompts, generated, pairs, depths)
+    report, interrupted = bench(model, preset, tasks, **options)
+    click.echo(report.format(output))
+    if interrupted:
+        click_context.exit(130)
 
 
-@main.command()
-@MODEL
-@click.option("--text", "text_file", required=True, type=click.Path(path_type=Path),
-              help="UTF-8 text; lines <|endoftext|> separate documents.")  # fmt: skip
-@click.option("--exit-layer", "exits", type=Numbers(1), help="Default: all blocks.")
-@click.option("--ctx", type=int, help="Tokens of a window. Default: the model's context.")
-@click.option("--stride", type=int, help="From window to window. Default: --ctx, no overlap.")
-@THREADS
-@click.option("--json", "as_json", is_flag=True)
-def perplexity(
-    model: str | None, text_file: Path, exits: list[int] | None, ctx: int | None,
-    stride: int | None, threads: int | None, as_json: bool,
-) -> None:  # fmt: skip
-    """Loss of a text at each exit layer, over all its tokens but the first.
-
-    Each document is followed by end-of-text, as in training.
-    """
-    from bitskip_cpu.perplexity import report
-
-    click.echo(report(_load(model, threads), text_file, exits, ctx, stride, as_json))
+main.add_command(perplexity)
 
 
 @main.command()
