@@ -197,18 +197,17 @@ class Engine:
         self, choose: Choose, token_id: int, cache: KVCache, count: int, draft: Draft
     ) -> list[int]:
         """SPEC 11.1 with drafts from outside: the ids run, their hidden states left at hand."""
-        space, ids, hidden = self._space, [token_id], []
-        while True:
-            space.set_tokens(ids[-1:], cache, len(hidden))
+        space = self._space
+        hidden: list[np.ndarray] = []
+
+        def run(token: int, _: bool) -> np.ndarray:
+            space.set_tokens([token], cache, len(hidden))
             space.set_exit(draft.exit_layer, space.draft_logits)
             self._call(EMBED | BLOCKS | EXIT, 0, draft.exit_layer)
             hidden.append(space.x[0].copy())
-            drafted = choose(space.draft_logits[0, : draft.vocab])
-            if drafted is None or len(ids) > count:
-                break
-            if not 0 <= drafted < self.config.vocab_size:
-                raise ValueError(f"draft {drafted}: must be 0..{self.config.vocab_size - 1}")
-            ids.append(drafted)
+            return space.draft_logits[0]
+
+        ids = draft.ids(token_id, count, choose, run)
         space.x[: len(ids)] = hidden
         space.set_tokens(ids, cache, 0)
         return ids

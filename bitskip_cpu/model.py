@@ -9,6 +9,7 @@ import numpy as np
 
 from bitskip_cpu.generate import Generation, TextStream
 from bitskip_cpu.tokenizer import Tokenizer
+from bitskip_ref.draft import Choose, Draft
 from bitskip_ref.engine import Engine, ExitRule, Trace, Visit
 from bitskip_ref.exits.named import named_rule
 from bitskip_ref.folder import Folder
@@ -155,6 +156,21 @@ class Model:
     ) -> tuple[np.ndarray, int]:
         """See `bitskip_ref.engine.Engine.step`."""
         return self.engine.step(token_id, cache, rule, trace)
+
+    def speculate(
+        self,
+        token_id: int,
+        cache: Any,
+        count: int,
+        draft: Draft,
+        *,
+        exit_layer: int | None = None,
+        choose: Choose | None = None,
+    ) -> tuple[list[int], np.ndarray]:
+        """See `bitskip_ref.engine.Engine.speculate`."""
+        return self.engine.speculate(
+            token_id, cache, count, draft, exit_layer=exit_layer, choose=choose
+        )
 
     def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
         """See `bitskip_ref.engine.Engine.logits`."""

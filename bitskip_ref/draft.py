@@ -62,6 +62,31 @@ class Draft:
         check_input([token_id] * (count + 1), cache, n, config)
         return n
 
+    def ids(
+        self,
+        token_id: int,
+        count: int,
+        choose: Choose | None,
+        run: Callable[[int, bool], np.ndarray | None],
+    ) -> list[int]:
+        """The token and the drafts after it, drafted one by one and run (SPEC 11.1).
+
+        run(id, whether logits are wanted): runs an id through blocks 1..E; logits f32 [V] or None.
+        """
+        ids, pick = [token_id], choose or self.greedy
+        while True:
+            full = len(ids) > count
+            z = run(ids[-1], not full or choose is not None)
+            if z is None:
+                return ids
+            z = z[: self.vocab]
+            drafted = pick(z)
+            if drafted is None or full:
+                return ids
+            if not 0 <= drafted < len(z):
+                raise ValueError(f"draft {drafted}: must be an id that has a draft logit")
+            ids.append(drafted)
+
     def greedy(self, z: np.ndarray) -> int | None:
         """SPEC 11.1: the largest of f32 [V']; None where it leads by too little."""
         return int(np.argmax(z)) if self.sure(z) else None

@@ -227,20 +227,18 @@ class ReferenceModel:
         choose: Choose | None = None,
     ) -> tuple[list[int], np.ndarray]:
         n = draft.check_round(token_id, cache, count, exit_layer, self.config)
-        start, ids, hidden = cache.length, [token_id], []
-        while True:
-            x = self.embed(np.array(ids[-1:]))
+        start = cache.length
+        hidden: list[np.ndarray] = []
+
+        def run(token: int, logits: bool) -> np.ndarray | None:
+            x = self.embed(np.array([token]))
             for i in range(draft.exit_layer):
                 x = self.block(i, x, cache)
             cache.advance(1, draft.exit_layer)
             hidden.append(x)
-            if choose is None and len(ids) > count:
-                break
-            z = self.exit(x, draft.exit_layer)[0, : draft.vocab]
-            drafted = choose(z) if choose else draft.greedy(z)
-            if drafted is None or len(ids) > count:
-                break
-            ids.append(drafted)
+            return self.exit(x, draft.exit_layer)[0] if logits else None
+
+        ids = draft.ids(token_id, count, choose, run)
         cache.length = start  # the blocks above go on from there
         x = np.concatenate(hidden)
         for i in range(draft.exit_layer, n):

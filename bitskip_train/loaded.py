@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bitskip_ref.cache import check_input
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.draft import Choose, Draft
 from bitskip_ref.engine import ExitRule, Trace, Visit
 from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
 from bitskip_ref.folder import read_folder
@@ -101,6 +102,34 @@ class TorchEngine:
                 cache.write(i, keys, values)
         cache.advance(1, layers)
         return model.logits(x, n, report)[0, 0].numpy(), n
+
+    def speculate(
+        self,
+        token_id: int,
+        cache: Cache,
+        count: int,
+        draft: Draft,
+        *,
+        exit_layer: int | None = None,
+        choose: Choose | None = None,
+    ) -> tuple[list[int], np.ndarray]:
+        model, low, start = self.model, draft.exit_layer, cache.length
+        n = draft.check_round(token_id, cache, count, exit_layer, self.config)
+        hidden: list[Tensor] = []
+
+        def run(token: int, logits: bool) -> np.ndarray | None:
+            hidden.append(model(torch.tensor([[token]]), exit_layer=low, cache=cache)[low])
+            return model.logits(hidden[-1], low)[0, 0].numpy() if logits else None
+
+        ids = draft.ids(token_id, count, choose, run)
+        cache.length = start  # the blocks above go on from there
+        ops = model.ops()
+        with model.region(ops):
+            above, x = model.start(ops, "none", start, len(ids)), torch.cat(hidden, 1)
+            for i in range(low, n):
+                x = model.run_block(i, x, above, cache=cache)
+        cache.advance(len(ids), n)
+        return ids[1:], model.logits(x, n)[0].numpy()
 
     def _ids(self, token_ids: Sequence[int], cache: Cache, blocks: int) -> Tensor:
         return torch.from_numpy(check_input(token_ids, cache, blocks, self.config))[None]

@@ -106,6 +106,12 @@ class OnnxModel:
             )
         return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
 
+    def speculate(self, *arguments: object, **options: object) -> tuple[list[int], np.ndarray]:
+        """Refused: a graph starts from token ids, not from the hidden states of another."""
+        raise ValueError(
+            "an ONNX graph cannot go on where another exit's stopped: speculate on another engine"
+        )
+
     def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
         return self.extend(token_ids, self.new_cache(), exit_layer=exit_layer)
 
