@@ -198,13 +198,15 @@ def evaluate(
     )  # fmt: skip
     if as_json:
         about = {"context": context, "stride": context, "bypass": bypass, "step": loaded.step}
-        click.echo(json.dumps({**about, "exits": [r.to_dict() for r in results]}))
+        found = [{"exit_layer": n, **loss.facts()} for n, loss in results.items()]
+        click.echo(json.dumps({**about, "exits": found}))
         return
-    click.echo(f"{results[0].tokens:,} tokens, context and stride {context}, bypass {bypass}")
+    tokens = len(split.tokens) - 1
+    click.echo(f"{tokens:,} tokens, context and stride {context}, bypass {bypass}")
     click.echo(f"{'exit':>4} {'loss':>16} {'perplexity':>12} {'bits/byte':>10}")
-    for r in results:
-        loss = f"{r.loss:.4f} +- {r.deviation:.4f}"
-        click.echo(f"{r.exit_layer:>4} {loss:>16} {r.perplexity:>12.4g} {r.bits_per_byte:>10.4f}")
+    for n, r in results.items():
+        loss = f"{r.loss:.4f}" + ("" if r.loss_se is None else f" ± {r.loss_se:.4f}")
+        click.echo(f"{n:>4} {loss:>16} {r.ppl:>12.4g} {r.bits_per_byte:>10.4f}")
 
 
 @click.command("fit-gates")

@@ -56,3 +56,14 @@ def describe_rule(rule: ExitRule, config: ModelConfig) -> dict[str, Any]:
     name = "gate" if isinstance(rule, GateExit) else rule.measure
     looks = list(rule.looks(config))
     return {"exit_layer": name, "threshold": rule.threshold, "looks": looks}
+
+
+def rule_label(rule: ExitRule, config: ModelConfig) -> str:
+    """A rule in a table: `18`, or `max > 0.9 at 6, 12, 18`."""
+    facts = describe_rule(rule, config)
+    if facts["looks"] is None:
+        return str(facts["exit_layer"])
+    looks = facts["looks"]
+    every = len(looks) > 3 and looks == list(range(1, config.num_hidden_layers))
+    places = "every block" if every else ", ".join(map(str, looks))
+    return f"{facts['exit_layer']} > {facts['threshold']:.4g} at {places}"
