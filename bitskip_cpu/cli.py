@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from bitskip_cpu.heldout.verbs import perplexity
-from bitskip_cpu.options import MODEL, THREADS, ExitLayer, Numbers, Pair, Verbs, load_model
+from bitskip_cpu.options import MODEL, THREADS, NumberOrWord, Numbers, Pair, Verbs, load_model
 
 if TYPE_CHECKING:
     from bitskip_cpu.generate import TextStream
@@ -41,7 +41,7 @@ def main() -> None:
 )  # fmt: skip
 @click.option("--max-tokens", "-n", type=click.IntRange(0), default=200, show_default=True)
 @click.option(
-    "--exit-layer", "--exit", type=ExitLayer(), metavar="N|WORD",
+    "--exit-layer", "--exit", type=NumberOrWord(), metavar="N|WORD",
     help="Blocks to run, or what decides for each token: gate, max (probability), margin, entropy; "
     "auto: the model's calibrated setting. Default: the model's recommendation, else all.",
 )  # fmt: skip
@@ -53,6 +53,13 @@ def main() -> None:
     "--exit-looks", type=Numbers(1), metavar="N,N,...",
     help="Blocks after which it may stop. Default: all for gate, the quarters for the others.",
 )  # fmt: skip
+@click.option(
+    "--speculate", type=NumberOrWord(), metavar="K|auto",
+    help="Draft K tokens at an early exit and verify them at once; auto adapts K. Greedy text "
+    "stays the same.",
+)  # fmt: skip
+@click.option("--draft-exit", type=int, help="Blocks that draft. Default: a quarter.")
+@click.option("--draft-vocab", type=int, help="Draft among so many first ids. Default: all.")
 @click.option(
     "--temperature", type=float, default=0.0, show_default=True,
     help="0 always takes the likeliest token; the next three then change nothing.",
@@ -136,6 +143,7 @@ def _generation(stream: TextStream, model: Model, prompt: str, seed: int) -> dic
         "generated_tokens": len(g.token_ids),
         "exit_layers": g.exit_layers,
         "mean_exit_layer": g.mean_exit_layer,
+        "speculation": g.speculation.statistics() if g.speculation else None,
         "stop_reason": g.stop_reason,
         "seed": seed,
         "threads": model.threads,
@@ -157,6 +165,9 @@ def _statistics(stream: TextStream, model: Model) -> str:
     if g.mean_exit_layer is not None:
         depth = f"{g.mean_exit_layer:.2f}".removesuffix(".00")
         parts.append(f"exit layer {depth} of {model.config.num_hidden_layers}")
+    if g.speculation and g.speculation.drafted:
+        s = g.speculation.statistics()
+        parts.append(f"{s['acceptance']:.0%} of {s['drafted']} drafts at {s['draft_exit']} right")
     return f"[{', '.join(parts)}; ended: {g.stop_reason.replace('_', ' ')}]"
 
 

@@ -14,6 +14,7 @@ from bitskip_ref.engine import Engine, ExitRule, Trace, Visit
 from bitskip_ref.exits.named import named_rule
 from bitskip_ref.folder import Folder
 from bitskip_ref.sampling import Sampler
+from bitskip_ref.speculate import Speculation
 
 
 class Model:
@@ -70,6 +71,28 @@ class Model:
             exit_layer = self.folder.exit_layer
         return named_rule(exit_layer, threshold, looks, self.config)
 
+    def speculation(
+        self,
+        rule: ExitRule,
+        speculate: int | str | None,
+        draft_exit: int | None = None,
+        draft_vocab: int | None = None,
+    ) -> Speculation | None:
+        """How one text is drafted and verified; None without `speculate`.
+
+        speculate: drafts of a round, 1..16, or `auto`. draft_exit: where they come from; None: a
+        quarter of the blocks that verify. draft_vocab: draft among that many first ids; None: all.
+        Raises ValueError, also for what does not combine with `rule`.
+        """
+        if speculate is None:
+            if draft_exit is not None or draft_vocab is not None:
+                raise ValueError("a draft exit or vocabulary needs speculate, a number or auto")
+            return None
+        if isinstance(speculate, str) and speculate != "auto":
+            raise ValueError(f"speculate {speculate!r}: must be a number of drafts, or auto")
+        count = None if isinstance(speculate, str) else speculate
+        return Speculation(self.config, rule, draft_exit, count, draft_vocab)
+
     # ---- text -----------------------------------------------------------------------
 
     def generate(self, prompt: str, **options: Any) -> Generation:
@@ -87,6 +110,9 @@ class Model:
         exit_layer: int | str | None = None,
         exit_threshold: float | None = None,
         exit_looks: Sequence[int] | None = None,
+        speculate: int | str | None = None,
+        draft_exit: int | None = None,
+        draft_vocab: int | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -99,8 +125,9 @@ class Model:
     ) -> TextStream:
         """The continuation of a prompt, piece by piece as it comes.
 
-        exit_layer, exit_threshold, exit_looks: see `exit_rule`. temperature 0 is greedy, and the
-        other sampling options (SPEC 9.2) then change nothing but the repetition penalty.
+        exit_layer, exit_threshold, exit_looks: see `exit_rule`. speculate, draft_exit, draft_vocab:
+        see `speculation`. temperature 0 is greedy, and the other sampling options (SPEC 9.2) then
+        change nothing but the repetition penalty.
         context: positions that may be used; None: all the model has. threads: None keeps the
         engine's; another number makes a new engine on the same weights. Raises ValueError.
         """
@@ -113,11 +140,13 @@ class Model:
             raise ValueError("the prompt is empty: give at least one character")
         if self.folder.bos_token_id is not None:
             ids = [self.folder.bos_token_id, *ids]
+        rule = self.exit_rule(exit_layer, exit_threshold, exit_looks)
         return TextStream(
             self.engine,
             self.tokenizer,
             ids,
-            rule=self.exit_rule(exit_layer, exit_threshold, exit_looks),
+            rule=rule,
+            speculation=self.speculation(rule, speculate, draft_exit, draft_vocab),
             sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed),
             max_tokens=max_tokens,
             stop=stop,

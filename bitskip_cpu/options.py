@@ -64,10 +64,10 @@ class Verbs(click.Group):
             raise ErrorLine("not enough memory") from None
 
 
-class ExitLayer(click.ParamType):
-    """A number of blocks, or a word that `bitskip_cpu.model.Model.exit_rule` knows."""
+class NumberOrWord(click.ParamType):
+    """A whole number, or a word that `bitskip_cpu.model.Model` knows."""
 
-    name = "exit layer"
+    name = "N|WORD"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
         """A number as int, all else as it is."""

@@ -24,13 +24,14 @@ class Speculation:
         self,
         config: ModelConfig,
         rule: ExitRule,
-        draft_exit: int,
+        draft_exit: int | None = None,
         count: int | None = None,
         draft_vocab: int | None = None,
     ) -> None:
-        """rule: the depth N that verifies. count: drafts of a round, 1..16; None adapts it.
+        """rule: the depth N that verifies. draft_exit: 1..N - 1; None: a quarter of N.
 
-        draft_exit: 1..N - 1. draft_vocab: draft among the first ids only. Raises ValueError.
+        count: drafts of a round, 1..16; None adapts it. draft_vocab: draft among that many first
+        ids; None: all. Raises ValueError.
         """
         depth = rule.fixed_depth(config)
         if depth is None:
@@ -40,6 +41,7 @@ class Speculation:
             )
         if count is not None and not 1 <= count <= MOST:
             raise ValueError(f"speculate {count}: must be 1..{MOST} drafts a round, or auto")
+        draft_exit = max(1, depth // 4) if draft_exit is None else draft_exit
         self.exit_layer = depth
         self.draft = Draft(draft_exit, draft_vocab, LEAD if count is None else 0.0)
         self.draft.check(depth, config)
@@ -49,10 +51,16 @@ class Speculation:
         self._fixed, self._cost = count, draft_exit / depth + 0.125
         self._judged, self._right, self._idle = 4.0, 3.0, 0
 
-    @property
-    def acceptance(self) -> float | None:
-        """Share of the drafts that became text."""
-        return self.accepted / self.drafted if self.drafted else None
+    def statistics(self) -> dict[str, int | float | None]:
+        """What became of the drafts; `acceptance` is None without any, as without a round."""
+        return {
+            "draft_exit": self.draft.exit_layer,
+            "rounds": self.rounds,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "acceptance": self.accepted / self.drafted if self.drafted else None,
+            "accepted_per_round": self.accepted / self.rounds if self.rounds else None,
+        }
 
     def count(self) -> int:
         """Drafts of the next round (SPEC 11.4)."""
