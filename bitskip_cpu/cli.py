@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from io import TextIOWrapper
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from bitskip_cpu.options import MODEL, THREADS, ExitLayer, Numbers, Verbs
+from bitskip_cpu.heldout.verbs import perplexity
+from bitskip_cpu.options import MODEL, THREADS, NumberOrWord, Numbers, Pair, Verbs, load_model
 
 if TYPE_CHECKING:
     from bitskip_cpu.generate import TextStream
@@ -41,14 +41,25 @@ def main() -> None:
 )  # fmt: skip
 @click.option("--max-tokens", "-n", type=click.IntRange(0), default=200, show_default=True)
 @click.option(
-    "--exit-layer", "--exit", type=ExitLayer(), metavar="N|WORD",
-    help="Blocks to run, or how to decide for each token: gate, max (probability), margin, auto "
-    "(gate if the model has gates, else max). Default: the model's recommendation, else all.",
+    "--exit-layer", "--exit", type=NumberOrWord(), metavar="N|WORD",
+    help="Blocks to run, or what decides for each token: gate, max (probability), margin, entropy; "
+    "auto: the model's calibrated setting. Default: the model's recommendation, else all.",
 )  # fmt: skip
 @click.option(
     "--exit-threshold", type=float,
-    help="0 to 1, for gate (default 0.5), max and margin (default 0.9).",
+    help="0 to 1; a token stops above it. Default: 0.5 for gate, 0.9 for the others.",
 )  # fmt: skip
+@click.option(
+    "--exit-looks", type=Numbers(1), metavar="N,N,...",
+    help="Blocks after which it may stop. Default: all for gate, the quarters for the others.",
+)  # fmt: skip
+@click.option(
+    "--speculate", type=NumberOrWord(), metavar="K|auto",
+    help="Draft K tokens at an early exit and verify them at once; auto adapts K. Greedy text "
+    "stays the same.",
+)  # fmt: skip
+@click.option("--draft-exit", type=int, help="Blocks that draft. Default: a quarter.")
+@click.option("--draft-vocab", type=int, help="Draft among so many first ids. Default: all.")
 @click.option(
     "--temperature", type=float, default=0.0, show_default=True,
     help="0 always takes the likeliest token; the next three then change nothing.",
@@ -74,7 +85,7 @@ def generate(
     Ctrl-C ends the text, keeps what was said, and exits with 130.
     """
     text = _prompt(prompt, prompt_file)
-    loaded = _load(model, threads, quiet)
+    loaded = load_model(model, threads, quiet)
     if text is None:
         from bitskip_cpu import models
 
@@ -118,15 +129,6 @@ def _prompt(prompt: str | None, file: IO[bytes] | None) -> str | None:
         raise ValueError(f"the prompt is not UTF-8 (byte {error.start})") from None
 
 
-def _load(model: str | None, threads: int | None, quiet: bool = False) -> Model:
-    """Load a model, compiling the kernels first if this machine never has."""
-    import bitskip_cpu
-    from bitskip_cpu.progress import prepare
-
-    prepare(quiet)
-    return bitskip_cpu.load(model, threads)
-
-
 def _generation(stream: TextStream, model: Model, prompt: str, seed: int) -> dict[str, Any]:
     """What `generate --json` prints."""
     from bitskip_cpu.machine import peak_rss_bytes
@@ -141,6 +143,7 @@ def _generation(stream: TextStream, model: Model, prompt: str, seed: int) -> dic
         "generated_tokens": len(g.token_ids),
         "exit_layers": g.exit_layers,
         "mean_exit_layer": g.mean_exit_layer,
+        "speculation": g.speculation.statistics() if g.speculation else None,
         "stop_reason": g.stop_reason,
         "seed": seed,
         "threads": model.threads,
@@ -162,6 +165,9 @@ def _statistics(stream: TextStream, model: Model) -> str:
     if g.mean_exit_layer is not None:
         depth = f"{g.mean_exit_layer:.2f}".removesuffix(".00")
         parts.append(f"exit layer {depth} of {model.config.num_hidden_layers}")
+    if g.speculation and g.speculation.drafted:
+        s = g.speculation.statistics()
+        parts.append(f"{s['acceptance']:.0%} of {s['drafted']} drafts at {s['draft_exit']} right")
     return f"[{', '.join(parts)}; ended: {g.stop_reason.replace('_', ' ')}]"
 
 
@@ -172,54 +178,40 @@ def _statistics(stream: TextStream, model: Model) -> str:
               help="Prompt lengths; 0 leaves the test out.")  # fmt: skip
 @click.option("-n", "generated", type=Numbers(0), default="64", show_default=True,
               help="Tokens to generate; 0 leaves the test out.")  # fmt: skip
+@click.option("-pg", "pairs", type=Pair(), multiple=True,
+              help="A prompt and then tokens, timed as one. Repeatable.")  # fmt: skip
+@click.option("-d", "depths", type=Numbers(0), default="0", show_default=True,
+              help="Tokens in the cache before the timed part.")  # fmt: skip
 @click.option("-t", "threads", type=Numbers(1), help="Default: what `generate` takes.")
-@click.option("--exit-layer", "exits", type=Numbers(1), help="Default: all blocks.")
+@click.option("--exit-layer", "--exit", "exits", type=Numbers(1), help="Default: all blocks.")
 @click.option("-r", "repetitions", type=click.IntRange(1), default=5, show_default=True)
-@click.option("-o", "output", type=click.Choice(["md", "json"]), default="md", show_default=True)
+@click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md",
+              show_default=True)  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.pass_context
 def bench(
-    model: str | None, preset: str | None, prompts: list[int], generated: list[int],
-    threads: list[int] | None, exits: list[int] | None, repetitions: int, output: str, seed: int,
+    click_context: click.Context, model: str | None, preset: str | None, prompts: list[int],
+    generated: list[int], pairs: tuple[tuple[int, int], ...], depths: list[int], output: str,
+    **options: Any,
 ) -> None:  # fmt: skip
-    """Measure prompt processing (pp) and decoding (tg) in tokens a second.
+    """Measure prompt processing (pp) and decoding (tg), and what of the machine's limits they use.
 
-    Numbers may be lists: -t 1,2. tg steps start from an empty cache. Compiling and one run of
-    each test come before the measured ones.
+    Numbers may be lists: -t 1,2. Compiling and one run of each test come before the measured ones.
+    Ctrl-C prints what is measured so far, if every test has run once, and exits with 130.
     """
     if model is not None and preset is not None:
         raise click.UsageError("MODEL and --preset exclude each other: give one")
-    from bitskip_cpu.bench import report
-    from bitskip_cpu.progress import prepare
+    from bitskip_cpu.bench.timing import tasks_of
+    from bitskip_cpu.bench.verb import bench
 
-    prepare()
-    text = report(
-        model, preset, prompts=prompts, generated=generated, threads=threads, exits=exits,
-        repetitions=repetitions, seed=seed, as_json=output == "json",
-        note=lambda line: click.echo(line, err=True),
-    )  # fmt: skip
-    click.echo(text)
+    tasks = tasks_of(prompts, generated, pairs, depths)
+    report, interrupted = bench(model, preset, tasks, **options)
+    click.echo(report.format(output))
+    if interrupted:
+        click_context.exit(130)
 
 
-@main.command()
-@MODEL
-@click.option("--text", "text_file", required=True, type=click.Path(path_type=Path),
-              help="UTF-8 text; lines <|endoftext|> separate documents.")  # fmt: skip
-@click.option("--exit-layer", "exits", type=Numbers(1), help="Default: all blocks.")
-@click.option("--ctx", type=int, help="Tokens of a window. Default: the model's context.")
-@click.option("--stride", type=int, help="From window to window. Default: --ctx, no overlap.")
-@THREADS
-@click.option("--json", "as_json", is_flag=True)
-def perplexity(
-    model: str | None, text_file: Path, exits: list[int] | None, ctx: int | None,
-    stride: int | None, threads: int | None, as_json: bool,
-) -> None:  # fmt: skip
-    """Loss of a text at each exit layer, over all its tokens but the first.
-
-    Each document is followed by end-of-text, as in training.
-    """
-    from bitskip_cpu.perplexity import report
-
-    click.echo(report(_load(model, threads), text_file, exits, ctx, stride, as_json))
+main.add_command(perplexity)
 
 
 @main.command()

@@ -17,14 +17,15 @@ from numba import config as numba_config
 
 from bitskip_cpu.cache import KVCache
 from bitskip_cpu.compiling import KERNELS
-from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, EMBED, EXIT, FILL, GATE, MEASURE
+from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, GATE, MEASURE
 from bitskip_cpu.threads import Team, default_threads
 from bitskip_cpu.weights import Tensors, Weights, random_tensors
 from bitskip_cpu.workspace import Workspace
 from bitskip_ref.cache import check_input
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import ExitRule, Trace
-from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.draft import Choose, Draft
+from bitskip_ref.engine import ExitRule, Trace, Visit
+from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
 from bitskip_ref.folder import Folder, read_folder
 
 f32 = np.float32
@@ -101,6 +102,24 @@ class Engine:
             cache.advance(len(ids), n)
         return z
 
+    def extend_exits(
+        self, token_ids: Sequence[int], cache: KVCache, exit_layers: Sequence[int], visit: Visit
+    ) -> None:
+        exits = check_exit_layers(exit_layers, self.config)
+        ids = self._checked(token_ids, cache, exits[-1])
+        z = np.empty((min(len(ids), CHUNK), self.config.vocab_size), f32)
+        with self._lock:
+            for start in range(0, len(ids), CHUNK):
+                part = ids[start : start + CHUNK]
+                self._space.set_tokens(part, cache, start)
+                done, actions = 0, EMBED
+                for n in exits:
+                    self._space.set_exit(n, z)
+                    self._call(actions | BLOCKS | EXIT, done, n)
+                    visit(n, start, z[: len(part)])
+                    done, actions = n, 0
+            cache.advance(len(ids), exits[-1])
+
     def step(
         self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
@@ -114,9 +133,10 @@ class Engine:
             space.set_tokens(ids, cache, 0)
             self._call(EMBED)
             record.add(space.embedded)
-            for n in range(1, layers + 1):
-                self._call(BLOCKS, n - 1, n)
-                record.add(space.block_stages, n - 1)
+            n = 0
+            for look in (*rule.looks(self.config), layers):
+                self._blocks(n, look, record)
+                n = look
                 probe = CpuProbe(self, n)
                 if n < layers and rule.stops(probe):
                     break
@@ -129,13 +149,68 @@ class Engine:
             cache.advance(1, layers)
         return z[0], n
 
+    def speculate(
+        self,
+        token_id: int,
+        cache: KVCache,
+        count: int,
+        draft: Draft,
+        *,
+        exit_layer: int | None = None,
+        choose: Choose | None = None,
+    ) -> tuple[list[int], np.ndarray]:
+        self._own(cache)
+        n = draft.check_round(token_id, cache, count, exit_layer, self.config)
+        with self._lock:
+            space = self._space
+            if choose is None:
+                space.set_draft(token_id, cache, count, draft)
+                self._call(DRAFT, 0, draft.exit_layer)
+                ids = space.ids[: space.state["tokens"]].tolist()
+            else:
+                ids = self._draft_by(choose, token_id, cache, count, draft)
+            z = np.empty((len(ids), self.config.vocab_size), f32)
+            space.set_exit(n, z)
+            self._call(BLOCKS | EXIT, draft.exit_layer, n)
+            cache.advance(len(ids), n)
+        return ids[1:], z
+
+    def weight_bytes(self, exit_layer: int) -> int:
+        """Bytes that a token run to that exit reads: its linear layers as packed here, the head."""
+        weights = self._space.weights
+        _, head = weights.exit(exit_layer)
+        return weights.layer_bytes * exit_layer + sum(a.nbytes for a in weights.head(head))
+
     # ---- its parts ------------------------------------------------------------------
 
-    def _checked(self, token_ids: Sequence[int], cache: KVCache, blocks: int) -> np.ndarray:
-        """The ids, once they and the cache are known to be safe: kernels check nothing."""
+    def _own(self, cache: KVCache) -> None:
+        """Refuse a cache of another shape: kernels check nothing."""
         if cache.config is not self.config and cache.config != self.config:
             raise ValueError("the cache belongs to another model: take one from new_cache()")
+
+    def _checked(self, token_ids: Sequence[int], cache: KVCache, blocks: int) -> np.ndarray:
+        """The ids, once they and the cache are known to be safe."""
+        self._own(cache)
         return check_input(token_ids, cache, blocks, self.config)
+
+    def _draft_by(
+        self, choose: Choose, token_id: int, cache: KVCache, count: int, draft: Draft
+    ) -> list[int]:
+        """SPEC 11.1 with drafts from outside: the ids run, their hidden states left at hand."""
+        space = self._space
+        hidden: list[np.ndarray] = []
+
+        def run(token: int, _: bool) -> np.ndarray:
+            space.set_tokens([token], cache, len(hidden))
+            space.set_exit(draft.exit_layer, space.draft_logits)
+            self._call(EMBED | BLOCKS | EXIT, 0, draft.exit_layer)
+            hidden.append(space.x[0].copy())
+            return space.draft_logits[0]
+
+        ids = draft.ids(token_id, count, choose, run)
+        space.x[: len(ids)] = hidden
+        space.set_tokens(ids, cache, 0)
+        return ids
 
     def _forward(
         self, n: int, record: _Record, z: np.ndarray | None = None, first: int = 0
@@ -148,12 +223,19 @@ class Engine:
             return
         self._call(EMBED)
         record.add(self._space.embedded)
-        for i in range(n):
-            self._call(BLOCKS, i, i + 1)
-            record.add(self._space.block_stages, i)
+        self._blocks(0, n, record)
         if z is not None:
             self._call(EXIT)
             record.add(self._space.exit_stages, z)
+
+    def _blocks(self, first: int, last: int, record: _Record) -> None:
+        """Blocks first..last-1 on the tokens at hand."""
+        if not record.wanted:
+            self._call(BLOCKS, first, last)
+            return
+        for i in range(first, last):
+            self._call(BLOCKS, i, i + 1)
+            record.add(self._space.block_stages, i)
 
     def _call(self, actions: int, first: int = 0, last: int = 0) -> None:
         """Run actions over blocks first..last-1."""
@@ -173,25 +255,20 @@ class CpuProbe:
         space = self._engine._space
         space.set_gate(self._n)
         self._engine._call(GATE)
-        return f32(space.state["probability"])
+        return f32(space.state["gate_probability"])
 
-    def max_probability(self) -> np.float32:
-        return self._measure("probability")
+    def confidence(self, measure: str) -> np.float32:
+        self.logits(MEASURE)
+        return f32(self._engine._space.state[f"confidence_{measure}"])
 
-    def margin(self) -> np.float32:
-        return self._measure("margin")
-
-    def _measure(self, name: str) -> np.float32:
-        self.logits()
-        self._engine._call(MEASURE)
-        return f32(self._engine._space.state[name])
-
-    def logits(self) -> np.ndarray:
-        """Logits at this exit, f32 [1, V]."""
+    def logits(self, actions: int = 0) -> np.ndarray:
+        """Logits at this exit, f32 [1, V]; then `actions` on them."""
         if self._logits is None:
             self._logits = np.empty((1, self._engine.config.vocab_size), f32)
             self._engine._space.set_exit(self._n, self._logits)
-            self._engine._call(EXIT)
+            actions |= EXIT
+        if actions:
+            self._engine._call(actions)
         return self._logits
 
 

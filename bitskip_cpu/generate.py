@@ -8,43 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bitskip_cpu.tokenizer import StopStrings, StreamDecoder, Tokenizer
-from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import Engine, ExitRule
-from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.generate import stream as stream_tokens
 from bitskip_ref.sampling import Sampler
+from bitskip_ref.speculate import Speculation
+from bitskip_ref.speculate import stream as stream_speculated
 
 StopReason = Literal["end_of_text", "stop_string", "max_tokens", "context", "interrupted"]
-EXIT_NAMES = ("auto", "gate", "max", "margin")
-
-
-def exit_rule(
-    exit_layer: int | str | None, threshold: float | None, config: ModelConfig
-) -> ExitRule:
-    """The rule that `--exit-layer` and `--exit-threshold` describe, checked for the model.
-
-    exit_layer: blocks every token runs (1..L; None: all), or how to decide token by token: `gate`
-    (SPEC 8.4), `max` or `margin` (SPEC 8.5), `auto` for `gate` if the model has gates, else `max`.
-    threshold: for the latter, in 0..1; None: 0.5 for gates, 0.9 for `max` and `margin`.
-    Raises ValueError.
-    """
-    if exit_layer == "auto":
-        exit_layer = "gate" if config.gates else "max"
-    rule: ExitRule
-    if exit_layer is None or isinstance(exit_layer, int):
-        if threshold is not None:
-            raise ValueError("an exit threshold needs an exit that asks for one: gate, max, margin")
-        rule = FixedExit(exit_layer)
-    elif exit_layer == "gate":
-        rule = GateExit() if threshold is None else GateExit(threshold)
-    elif exit_layer in EXIT_NAMES:
-        rule = ConfidenceExit(0.9 if threshold is None else threshold, exit_layer)
-    else:
-        raise ValueError(
-            f"exit layer {exit_layer!r}: must be a number of blocks, or {', '.join(EXIT_NAMES)}"
-        )
-    rule.check(config)
-    return rule
 
 
 @dataclass(frozen=True)
@@ -70,6 +40,7 @@ class Generation:
     stop_reason: StopReason
     ttft_s: float | None  # from the start of the prompt to the first token
     decode_s: float  # from the first token to the last
+    speculation: Speculation | None = None  # with its statistics
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -102,9 +73,11 @@ class TextStream:
         stop: Sequence[str] = (),
         context: int | None = None,
         eos_token_id: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """context: positions that may be used (None: all the model has).
 
+        speculation: how to draft and verify (SPEC 11); it was made for `rule`, and for this text.
         Raises ValueError for a prompt that does not fit and for options out of range.
         """
         limit = engine.config.max_position_embeddings
@@ -120,8 +93,12 @@ class TextStream:
         self._room = context - len(prompt_ids) + 1
         self._max_tokens = max_tokens
         self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(stop)
-        self._tokens = stream_tokens(
-            engine, prompt_ids, rule, sampler, min(max_tokens, self._room), eos_token_id
+        self._speculation = speculation
+        most = min(max_tokens, self._room)
+        self._tokens = (
+            stream_tokens(engine, prompt_ids, rule, sampler, most, eos_token_id)
+            if speculation is None
+            else stream_speculated(engine, prompt_ids, speculation, sampler, most, eos_token_id)
         )
         self._text: list[str] = []
         self._ids: list[int] = []
@@ -170,6 +147,7 @@ class TextStream:
             stop_reason=self._reason(),
             ttft_s=self._times[0] - self._started if self._times and self._started else None,
             decode_s=self._times[-1] - self._times[0] if self._times else 0.0,
+            speculation=self._speculation,
         )
 
     def _reason(self) -> StopReason:

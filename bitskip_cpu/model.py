@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from bitskip_cpu.generate import Generation, TextStream, exit_rule
+from bitskip_cpu.generate import Generation, TextStream
 from bitskip_cpu.tokenizer import Tokenizer
-from bitskip_ref.engine import Engine, ExitRule, Trace
+from bitskip_ref.draft import Choose, Draft
+from bitskip_ref.engine import Engine, ExitRule, Trace, Visit
+from bitskip_ref.exits.named import named_rule
 from bitskip_ref.folder import Folder
 from bitskip_ref.sampling import Sampler
+from bitskip_ref.speculate import Speculation
 
 
 class Model:
@@ -41,6 +44,55 @@ class Model:
         """Threads of the engine."""
         return getattr(self.engine, "threads", 1)
 
+    def exit_rule(
+        self,
+        exit_layer: int | str | None = None,
+        threshold: float | None = None,
+        looks: Sequence[int] | None = None,
+    ) -> ExitRule:
+        """The rule that `--exit-layer`, `--exit-threshold` and `--exit-looks` mean for this model.
+
+        As `bitskip_ref.exits.named.named_rule`; besides, `auto` is the setting that `calibrate`
+        wrote into the folder, and None the folder's `exit_layer`, else all blocks. Raises
+        ValueError.
+        """
+        if exit_layer == "auto":
+            if threshold is not None or looks is not None:
+                raise ValueError(
+                    "exit layer auto brings its own threshold and looks: leave them out"
+                )
+            if self.folder.auto_exit is None:
+                raise ValueError(
+                    f"{self.folder.path} holds no calibrated exit for auto: run `bitskip-cpu "
+                    "calibrate MODEL --text FILE`, or choose a number of blocks, gate, max, ..."
+                )
+            return self.folder.auto_exit
+        if exit_layer is None and threshold is None and looks is None:
+            exit_layer = self.folder.exit_layer
+        return named_rule(exit_layer, threshold, looks, self.config)
+
+    def speculation(
+        self,
+        rule: ExitRule,
+        speculate: int | str | None,
+        draft_exit: int | None = None,
+        draft_vocab: int | None = None,
+    ) -> Speculation | None:
+        """How one text is drafted and verified; None without `speculate`.
+
+        speculate: drafts of a round, 1..16, or `auto`. draft_exit: where they come from; None: a
+        quarter of the blocks that verify. draft_vocab: draft among that many first ids; None: all.
+        Raises ValueError, also for what does not combine with `rule`.
+        """
+        if speculate is None:
+            if draft_exit is not None or draft_vocab is not None:
+                raise ValueError("a draft exit or vocabulary needs speculate, a number or auto")
+            return None
+        if isinstance(speculate, str) and speculate != "auto":
+            raise ValueError(f"speculate {speculate!r}: must be a number of drafts, or auto")
+        count = None if isinstance(speculate, str) else speculate
+        return Speculation(self.config, rule, draft_exit, count, draft_vocab)
+
     # ---- text -----------------------------------------------------------------------
 
     def generate(self, prompt: str, **options: Any) -> Generation:
@@ -57,6 +109,10 @@ class Model:
         max_tokens: int = 200,
         exit_layer: int | str | None = None,
         exit_threshold: float | None = None,
+        exit_looks: Sequence[int] | None = None,
+        speculate: int | str | None = None,
+        draft_exit: int | None = None,
+        draft_vocab: int | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -69,9 +125,9 @@ class Model:
     ) -> TextStream:
         """The continuation of a prompt, piece by piece as it comes.
 
-        exit_layer: blocks to run (1..L), or `gate`, `max`, `margin`, `auto` with a threshold (see
-        `exit_rule`); None: what the folder recommends, else all. temperature 0 is greedy, and the
-        other sampling options (SPEC 9.2) then change nothing but the repetition penalty.
+        exit_layer, exit_threshold, exit_looks: see `exit_rule`. speculate, draft_exit, draft_vocab:
+        see `speculation`. temperature 0 is greedy, and the other sampling options (SPEC 9.2) then
+        change nothing but the repetition penalty.
         context: positions that may be used; None: all the model has. threads: None keeps the
         engine's; another number makes a new engine on the same weights. Raises ValueError.
         """
@@ -84,13 +140,13 @@ class Model:
             raise ValueError("the prompt is empty: give at least one character")
         if self.folder.bos_token_id is not None:
             ids = [self.folder.bos_token_id, *ids]
-        if exit_layer is None:
-            exit_layer = self.folder.exit_layer
+        rule = self.exit_rule(exit_layer, exit_threshold, exit_looks)
         return TextStream(
             self.engine,
             self.tokenizer,
             ids,
-            rule=exit_rule(exit_layer, exit_threshold, self.config),
+            rule=rule,
+            speculation=self.speculation(rule, speculate, draft_exit, draft_vocab),
             sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed),
             max_tokens=max_tokens,
             stop=stop,
@@ -118,11 +174,32 @@ class Model:
             token_ids, cache, exit_layer=exit_layer, last_only=last_only, trace=trace
         )
 
+    def extend_exits(
+        self, token_ids: Sequence[int], cache: Any, exit_layers: Sequence[int], visit: Visit
+    ) -> None:
+        """See `bitskip_ref.engine.Engine.extend_exits`."""
+        self.engine.extend_exits(token_ids, cache, exit_layers, visit)
+
     def step(
         self, token_id: int, cache: Any, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
         """See `bitskip_ref.engine.Engine.step`."""
         return self.engine.step(token_id, cache, rule, trace)
+
+    def speculate(
+        self,
+        token_id: int,
+        cache: Any,
+        count: int,
+        draft: Draft,
+        *,
+        exit_layer: int | None = None,
+        choose: Choose | None = None,
+    ) -> tuple[list[int], np.ndarray]:
+        """See `bitskip_ref.engine.Engine.speculate`."""
+        return self.engine.speculate(
+            token_id, cache, count, draft, exit_layer=exit_layer, choose=choose
+        )
 
     def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
         """See `bitskip_ref.engine.Engine.logits`."""

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import errno
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from bitskip_cpu.model import Model
 
 MODEL = click.argument("model", required=False)
 THREADS = click.option(
     "--threads", "-t", type=click.IntRange(1), help="Default: the physical cores."
 )
+
+
+def load_model(model: str | None, threads: int | None, quiet: bool = False) -> Model:
+    """Load a MODEL argument, compiling the kernels first if this machine never has."""
+    import bitskip_cpu
+    from bitskip_cpu.progress import prepare
+
+    prepare(quiet)
+    return bitskip_cpu.load(model, threads)
 
 
 class ErrorLine(click.ClickException):
@@ -52,10 +64,10 @@ class Verbs(click.Group):
             raise ErrorLine("not enough memory") from None
 
 
-class ExitLayer(click.ParamType):
-    """A number of blocks, or a word that `bitskip_cpu.generate.exit_rule` knows."""
+class NumberOrWord(click.ParamType):
+    """A whole number, or a word that `bitskip_cpu.model.Model` knows."""
 
-    name = "exit layer"
+    name = "N|WORD"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
         """A number as int, all else as it is."""
@@ -82,3 +94,19 @@ class Numbers(click.ParamType):
         if min(numbers) < self.least:
             self.fail(f"{min(numbers)} is below {self.least}", param, ctx)
         return numbers
+
+
+class Pair(click.ParamType):
+    """Two whole numbers from 1 up, as 512,64."""
+
+    name = "P,N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        """The two numbers."""
+        try:
+            first, second = (int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a pair of whole numbers like 512,64", param, ctx)
+        if min(first, second) < 1:
+            self.fail(f"{min(first, second)} is below 1", param, ctx)
+        return first, second

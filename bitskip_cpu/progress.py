@@ -1,9 +1,11 @@
-"""What a user sees while kernels compile, which happens once per machine."""
+"""What a user sees while something takes its time."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -24,3 +26,15 @@ def prepare(quiet: bool = False) -> None:
 
 def _count(done: int) -> None:
     click.echo(f"\r{done} functions\r", err=True, nl=False)
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error if that is a terminal; the function given adds to what is done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)

@@ -16,6 +16,7 @@ from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import Engine as AnyEngine
 from bitskip_ref.engine import ExitRule, Probe
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
+from bitskip_ref.exits.confidence import MEASURES
 from bitskip_ref.folder import read_folder
 from bitskip_ref.generate import stream
 from bitskip_ref.model import ReferenceModel
@@ -108,7 +109,7 @@ class Watch:
     """A rule that never stops and notes what every other rule would have seen."""
 
     def __init__(self, gates: bool) -> None:
-        self.seen: dict[str, list[float]] = {"max": [], "margin": []}
+        self.seen: dict[str, list[float]] = {name: [] for name in MEASURES}
         if gates:
             self.seen["gate"] = []
 
@@ -116,14 +117,17 @@ class Watch:
         """None: it is asked after each block."""
         return None
 
+    def looks(self, config: ModelConfig) -> tuple[int, ...]:
+        """Every block but the last."""
+        return tuple(range(1, config.num_hidden_layers))
+
     def check(self, config: ModelConfig) -> None:
         """Any model will do."""
 
     def stops(self, probe: Probe) -> bool:
         """No, but note the measures."""
-        ask = {"max": probe.max_probability, "margin": probe.margin, "gate": probe.gate}
         for name, values in self.seen.items():
-            values.append(float(ask[name]()))
+            values.append(float(probe.gate() if name == "gate" else probe.confidence(name)))
         return False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-DIGITS = "0123456789"
+DIGITS = "-0123456789"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numba import config as numba_config
 
@@ -24,6 +26,7 @@ from bitskip_cpu.kernels.layout import (
 from bitskip_cpu.kernels.linear import BLOCK_TOKENS
 from bitskip_cpu.kernels.team import SYNC_WORDS
 from bitskip_cpu.weights import Weights
+from bitskip_ref.draft import Draft
 from bitskip_ref.rope import rope_table
 
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
@@ -108,6 +111,7 @@ class Workspace:
             "sums": np.zeros(CHUNK, np.int32),
         }.items():  # fmt: skip
             s[name] = self._keep(array)
+        self.draft_logits = np.empty((1, c.vocab_size), np.float32)
         s["row_stride"], s["codes_stride"] = self.row.strides[0], codes.strides[0]
         for index, array in ((QKV, self.qkv), (OUT, self.y), (UP, self.up), (DOWN, self.y)):
             p[index]["out"], p[index]["out_stride"] = array.ctypes.data, array.strides[0]
@@ -139,7 +143,7 @@ class Workspace:
 
     # ---- what changes from call to call ---------------------------------------------
 
-    def set_tokens(self, ids: np.ndarray, cache: KVCache, past: int) -> None:
+    def set_tokens(self, ids: Sequence[int] | np.ndarray, cache: KVCache, past: int) -> None:
         """The tokens at hand, `past` positions behind the cache's length; no logits asked."""
         s = self.state
         self.ids[: len(ids)] = ids
@@ -161,6 +165,14 @@ class Workspace:
         for name, value in self._exits[n].items():
             s[name] = value
         s["logits"], s["exit_from"] = logits.ctypes.data, first
+
+    def set_draft(self, token: int, cache: KVCache, count: int, draft: Draft) -> None:
+        """One token, and room behind it for `count` drafts (SPEC 11.1)."""
+        self.set_tokens([token], cache, 0)
+        self.set_exit(draft.exit_layer, self.draft_logits)
+        s = self.state
+        s["tokens"], s["least_lead"] = count + 1, draft.least_lead
+        s["draft_vocab"] = draft.vocab or self.weights.config.vocab_size
 
     def set_gate(self, n: int) -> None:
         """The gate of block n, counted from 1."""

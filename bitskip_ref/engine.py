@@ -7,11 +7,14 @@ reported to a trace in forward order, under the same names, so that a difference
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from bitskip_ref.config import ModelConfig
+
+if TYPE_CHECKING:  # drafts need exits, which ask a Probe
+    from bitskip_ref.draft import Choose, Draft
 
 Trace = Callable[[str, np.ndarray], None]
 """Receives (stage, values). Stages, i counting blocks from 0:
@@ -22,6 +25,10 @@ embed [T, D]; layers.{i}.q [T, H, E] and .k [T, K, E] (after RoPE), .v [T, K, E]
 Arrays may be reused by the engine after the call: copy what is kept.
 """
 
+Visit = Callable[[int, int, np.ndarray], None]
+"""Receives (exit layer, first, logits f32 [t, V]) of the tokens at hand from the one numbered
+`first` on. Arrays may be reused by the engine after the call; it may not be called meanwhile."""
+
 
 class Probe(Protocol):
     """What an exit rule may ask about the token at hand after a block (SPEC 8.4, 8.5)."""
@@ -29,11 +36,8 @@ class Probe(Protocol):
     def gate(self) -> np.float32:
         """Exit probability of the block's routing gate."""
 
-    def max_probability(self) -> np.float32:
-        """Largest softmax probability of the logits at this exit."""
-
-    def margin(self) -> np.float32:
-        """Largest minus second largest softmax probability at this exit."""
+    def confidence(self, measure: str) -> np.float32:
+        """`max`, `margin` or `entropy` of the logits at this exit."""
 
 
 class ExitRule(Protocol):
@@ -42,11 +46,14 @@ class ExitRule(Protocol):
     def fixed_depth(self, config: ModelConfig) -> int | None:
         """Blocks every token runs (SPEC 8.2); None: `stops` decides token by token (SPEC 8.3)."""
 
+    def looks(self, config: ModelConfig) -> tuple[int, ...]:
+        """Depths after which `stops` is asked, rising, within 1..L-1."""
+
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError, with the remedy, where the rule means nothing for this model."""
 
     def stops(self, probe: Probe) -> bool:
-        """Whether to stop here; asked after each block but the last."""
+        """Whether to stop here; asked at each of `looks` until it says so."""
 
 
 class Engine(Protocol):
@@ -73,10 +80,37 @@ class Engine(Protocol):
         of range, more positions than the context, or blocks that lack earlier positions.
         """
 
+    def extend_exits(
+        self, token_ids: Sequence[int], cache: Any, exit_layers: Sequence[int], visit: Visit
+    ) -> None:
+        """`extend` to the deepest of some exits, with the logits at each of them on the way.
+
+        Each exit's logits come in pieces, in the order of the tokens. Raises ValueError as
+        `extend`, and for no exits.
+        """
+
     def step(
         self, token_id: int, cache: Any, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
         """Run one token under a rule (SPEC 8.2, 8.3, 8.6). Returns (logits f32 [V], depth)."""
+
+    def speculate(
+        self,
+        token_id: int,
+        cache: Any,
+        count: int,
+        draft: Draft,
+        *,
+        exit_layer: int | None = None,
+        choose: Choose | None = None,
+    ) -> tuple[list[int], np.ndarray]:
+        """Run a round of at most `count` drafts after one token; advance the cache by k + 1.
+
+        Returns the k drafts that were run and verified at `exit_layer` (None: L), and the logits
+        f32 [k + 1, V] after the token and after each of them (SPEC 11.1). Drafts are greedy, or
+        what `choose` makes of the draft logits of each position, the last one's too; it must not
+        use this engine. Raises ValueError as `extend` does, and for what cannot draft.
+        """
 
     def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
         """`extend` on an empty cache: f32 [T, V]."""

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.engine import ExitRule
+from bitskip_ref.exits.named import describe_rule, named_rule
 from bitskip_ref.files import replace_file
 from bitskip_ref.packing import IllegalCodeError, check_codes, packed_width
 
@@ -45,7 +47,8 @@ class Folder:
     tokenizer: Path | None
     eos_token_id: int | None = None
     bos_token_id: int | None = None
-    exit_layer: int | None = None  # the model's own recommendation
+    exit_layer: int | None = None  # where it stops unless told otherwise; None: at full depth
+    auto_exit: ExitRule | None = None  # what `--exit-layer auto` means; None: not calibrated
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[type, tuple[int, ...]]]:
@@ -171,8 +174,25 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
         if value is not None and (type(value) is not int or not 0 <= value <= limit):
             raise FormatError(f"{root / GENERATION}: {name} = {value!r} is not in 0..{limit}")
         numbers[name] = value
+    auto_exit = _auto_exit(root / GENERATION, extra, config)
     tokenizer = root / TOKENIZER
-    return Folder(root, config, tensors, tokenizer if tokenizer.is_file() else None, **numbers)
+    return Folder(
+        root, config, tensors, tokenizer if tokenizer.is_file() else None,
+        **numbers, auto_exit=auto_exit,
+    )  # fmt: skip
+
+
+def _auto_exit(path: Path, extra: dict[str, Any], config: ModelConfig) -> ExitRule | None:
+    stored = extra.get("auto_exit")
+    if stored is None:
+        return None
+    try:
+        return named_rule(stored["exit_layer"], stored["threshold"], stored["looks"], config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise FormatError(
+            f"{path}: auto_exit is not a setting of this model ({error!r}): calibrate again, or "
+            "remove it"
+        ) from None
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -262,6 +282,17 @@ def write_folder(
         "weights_sha256": digest,
     }
     _write_text(root / CONFIG, json.dumps(stored, indent=2) + "\n")
+
+
+def write_auto_exit(folder: Folder, rule: ExitRule, found: Mapping[str, Any]) -> None:
+    """Make `rule` what `--exit-layer auto` means for a model folder; nothing else changes.
+
+    found: JSON values that say how it was found; they are kept with the setting.
+    """
+    path = folder.path / GENERATION
+    generation = _read_json(path) if path.exists() else {}
+    generation["auto_exit"] = {**describe_rule(rule, folder.config), **found}
+    _write_text(path, json.dumps(generation, indent=2) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:

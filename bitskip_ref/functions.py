@@ -1,4 +1,4 @@
-"""Elementary functions from + - * / and rounding alone (SPEC 2.5 to 2.8)."""
+"""Elementary functions from + - * / and rounding alone (SPEC 2.5 to 2.9)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ EXP_COEFFICIENTS = tuple(
     )
 )  # fmt: skip
 
+SQRT_HALF = f32(0.707106781)
+LOG_COEFFICIENTS = tuple(
+    f32(c)
+    for c in (
+        7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
+        -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
+    )
+)  # fmt: skip
+
 
 def exp(x: np.ndarray) -> np.ndarray:
     """SPEC 2.6: e^x within 1.2e-7 relative, x clamped to [-87, 88]. f32 -> f32, same shape."""
@@ -26,6 +35,19 @@ def exp(x: np.ndarray) -> np.ndarray:
     for c in EXP_COEFFICIENTS[1:]:
         p = p * r + c
     return ((p * (r * r) + r) + f32(1.0)) * np.ldexp(f32(1.0), k.astype(np.int32))
+
+
+def log(x: np.ndarray) -> np.ndarray:
+    """SPEC 2.9: the natural logarithm of normal x > 0. f32 -> f32, same shape."""
+    m, k = np.frexp(np.asarray(x, f32))
+    small = m < SQRT_HALF
+    m, k = np.where(small, m + m, m), (k - small).astype(f32)
+    r = m - f32(1.0)
+    q = r * r
+    p = np.full_like(r, LOG_COEFFICIENTS[0])
+    for c in LOG_COEFFICIENTS[1:]:
+        p = p * r + c
+    return (r + (((p * r) * q + k * LN2_LOW) - f32(0.5) * q)) + k * LN2_HIGH
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

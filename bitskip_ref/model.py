@@ -9,18 +9,19 @@ import numpy as np
 
 from bitskip_ref.attention import attention
 from bitskip_ref.cache import CacheFill, check_input
+from bitskip_ref.confidence import confidence
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import ExitRule, Trace
-from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.draft import Choose, Draft
+from bitskip_ref.engine import ExitRule, Trace, Visit
+from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
 from bitskip_ref.ffn import ffn_activation
 from bitskip_ref.folder import read_folder
-from bitskip_ref.functions import exp, relu, relu2, sigmoid
+from bitskip_ref.functions import relu, relu2, sigmoid
 from bitskip_ref.hadamard import rotate
 from bitskip_ref.norms import layer_norm, rms_norm
 from bitskip_ref.packing import unpack_ternary
 from bitskip_ref.quant import float_linear, int8_linear, ternary_linear
 from bitskip_ref.rope import apply_rope, rope_table
-from bitskip_ref.sums import feature_sum
 
 f32 = np.float32
 
@@ -178,6 +179,19 @@ class ReferenceModel:
         cache.advance(len(ids), n)
         return self.exit(x[-1:] if last_only else x, n, report)
 
+    def extend_exits(
+        self, token_ids: Sequence[int], cache: KVCache, exit_layers: Sequence[int], visit: Visit
+    ) -> None:
+        exits = check_exit_layers(exit_layers, self.config)
+        ids = check_input(token_ids, cache, exits[-1], self.config)
+        x, done = self.embed(ids), 0
+        for n in exits:
+            for i in range(done, n):
+                x = self.block(i, x, cache)
+            done = n
+            visit(n, 0, self.exit(x, n))
+        cache.advance(len(ids), exits[-1])
+
     def step(
         self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
@@ -189,9 +203,10 @@ class ReferenceModel:
         x = self.embed(check_input([token_id], cache, layers, self.config))
         report("embed", x)
         n = 0
-        while n < layers:
-            x = self.block(n, x, cache, report)
-            n += 1
+        for look in (*rule.looks(self.config), layers):
+            for i in range(n, look):
+                x = self.block(i, x, cache, report)
+            n = look
             if n < layers and rule.stops(ReferenceProbe(self, x, n)):
                 break
         for i in range(n, layers):  # SPEC 8.6
@@ -200,6 +215,36 @@ class ReferenceModel:
             cache.append(i, *self.keys_values(i, a, cache.length))
         cache.advance(1, layers)
         return self.exit(x, n, report)[0], n
+
+    def speculate(
+        self,
+        token_id: int,
+        cache: KVCache,
+        count: int,
+        draft: Draft,
+        *,
+        exit_layer: int | None = None,
+        choose: Choose | None = None,
+    ) -> tuple[list[int], np.ndarray]:
+        n = draft.check_round(token_id, cache, count, exit_layer, self.config)
+        start = cache.length
+        hidden: list[np.ndarray] = []
+
+        def run(token: int, logits: bool) -> np.ndarray | None:
+            x = self.embed(np.array([token]))
+            for i in range(draft.exit_layer):
+                x = self.block(i, x, cache)
+            cache.advance(1, draft.exit_layer)
+            hidden.append(x)
+            return self.exit(x, draft.exit_layer)[0] if logits else None
+
+        ids = draft.ids(token_id, count, choose, run)
+        cache.length = start  # the blocks above go on from there
+        x = np.concatenate(hidden)
+        for i in range(draft.exit_layer, n):
+            x = self.block(i, x, cache)
+        cache.advance(len(ids), n)
+        return ids[1:], self.exit(x, n)
 
 
 class ReferenceProbe:
@@ -214,17 +259,8 @@ class ReferenceProbe:
         inner = relu(float_linear(inner, t[f"{at}.fc1.weight"]))
         return sigmoid(float_linear(inner, t[f"{at}.fc2.weight"]))[0, 0]
 
-    def max_probability(self) -> np.float32:
-        return f32(f32(1.0) / feature_sum(self._exponentials()))
-
-    def margin(self) -> np.float32:
-        e = self._exponentials()
-        second = np.sort(e)[-2] if len(e) > 1 else f32(0.0)
-        return f32((f32(1.0) - second) / feature_sum(e))
-
-    def _exponentials(self) -> np.ndarray:
-        z = self.model.exit(self.x, self.n)[0]
-        return exp(z - z.max())
+    def confidence(self, measure: str) -> np.float32:
+        return confidence(self.model.exit(self.x, self.n)[0])[measure]
 
 
 def load(path: str | os.PathLike[str]) -> ReferenceModel:

@@ -26,6 +26,13 @@ def uniform(seed: int, index: int) -> float:
     return (splitmix64(seed + (index + 1) * _GOLDEN) >> 11) * 2.0**-53
 
 
+def pick(ids: np.ndarray, weights: np.ndarray, u: float) -> int:
+    """SPEC 9.2: the first id whose running sum of weights (binary64) exceeds u of their total."""
+    running = np.cumsum(weights)
+    at = np.searchsorted(running, u * running[-1], side="right")
+    return int(ids[min(int(at), len(ids) - 1)])
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How tokens are chosen. Temperature 0 is greedy; the defaults filter nothing."""
@@ -59,9 +66,7 @@ class Sampler:
         if self.temperature == 0:
             return int(np.argmax(z))
         ids, weights = self.candidates(z)
-        running = np.cumsum(weights)
-        at = np.searchsorted(running, uniform(self.seed, index) * running[-1], side="right")
-        return int(ids[min(int(at), len(ids) - 1)])
+        return pick(ids, weights, uniform(self.seed, index))
 
     def penalised(self, logits: np.ndarray, seen: Collection[int]) -> np.ndarray:
         """Logits after the repetition penalty, f32 [V]; the input is not changed."""
@@ -69,6 +74,7 @@ class Sampler:
             return logits
         r = np.float32(self.repetition_penalty)
         z, ids = logits.copy(), np.unique(np.fromiter(seen, np.int64))
+        ids = ids[ids < len(z)]  # a draft has the logits of the first ids only (SPEC 11.1)
         z[ids] = np.where(z[ids] > 0, z[ids] / r, z[ids] * r)
         return z
 

@@ -1,7 +1,8 @@
-"""The verbs `train` and `evaluate`. PyTorch is imported when a verb runs, not for --help."""
+"""The verbs `train`, `evaluate` and `fit-gates`. PyTorch is imported when one runs."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import sys
@@ -197,10 +198,64 @@ def evaluate(
     )  # fmt: skip
     if as_json:
         about = {"context": context, "stride": context, "bypass": bypass, "step": loaded.step}
-        click.echo(json.dumps({**about, "exits": [r.to_dict() for r in results]}))
+        found = [{"exit_layer": n, **loss.facts()} for n, loss in results.items()]
+        click.echo(json.dumps({**about, "exits": found}))
         return
-    click.echo(f"{results[0].tokens:,} tokens, context and stride {context}, bypass {bypass}")
+    tokens = len(split.tokens) - 1
+    click.echo(f"{tokens:,} tokens, context and stride {context}, bypass {bypass}")
     click.echo(f"{'exit':>4} {'loss':>16} {'perplexity':>12} {'bits/byte':>10}")
-    for r in results:
-        loss = f"{r.loss:.4f} +- {r.deviation:.4f}"
-        click.echo(f"{r.exit_layer:>4} {loss:>16} {r.perplexity:>12.4g} {r.bits_per_byte:>10.4f}")
+    for n, r in results.items():
+        loss = f"{r.loss:.4f}" + ("" if r.loss_se is None else f" ± {r.loss_se:.4f}")
+        click.echo(f"{n:>4} {loss:>16} {r.ppl:>12.4g} {r.bits_per_byte:>10.4f}")
+
+
+@click.command("fit-gates")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path, dir_okay=False),
+    help="Checkpoint to write.",
+)  # fmt: skip
+@click.option("--data", multiple=True, help="As in training; default: what it was trained on.")
+@click.option(
+    "--price", type=click.FloatRange(0, min_open=True), default=0.5, show_default=True,
+    help="Nats that running all blocks may cost; the more, the earlier gates stop.",
+)  # fmt: skip
+@click.option("--steps", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@_cache_option
+@_one_line_errors
+def fit_gates(
+    checkpoint: Path, out: Path, data: tuple[str, ...], price: float, steps: int, batch: int,
+    seed: int, device: str, token_cache: Path,
+) -> None:  # fmt: skip
+    """Give a trained CHECKPOINT routing gates; all its other weights stay as they are.
+
+    The file written can be evaluated and exported, not resumed.
+    """
+    from bitskip_train import gates
+    from bitskip_train.checkpoint import load_checkpoint, save_checkpoint
+    from bitskip_train.data import TextSource, Windows, load_split
+    from bitskip_train.tokenizer import parse_tokenizer
+    from bitskip_train.trainer import pick_device
+
+    loaded = load_checkpoint(checkpoint)
+    settings = TrainConfig.from_dict(loaded.train)
+    if loaded.tokenizer_json is None:
+        raise CheckpointError(f"{checkpoint}: holds no tokenizer")
+    tokenizer = parse_tokenizer(loaded.tokenizer_json, str(checkpoint))
+    split = load_split(TextSource(data or settings.data, "train"), tokenizer, token_cache)
+    windows = Windows(split.tokens, settings.context, seed)
+    model = gates.with_gates(loaded.config, loaded.state).to(pick_device(device))
+    every = max(1, steps // 10)
+
+    def report(step: int, cost: float) -> None:
+        if step % every == 0 or step == steps:
+            click.echo(f"step {step}/{steps} | cost {cost:.4f}", err=True)
+
+    gates.fit_gates(model, windows, steps=steps, batch=batch, price=price, seed=seed, report=report)
+    fitted = dataclasses.replace(
+        loaded, config=model.config, state=model.cpu().state_dict(), optimizer=None
+    )
+    save_checkpoint(out, fitted)

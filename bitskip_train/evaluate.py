@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from bitskip_ref.config import ConfigError
+from bitskip_ref.heldout import HeldOutLoss, windows
 from bitskip_train.losses import cross_entropy
 
 LOGIT_BUDGET = 1 << 25  # logits held at once (128 MB in float32)
-
-
-@dataclass(frozen=True)
-class ExitResult:
-    """Loss of one exit over a whole split."""
-
-    exit_layer: int
-    tokens: int  # predicted tokens
-    loss: float  # nats per token, weighted by tokens
-    deviation: float  # standard error of the loss, over windows
-    bits_per_byte: float
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss), infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "perplexity": self.perplexity}
 
 
 def check_exits(exits: Sequence[int], layers: int) -> list[int]:
@@ -54,8 +34,8 @@ def evaluate(
     batch: int = 8,
     bypass: str = "none",
     autocast: torch.dtype | None = None,
-) -> list[ExitResult]:
-    """Loss at each exit over all tokens but the first; one result per exit.
+) -> dict[int, HeldOutLoss]:
+    """Exit -> loss over all tokens but the first, in order of depth.
 
     tokens: ids [N]. Windows of `context` inputs do not overlap (stride = context), the last may be
     shorter; the mean is over tokens, not windows. text_bytes: UTF-8 bytes of the text, for bits per
@@ -81,17 +61,7 @@ def evaluate(
                 for row, target in zip(hidden[n], ids[:, 1:], strict=True):
                     sums[n].append(_row_loss(model, row, target, n))
     model.train(was_training)
-    predicted = len(tokens) - 1
-    results = []
-    for n in exits:
-        total = math.fsum(sums[n])
-        loss = total / predicted
-        # Windows are the independent units; a ratio estimate's standard error over them.
-        residual = np.array(sums[n]) - loss * np.array(sizes)
-        spread = math.sqrt(float((residual**2).sum()) * len(sizes) / max(1, len(sizes) - 1))
-        bits = total / math.log(2) / max(1, text_bytes)
-        results.append(ExitResult(n, predicted, loss, spread / predicted, bits))
-    return results
+    return {n: HeldOutLoss(np.array(s), np.array(sizes), text_bytes) for n, s in sums.items()}
 
 
 def _row_loss(model: Any, hidden: torch.Tensor, targets: torch.Tensor, n: int) -> float:
@@ -103,7 +73,7 @@ def _row_loss(model: Any, hidden: torch.Tensor, targets: torch.Tensor, n: int) -
 
 def _window_groups(count: int, context: int, batch: int) -> list[list[tuple[int, int]]]:
     """Batches of (first, last) with equal lengths; the shorter last window is its own batch."""
-    windows = [(a, min(a + context, count - 1)) for a in range(0, count - 1, context)]
-    full = [w for w in windows if w[1] - w[0] == context]
+    cut = [(begin, end) for begin, _, end in windows(count, context, context)]
+    full = [w for w in cut if w[1] - w[0] == context]
     groups = [full[i : i + batch] for i in range(0, len(full), batch)]
-    return groups + [[w] for w in windows[len(full) :]]
+    return groups + [[w] for w in cut[len(full) :]]

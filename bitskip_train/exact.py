@@ -24,6 +24,11 @@ LOG2_E, LN2_HIGH, LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
 EXP_COEFFICIENTS = (
     1.98756915e-4, 1.39819995e-3, 8.33345191e-3, 4.16657959e-2, 1.66666655e-1, 5.00000012e-1,
 )  # fmt: skip
+SQRT_HALF = 0.707106781
+LOG_COEFFICIENTS = (
+    7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
+    -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
+)  # fmt: skip
 
 
 def feature_sum(x: Tensor) -> Tensor:
@@ -73,6 +78,35 @@ def exp(x: Tensor) -> Tensor:
         p = p * r + c
     power = ((k.to(torch.int32) + 127) << 23).view(torch.float32)  # 2^k, k in -126..127
     return ((p * (r * r) + r) + 1.0) * power
+
+
+def log(x: Tensor) -> Tensor:
+    """SPEC 2.9, of normal x > 0."""
+    m, k = torch.frexp(x)
+    small = m < SQRT_HALF
+    m, k = torch.where(small, m + m, m), (k - small.int()).float()
+    r = m - 1.0
+    q = r * r
+    p = torch.full_like(r, LOG_COEFFICIENTS[0])
+    for c in LOG_COEFFICIENTS[1:]:
+        p = p * r + c
+    return (r + (((p * r) * q + k * LN2_LOW) - 0.5 * q)) + k * LN2_HIGH
+
+
+def confidence(z: Tensor, measure: str) -> Tensor:
+    """SPEC 8.5: logits f32 [V] -> `max`, `margin` or `entropy`, f32 []."""
+    one = z.new_tensor(1.0)
+    d = z - z.max()
+    e = exp(d)
+    total = feature_sum(e)
+    if measure == "max":
+        return one / total
+    if len(z) == 1:
+        return one
+    if measure == "margin":
+        return (one - exp(d.topk(2).values[1])) / total
+    entropy = log(total) - feature_sum(e * d) / total
+    return one - entropy / log(z.new_tensor(len(z)))
 
 
 def relu(x: Tensor) -> Tensor:

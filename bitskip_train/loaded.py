@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from bitskip_ref.cache import check_input
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import ExitRule, Trace
-from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.draft import Choose, Draft
+from bitskip_ref.engine import ExitRule, Trace, Visit
+from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
 from bitskip_ref.folder import read_folder
 from bitskip_ref.packing import unpack_ternary
-from bitskip_train.exact import exp, feature_sum
+from bitskip_train.exact import confidence
 from bitskip_train.layers import Cache, TensorTrace
 from bitskip_train.model import BitskipModel
 
@@ -65,6 +66,15 @@ class TorchEngine:
         x = self.model(ids, exit_layer=n, cache=cache, trace=report)[n]
         return self.model.logits(x[:, -1:] if last_only else x, n, report)[0].numpy()
 
+    def extend_exits(
+        self, token_ids: Sequence[int], cache: Cache, exit_layers: Sequence[int], visit: Visit
+    ) -> None:
+        exits = check_exit_layers(exit_layers, self.config)
+        ids = self._ids(token_ids, cache, exits[-1])
+        hidden = self.model(ids, exit_layer=exits[-1], collect=exits, cache=cache)
+        for n in exits:
+            visit(n, 0, self.model.logits(hidden[n], n)[0].numpy())
+
     def step(
         self, token_id: int, cache: Cache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
@@ -80,9 +90,10 @@ class TorchEngine:
             if report is not None:
                 report("embed", x)
             n = 0
-            while n < layers:
-                x = model.run_block(n, x, run, cache=cache, trace=report)
-                n += 1
+            for look in (*rule.looks(self.config), layers):
+                for i in range(n, look):
+                    x = model.run_block(i, x, run, cache=cache, trace=report)
+                n = look
                 if n < layers and rule.stops(TorchProbe(model, x, n)):
                     break
             for i in range(n, layers):  # SPEC 8.6
@@ -91,6 +102,34 @@ class TorchEngine:
                 cache.write(i, keys, values)
         cache.advance(1, layers)
         return model.logits(x, n, report)[0, 0].numpy(), n
+
+    def speculate(
+        self,
+        token_id: int,
+        cache: Cache,
+        count: int,
+        draft: Draft,
+        *,
+        exit_layer: int | None = None,
+        choose: Choose | None = None,
+    ) -> tuple[list[int], np.ndarray]:
+        model, low, start = self.model, draft.exit_layer, cache.length
+        n = draft.check_round(token_id, cache, count, exit_layer, self.config)
+        hidden: list[Tensor] = []
+
+        def run(token: int, logits: bool) -> np.ndarray | None:
+            hidden.append(model(torch.tensor([[token]]), exit_layer=low, cache=cache)[low])
+            return model.logits(hidden[-1], low)[0, 0].numpy() if logits else None
+
+        ids = draft.ids(token_id, count, choose, run)
+        cache.length = start  # the blocks above go on from there
+        ops = model.ops()
+        with model.region(ops):
+            above, x = model.start(ops, "none", start, len(ids)), torch.cat(hidden, 1)
+            for i in range(low, n):
+                x = model.run_block(i, x, above, cache=cache)
+        cache.advance(len(ids), n)
+        return ids[1:], model.logits(x, n)[0].numpy()
 
     def _ids(self, token_ids: Sequence[int], cache: Cache, blocks: int) -> Tensor:
         return torch.from_numpy(check_input(token_ids, cache, blocks, self.config))[None]
@@ -105,21 +144,8 @@ class TorchProbe:
     def gate(self) -> np.float32:
         return np.float32(self.model.gate(self.hidden, self.n).item())
 
-    def max_probability(self) -> np.float32:
-        return self._share(self._exponentials(), torch.tensor(1.0))
-
-    def margin(self) -> np.float32:
-        e = self._exponentials()
-        second = e.topk(2).values[1] if len(e) > 1 else torch.tensor(0.0)
-        return self._share(e, 1.0 - second)
-
-    @staticmethod
-    def _share(e: Tensor, part: Tensor) -> np.float32:
-        return np.float32((part / feature_sum(e)).item())
-
-    def _exponentials(self) -> Tensor:
-        z = self.model.logits(self.hidden, self.n)[0, 0]
-        return exp(z - z.max())
+    def confidence(self, measure: str) -> np.float32:
+        return np.float32(confidence(self.model.logits(self.hidden, self.n)[0, 0], measure).item())
 
 
 def _without_batch(trace: Trace | None) -> TensorTrace | None:

@@ -187,7 +187,7 @@ class Trainer:
                 self.valid.bytes, context=train.context, batch=train.batch, exits=exits,
                 autocast=self.objective.dtype,
             )  # fmt: skip
-            found = [r.loss for r in results]
+            found = [results[n].loss for n in exits]
         found = self.world.share(found)
         best = self.best_loss is None or found[-1] < self.best_loss
         report.valid(self.step, dict(zip(exits, found, strict=True)), best)

@@ -11,8 +11,8 @@ import onnxruntime as ort
 
 from bitskip_ref.cache import CacheFill, check_input
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import ExitRule, Trace
-from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.engine import ExitRule, Trace, Visit
+from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
 from bitskip_ref.folder import CONFIG, read_folder
 from export.onnx_builder import lay_out
 from export.onnx_files import find_graphs, weight_bytes
@@ -85,6 +85,16 @@ class OnnxModel:
             trace("logits", logits)
         return logits
 
+    def extend_exits(
+        self, token_ids: Sequence[int], cache: OnnxCache, exit_layers: Sequence[int], visit: Visit
+    ) -> None:
+        """As the protocol has it; each exit has its own graph, which starts from the tokens."""
+        exits, length = check_exit_layers(exit_layers, self.config), cache.length
+        check_input(token_ids, cache, exits[-1], self.config)
+        for n in exits:
+            cache.length = length
+            visit(n, 0, self.extend(token_ids, cache, exit_layer=n))
+
     def step(
         self, token_id: int, cache: OnnxCache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
@@ -95,6 +105,12 @@ class OnnxModel:
                 "engine for exits by gate or confidence"
             )
         return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
+
+    def speculate(self, *arguments: object, **options: object) -> tuple[list[int], np.ndarray]:
+        """Refused: a graph starts from token ids, not from the hidden states of another."""
+        raise ValueError(
+            "an ONNX graph cannot go on where another exit's stopped: speculate on another engine"
+        )
 
     def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
         return self.extend(token_ids, self.new_cache(), exit_layer=exit_layer)

@@ -25,7 +25,7 @@ LAZY = {"export": {"bitskip_train", "bitskip_cpu", "torch"}}
 ARITHMETIC = {
     f"bitskip_ref.{name}"
     for name in (
-        "attention", "ffn", "functions", "hadamard", "norms", "quant", "sums", "load",
+        "attention", "confidence", "ffn", "functions", "hadamard", "norms", "quant", "sums", "load",
         "ReferenceModel", "model.load", "model.ReferenceModel",
     )
 }  # fmt: skip

@@ -26,7 +26,13 @@ EXP_MIN, EXP_MAX = f32(-87.0), f32(88.0)
 LOG2_E, LN2_HIGH, LN2_LOW = f32(1.44269504), f32(0.693359375), f32(-2.12194440e-4)
 E0, E1, E2 = f32(1.98756915e-4), f32(1.39819995e-3), f32(8.33345191e-3)
 E3, E4, E5 = f32(4.16657959e-2), f32(1.66666655e-1), f32(5.00000012e-1)
+L0, L1, L2 = f32(7.0376836292e-2), f32(1.1514610310e-1), f32(1.1676998740e-1)
+L3, L4, L5 = f32(1.2420140846e-1), f32(1.4249322787e-1), f32(1.6668057665e-1)
+L6, L7, L8 = f32(2.0000714765e-1), f32(2.4999993993e-1), f32(3.3333331174e-1)
+HALF, SQRT_HALF = f32(0.5), f32(0.707106781)
 MAGNITUDE, BIAS, MANTISSA = i32(0x7FFFFFFF), i32(127), i32(23)
+FRACTION, HALF_BITS = i32(0x007FFFFF), i32(0x3F000000)  # of a float; of 0.5
+LOWEST = f32(np.finfo(np.float32).min)
 HALF_SCALE = f32(2.0**112)  # moves float16's exponent to float32's
 
 SWIGLU, GATED_RELU2, RELU2 = 0, 1, 2
@@ -87,7 +93,7 @@ def dot_tree(x_at, w_at, n, scratch_at):
     return tree_sum(scratch_at, half)
 
 
-# ---- functions (SPEC 2.6 to 2.8) ----------------------------------------------------
+# ---- functions (SPEC 2.6 to 2.9) ----------------------------------------------------
 
 
 @inner
@@ -100,6 +106,21 @@ def exp(x):
     p = ((((E0 * r + E1) * r + E2) * r + E3) * r + E4) * r + E5
     power = i32((i32(k) + BIAS) << MANTISSA).view(f32)
     return ((p * (r * r) + r) + ONE) * power
+
+
+@inner
+def log(x):
+    """SPEC 2.9, of one normal float32 > 0."""
+    bits = f32(x).view(i32)
+    k = f32((bits >> MANTISSA) - i32(126))
+    m = i32((bits & FRACTION) | HALF_BITS).view(f32)
+    if m < SQRT_HALF:
+        m, k = m + m, k - ONE
+    r = m - ONE
+    q = r * r
+    p = (((((L0 * r - L1) * r + L2) * r - L3) * r + L4) * r - L5) * r + L6
+    p = (p * r - L7) * r + L8
+    return (r + (((p * r) * q + k * LN2_LOW) - HALF * q)) + k * LN2_HIGH
 
 
 @inner
@@ -241,22 +262,68 @@ def quantize(x_at, n, largest, codes_at, padded):
 
 
 @inner
+def two_largest(x_at, n, scratch_at):
+    """The largest and the second largest of n > 1 floats; scratch: power_of_two(n) floats."""
+    half = power_of_two(n) >> 1
+    first, second = floats(scratch_at, half), floats(scratch_at + 4 * half, half)
+    low, high = floats(x_at, half), floats(x_at + 4 * half, n - half)
+    for i in range(n - half):
+        a, b = low[i], high[i]
+        first[i] = a if a > b else b
+        second[i] = b if a > b else a
+    at, rest = 4 * (n - half), 2 * half - n
+    copy(x_at + at, scratch_at + at, rest)
+    second_at = scratch_at + 4 * half
+    lowest = floats(second_at + at, rest)
+    for i in range(rest):
+        lowest[i] = LOWEST
+    while half > 1:
+        half >>= 1
+        first_high = floats(scratch_at + 4 * half, half)
+        second_high = floats(second_at + 4 * half, half)
+        for i in range(half):
+            a, b, c, d = first[i], first_high[i], second[i], second_high[i]
+            smaller = b if a > b else a
+            larger = c if c > d else d
+            first[i] = a if a > b else b
+            second[i] = smaller if smaller > larger else larger
+    return first[0], second[0]
+
+
+@inner
+def first_of(x_at, n, value):
+    """Index of the first of n floats that equals a value among them."""
+    x = floats(x_at, n)
+    i = 0
+    while x[i] != value:
+        i += 1
+    return i
+
+
+@inner
 def confidence(logits_at, n, scratch_at):
-    """-> (largest probability, largest minus second); scratch: power_of_two(n) floats."""
-    z, e = floats(logits_at, n), floats(scratch_at, n)
-    first, second, at = z[0], ZERO, 0
-    for i in range(1, n):
-        if z[i] > first:
-            first, at = z[i], i
-    if n > 1:
-        second = z[1 if at == 0 else 0]
-        for i in range(n):
-            if i != at and z[i] > second:
-                second = z[i]
-    for i in range(n):
-        e[i] = exp(z[i] - first)
-    padded = power_of_two(n)
-    fill_zero(scratch_at + 4 * n, padded - n)
-    total = tree_sum(scratch_at, padded)
-    rest = exp(second - first) if n > 1 else ZERO
-    return ONE / total, (ONE - rest) / total
+    """-> (max, margin, entropy); scratch: power_of_two(n) floats."""
+    if n == 1:
+        return ONE, ONE, ONE
+    first, second = two_largest(logits_at, n, scratch_at)
+    # The first addition of both trees is done on the way: their halves share the scratch.
+    half = power_of_two(n) >> 1
+    e, weighted = floats(scratch_at, half), floats(scratch_at + 4 * half, half)
+    low, high = floats(logits_at, half), floats(logits_at + 4 * half, n - half)
+    for i in range(n - half):
+        a, b = low[i] - first, high[i] - first
+        exp_a, exp_b = exp(a), exp(b)
+        e[i] = exp_a + exp_b
+        weighted[i] = exp_a * a + exp_b * b
+    at, rest = 4 * (n - half), 2 * half - n  # arrays from their start: only they are vectorized
+    low = floats(logits_at + at, rest)
+    e, weighted = floats(scratch_at + at, rest), floats(scratch_at + 4 * half + at, rest)
+    for i in range(rest):
+        a = low[i] - first
+        exp_a = exp(a)
+        e[i] = exp_a + ZERO
+        weighted[i] = exp_a * a + ZERO
+    total = tree_sum(scratch_at, half)
+    entropy = log(total) - tree_sum(scratch_at + 4 * half, half) / total
+    margin = (ONE - exp(second - first)) / total
+    return ONE / total, margin, ONE - entropy / log(f32(n))

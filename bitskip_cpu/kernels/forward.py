@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitskip_cpu.kernels.floats import confidence, copy, dot_tree, layer_norm, relu, sigmoid, widen
+from bitskip_cpu.kernels.floats import (
+    confidence,
+    copy,
+    dot_tree,
+    first_of,
+    layer_norm,
+    relu,
+    sigmoid,
+    two_largest,
+    widen,
+)
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.jobs import (
     ATTEND,
@@ -22,6 +32,7 @@ from bitskip_cpu.kernels.layout import (
     BAND,
     BLOCKS,
     DOWN,
+    DRAFT,
     EMBED,
     EXIT,
     FILL,
@@ -107,6 +118,35 @@ def exit_logits(s, products):
 
 
 @inner
+def draft(s, products, last):
+    """SPEC 11.1: `tokens` ids one by one through blocks 0..last-1, from the second on drafted.
+
+    `tokens` becomes how many were run: all, or up to the first after which a draft is unsure.
+    """
+    wanted, x, ids, position, vocab = s.tokens, s.x, s.ids, s.position, s.vocab
+    s.tokens, run = 1, 0
+    while True:
+        embed(s, 0)
+        for layer in range(last):
+            block(s, products, layer)
+        run += 1
+        if run == wanted:
+            break
+        s.vocab = s.draft_vocab
+        exit_logits(s, products)
+        s.vocab = vocab
+        drafted = 0
+        if s.draft_vocab > 1:
+            first, second = two_largest(s.logits, s.draft_vocab, s.scratch)
+            if first - second < s.least_lead:
+                break
+            drafted = first_of(s.logits, s.draft_vocab, first)
+        int32s(ids, wanted)[run] = drafted
+        s.x, s.ids, s.position = x + run * 4 * s.hidden, ids + run * 4, position + run
+    s.tokens, s.x, s.ids, s.position = run, x, ids, position
+
+
+@inner
 def gate(s):
     """The routing gate on the first token at hand (SPEC 8.4)."""
     layer_norm(s.x, s.gate_norm, s.row, s.hidden, s.norm_eps, s.scratch)
@@ -118,7 +158,7 @@ def gate(s):
 
 
 def run(states, products, actions, first, last):
-    """Do `actions` (`layout`) on the one state in `states`; BLOCKS and FILL: first..last-1.
+    """Do `actions` (`layout`) on the one state in `states`; DRAFT, BLOCKS, FILL: first..last-1.
 
     HELP: live as helper thread `first`. No argument is checked: `bitskip_cpu.engine` does.
     """
@@ -129,6 +169,8 @@ def run(states, products, actions, first, last):
     if actions & EMBED:
         for t in range(s.tokens):
             embed(s, t)
+    if actions & DRAFT:
+        draft(s, products, last)
     if actions & BLOCKS:
         for layer in range(first, last):
             block(s, products, layer)
@@ -139,6 +181,7 @@ def run(states, products, actions, first, last):
     if actions & EXIT:
         exit_logits(s, products)
     if actions & MEASURE:
-        s.probability, s.margin = confidence(s.logits, s.vocab, s.scratch)
+        values = confidence(s.logits, s.vocab, s.scratch)
+        s.confidence_max, s.confidence_margin, s.confidence_entropy = values
     if actions & GATE:
-        s.probability = gate(s)
+        s.gate_probability = gate(s)

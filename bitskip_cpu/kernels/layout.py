@@ -22,11 +22,15 @@ _STATE = """
     ids x mid qkv attended y up act row row_stride codes codes_stride steps sums
     scratch scratch_stride unpacked acc
 
-    keys values capacity tokens position logits exit_from probability margin
+    keys values capacity tokens position logits exit_from draft_vocab least_lead
+    gate_probability confidence_max confidence_margin confidence_entropy
 
     helpers worth sync job count layer product first_row last_row grain
 """
-_FLOATS = {"norm_eps", "largest_code", "probability", "margin"}
+_FLOATS = {
+    "norm_eps", "largest_code", "gate_probability", "confidence_max", "confidence_margin",
+    "confidence_entropy", "least_lead",
+}  # fmt: skip
 
 STATE = np.dtype(
     [(name, np.float32 if name in _FLOATS else np.int64) for name in _STATE.split()], align=True
@@ -49,4 +53,4 @@ LANES = 16  # positions in a group of cached keys
 BAND = 64  # rows of a product whose int32 sums are converted together; whole tiles
 
 # What `kernels.forward.run` does, added up; in this order.
-EMBED, BLOCKS, FILL, EXIT, MEASURE, GATE, HELP = 1, 2, 4, 8, 16, 32, 64
+EMBED, DRAFT, BLOCKS, FILL, EXIT, MEASURE, GATE, HELP = 1, 2, 4, 8, 16, 32, 64, 128

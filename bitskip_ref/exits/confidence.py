@@ -6,26 +6,27 @@ from dataclasses import dataclass
 
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import Probe
-from bitskip_ref.exits.gate import check_threshold
+from bitskip_ref.exits.dynamic import DynamicExit
 
-MEASURES = ("max", "margin")
+MEASURES = ("max", "margin", "entropy")
 
 
 @dataclass(frozen=True)
-class ConfidenceExit:
-    """Stop after the first block whose prediction's `measure` exceeds `threshold`."""
+class ConfidenceExit(DynamicExit):
+    """The measure is one of the prediction's. A look costs the whole head: few are usual."""
 
     threshold: float = 0.9
     measure: str = "max"
 
-    def fixed_depth(self, config: ModelConfig) -> int | None:
-        return None
+    def usual_looks(self, config: ModelConfig) -> tuple[int, ...]:
+        """After a quarter, half and three quarters of the blocks, rounded down."""
+        quarters = {config.num_hidden_layers * n // 4 for n in (1, 2, 3)}
+        return tuple(sorted(quarters - {0}))
 
     def check(self, config: ModelConfig) -> None:
-        check_threshold(self.threshold)
+        super().check(config)
         if self.measure not in MEASURES:
             raise ValueError(f"confidence measure {self.measure!r}: one of {', '.join(MEASURES)}")
 
     def stops(self, probe: Probe) -> bool:
-        value = probe.max_probability() if self.measure == "max" else probe.margin()
-        return float(value) > self.threshold
+        return float(probe.confidence(self.measure)) > self.threshold

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bitskip_ref.config import ModelConfig
@@ -20,6 +21,14 @@ def check_exit_layer(exit_layer: int | None, config: ModelConfig) -> int:
     return int(exit_layer)
 
 
+def check_exit_layers(exit_layers: Iterable[int], config: ModelConfig) -> list[int]:
+    """The exits in order of depth, without repeats. Raises ValueError for none, or outside 1..L."""
+    exits = sorted({check_exit_layer(n, config) for n in exit_layers})
+    if not exits:
+        raise ValueError("no exit layers: give at least one")
+    return exits
+
+
 @dataclass(frozen=True)
 class FixedExit:
     """Run `layer` blocks, or all of them for None."""
@@ -28,6 +37,9 @@ class FixedExit:
 
     def fixed_depth(self, config: ModelConfig) -> int | None:
         return check_exit_layer(self.layer, config)
+
+    def looks(self, config: ModelConfig) -> tuple[int, ...]:
+        return ()
 
     def check(self, config: ModelConfig) -> None:
         check_exit_layer(self.layer, config)

@@ -87,9 +87,12 @@ class UniformEngine(ScriptEngine):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, [0])
 
-    def extend(self, token_ids: Any, cache: Any, **_: Any) -> np.ndarray:
-        cache.length += len(token_ids)
-        return np.full((len(token_ids), self.config.vocab_size), 2.5, np.float32)
+    def _say(self, index: int) -> np.ndarray:
+        return np.full(self.config.vocab_size, 2.5, np.float32)
+
+    def extend_exits(self, token_ids: Any, cache: Any, exit_layers: Any, visit: Any) -> None:
+        for n in exit_layers:
+            visit(n, 0, self.logits(token_ids))
 
 
 def command(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:

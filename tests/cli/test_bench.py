@@ -1,82 +1,325 @@
-"""The verb `bench`: rows, keys and refusals; never a speed."""
+"""The verb `bench`: rows, figures, formats and refusals; never a speed."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from bitskip_cpu.bench import bench
+from bitskip_cpu import isa
+from bitskip_cpu.bench import costs, limits, rows
+from bitskip_cpu.bench.timing import Case, Sample, Task, measure, plan, tasks_of
 from bitskip_cpu.cli import main
+from bitskip_ref.config import preset
 from tests.cli.conftest import CONFIG, ScriptEngine
+
+FAST = {"ENOUGH": 1 << 16, "TURNS": 1 << 4}  # samples of the limits that take no time
+
+
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FAST.items():
+        monkeypatch.setattr(limits, name, value)
 
 
 def run(*arguments: Any) -> Any:
     return CliRunner().invoke(main, ["bench", *map(str, arguments)])
 
 
-def test_json_rows(folder: Path) -> None:
-    result = run(
-        folder, "-p", "16,8", "-n", 4, "-t", "1,2", "--exit-layer", "2,4", "-r", 2, "-o", "json"
-    )
+def rows_in_json(*arguments: Any) -> dict[str, Any]:
+    result = run(*arguments, "-o", "json")
     assert result.exit_code == 0, result.stderr
-    facts = json.loads(result.stdout)
+    return json.loads(result.stdout)  # type: ignore[no-any-return]
+
+
+# ---- the figures of a run -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def facts(folder: Path) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in FAST.items():
+            patch.setattr(limits, name, value)
+        return rows_in_json(
+            folder, "-p", "16,8", "-n", 4, "-pg", "6,3", "-d", "0,9", "-t", "1,2",
+            "--exit-layer", "2,4", "-r", 2,
+        )  # fmt: skip
+
+
+def test_rows_are_every_test_at_every_depth_exit_and_number_of_threads(
+    facts: dict[str, Any], folder: Path
+) -> None:
     assert {"cpu", "isa", "packages", "usable_cores"} <= facts["machine"].keys()
     assert facts["model"]["name"] == str(folder)
-    keys = [(row["test"], row["exit_layer"], row["threads"]) for row in facts["rows"]]
-    assert keys == [
-        (test, exit_layer, threads)
+    assert facts["model"]["config"]["num_hidden_layers"] == 4
+    assert facts["start"]["load_s"] > 0 and facts["start"]["compile_s"] == 0.0
+    names = ("threads", "depth", "test", "exit_layer")
+    assert [tuple(row[name] for name in names) for row in facts["rows"]] == [
+        (threads, depth, test, exit_layer)
         for threads in (1, 2)
-        for test in ("pp16", "pp8", "tg4")
+        for depth in (0, 9)
+        for test in ("pp16", "pp8", "tg4", "pp6+tg3")
         for exit_layer in (2, 4)
     ]
+    assert len({tuple(row) for row in facts["rows"]}) == 1  # the same keys everywhere
+
+
+def test_speeds_and_gains(facts: dict[str, Any]) -> None:
+    medians = {}
     for row in facts["rows"]:
-        speed = row["tokens_per_s"]
-        assert len(speed["samples"]) == 2 and min(speed["samples"]) > 0
-        assert speed["mean"] == pytest.approx(statistics.fmean(speed["samples"]))
-        assert speed["sd"] == pytest.approx(statistics.stdev(speed["samples"]))
+        speed, samples = row["tokens_per_s"], row["tokens_per_s"]["samples"]
+        assert len(samples) == 2 and min(samples) > 0
+        assert speed["mean"] == pytest.approx(statistics.fmean(samples))
+        assert speed["median"] == pytest.approx(statistics.median(samples))
+        assert speed["sd"] == pytest.approx(statistics.stdev(samples))
         assert row["peak_rss_bytes"] > 1 << 20
-        assert ("latency_ms" in row) == (row["test"] == "tg4")
-    assert "warm-up" in result.stderr
+        medians[row["test"], row["depth"], row["threads"], row["exit_layer"]] = speed["median"]
+        assert (row["first_token_ms"] is not None) == (row["prompt_tokens"] > 0)
+        assert (row["step_ms"]["p95"] is not None) == (row["generated_tokens"] > 0)
+    for row in facts["rows"]:
+        here = row["test"], row["depth"], row["threads"]
+        gain = medians[*here, 2] / medians[*here, 4] - 1
+        expected = None if row["exit_layer"] == 4 else pytest.approx(100 * gain)
+        assert row["gain_percent"] == expected
 
 
-def test_a_preset_has_random_weights() -> None:
-    result = run("--preset", "tiny", "-p", 0, "-n", 2, "-t", 1, "-r", 1)
-    assert result.exit_code == 0, result.stderr
-    assert "tiny (random weights, seed 0)" in result.stdout
-    assert [line.split("|")[1].strip() for line in result.stdout.splitlines()[5:]] == ["tg2"]
+def test_shares_of_the_limits_of_the_same_run(facts: dict[str, Any]) -> None:
+    limit = {found["threads"]: found for found in facts["limits"]}
+    assert sorted(limit) == [1, 2]
+    weights = CONFIG.quantizable_parameters() / 4  # of a block
+    for row in facts["rows"]:
+        speed, n = row["tokens_per_s"]["median"], row["exit_layer"]
+        found = limit[row["threads"]]
+        bandwidth = found["read_bytes_per_s"]["median"]
+        assert len(found["read_bytes_per_s"]["samples"]) == 3  # around two rounds
+        if row["test"] == "tg4":
+            entropy = n * weights * np.log2(3) / 8
+            assert row["roofline"] == pytest.approx(speed * entropy / bandwidth)
+            # A block's packed rows of 64 bytes per 256 weights, the int8 head of 48 padded to 64
+            # with a scale and a correction; keys and values of depth + (1 + 2 + 3 + 4) / 4 tokens.
+            packed = 64 * sum(rows for rows, _ in CONFIG.linear_shapes().values())
+            cache = 2 * n * CONFIG.kv_size * 4 * (row["depth"] + 2.5)
+            read = n * packed + CONFIG.vocab_size * (64 + 4 + 4) + cache
+            assert row["read_bytes_per_token"] == read
+            assert row["read_bytes_per_s"] == pytest.approx(read * speed)
+            assert row["read_share"] == pytest.approx(read * speed / bandwidth)
+        else:
+            assert row["roofline"] is row["read_bytes_per_token"] is row["read_share"] is None
+        if row["generated_tokens"] == 0 and isa.PATH in limits.ACCUMULATORS:
+            tokens = row["prompt_tokens"]
+            products = tokens * n * weights + CONFIG.vocab_size * CONFIG.hidden_size
+            done = products * speed / tokens
+            assert row["multiply_adds_per_s"] == pytest.approx(done)
+            peak = found["multiply_adds_per_s"]["median"]
+            assert row["int8_share"] == pytest.approx(done / peak)
+        elif row["generated_tokens"]:
+            assert row["multiply_adds_per_s"] is row["int8_share"] is None
 
 
-def test_warm_up_is_no_sample_and_repetitions_alternate() -> None:
-    calls: list[int] = []
+def test_costs_of_the_papers_model() -> None:
+    config = preset("bitskip-v1")
+    assert costs.linear_weights(config, 24) == 855_638_016
+    assert costs.entropy_bytes(config, 24) == pytest.approx(169.5e6, rel=1e-3)  # 1.585 bits each
+    assert costs.entropy_bytes(config, 18) == pytest.approx(0.75 * 169.5e6, rel=1e-3)
+    head = 50_257 * 2048
+    assert costs.multiply_adds(config, 24, 512) == 512 * 855_638_016 + head
+    assert costs.multiply_adds(config, 18, 1) == 641_728_512 + head
+    assert costs.cache_bytes(config, 24, 1024, 4) == 2 * 24 * 8 * 64 * 4 * 1024
+    floats = preset("llama3")
+    assert costs.entropy_bytes(floats, 24) == 4 * 855_638_016
+    assert costs.multiply_adds(floats, 24, 512) == 0
+    half = config.replace(head_format="float16")
+    assert costs.multiply_adds(half, 24, 2) == 2 * 855_638_016
 
+
+def test_percentiles_and_first_token_are_over_all_samples() -> None:
     class Engine(ScriptEngine):
-        def extend(self, token_ids: Any, cache: Any, **options: Any) -> Any:
-            assert cache.length == 0
-            calls.append(len(token_ids))
-            return super().extend(token_ids, cache, **options)
+        threads = 3
 
-    rows = bench(
-        lambda _: Engine(CONFIG, [1]), prompts=[3, 5], generated=[0], threads=[1], exits=[4],
-        repetitions=2,
-    )  # fmt: skip
-    assert calls == [3, 5] * 3
-    assert [len(row["tokens_per_s"]["samples"]) for row in rows] == [2, 2]
+    case = Case(Task(5, 2), 2, Engine(CONFIG, [1]))
+    case.samples = [
+        Sample(0.5, 0.3, [0.1, 0.1]), Sample(0.7, 0.5, [0.1, 0.1]), Sample(7, 0.4, [0.1, 6.5]),
+    ]  # fmt: skip
+    (row,) = rows.rows_of([case], limits.Limits(1))
+    assert row["threads"] == 3 and row["gain_percent"] is None
+    assert row["first_token_ms"] == pytest.approx(400)
+    assert row["tokens_per_s"]["median"] == pytest.approx(10)
+    assert row["tokens_per_s"]["samples"] == pytest.approx([14, 10, 1])
+    p95 = float(np.percentile([100] * 5 + [6500], 95))
+    assert row["step_ms"] == pytest.approx({"p50": 100, "p95": p95})
+
+
+# ---- the order of runs ------------------------------------------------------------------
+
+
+class Recorder(ScriptEngine):
+    """Writes down each call: tokens, exit, and how long the cache was."""
+
+    def __init__(self, calls: list[Any], threads: int) -> None:
+        super().__init__(CONFIG, [1])
+        self.calls, self.threads = calls, threads
+
+    def extend(self, token_ids: Any, cache: Any, **options: Any) -> Any:
+        self.calls.append((self.threads, len(token_ids), options["exit_layer"], cache.length))
+        return super().extend(token_ids, cache, **options)
+
+    def step(self, token_id: int, cache: Any, rule: Any, trace: Any = None) -> Any:
+        self.calls.append((self.threads, "step", rule.fixed_depth(CONFIG), cache.length))
+        return super().step(token_id, cache, rule)
+
+
+def test_warm_up_is_no_sample_and_everything_alternates() -> None:
+    calls: list[Any] = []
+
+    class Beside:
+        def sample(self, threads: int) -> None:
+            calls.append(f"limit {threads}")
+
+    engines = [Recorder(calls, 1), Recorder(calls, 2)]
+    cases = plan(engines, tasks_of([3, 5], [0], [], [0]), [4])
+    shown: list[str] = []
+    measure(cases, 2, limits=Beside(), progress=shown.append)
+    turn = [(1, 3, 4, 0), (1, 5, 4, 0), (2, 3, 4, 0), (2, 5, 4, 0)]
+    beside = ["limit 1", "limit 2"]
+    assert calls == [*turn, *beside, *turn, *beside, *turn, *beside]
+    assert [len(case.samples) for case in cases] == [2] * 4
+    assert shown[:1] + shown[-1:] == [
+        "warm-up: pp3, exit 4, threads 1", "2 of 2: pp5, exit 4, threads 2",
+    ]  # fmt: skip
+
+
+def test_a_depth_is_filled_once_for_all_exits_and_cut_back() -> None:
+    calls: list[Any] = []
+    tasks = tasks_of([0], [2], [(3, 1)], [0, 7])
+    measure(plan([Recorder(calls, 1)], tasks, [2, 4]), 1)
+
+    def turn(depth: int, n: int) -> list[Any]:
+        return [(1, "step", n, depth), (1, "step", n, depth + 1)]
+
+    def pair(depth: int, n: int) -> list[Any]:
+        return [(1, 3, n, depth), (1, "step", n, depth + 3)]
+
+    at_0 = [*turn(0, 2), *turn(0, 4), *pair(0, 2), *pair(0, 4)]
+    at_7 = [*turn(7, 2), *turn(7, 4), *pair(7, 2), *pair(7, 4)]
+    assert calls == [*at_0, (1, 7, 4, 0), *at_7, *at_0, *at_7]
+
+
+def test_interrupted_after_a_round_it_prints_what_there_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rounds in (1, 0):
+        left = iter(range(rounds))
+
+        def sample(self: Any, threads: int, left: Any = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(limits.Limits, "sample", sample)
+        result = run(folder, "-p", 4, "-n", 2, "-t", 1, "-o", "json")
+        assert result.exit_code == 130
+        found = json.loads(result.stdout)["rows"] if rounds else []
+        assert [len(row["tokens_per_s"]["samples"]) for row in found] == [1, 1][: 2 * rounds]
+
+
+# ---- the machine's limits ---------------------------------------------------------------
+
+
+def test_the_read_loop_reads_everything() -> None:
+    memory = np.random.default_rng(0).integers(0, 1 << 62, 1 << 12)
+    read = limits._reader()
+    assert read(memory.ctypes.data, memory.nbytes) == np.bitwise_xor.reduce(memory)
+    assert read(memory.ctypes.data, 4096) == np.bitwise_xor.reduce(memory[:512])
+
+
+@pytest.mark.skipif(isa.PATH not in limits.ACCUMULATORS, reason="the path has no such instruction")
+def test_the_multiply_loop_does_every_product() -> None:
+    from bitskip_cpu.kernels.dot_simd import WIDTH
+
+    turns, seed, count = 3, 12345, limits.ACCUMULATORS[isa.PATH]
+    lanes = WIDTH // 4
+    signed = np.full(lanes, seed * 0x01030507 % 2**32, np.uint32).view(np.int8).astype(np.int32)
+    sums = [np.full(lanes, seed + 7919 * i, np.int32) for i in range(count)]
+    for _ in range(turns):
+        for i in range(count):
+            products = sums[(i + 1) % count].view(np.uint8).astype(np.int32) * signed
+            if isa.PATH == "avx2":
+                pairs = products.reshape(-1, 2).sum(1)
+                sums[i] = sums[i] + np.clip(pairs, -(2**15), 2**15 - 1).reshape(-1, 2).sum(1)
+            else:
+                sums[i] = sums[i] + products.reshape(-1, 4).sum(1)
+            sums[i] = sums[i].astype(np.int32)
+    expected = np.bitwise_xor.reduce(np.stack(sums)).view(np.int64)
+    assert limits._multiplier()(turns, seed) == np.bitwise_xor.reduce(expected)
+
+
+def test_the_path_plain_has_no_peak(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "PATH", "plain")
+    facts = rows_in_json(folder, "-p", 4, "-n", 2, "-t", 1, "-r", 1)
+    assert facts["limits"][0]["multiply_adds_per_s"] is None
+    prompt, decoding = facts["rows"]
+    assert prompt["int8_share"] is None and prompt["multiply_adds_per_s"] > 0
+    assert decoding["roofline"] > 0
+
+
+# ---- output -----------------------------------------------------------------------------
+
+
+def test_json_lines_and_csv_have_the_same_rows(folder: Path) -> None:
+    options = folder, "-p", "4", "-n", "2", "-t", 1, "-r", 2
+    by_line = [json.loads(line) for line in run(*options, "-o", "jsonl").stdout.splitlines()]
+    table = list(csv.DictReader(io.StringIO(run(*options, "-o", "csv").stdout)))
+    assert [row["test"] for row in by_line] == [row["test"] for row in table] == ["pp4", "tg2"]
+    for line, row in zip(by_line, table, strict=True):
+        assert list(line) == list(row)
+        assert line["model"] == row["model"] == str(folder) and line["isa"] == isa.PATH
+        assert len(line["tokens_per_s_samples"]) == len(row["tokens_per_s_samples"].split()) == 2
+        assert float(row["tokens_per_s_median"]) > 0 and float(row["limit_read_bytes_per_s"]) > 0
+        assert row["gain_percent"] == "" and line["gain_percent"] is None
+    assert table[0]["step_ms_p50"] == "" and float(table[1]["step_ms_p50"]) > 0
+
+
+def test_markdown_leaves_out_empty_columns(folder: Path) -> None:
+    def header(*options: Any) -> list[str]:
+        lines = run(folder, "-t", 1, "-r", 1, *options).stdout.splitlines()
+        assert lines[0] == str(folder) and lines[2].startswith("limits of 1 thread: ")
+        return [cell.strip() for cell in lines[4].split("|")[1:-1]]
+
+    usual = ["test", "exit", "threads", "tokens/s", "mean ± sd"]
+    assert header("-p", 4, "-n", 0)[:6] == [*usual, "first ms"]
+    found = header("-p", 0, "-n", 2, "-d", 3, "--exit-layer", "2,4")
+    assert found[:7] == ["test", "depth", *usual[1:], "gain %"]
+    assert found[7:] == ["p50 ms", "p95 ms", "roofline", "read GB/s", "of limit %", "peak memory"]
+
+
+def test_a_preset_has_random_weights_and_the_context_it_needs() -> None:
+    context = preset("tiny").max_position_embeddings
+    facts = rows_in_json("--preset", "tiny", "-p", 0, "-n", 2, "-d", context, "-t", 1, "-r", 1)
+    assert facts["model"]["name"] == "tiny (random weights, seed 0)"
+    assert facts["model"]["config"]["max_position_embeddings"] == context + 2
+    assert [(row["test"], row["depth"]) for row in facts["rows"]] == [("tg2", context)]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-p", "65"], "pp65: needs 1..64"),
+        (["-p", "65"], "pp65 at depth 0 needs 65 positions, but the model's context is 64"),
+        (["-n", "4", "-p", "0", "-d", "61"], "tg4 at depth 61 needs 65 positions"),
         (["-p", "0", "-n", "0"], "nothing to measure"),
+        (["-pg", "4"], "not a pair of whole numbers like 512,64"),
+        (["-pg", "4,0"], "0 is below 1"),
+        (["-d", "-1"], "below 0"),
         (["--exit-layer", "9"], "choose 1..4"),
         (["-r", "0"], "-r"),
         (["-t", "0"], "below 1"),
         (["-p", "1;2"], "whole numbers"),
+        (["-o", "xml"], "'md', 'json', 'jsonl', 'csv'"),
         (["--preset", "tiny"], "exclude each other"),
     ],
 )

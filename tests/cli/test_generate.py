@@ -18,12 +18,13 @@ from click.testing import CliRunner
 import bitskip_cpu
 from bitskip_cpu.cli import main
 from bitskip_cpu.model import Model
-from bitskip_ref.folder import read_folder, write_tensors
+from bitskip_ref.exits import ConfidenceExit
+from bitskip_ref.folder import read_folder, write_auto_exit, write_tensors
 from tests.cli.conftest import CONFIG, ScriptEngine, command, write_model
 
 SCHEMA = {
     "model", "prompt", "text", "token_ids", "prompt_tokens", "generated_tokens", "exit_layers",
-    "mean_exit_layer", "stop_reason", "seed", "threads", "ttft_s", "prefill_tokens_per_s",
+    "mean_exit_layer", "speculation", "stop_reason", "seed", "threads", "ttft_s", "prefill_tokens_per_s",
     "decode_tokens_per_s", "peak_rss_bytes",
 }  # fmt: skip
 
@@ -86,23 +87,28 @@ def test_same_seed_same_text(folder: Path) -> None:
     assert first["text"] != facts(*options, "--seed", 2)["text"]
 
 
-@pytest.mark.parametrize("exit_layer", ["auto", "gate", "max", "margin"])
+@pytest.mark.parametrize("exit_layer", ["gate", "max", "margin", "entropy"])
 def test_exits_by_rule(folder: Path, exit_layer: str) -> None:
-    got = facts(folder, "-p", "Once", "-n", 12, "--exit", exit_layer, "--exit-threshold", 0)
-    assert got["exit_layers"] == [4, *[1] * 11]  # the first token is the prompt's, SPEC 8.7
+    options = (folder, "-p", "Once", "-n", 12, "--exit", exit_layer, "--exit-threshold", 0)
+    # The first token is the prompt's, SPEC 8.7.
+    assert facts(*options)["exit_layers"] == [4, *[1] * 11]
+    assert facts(*options, "--exit-looks", "3,2")["exit_layers"] == [4, *[2] * 11]
     got = facts(folder, "-p", "Once", "-n", 6, "--exit", exit_layer, "--exit-threshold", 1)
     assert got["exit_layers"] == [4] * 6
 
 
-def test_auto_is_the_gate_where_there_is_one(folder: Path, tmp_path: Path) -> None:
+def test_auto_is_what_was_calibrated(folder: Path, tmp_path: Path) -> None:
     options = ("-p", "Once", "-n", 20)
-    auto = facts(folder, *options, "--exit", "auto")
-    assert auto["exit_layers"] == facts(folder, *options, "--exit", "gate")["exit_layers"]
-    plain = write_model(tmp_path / "plain", CONFIG.replace(gates=False))
-    auto = facts(plain, *options, "--exit", "auto", "--exit-threshold", 0.1)
-    same = facts(plain, *options, "--exit", "max", "--exit-threshold", 0.1)
-    assert auto["exit_layers"] == same["exit_layers"]
-    assert "no routing gates" in generate(plain, *options, "--exit", "gate").stderr
+    one_line(generate(folder, *options, "--exit", "auto"), "bitskip-cpu calibrate")
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    write_auto_exit(read_folder(copy), ConfidenceExit(0.02, layers=(2, 3)), {"budget": 0.04})
+    auto = facts(copy, *options, "--exit", "auto")
+    same = facts(folder, *options, "--exit", "max", "--exit-threshold", 0.02, "--exit-looks", "2,3")
+    assert auto["exit_layers"] == same["exit_layers"] and 2 in same["exit_layers"]
+    assert facts(copy, *options)["exit_layers"] == [4] * 20
+    result = generate(copy, *options, "--exit", "auto", "--exit-threshold", 0.5)
+    one_line(result, "brings its own threshold")
 
 
 def test_stop_strings(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -197,8 +203,10 @@ def test_a_closed_pipe_ends_quietly(long_folder: Path) -> None:
         (["-p", "a b c d e f g h" * 20], "context holds 64"),
         (["-p", "a", "--exit-layer", "0"], "choose 1..4"),
         (["-p", "a", "--exit-layer", "5"], "choose 1..4"),
-        (["-p", "a", "--exit-layer", "some"], "gate, max, margin"),
+        (["-p", "a", "--exit-layer", "some"], "gate, max, margin, entropy, auto"),
         (["-p", "a", "--exit-threshold", "0.5"], "threshold"),
+        (["-p", "a", "--exit-looks", "2"], "looks"),
+        (["-p", "a", "--exit", "max", "--exit-looks", "4"], "choose 1..3"),
         (["-p", "a", "--exit", "max", "--exit-threshold", "nan"], "between 0 and 1"),
         (["-p", "a", "--max-tokens", "-1"], "max-tokens"),
         (["-p", "a", "--ctx", "1000"], "choose 1..64"),

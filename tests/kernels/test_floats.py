@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from bitskip_cpu.kernels import floats as kernels
-from bitskip_ref.functions import exp, relu2, sigmoid, silu
+from bitskip_ref.confidence import confidence
+from bitskip_ref.functions import exp, log, relu2, sigmoid, silu
 from bitskip_ref.hadamard import fwht
 from bitskip_ref.norms import layer_norm, rms_norm
 from bitskip_ref.quant import quantize_activations
@@ -50,6 +51,14 @@ def test_exp() -> None:
     assert y[0] == 1.0
     s = np.array([f32(compiled(kernels.sigmoid)(v)) for v in x])
     assert same_bits(sigmoid(x), s)
+
+
+def test_log() -> None:
+    x = np.concatenate([
+        np.array([1.0, 2.0, 0.5, 0.707106781, 1.4142135, 3e38, 1.2e-38], f32),
+        np.geomspace(1.2e-38, 3e38, 20001).astype(f32), np.linspace(0.7, 1.5, 9999, dtype=f32),
+    ])  # fmt: skip
+    assert same_bits(log(x), np.array([f32(compiled(kernels.log)(v)) for v in x]))
 
 
 def test_relu2_has_no_negative_zero() -> None:
@@ -133,10 +142,12 @@ def test_quantize_as_the_reference(n: int, bits: int) -> None:
 @pytest.mark.parametrize("z", [
     np.array([3.0], f32), np.array([1.0, 1.0], f32), np.array([0.0, 5.0, 5.0, -2.0, 5.0], f32),
     np.array([9.0, 1.0, 2.0], f32), np.array([1.0, 2.0, 9.0], f32), random(97) / f32(1e4),
+    np.full(50, -3.5, f32), np.array([0.0, -500.0, 3e5], f32), random(4096), random(50_257),
+    np.random.default_rng(0).standard_normal(50_257, f32) * f32(8),
+    np.array([-0.0, 0.0, -0.0], f32),
 ])  # fmt: skip
 def test_confidence(z: np.ndarray) -> None:
-    e = exp(z - z.max())
-    second = np.sort(e)[-2] if len(e) > 1 else f32(0.0)
-    probability, margin = call(kernels.confidence, z, len(z), np.zeros(256, f32))
-    assert same_bits(f32(1.0) / feature_sum(e), f32(probability))
-    assert same_bits((f32(1.0) - second) / feature_sum(e), f32(margin))
+    scratch = np.full(call(kernels.power_of_two, len(z)), 7, f32)
+    values = call(kernels.confidence, z, len(z), scratch)
+    for (name, expected), value in zip(confidence(z).items(), values, strict=True):
+        assert same_bits(expected, f32(value)), name

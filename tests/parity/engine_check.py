@@ -81,6 +81,10 @@ def rules(config: ModelConfig) -> Iterator[ExitRule]:
     for threshold in (0.0, 0.02, 1.0):
         yield ConfidenceExit(threshold, "max")
     yield ConfidenceExit(0.004, "margin")
+    for threshold in (0.0, 0.06):
+        yield ConfidenceExit(threshold, "entropy")
+    if config.num_hidden_layers > 2:
+        yield ConfidenceExit(0.02, layers=(2,))
     if config.gates:
         for threshold in (0.0, 0.5, 1.0):
             yield GateExit(threshold)
@@ -141,8 +145,12 @@ def check(
         problems += compare(f"{who}in parts", {"logits": z}, {"logits": in_parts(engine, ids)})
         last = engine.extend(ids, engine.new_cache(), last_only=True)
         problems += compare(f"{who}last only", {"logits": z[-1:]}, {"logits": last})
+    every = exits_of(reference, ids, layers)
+    for who, engine in engines.items():
+        problems += compare(f"{who}every exit", every, exits_of(engine, ids, layers))
     for n in range(1, layers + 1):
         z = reference.logits(prompt, n)
+        problems += compare("reference at once", {"": z}, {"": every[f"exit {n}"][: len(prompt)]})
         for who, engine in engines.items():
             problems += compare(f"{who}exit {n}", {"": z}, {"": engine.logits(prompt, n)})
     for rule in rules(config):
@@ -150,6 +158,20 @@ def check(
         for who, engine in engines.items():
             problems += compare(f"{who}{rule}", steps, stepped(engine, prompt, rule, rest))
     return problems
+
+
+def exits_of(engine: Any, ids: Sequence[int], layers: int) -> Stages:
+    """Logits at every exit and of the token after, from one pass over the ids but the last."""
+    pieces: dict[str, list[np.ndarray]] = {f"exit {n}": [] for n in range(1, layers + 1)}
+
+    def visit(n: int, first: int, z: np.ndarray) -> None:
+        assert first == sum(map(len, pieces[f"exit {n}"]))
+        pieces[f"exit {n}"].append(z.copy())
+
+    cache = engine.new_cache()
+    engine.extend_exits(ids[:-1], cache, list(range(layers, 0, -1)), visit)
+    after = engine.extend(ids[-1:], cache)
+    return {name: np.concatenate(z) for name, z in pieces.items()} | {"after": after}
 
 
 def in_parts(engine: Any, ids: Sequence[int]) -> np.ndarray:

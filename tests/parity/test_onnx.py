@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bitskip_ref
 from bitskip_ref.compare import difference
 from bitskip_ref.exits import FixedExit
 from bitskip_ref.folder import write_folder
@@ -17,6 +18,7 @@ from bitskip_ref.packing import pack_ternary, unpack_ternary
 from export import load_onnx
 from export.onnx_engine import OnnxModel
 from tests.helpers import OPTIONS, QUANTIZED, random_folder, random_tensors, random_tokens, twin
+from tests.parity.engine_check import exits_of
 
 Folder = Callable[[str], Path]
 LEVELS = {"none": 0, "basic": 1, "extended": 2, "layout": 3, "all": 99}
@@ -128,3 +130,10 @@ def test_a_flipped_weight_is_seen(folder: Folder, tmp_path: Path) -> None:
     write_folder(tmp_path, config, tensors | {name: pack_ternary(codes)})
     logits = load_onnx(tmp_path).logits(random_tokens(config, 7))
     assert difference("logits", stages("tiny", 4)[-1][1], logits)
+
+
+def test_every_exit_at_once(folder: Folder) -> None:
+    reference, ids = bitskip_ref.load(folder("per-layer-exits")), random_tokens(twin("tiny"), 6)
+    expected = exits_of(reference, ids, 4)
+    for stage, values in exits_of(load_onnx(folder("per-layer-exits")), ids, 4).items():
+        equal(stage, expected[stage], values)

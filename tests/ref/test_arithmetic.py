@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bitskip_ref import functions
+from bitskip_ref.confidence import confidence
 from bitskip_ref.config import preset, small_twin
 from bitskip_ref.norms import layer_norm, rms_norm
 from bitskip_ref.rope import apply_rope, rope_table
@@ -64,6 +65,40 @@ def test_exp_bits_do_not_change() -> None:
     got = bits(functions.exp(np.array([-3.3, 0.1, 7.7], f32)))
     true = np.exp(np.array([-3.3, 0.1, 7.7], f32).astype(np.float64)).astype(f32)
     assert np.abs(got.astype(np.int64) - bits(true)).max() <= 1
+
+
+def test_log_is_within_its_bound() -> None:
+    x = np.concatenate([np.geomspace(1.2e-38, 3.3e38, 200_001), np.linspace(0.7, 1.45, 200_001)])
+    x = x.astype(f32)
+    true = np.log(x.astype(np.float64))
+    assert (np.abs(functions.log(x) - true) / np.maximum(1, np.abs(true))).max() < 1.2e-7
+    assert bits(functions.log(f32(1.0)))[0] == 0
+
+
+def test_log_bits_do_not_change() -> None:
+    x = np.array([0.5, 2, 3, 50257, 1e-3], f32)
+    expected = [0xBF317218, 0x3F317218, 0x3F8C9F54, 0x412D32D0, 0xC0DD0C55]
+    assert bits(functions.log(x)).tolist() == expected
+
+
+def test_confidence_by_hand() -> None:
+    values = confidence(np.log(np.array([0.5, 0.25, 0.125, 0.125], f32)))
+    assert values == {"max": 0.5, "margin": 0.25, "entropy": 0.125}  # H = 1.75 bits of 2
+    assert confidence(np.full(50, 3.5, f32)) == {"max": f32(1 / 50), "margin": 0, "entropy": 0}
+    assert confidence(np.array([7.0], f32)) == {"max": 1, "margin": 1, "entropy": 1}
+    assert confidence(np.array([9e4, 0.0], f32)) == {"max": 1, "margin": 1, "entropy": 1}
+
+
+@pytest.mark.parametrize("scale", [0.1, 3, 20])
+@pytest.mark.parametrize("size", [2, 97, 5000])
+def test_confidence_in_binary64(size: int, scale: float) -> None:
+    z = (np.random.default_rng(0).standard_normal(size) * scale).astype(f32)
+    p = np.exp(z.astype(np.float64) - z.max())
+    p = np.sort(p / p.sum())
+    entropy = 1 + (p[p > 0] * np.log(p[p > 0])).sum() / np.log(size)
+    got = confidence(z)
+    assert all(type(value) is f32 for value in got.values())
+    np.testing.assert_allclose(list(got.values()), [p[-1], p[-1] - p[-2], entropy], atol=1e-6)
 
 
 def test_sigmoid_silu_relu() -> None:

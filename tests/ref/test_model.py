@@ -129,7 +129,8 @@ def test_confidence_is_the_softmax() -> None:
     m, ids = model("bitskip-v1"), random_tokens(twin("bitskip-v1"), 4)
     z = m.logits(ids, 1)[-1].astype(np.float64)
     p = np.sort(np.exp(z - z.max()) / np.exp(z - z.max()).sum())
-    for measure, value in (("max", p[-1]), ("margin", p[-1] - p[-2])):
+    entropy = 1 + (p * np.log(p)).sum() / np.log(len(p))
+    for measure, value in (("max", p[-1]), ("margin", p[-1] - p[-2]), ("entropy", entropy)):
         for threshold, depth in ((value - 1e-4, 1), (value + 1e-4, None)):
             cache = m.new_cache()
             m.extend(ids[:-1], cache)
@@ -142,7 +143,9 @@ def test_rules_refuse_what_means_nothing() -> None:
     for rule, words in (
         (GateExit(), "no routing gates"),
         (GateExit(1.5), "between 0 and 1"),
-        (ConfidenceExit(0.5, "entropy?"), "max, margin"),
+        (ConfidenceExit(0.5, "entropy?"), "max, margin, entropy"),
+        (ConfidenceExit(0.5, layers=(2, 4)), r"exit look 4 .* choose 1\.\.3"),
+        (ConfidenceExit(0.5, layers=(0,)), r"choose 1\.\.3"),
         (FixedExit(0), "1..4"),
         (FixedExit(5), "1..4"),
     ):

@@ -11,6 +11,7 @@ import torch
 
 from bitskip_ref import functions, norms, quant
 from bitskip_ref.compare import difference
+from bitskip_ref.confidence import confidence
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.hadamard import rotate
@@ -28,6 +29,7 @@ from tests.helpers import (
     random_tokens,
     twin,
 )
+from tests.parity.engine_check import exits_of
 
 f32 = np.float32
 NAMES = [*QUANTIZED, *OPTIONS]
@@ -80,6 +82,10 @@ def test_functions(numbers: np.ndarray) -> None:
     ops = exact.ExactOps()
     wide = np.random.default_rng(0).uniform(-100, 100, 1 << 16).astype(f32)
     equal(functions.exp(wide), exact.exp(torch.from_numpy(wide)))
+    equal(functions.log(abs(wide)), exact.log(torch.from_numpy(abs(wide))))
+    for row in (*numbers, numbers[0, :1], wide):
+        for name, value in confidence(row).items():
+            equal(np.asarray(value), exact.confidence(torch.from_numpy(row), name), name)
     for name in ("sigmoid", "silu", "relu2"):
         equal(getattr(functions, name)(numbers), getattr(ops, name)(x), name)
     equal(feature_sum(numbers), exact.feature_sum(x))
@@ -147,11 +153,22 @@ def test_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     equal(reference.logits(ids), engine.logits(ids))
 
 
+@pytest.mark.parametrize("name", ["wt2-bitskip", "per-layer-exits"])
+def test_every_exit_at_once(name: str) -> None:
+    reference, engine = engines(name)
+    ids = random_tokens(reference.config, 9)
+    expected, actual = (exits_of(model, ids, 4) for model in (reference, engine))
+    assert expected.keys() == actual.keys()
+    for stage, values in expected.items():
+        equal(values, actual[stage], stage)
+
+
 @pytest.mark.parametrize("name", ["wt2-bitskip", "per-layer-exits", "bitskip-v1"])
 def test_steps_under_exit_rules(name: str) -> None:
     reference, engine = engines(name)
     ids = random_tokens(reference.config, 12)
     rules = [FixedExit(2), ConfidenceExit(0.02), ConfidenceExit(0.003, "margin")]
+    rules.append(ConfidenceExit(0.06, "entropy"))
     if reference.config.gates:
         rules.append(GateExit(0.5))
     depths = set()

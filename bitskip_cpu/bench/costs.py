@@ -1,0 +1,39 @@
+"""What tokens cost: bytes to read and products to add up. Arithmetic on shapes, no timing."""
+
+from __future__ import annotations
+
+import math
+
+from bitskip_ref.config import ModelConfig
+
+TERNARY_BITS = math.log2(3)  # of a weight that is -1, 0 or +1 with equal odds
+
+
+def linear_weights(config: ModelConfig, exit_layer: int) -> int:
+    """Weights of the linear layers that a token runs through."""
+    return config.quantizable_parameters() * exit_layer // config.num_hidden_layers
+
+
+def entropy_bytes(config: ModelConfig, exit_layer: int) -> float:
+    """Bytes of those weights at log2(3) bits each, or 4 bytes each if they are float32.
+
+    The head is left out: the figure is the same for every runtime and every format.
+    """
+    bits = TERNARY_BITS if config.linear == "ternary" else 32
+    return linear_weights(config, exit_layer) * bits / 8
+
+
+def multiply_adds(config: ModelConfig, exit_layer: int, tokens: int) -> int:
+    """8-bit multiply-adds of a prompt: linear layers for each token, an int8 head for the last.
+
+    0 if the linear layers are float32. Attention is left out.
+    """
+    if config.linear != "ternary":
+        return 0
+    head = config.vocab_size * config.hidden_size if config.head_format == "int8" else 0
+    return tokens * linear_weights(config, exit_layer) + head
+
+
+def cache_bytes(config: ModelConfig, exit_layer: int, positions: float, itemsize: int) -> float:
+    """Bytes of the keys and values that a token reads; `itemsize` of one number."""
+    return 2 * exit_layer * config.kv_size * itemsize * positions

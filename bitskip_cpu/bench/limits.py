@@ -1,0 +1,189 @@
+"""What this machine can do at most: read memory, and multiply 8-bit codes.
+
+Measured beside a benchmark, so that its figures can be given as shares. These kernels are compiled
+only for that and belong to no forward pass.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import config, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from bitskip_cpu import isa
+
+LONG, INT, BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(8)
+LINE = 64  # bytes
+STREAMS, LINES = 2, 4  # places read at once, cache lines of each: as fast as any of 24 mixtures
+AHEAD = 4096  # bytes between a prefetch and its use
+ENOUGH = 1 << 30  # bytes of one sample: some 50 ms
+# Sums that hide the latency of `dot`, each path's best number; more of vnni256 leave 16 registers.
+ACCUMULATORS = {"vnni512": 20, "vnni256": 13, "avx2": 20}
+TURNS = 1 << 21  # of one sample: some 20 ms
+
+Compiled = Callable[[int, int], int]
+
+
+def _reader() -> Compiled:
+    """(address, bytes) -> xor of the memory; reads it once, at the speed it can be had."""
+    vector = ir.VectorType(LONG, LINE // 8)
+
+    @intrinsic
+    def read(typing: Any, address: Any, size: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            address, size = args
+            stream = builder.udiv(size, LONG(STREAMS))
+            zero = ir.Constant(vector, [0] * vector.count)
+            sums = [cgutils.alloca_once_value(builder, zero) for _ in range(STREAMS * LINES)]
+            with cgutils.for_range(builder, builder.udiv(stream, LONG(LINES * LINE))) as loop:
+                offset = builder.add(address, builder.mul(loop.index, LONG(LINES * LINE)))
+                for i, total in enumerate(sums):
+                    start = builder.mul(stream, LONG(i // LINES))
+                    at = builder.add(builder.add(offset, start), LONG(i % LINES * LINE))
+                    _prefetch(builder, builder.add(at, LONG(AHEAD)))
+                    value = builder.load(builder.inttoptr(at, vector.as_pointer()), align=8)
+                    builder.store(builder.xor(builder.load(total), value), total)
+            return _fold(builder, [builder.load(total) for total in sums])
+
+        return types.int64(types.int64, types.int64), codegen
+
+    return _compile(lambda address, size: read(address, size))
+
+
+def _multiplier() -> Compiled:
+    """(turns, seed) -> anything; a turn is ACCUMULATORS of the path's own `dot`, in registers."""
+    from bitskip_cpu.kernels.dot_simd import BYTES, INTS, dot, splat
+
+    count = ACCUMULATORS[isa.PATH]
+
+    @intrinsic
+    def multiply(typing: Any, turns: Any, seed: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            turns, seed = args
+            start = ir.Constant(INTS, ir.Undefined)
+            for lane in range(INTS.count):
+                start = builder.insert_element(start, builder.trunc(seed, INT), INT(lane))
+            signed = builder.bitcast(builder.mul(start, splat(INTS, 0x01030507)), BYTES)
+            sums = [
+                cgutils.alloca_once_value(builder, builder.add(start, splat(INTS, 7919 * i)))
+                for i in range(count)
+            ]
+            with cgutils.for_range(builder, turns):
+                for i, total in enumerate(sums):
+                    # The neighbour's sum as an operand: no product can be moved out of the loop.
+                    unsigned = builder.load(sums[(i + 1) % count])
+                    operand = builder.bitcast(unsigned, BYTES)
+                    builder.store(dot(builder, builder.load(total), operand, signed), total)
+            longs = ir.VectorType(LONG, INTS.count // 2)
+            return _fold(builder, [builder.bitcast(builder.load(t), longs) for t in sums])
+
+        return types.int64(types.int64, types.int64), codegen
+
+    return _compile(lambda turns, seed: multiply(turns, seed))
+
+
+def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    pointer = builder.inttoptr(address, BYTE.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [pointer, INT(0), INT(3), INT(1)])  # read, keep, data
+
+
+def _fold(builder: ir.IRBuilder, vectors: Sequence[ir.Value]) -> ir.Value:
+    """The xor of all lanes, so that no load counts as unused."""
+    whole = vectors[0]
+    for vector in vectors[1:]:
+        whole = builder.xor(whole, vector)
+    result = LONG(0)
+    for lane in range(whole.type.count):
+        result = builder.xor(result, builder.extract_element(whole, INT(lane)))
+    return result
+
+
+def _compile(function: Callable[[int, int], int]) -> Compiled:
+    return njit([types.int64(types.int64, types.int64)], nogil=True)(function)  # type: ignore[no-any-return]
+
+
+def together(work: Callable[[int], object], threads: int) -> float:
+    """Seconds until work(0) .. work(threads - 1) are done, each on a thread of its own."""
+    helpers = [threading.Thread(target=work, args=(i,)) for i in range(1, threads)]
+    start = time.perf_counter()
+    for helper in helpers:
+        helper.start()
+    work(0)
+    for helper in helpers:
+        helper.join()
+    return time.perf_counter() - start
+
+
+class Limits:
+    """Samples of both speeds per number of threads, taken when `sample` is called.
+
+    Interpreted, nothing is measured, and on the path `plain` no multiplication: the medians are
+    then None.
+    """
+
+    def __init__(self, size: int) -> None:
+        """`size`: bytes of the buffer to read, as large as what a token reads."""
+        self.size = max(size, 1 << 16)
+        self.read: dict[int, list[float]] = {}
+        self.multiply: dict[int, list[float]] = {}
+
+    @cached_property
+    def _buffer(self) -> np.ndarray:
+        return np.full(self.size, 85, np.uint8)  # written: untouched pages would all be one
+
+    @cached_property
+    def _reader(self) -> Compiled:
+        return _reader()
+
+    @cached_property
+    def _multiplier(self) -> Compiled:
+        return _multiplier()
+
+    def sample(self, threads: int) -> None:
+        """Measure once more, on that many threads: bytes/s and 8-bit multiply-adds/s."""
+        if config.DISABLE_JIT:
+            return
+        self.read.setdefault(threads, []).append(self._read_speed(threads))
+        if isa.PATH in ACCUMULATORS:
+            self.multiply.setdefault(threads, []).append(self._multiply_speed(threads))
+
+    def _read_speed(self, threads: int) -> float:
+        read, start = self._reader, self._buffer.ctypes.data
+        part = self.size // threads // 4096 * 4096 or self.size // threads
+        passes = -(-ENOUGH // self.size)
+
+        def work(thread: int) -> None:
+            for _ in range(passes):
+                read(start + thread * part, part)
+
+        return passes * part * threads / together(work, threads)
+
+    def _multiply_speed(self, threads: int) -> float:
+        from bitskip_cpu.kernels.dot_simd import WIDTH
+
+        multiply = self._multiplier
+        seconds = together(lambda thread: multiply(TURNS, 12345 + thread), threads)
+        return TURNS * ACCUMULATORS[isa.PATH] * WIDTH * threads / seconds
+
+    def bytes_per_s(self, threads: int) -> float | None:
+        """Median read bandwidth."""
+        return _median(self.read.get(threads))
+
+    def multiply_adds_per_s(self, threads: int) -> float | None:
+        """Median peak of 8-bit multiply-adds."""
+        return _median(self.multiply.get(threads))
+
+
+def _median(samples: Sequence[float] | None) -> float | None:
+    return statistics.median(samples) if samples else None

@@ -1,0 +1,173 @@
+"""Timing of prompts and of decoding: which runs there are, and in which order they are taken."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from bitskip_cpu.machine import peak_rss_bytes
+from bitskip_ref.engine import Engine
+from bitskip_ref.exits.fixed import FixedExit, check_exit_layer
+
+Progress = Callable[[str], None]
+"""Called before each run with what it is."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is timed: a prompt in one call, then single steps, on a cache of `depth` tokens."""
+
+    prompt: int
+    generated: int
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        """pp<prompt>, tg<generated>, or pp<prompt>+tg<generated>."""
+        parts = [("pp", self.prompt), ("tg", self.generated)]
+        return "+".join(f"{kind}{count}" for kind, count in parts if count)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are timed."""
+        return self.prompt + self.generated
+
+
+def tasks_of(
+    prompts: Sequence[int],
+    generated: Sequence[int],
+    pairs: Sequence[tuple[int, int]],
+    depths: Sequence[int],
+) -> list[Task]:
+    """All tests at each depth; zeros are left out. Raises ValueError if none is left."""
+    kinds = [(p, 0) for p in prompts] + [(0, n) for n in generated] + list(pairs)
+    tasks = [Task(p, n, depth) for depth in depths for p, n in kinds if p + n]
+    if not tasks:
+        raise ValueError("nothing to measure: give -p, -n or -pg a number above 0")
+    return tasks
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed run."""
+
+    seconds: float
+    first_s: float | None  # until the prompt's logits, None without a prompt
+    steps_s: list[float]  # of each decoding step
+
+
+@dataclass
+class Case:
+    """One row: a task at an exit on an engine, and its samples."""
+
+    task: Task
+    exit_layer: int
+    engine: Engine
+    samples: list[Sample] = field(default_factory=list)
+    peak_rss_bytes: int = 0  # of the process, when the warm-up had ended
+
+    @property
+    def threads(self) -> int:
+        """Of the engine."""
+        return getattr(self.engine, "threads", 1)
+
+    @property
+    def name(self) -> str:
+        """The row in words."""
+        depth = f" at depth {self.task.depth}" if self.task.depth else ""
+        return f"{self.task.name}{depth}, exit {self.exit_layer}, threads {self.threads}"
+
+    def tokens_per_s(self) -> list[float]:
+        """Of each sample."""
+        return [self.task.tokens / sample.seconds for sample in self.samples]
+
+    def run(self, cache: Any, token_ids: Sequence[int]) -> Sample:
+        """Time the task once; the cache is cut back to the task's depth first."""
+        cache.length = self.task.depth
+        prompt, rule = self.task.prompt, FixedExit(self.exit_layer)
+        first, steps = None, []
+        start = before = time.perf_counter()
+        if prompt:
+            self.engine.extend(
+                token_ids[:prompt], cache, exit_layer=self.exit_layer, last_only=True
+            )
+            before = time.perf_counter()
+            first = before - start
+        for token in token_ids[prompt:]:
+            self.engine.step(token, cache, rule)
+            now = time.perf_counter()
+            steps.append(now - before)
+            before = now
+        return Sample(before - start, first, steps)
+
+
+class Sampler(Protocol):
+    """What is measured beside the cases (`bitskip_cpu.limits.Limits`)."""
+
+    def sample(self, threads: int) -> None:
+        """Measure once, on that many threads."""
+
+
+def plan(engines: Sequence[Engine], tasks: Sequence[Task], exits: Sequence[int]) -> list[Case]:
+    """Every task at every exit on every engine, all of one configuration.
+
+    Raises ValueError for an exit that the model lacks and for what does not fit its context.
+    """
+    config = engines[0].config
+    for n in exits:
+        check_exit_layer(n, config)
+    for task in tasks:
+        needed = task.depth + task.tokens
+        if needed > config.max_position_embeddings:
+            raise ValueError(
+                f"{task.name} at depth {task.depth} needs {needed} positions, "
+                f"but the model's context is {config.max_position_embeddings}"
+            )
+    return [Case(t, n, engine) for engine in engines for t in tasks for n in exits]
+
+
+def measure(
+    cases: Sequence[Case],
+    repetitions: int,
+    *,
+    limits: Sampler | None = None,
+    progress: Progress = lambda _: None,
+    seed: int = 0,
+) -> None:
+    """Add `repetitions` samples to each case, of random tokens.
+
+    Each case runs once before, unmeasured. The repetitions of all cases alternate, and `limits` is
+    sampled before each round and after the last, so that a slow minute hits everything alike.
+    Ctrl-C leaves the samples so far.
+    """
+    rng = np.random.default_rng(seed)
+    vocab = cases[0].engine.config.vocab_size
+    longest = max(case.task.depth + case.task.tokens for case in cases)
+    ids = rng.integers(0, vocab, longest).tolist()
+    deepest = max(case.exit_layer for case in cases)
+    caches: dict[int, Any] = {}  # depth -> a cache with that many tokens, for every exit
+
+    def run(case: Case) -> Sample:
+        depth = case.task.depth
+        if depth not in caches:
+            caches[depth] = case.engine.new_cache()
+            if depth:
+                case.engine.extend(ids[:depth], caches[depth], exit_layer=deepest, last_only=True)
+        return case.run(caches[depth], ids[depth : depth + case.task.tokens])
+
+    for case in cases:
+        progress(f"warm-up: {case.name}")
+        run(case)
+        case.peak_rss_bytes = peak_rss_bytes()
+    counts = sorted({case.threads for case in cases})
+    for number in range(repetitions + 1):
+        if limits:
+            for count in counts:
+                limits.sample(count)
+        for case in cases if number < repetitions else ():
+            progress(f"{number + 1} of {repetitions}: {case.name}")
+            case.samples.append(run(case))

@@ -1,0 +1,69 @@
+"""The verb `perplexity`: held-out loss of a text under exit rules (SPEC 10, reading 21)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from bitskip_cpu.heldout.scoring import exit_losses, facts, step_through
+from bitskip_cpu.heldout.text import read_text
+from bitskip_cpu.model import Model
+from bitskip_cpu.progress import progress_bar
+from bitskip_cpu.tables import table
+from bitskip_ref.engine import ExitRule
+from bitskip_ref.exits.named import rule_label
+from bitskip_ref.heldout import HeldOutLoss, check_windows
+
+
+def report(
+    model: Model,
+    path: Path,
+    rules: Sequence[ExitRule],
+    context: int | None,
+    stride: int | None,
+    limit: int | None,
+    as_json: bool,
+) -> str:
+    """What `bitskip-cpu perplexity` prints, with a progress bar on a terminal's standard error."""
+    engine, config = model.engine, model.config
+    context, stride = check_windows(context, stride, config.max_position_embeddings)
+    text = read_text(path, model, limit)
+    fixed = [n for rule in rules if (n := rule.fixed_depth(config)) is not None]
+    dynamic = [rule for rule in rules if rule.fixed_depth(config) is None]
+    total = (len(text.tokens) - 1) * (bool(fixed) + len(dynamic))
+    with progress_bar("scoring", total) as advance:
+        cut = {"context": context, "stride": stride}
+        losses = exit_losses(engine, text, fixed, **cut, advance=advance) if fixed else {}
+        stepped = step_through(engine, text, dynamic, **cut, advance=advance)
+    by_depth = {rule.fixed_depth(config): rule for rule in rules}
+    found: list[tuple[ExitRule, HeldOutLoss, float]]
+    found = [(by_depth[n], value, float(n)) for n, value in losses.items()]
+    found += [(s.rule, s.losses, s.mean_depth) for s in stepped]
+    if as_json:
+        about = {
+            "model": str(model.folder.path),
+            "text": str(path),
+            "context": context,
+            "stride": stride,
+            "documents": text.documents,
+            "bytes": text.bytes,
+            "exits": [facts(rule, config, value, depth) for rule, value, depth in found],
+        }
+        return json.dumps(about)
+    rows = [
+        (
+            rule_label(rule, config),
+            f"{depth:.2f}".removesuffix(".00"),
+            f"{value.loss:.4f}" + ("" if value.loss_se is None else f" ± {value.loss_se:.4f}"),
+            f"{value.ppl:.3f}",
+            f"{value.bits_per_byte:.4f}",
+        )
+        for rule, value, depth in found
+    ]
+    header = ("exit", "mean depth", "loss (nats/token)", "perplexity (token)", "bits/byte")
+    counted = (
+        f"{found[0][1].tokens} tokens predicted, {text.documents} documents, {text.bytes} bytes; "
+        f"context {context}, stride {stride}"
+    )
+    return f"{table(header, rows)}\n{counted}"

@@ -1,0 +1,160 @@
+"""Loss of a text at exits: all fixed ones from one pass, the others token by token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bitskip_cpu.heldout.text import Text
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.engine import Engine, ExitRule
+from bitskip_ref.exits.fixed import check_exit_layers
+from bitskip_ref.exits.named import describe_rule
+from bitskip_ref.heldout import HeldOutLoss, check_windows, token_losses, windows
+
+Advance = Callable[[int], None]
+"""Called with the number of tokens whose loss has become known."""
+
+AT_ONCE = 1 << 22  # logits kept before their losses are taken: 16 MiB in f32
+
+
+def exit_losses(
+    engine: Engine,
+    text: Text,
+    exit_layers: Sequence[int],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    advance: Advance = lambda _: None,
+) -> dict[int, HeldOutLoss]:
+    """Exit -> loss over all tokens but the first, in order of depth; each block runs once.
+
+    context: inputs of a window (None: the model's context); stride: from window to window, at
+    most the context (None: the context, no overlap). Raises ValueError for numbers out of range.
+    """
+    context, stride = check_windows(context, stride, engine.config.max_position_embeddings)
+    exits = check_exit_layers(exit_layers, engine.config)
+    sums: dict[int, list[float]] = {n: [] for n in exits}
+    sizes = []
+    for begin, scored, end in windows(len(text.tokens), context, stride):
+        inputs, targets = text.tokens[begin:end], text.tokens[begin + 1 : end + 1]
+        totals = dict.fromkeys(exits, 0.0)
+
+        def visit(
+            n: int, first: int, z: np.ndarray,
+            totals: dict[int, float] = totals, targets: np.ndarray = targets,
+            skip: int = scored - begin,
+        ) -> None:  # fmt: skip
+            seen = max(0, skip - first)  # context that an earlier window has scored
+            if seen < len(z):
+                values = token_losses(z[seen:], targets[first + seen : first + len(z)])
+                totals[n] += float(values.sum())
+
+        engine.extend_exits(inputs.tolist(), engine.new_cache(), exits, visit)
+        sizes.append(end - scored)
+        for n in exits:
+            sums[n].append(totals[n])
+        advance(end - scored)
+    return {n: HeldOutLoss(np.array(s), np.array(sizes), text.bytes) for n, s in sums.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Stepped:
+    """A text that was predicted under a rule as if it were being generated."""
+
+    rule: ExitRule
+    losses: HeldOutLoss
+    depths: np.ndarray  # int [tokens predicted]: blocks of the pass that predicted each (SPEC 8.7)
+    steps: np.ndarray  # int [W]: single steps of each window, all that is not its prompt
+    seconds: np.ndarray  # [W]: what they took
+
+    @property
+    def mean_depth(self) -> float:
+        """Blocks a predicted token."""
+        return float(self.depths.mean())
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Steps a second; None without steps."""
+        return float(self.steps.sum() / self.seconds.sum()) if self.steps.any() else None
+
+    def facts(self, config: ModelConfig) -> dict[str, Any]:
+        """What the verbs' JSON says of it, but for the speed."""
+        return facts(self.rule, config, self.losses, self.mean_depth)
+
+
+def step_through(
+    engine: Engine,
+    text: Text,
+    rules: Sequence[ExitRule],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    advance: Advance = lambda _: None,
+) -> list[Stepped]:
+    """Each rule's loss over all tokens but the first, one `Engine.step` a token, and the time.
+
+    Windows are as in `exit_losses`. What a window shares with the one before it, or its first
+    token, is the prompt (SPEC 8.2, 8.3); the text's own tokens follow, whatever is predicted. All
+    rules take their turn at each window, so that a change in the machine's speed meets all alike.
+    """
+    context, stride = check_windows(context, stride, engine.config.max_position_embeddings)
+    sizes, steps = [], []
+    sums: list[list[float]] = [[] for _ in rules]
+    depths: list[list[int]] = [[] for _ in rules]
+    seconds: list[list[float]] = [[] for _ in rules]
+    for rule in rules:
+        rule.check(engine.config)
+    for turn, (begin, scored, end) in enumerate(windows(len(text.tokens), context, stride)):
+        ids = text.tokens[begin : end + 1]
+        sizes.append(end - scored)
+        steps.append(end - scored - 1)
+        for k in range(len(rules)):
+            k = (k + turn) % len(rules)
+            total, taken = _window(engine, ids, scored - begin + 1, rules[k], depths[k])
+            sums[k].append(total)
+            seconds[k].append(taken)
+            advance(end - scored)
+    return [
+        Stepped(
+            rule, HeldOutLoss(np.array(sums[k]), np.array(sizes), text.bytes),
+            np.array(depths[k]), np.array(steps), np.array(seconds[k]),
+        )
+        for k, rule in enumerate(rules)
+    ]  # fmt: skip
+
+
+def _window(
+    engine: Engine, ids: np.ndarray, prompt: int, rule: ExitRule, depths: list[int]
+) -> tuple[float, float]:
+    """(summed loss of ids[prompt:], seconds of the steps); the depths are added to the list."""
+    config, cache, total, seconds = engine.config, engine.new_cache(), 0.0, 0.0
+    depth = rule.fixed_depth(config) or config.num_hidden_layers
+    rows = [engine.extend(ids[:prompt].tolist(), cache, exit_layer=depth, last_only=True)[0]]
+    depths.append(depth)
+    most = max(1, AT_ONCE // config.vocab_size)
+    done = prompt
+    for token in ids[prompt:-1].tolist():
+        start = time.perf_counter()
+        z, depth = engine.step(token, cache, rule)
+        seconds += time.perf_counter() - start
+        rows.append(z)
+        depths.append(depth)
+        if len(rows) == most:
+            total += float(token_losses(np.stack(rows), ids[done : done + most]).sum())
+            done += most
+            rows.clear()
+    if rows:
+        total += float(token_losses(np.stack(rows), ids[done:]).sum())
+    return total, seconds
+
+
+def facts(
+    rule: ExitRule, config: ModelConfig, losses: HeldOutLoss, mean_depth: float
+) -> dict[str, Any]:
+    """JSON values: how the rule is asked for, its mean depth, and its loss."""
+    return {**describe_rule(rule, config), "mean_exit_layer": mean_depth, **losses.facts()}

@@ -1,0 +1,79 @@
+"""The verbs that read a held-out text. Only click is imported here: `--help` must be instant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bitskip_cpu.options import MODEL, THREADS, Numbers, load_model
+
+if TYPE_CHECKING:
+    from bitskip_cpu.model import Model
+    from bitskip_ref.engine import ExitRule
+
+TEXT = click.option(
+    "--text", "text_file", required=True, type=click.Path(path_type=Path),
+    help="UTF-8 text; lines <|endoftext|> separate documents.",
+)  # fmt: skip
+CONTEXT = click.option("--ctx", type=int, help="Tokens of a window. Default: the model's context.")
+STRIDE = click.option(
+    "--stride", type=int, help="From window to window. Default: --ctx, no overlap."
+)
+
+
+class ExitLayers(click.ParamType):
+    """Exits separated by commas: numbers of blocks, and words of `Model.exit_rule`."""
+
+    name = "N|WORD,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[int | str]:
+        """Numbers as int, words as they are, without repeats."""
+        parts = dict.fromkeys(part.strip() for part in str(value).split(","))
+        return [int(part) if part.lstrip("-").isdigit() else part for part in parts]
+
+
+def _rules(
+    model: Model, exits: list[int | str], threshold: float | None, looks: list[int] | None
+) -> list[ExitRule]:
+    """The exits' rules; threshold and looks are for those that have them."""
+    takes = [e for e in exits if isinstance(e, str) and e != "auto"]
+    mixed = len(takes) not in (0, len(exits))
+    return [
+        model.exit_rule(e) if mixed and e not in takes else model.exit_rule(e, threshold, looks)
+        for e in exits
+    ]
+
+
+@click.command()
+@MODEL
+@TEXT
+@click.option(
+    "--exit-layer", "--exit", "exits", type=ExitLayers(),
+    help="Blocks to run, or what decides for each token, as of generate. Default: all blocks.",
+)  # fmt: skip
+@click.option("--exit-threshold", "threshold", type=float, help="As of generate.")
+@click.option("--exit-looks", "looks", type=Numbers(1), help="As of generate.")
+@CONTEXT
+@STRIDE
+@click.option(
+    "--tokens", type=click.IntRange(1), help="Read documents up to so many. Default: all."
+)
+@THREADS
+@click.option("--json", "as_json", is_flag=True)
+def perplexity(
+    model: str | None, text_file: Path, exits: list[int | str] | None, threshold: float | None,
+    looks: list[int] | None, ctx: int | None, stride: int | None, tokens: int | None,
+    threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Loss of a text at each exit, over all its tokens but the first.
+
+    Each document is followed by end-of-text, as in training. Numbered exits share one pass; an
+    exit that decides for each token is run token by token, as in generation.
+    """
+    from bitskip_cpu.heldout.perplexity import report
+
+    loaded = load_model(model, threads)
+    rules = _rules(loaded, exits or [loaded.config.num_hidden_layers], threshold, looks)
+    click.echo(report(loaded, text_file, rules, ctx, stride, tokens, as_json))

@@ -1,0 +1,103 @@
+"""Loss of held-out text: windows, and the mean over tokens (SPEC 10, reading 21)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+def check_windows(context: int | None, stride: int | None, limit: int) -> tuple[int, int]:
+    """(context, stride): None is the most there is, `limit` positions, and no overlap.
+
+    Raises ValueError for numbers out of range.
+    """
+    context = limit if context is None else context
+    stride = context if stride is None else stride
+    if not 1 <= context <= limit:
+        raise ValueError(f"context {context}: this model's is {limit}, choose 1..{limit}")
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride {stride}: must be within 1..{context}, the context")
+    return context, stride
+
+
+def windows(count: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, scored, end): inputs begin..end-1 predict begin+1..end; new are scored+1..end.
+
+    Of `count` tokens every one but the first is scored once. With stride = context windows do not
+    overlap; the last may be shorter.
+    """
+    scored = 0
+    for begin in range(0, count - 1, stride):
+        end = min(begin + context, count - 1)
+        yield begin, scored, end
+        if end == count - 1:
+            return
+        scored = end
+
+
+def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """-log softmax(logits)[target] in binary64: logits f32 [T, V], targets [T] -> [T]."""
+    z = logits.astype(np.float64)
+    z -= z.max(1, keepdims=True)
+    chosen = np.take_along_axis(z, targets[:, None], 1)[:, 0]
+    np.exp(z, out=z)
+    return np.log(z.sum(1)) - chosen
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutLoss:
+    """Losses of a text, window by window; the mean is over tokens, not windows."""
+
+    sums: np.ndarray  # [W] nats, of the tokens new in each window
+    sizes: np.ndarray  # [W] how many those are
+    text_bytes: int  # UTF-8 bytes; end-of-text adds to the loss, not to the bytes
+
+    @property
+    def tokens(self) -> int:
+        """Predicted: all but the first."""
+        return int(self.sizes.sum())
+
+    @cached_property
+    def loss(self) -> float:
+        """Nats a predicted token."""
+        return math.fsum(self.sums) / self.tokens
+
+    @property
+    def loss_se(self) -> float | None:
+        """Standard error of `loss`; None for one window."""
+        return self.error_of(self.sums - self.loss * self.sizes)
+
+    @property
+    def ppl(self) -> float:
+        """exp(loss), infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The whole loss in bits, over the text's bytes."""
+        return math.fsum(self.sums) / math.log(2) / max(1, self.text_bytes)
+
+    def facts(self) -> dict[str, float | None]:
+        """Its numbers under the names that every JSON output gives them."""
+        names = ("tokens", "loss", "loss_se", "ppl", "bits_per_byte")
+        return {name: getattr(self, name) for name in names}
+
+    def above(self, other: HeldOutLoss) -> tuple[float, float | None]:
+        """How much larger this loss is than another of the same windows, and the error of that.
+
+        The windows' difficulty is common to both, so that the error is far below that of a loss.
+        """
+        more = self.sums - other.sums
+        mean = math.fsum(more) / self.tokens
+        return mean, self.error_of(more - mean * self.sizes)
+
+    def error_of(self, residuals: np.ndarray) -> float | None:
+        """Standard error of a ratio estimate over windows, the independent units; None for one."""
+        count = len(self.sizes)
+        if count < 2:
+            return None
+        return math.sqrt(float((residuals**2).sum()) * count / (count - 1)) / self.tokens

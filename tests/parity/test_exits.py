@@ -1,0 +1,172 @@
+"""Every exit strategy over many prompts: the same tokens, exit layers and cache bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitskip_cpu.engine import Engine
+from bitskip_ref.compare import difference
+from bitskip_ref.engine import ExitRule
+from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
+from bitskip_ref.exits.confidence import MEASURES
+from bitskip_ref.generate import stream
+from bitskip_ref.model import ReferenceModel
+from bitskip_ref.sampling import Sampler
+from tests.helpers import random_tensors, random_tokens, twin
+
+NAMES = ("per-layer-exits", "wt2-bitskip")  # pre-norm and post-norm, both with gates
+STEPS = 6
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def engines(request: pytest.FixtureRequest) -> tuple[ReferenceModel, Engine]:
+    config = twin(request.param)
+    tensors = random_tensors(config)
+    return ReferenceModel(config, tensors), Engine(config, tensors, 1)
+
+
+def rules(seen: dict[str, list[float]]) -> Iterator[ExitRule]:
+    """Each strategy with thresholds that stop always, never, and at some of the blocks."""
+    for n in (1, 2, 4):
+        yield FixedExit(n)
+    for name, values in seen.items():
+        for threshold in (
+            0.0,
+            float(np.quantile(values, 0.4)),
+            float(np.quantile(values, 0.8)),
+            1.0,
+        ):
+            for layers in (None, (2,), (1, 3)):
+                if name == "gate":
+                    yield GateExit(threshold, layers=layers)
+                else:
+                    yield ConfidenceExit(threshold, name, layers=layers)
+
+
+class Seen:
+    """A rule that never stops and notes each measure's values."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {name: [] for name in ("gate", *MEASURES)}
+
+    def fixed_depth(self, config: Any) -> None:
+        return None
+
+    def looks(self, config: Any) -> tuple[int, ...]:
+        return 1, 2, 3
+
+    def check(self, config: Any) -> None:
+        pass
+
+    def stops(self, probe: Any) -> bool:
+        for name, values in self.values.items():
+            values.append(float(probe.gate() if name == "gate" else probe.confidence(name)))
+        return False
+
+
+def generate(engine: Any, prompt: list[int], rule: Any, seed: int) -> tuple[list[Any], Any]:
+    """What is generated after a prompt, (id, depth) each, and the cache that it leaves."""
+    caches = []
+
+    class Watched:
+        config = engine.config
+        extend, step = engine.extend, engine.step
+
+        def new_cache(self) -> Any:
+            caches.append(engine.new_cache())
+            return caches[-1]
+
+    sampler = Sampler(temperature=float(seed % 2), seed=seed)
+    tokens = stream(Watched(), prompt, rule, sampler, STEPS)
+    return [(t.id, t.depth) for t in tokens], caches[0]
+
+
+def layers_of(cache: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Keys and values of each block, f32 [S, K, E]."""
+    if hasattr(cache, "layer"):
+        yield from (cache.layer(i) for i in range(len(cache.keys)))
+    else:
+        yield from zip(cache.keys, cache.values, strict=True)
+
+
+def test_200_prompts(engines: tuple[ReferenceModel, Engine]) -> None:
+    reference, engine = engines
+    context = reference.config.max_position_embeddings
+    watch = Seen()
+    generate(reference, random_tokens(reference.config, 20, 9), watch, 0)
+    choices = list(rules(watch.values))
+    depths: dict[str, set[int]] = {}
+    for i in range(100):  # of each of two models
+        size = (1, context, context - 3)[i % 3] if i < 12 else 1 + i * 7 % (context // 2)
+        prompt, rule = random_tokens(reference.config, size, 100 + i), choices[i % len(choices)]
+        expected, cache = generate(reference, prompt, rule, i)
+        actual, mine = generate(engine, prompt, rule, i)
+        assert expected == actual, (i, rule)
+        assert len(expected) == min(STEPS, context - size + 1)
+        depth = rule.fixed_depth(reference.config) or reference.config.num_hidden_layers
+        pairs = list(zip(layers_of(cache), layers_of(mine), strict=True))[:depth]
+        for layer, (there, here) in enumerate(pairs):
+            for what, a, b in zip(("keys", "values"), there, here, strict=True):
+                assert len(a) == cache.length == mine.length
+                problem = difference(f"{rule}, block {layer}: {what}", a, b)
+                assert problem is None, problem
+        depths.setdefault(type(rule).__name__, set()).update(d for _, d in actual[1:])
+    assert all(len(found) > 2 for found in depths.values()), depths
+
+
+def test_thresholds_0_and_1(engines: tuple[ReferenceModel, Engine]) -> None:
+    """Above 0 stops at once (no margin or entropy here is 0); nothing is above 1."""
+    for engine in engines:
+        for make in (GateExit, *(lambda t, m=m: ConfidenceExit(t, m) for m in MEASURES)):
+            for prompt in ([5], random_tokens(engine.config, 11)):
+                assert [d for _, d in generate(engine, prompt, make(0.0), 1)[0]] == [
+                    4,
+                    1,
+                    1,
+                    1,
+                    1,
+                    1,
+                ]
+                assert [d for _, d in generate(engine, prompt, make(1.0), 1)[0]] == [4] * 6
+
+
+def test_a_prompt_of_the_whole_context(engines: tuple[ReferenceModel, Engine]) -> None:
+    for engine in engines:
+        prompt = random_tokens(engine.config, engine.config.max_position_embeddings)
+        for rule, depth in ((ConfidenceExit(0.0, "entropy"), 4), (FixedExit(1), 1)):
+            found, cache = generate(engine, prompt, rule, 0)
+            assert [d for _, d in found] == [depth] and cache.length == len(prompt)
+        with pytest.raises(ValueError, match="exceed the context"):
+            generate(engine, [*prompt, 1], ConfidenceExit(), 0)
+
+
+def test_a_wrong_look_is_seen(engines: tuple[ReferenceModel, Engine]) -> None:
+    reference, engine = engines
+    prompt = random_tokens(reference.config, 5)
+    right = generate(reference, prompt, ConfidenceExit(0.0, layers=(2,)), 0)
+    wrong = generate(engine, prompt, ConfidenceExit(0.0, layers=(3,)), 0)
+    assert right[0] != wrong[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pytorch(name: str) -> None:
+    loaded = pytest.importorskip("bitskip_train.loaded")
+    config = twin(name)
+    tensors = random_tensors(config)
+    reference, engine = ReferenceModel(config, tensors), loaded.TorchEngine(config, tensors)
+    watch = Seen()
+    generate(reference, random_tokens(config, 20, 9), watch, 0)
+    for i, rule in enumerate([*rules(watch.values)][2::4]):
+        prompt = random_tokens(config, 1 + i % 7, i)
+        expected, cache = generate(reference, prompt, rule, i)
+        actual, mine = generate(engine, prompt, rule, i)
+        assert expected == actual, rule
+        for layer in range(rule.fixed_depth(config) or config.num_hidden_layers):
+            for name in ("keys", "values"):
+                kept = getattr(mine, name)[layer, 0, : cache.length].numpy()
+                problem = difference(f"{rule}, {name}", getattr(cache, name)[layer], kept)
+                assert problem is None, problem

@@ -1,0 +1,73 @@
+"""Gates fitted to a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitskip_ref.exits import FixedExit, GateExit
+from bitskip_train import gates
+from bitskip_train.checkpoint import load_checkpoint
+from bitskip_train.data import Windows
+from bitskip_train.loaded import load_exported
+from bitskip_train.model import BitskipModel
+from export.pack import export_checkpoint
+from tests.train.conftest import small_config, small_split
+from tests.train.test_cli import run, train_arguments
+
+
+def test_the_expected_cost_by_hand() -> None:
+    # Stops after block 1 with 3/4, after block 2 with 1/4 * 1/2, else runs all 3.
+    chances = torch.tensor([[0.75], [0.5]])
+    divergence = torch.tensor([[0.8], [0.4], [0.0]])
+    want = 0.75 * (0.8 + 0.2) + 0.125 * (0.4 + 0.4) + 0.125 * (0.0 + 0.6)
+    assert gates.expected_cost(chances.logit(), divergence, 0.6).item() == pytest.approx(want)
+
+
+def test_divergences_are_from_full_depth() -> None:
+    torch.manual_seed(0)
+    model = BitskipModel(small_config())
+    hidden = model(torch.randint(97, (2, 5)), collect=range(1, 5))
+    found = gates.divergences(model, {n: h.flatten(0, 1) for n, h in hidden.items()})
+    assert found.shape == (4, 10)
+    assert torch.equal(found[3], torch.zeros(10))
+    p, q = (model.logits(hidden[n], n).flatten(0, 1).softmax(-1) for n in (4, 2))
+    torch.testing.assert_close(found[1], (p * (p / q).log()).sum(-1), atol=1e-5, rtol=1e-3)
+
+
+def test_fitting_learns_where_to_stop_and_moves_nothing_else() -> None:
+    torch.manual_seed(0)
+    model = BitskipModel(small_config())
+    fitted = gates.with_gates(model.config, model.state_dict())
+    before = {name: p.clone() for name, p in fitted.state_dict().items()}
+    windows = Windows(small_split().tokens, 16, 0)
+    costs: list[float] = []
+    gates.fit_gates(
+        fitted, windows, steps=60, batch=2, price=0.5, report=lambda step, cost: costs.append(cost)
+    )
+    # Untrained blocks change nothing worth a price: the best is to stop at once.
+    assert costs[-1] < costs[0]
+    hidden = fitted(torch.from_numpy(windows.batch(0, 4))[:, :-1], exit_layer=1)[1]
+    assert (fitted.gate(hidden, 1) > 0.5).float().mean() > 0.9
+    for name, value in fitted.state_dict().items():
+        if ".gate." not in name:
+            assert torch.equal(value, before[name]), name
+
+
+def test_from_a_checkpoint_to_a_folder_that_exits(text: Path, tmp_path: Path) -> None:
+    out, cache = tmp_path / "run", ("--token-cache", tmp_path / "cache")
+    assert run(*train_arguments(text, out, "steps=2")).exit_code == 0
+    fit = ("fit-gates", out / "last.pt", "--steps", 3, "--batch", 2, "--price", 9, *cache)
+    result = run(*(str(a) for a in fit), "-o", tmp_path / "gated.pt")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[-1].startswith("step 3/3 | cost ")
+    loaded = load_checkpoint(tmp_path / "gated.pt")
+    assert loaded.config.gates
+    assert loaded.optimizer is None
+    engine = load_exported(export_checkpoint(tmp_path / "gated.pt", tmp_path / "model"))
+    cache = engine.new_cache()
+    engine.extend([1, 2, 3], cache, exit_layer=FixedExit().fixed_depth(engine.config))
+    assert engine.step(4, cache, GateExit(0.0))[1] == 1
+    assert engine.step(4, cache, GateExit(1.0))[1] == 4
