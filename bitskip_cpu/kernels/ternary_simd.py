@@ -215,7 +215,7 @@ def unpack_tile(typing: Any, tile: Any, units: Any, tail: Any, out: Any) -> Any:
                 at = builder.mul(builder.add(first, LONG(column)), LONG(LINE // COLUMNS))
                 for h, codes in enumerate(weights):
                     to = builder.add(builder.add(out, at), LONG(h * WIDTH))
-                    builder.store(codes, vector_pointer(builder, to, BYTES), align=32)
+                    builder.store(codes, vector_pointer(builder, to, BYTES), align=1)
 
         over_lines(builder, tile, units, tail, step)
         return context.get_dummy_value()

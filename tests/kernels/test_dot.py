@@ -8,11 +8,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels import dot_plain
-from bitskip_cpu.kernels.linear import unpack
-from bitskip_ref.packing import pack_ternary, packed_width
-from tests.kernels.calling import call, same_bits
+from bitskip_cpu.kernels import tiles
+from bitskip_cpu.kernels.linear import ternary
+from bitskip_ref.packing import pack_ternary
+from tests.kernels.calling import at, call, same_bits
 
 MODULES = [dot_plain]
 if PATH != "plain":
@@ -45,29 +47,46 @@ def activations(kind: str, count: int, width: int) -> np.ndarray:
     return np.full((count, width), 127 if kind == "plus" else -127, np.int8)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__.split(".")[-1])
-@pytest.mark.parametrize("width", [1, 64, 255, 256, 257, 2048])
+@pytest.mark.parametrize("width", [1, 48, 60, 61, 96, 192, 257, 2048])
 @pytest.mark.parametrize("w", ["random", "plus", "minus", "zero"])
 @pytest.mark.parametrize("x", ["random", "plus", "minus"])
-def test_ternary_tiles(module: ModuleType, width: int, w: str, x: str) -> None:
-    padded = packed_width(width) * 4
-    for name, rows, tokens in (
-        ("packed_4x1", 4, 1), ("packed_4x1", 3, 1), ("packed_2x2", 2, 2), ("packed_2x2", 1, 2),
-        ("packed_1x4", 1, 4), ("packed_1x4", 1, 3), ("bytes_4x4", 4, 4), ("bytes_4x4", 3, 2),
+def test_ternary_tiles(width: int, w: str, x: str) -> None:
+    rows = 2 * tiles.TILE_ROWS - 3
+    values = weights(w, rows, width)
+    padded, size = tiles.padded_width(width), tiles.tile_bytes(width)
+    units, tail = tiles.units(width), tiles.tail_lines(width)
+    packed, tiled = pack_ternary(values), np.full(2 * size + 64, 77, np.uint8)
+    scratch = np.zeros(2 * 16 * max(padded, 4 * packed.shape[1]) + 512, np.uint8)
+    KERNELS.repack(at(packed), packed.shape[1], rows, units, tail, at(tiled), at(scratch))
+    assert (tiled[2 * size :] == 77).all()
+    exact_rows = np.zeros((2 * tiles.TILE_ROWS, width), np.int32)
+    exact_rows[:rows] = values
+    unpacked = np.zeros((2, 16 * padded), np.uint8)
+    for i in range(2):
+        call(ternary.unpack_tile, tiled[i * size :], units, tail, unpacked[i])
+        codes_of = unpacked[i].reshape(-1, 16, 4).transpose(1, 0, 2).reshape(16, padded)
+        assert np.array_equal(codes_of[:, :width], exact_rows[16 * i : 16 * i + 16] + 1)
+        assert (codes_of[:, width:] <= 2).all()
+    for kernel, tokens in (
+        ("packed_1", 1), ("packed_2", 2), ("packed_4", 4), ("packed_4", 3),
+        ("bytes_block", ternary.BLOCK_TOKENS), ("bytes_block", 1),
     ):  # fmt: skip
-        values, codes = weights(w, rows, width), np.zeros((tokens, padded), np.int8)
+        codes = np.zeros((tokens, padded), np.int8)
         codes[:, :width] = activations(x, tokens, width)
-        packed = pack_ternary(values)
-        if name == "bytes_4x4":
-            matrix, steps = np.zeros((rows, padded), np.uint8), padded // 64
-            for i in range(rows):
-                call(unpack, packed[i], packed.shape[1], matrix[i])
+        exact = codes[:, :width].astype(np.int32) @ exact_rows.T
+        exact += codes.sum(axis=1, keepdims=True, dtype=np.int32)  # weights count as w + 1
+        out = np.zeros((8, 64), np.int32)
+        if kernel == "bytes_block":
+            for i in range(0, 2, ternary.BLOCK_TILES):
+                call(ternary.bytes_block, unpacked[i:], 16 * padded, 1 - i, padded // 4, codes,
+                     padded, tokens - 1, out.reshape(-1)[16 * i :], 256)  # fmt: skip
+            found = out[:tokens, :32]
         else:
-            matrix, steps = packed, packed.shape[1] // 64
-        found = tile(getattr(module, name), matrix, codes, steps, tokens)[:, :rows]
-        exact = codes[:, :width].astype(np.int32) @ values.T.astype(np.int32)
-        offset = codes.sum(axis=1, keepdims=True, dtype=np.int32)  # weights count as w + 1
-        assert same_bits(exact + offset, found), name
+            for i in range(2):
+                call(getattr(ternary, kernel), tiled[i * size :], units, tail, codes, padded,
+                     tokens - 1, out.reshape(-1)[16 * i :], 256)  # fmt: skip
+            found = out[:tokens, :32]
+        assert same_bits(exact, np.ascontiguousarray(found)), kernel
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__.split(".")[-1])
@@ -86,13 +105,3 @@ def test_head_tiles(module: ModuleType, width: int, w: str, x: str) -> None:
         correction = heads.astype(np.int32).sum(axis=1) * module.ACTIVATION_OFFSET
         exact = codes.astype(np.int32) @ heads.T.astype(np.int32)
         assert same_bits(exact.astype(np.int32), (found - correction).astype(np.int32)), name
-
-
-def test_unpack_order() -> None:
-    """Byte j of a group holds weights j, j + 64, j + 128, j + 192 (FORMAT 2)."""
-    row = np.zeros(64, np.uint8)
-    row[3] = 0b10_01_00_10
-    out = np.full(256, 9, np.uint8)
-    call(unpack, row, 64, out)
-    assert out[[3, 67, 131, 195]].tolist() == [2, 0, 1, 2]
-    assert out.sum() == 5
