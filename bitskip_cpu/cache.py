@@ -9,6 +9,16 @@ from bitskip_ref.cache import CacheFill
 from bitskip_ref.config import ModelConfig
 
 
+def padded_keys(head_dim: int) -> int:
+    """Floats of a cached key: the tree of SPEC 2.2 over them starts with eight at a time."""
+    return max(8, 1 << (head_dim - 1).bit_length())
+
+
+def padded_values(head_dim: int) -> int:
+    """Floats of a cached value."""
+    return -(-head_dim // LANES) * LANES
+
+
 class KVCache(CacheFill):
     """Keys and values of `length` positions; memory is taken as positions are first used.
 
@@ -18,15 +28,16 @@ class KVCache(CacheFill):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         groups = -(-config.max_position_embeddings // LANES)
-        padded = 1 << (config.head_dim - 1).bit_length()
+        padded, width = padded_keys(config.head_dim), padded_values(config.head_dim)
         heads = config.num_hidden_layers, config.num_key_value_heads
         self.config = config
         self.capacity = groups * LANES
         self.keys = np.zeros((*heads, groups, padded, LANES), np.float32)
-        self.values = np.zeros((*heads, self.capacity, config.head_dim), np.float32)
+        self.values = np.zeros((*heads, self.capacity, width), np.float32)
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Block i's keys (turned) and values as SPEC 6.4 has them: copies, f32 [S, K, E]."""
         keys = self.keys[i].transpose(1, 3, 0, 2).reshape(self.capacity, *self.keys.shape[1::2])
         values = self.values[i].transpose(1, 0, 2)
-        return keys[: self.length, :, : values.shape[2]].copy(), values[: self.length].copy()
+        part = slice(self.length), slice(None), slice(self.config.head_dim)
+        return keys[part].copy(), values[part].copy()

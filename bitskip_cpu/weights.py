@@ -62,7 +62,10 @@ class Weights:
         """`tensors` as in a model folder, already checked (bitskip_ref.folder.check_tensors)."""
         self.config = config
         blocks = [
-            [[tensors[f"layers.{i}.{n}.weight"] for n in names] for names in self._members().values()]
+            [
+                [tensors[f"layers.{i}.{n}.weight"] for n in names]
+                for names in self._members().values()
+            ]
             for i in range(config.num_hidden_layers)
         ]
         linear = {id(t) for block in blocks for product in block for t in product}
@@ -88,7 +91,9 @@ class Weights:
     def _tiles(self, blocks: Sequence[Sequence[Sequence[np.ndarray]]]) -> np.ndarray:
         """Every block's packed rows as tiles, uint8 [L * layer_bytes]."""
         result = np.empty(len(blocks) * self.layer_bytes, np.uint8)
-        widest = max(max(int(p["padded"]), 4 * packed_width(int(p["width"]))) for p in self.products)
+        widest = max(
+            max(int(p["padded"]), 4 * packed_width(int(p["width"]))) for p in self.products
+        )
         scratch = np.empty(2 * tiles.TILE_ROWS * widest + tiles.UNIT_VALUE * tiles.LINE, np.uint8)
         for i, block in enumerate(blocks):
             for p, members in zip(self.products, block, strict=True):

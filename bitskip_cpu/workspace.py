@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numba import config as numba_config
 
-from bitskip_cpu.cache import KVCache
-from bitskip_cpu.kernels.attention import LEVELS
+from bitskip_cpu.cache import KVCache, padded_keys, padded_values
+from bitskip_cpu.kernels.attention import LEVELS, QUERIES
 from bitskip_cpu.kernels.floats import GATED_RELU2, RELU2, SWIGLU
 from bitskip_cpu.kernels.layout import (
     BAND,
@@ -67,7 +67,8 @@ class Workspace:
         for name, value in {
             "hidden": c.hidden_size, "heads": c.num_attention_heads,
             "kv_heads": c.num_key_value_heads, "head_dim": c.head_dim,
-            "head_padded": _power_of_two(c.head_dim), "attention": c.attention_size,
+            "head_padded": padded_keys(c.head_dim), "value_width": padded_values(c.head_dim),
+            "attention": c.attention_size,
             "kv": c.kv_size, "ffn": c.intermediate_size, "vocab": c.vocab_size,
             "ternary": c.linear == "ternary", "hadamard": c.hadamard,
             "layer_norm": c.norm == "layer", "post_norm": c.norm_position == "post",
@@ -120,12 +121,12 @@ class Workspace:
         """Each thread's own: [floats | unpacked rows | int32 sums], each from a cache line on."""
         c, s, p = self.weights.config, self.state, self.products
         padded, seen = int(s["head_padded"]), -(-c.max_position_embeddings // LANES) * LANES
-        parts = max((LEVELS + 1) * (c.head_dim + 1), (padded // 2 + 1) * LANES)
+        parts = max((LEVELS + 1) * (int(s["value_width"]) + LANES), padded // 8 * LANES)
         longest = max(*p["width"], c.hidden_size, c.attention_size, c.intermediate_size)
         floats = max(
             _power_of_two(c.vocab_size),  # confidence
             _power_of_two(int(longest)) + self.row.shape[1],  # tree sums, a widened row
-            seen + padded + parts,  # attention
+            QUERIES * (seen + LANES + padded + parts),  # attention
         )
         unpacked = -(-4 * floats // 64) * 64
         acc = unpacked + BAND * int(p["padded"].max())

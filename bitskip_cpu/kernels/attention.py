@@ -2,10 +2,13 @@
 
 Cache of one block (`keys_at`, `values_at`), LANES positions to a group:
 
-    keys   [K, S / LANES, E', LANES]  E' = E padded to a power of two; turned keys
-    values [K, S, E]
+    keys   [K, S / LANES, E', LANES]  turned; E' is E padded to a power of two, at least 8 (more
+                                      zeros can change but the sign of a zero score, which exp
+                                      does not see)
+    values [K, S, W]                  W = E padded to a multiple of LANES
 
-so that a score's tree over E runs on LANES positions at once, and values stream by rows.
+so that a score's tree over E runs on LANES positions at once, and values stream by rows. Query
+heads that share a key-value head pass over it together.
 """
 
 from __future__ import annotations
@@ -16,13 +19,23 @@ import numpy as np
 
 from bitskip_cpu.kernels.floats import ZERO, copy, exp, fill_zero
 from bitskip_cpu.kernels.inner import inner
-from bitskip_cpu.kernels.lanes import add, larger, scale, two_products
+from bitskip_cpu.kernels.lanes import (
+    LANE_BYTES,
+    add,
+    eight_products,
+    eight_sum,
+    larger,
+    scale,
+    weighed,
+)
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_cpu.kernels.memory import floats
 
 f32 = np.float32
 
-LANE_BYTES = 4 * LANES
+QUERIES = 4  # most that share a pass over keys and values
+products_4, products_2, products_1 = eight_products(4), eight_products(2), eight_products(1)
+weighed_4, weighed_2, weighed_1 = weighed(4), weighed(2), weighed(1)
 LEVELS = 24  # of the streamed tree: up to 2^24 groups of positions
 LOWEST = f32(-np.inf)
 
@@ -50,104 +63,129 @@ def store_key(key_at, keys_at, padded, head_dim, position):
 
 
 @inner
-def scores(q_at, keys_at, padded, head_dim, seen, out_at, scratch_at):
-    """out[s] = sum 2.2 of q * k[s], scaled, for s < seen; -> the largest (SPEC 6.2).
+def score_groups(queries, q_at, q_stride, keys_at, padded, seen, out_at, out_stride, scratch_at):
+    """out[i, s] = sum 2.2 of q[i] * k[s], for s < seen and `queries` queries (SPEC 6.2).
 
-    q has E' floats, zeros behind E; out holds whole groups, its surplus is set to LOWEST; scratch
-    holds (E' / 2 + 1) * LANES floats.
+    A query has E' floats, zeros behind E; out holds whole groups. Scratch: E' / 8 * LANES floats
+    a query.
     """
-    factor = f32(1.0 / math.sqrt(float(head_dim)))
-    half = padded >> 1
-    q = floats(q_at, padded)
-    largest_at = scratch_at + half * LANE_BYTES
-    largest = floats(largest_at, LANES)
-    for lane in range(LANES):
-        largest[lane] = LOWEST
+    m = padded >> 3
+    stride = m * LANE_BYTES
     for start in range(0, seen, LANES):
-        k_at, to = keys_at + 4 * start * padded, out_at + 4 * start
-        for e in range(half):
-            low_at = k_at + e * LANE_BYTES
-            high_at = low_at + half * LANE_BYTES
-            two_products(q[e], low_at, q[e + half], high_at, scratch_at + e * LANE_BYTES)
-        n = half
-        while n > 1:
-            n >>= 1
-            for i in range(n):
-                at = scratch_at + i * LANE_BYTES
-                add(at, at + n * LANE_BYTES, at)
-        scale(scratch_at, factor, to)
-        if seen - start < LANES:
-            surplus = floats(to, LANES)
-            for lane in range(seen - start, LANES):
-                surplus[lane] = LOWEST
-        larger(to, largest_at, largest_at)
-    result = largest[0]
-    for lane in range(1, LANES):
-        result = largest[lane] if largest[lane] > result else result
-    return result
+        k_at = keys_at + 4 * start * padded
+        for i in range(m):
+            q, k, to = q_at + 4 * i, k_at + i * LANE_BYTES, scratch_at + i * LANE_BYTES
+            if queries == 4:
+                products_4(q, q_stride, k, m, to, stride)
+            elif queries == 2:
+                products_2(q, q_stride, k, m, to, stride)
+            else:
+                products_1(q, q_stride, k, m, to, stride)
+        for query in range(queries):
+            at, n = scratch_at + query * stride, m
+            while n >= 8:
+                n >>= 3
+                for i in range(n):
+                    eight_sum(at + i * LANE_BYTES, n)
+            while n > 1:
+                n >>= 1
+                for i in range(n):
+                    add(at + i * LANE_BYTES, at + (i + n) * LANE_BYTES, at + i * LANE_BYTES)
+            copy(at, out_at + query * out_stride + 4 * start, LANES)
 
 
 @inner
-def weigh_group(e_at, values_at, head_dim, out_at):
-    """sum 2.3 of e * v over LANES positions, and of e itself behind it: out [E + 1]."""
-    e, v, out = floats(e_at, LANES), floats(values_at, LANES * head_dim), floats(out_at, head_dim)
-    e0, e1, e2, e3, e4, e5, e6, e7 = e[0], e[1], e[2], e[3], e[4], e[5], e[6], e[7]
-    e8, e9, ea, eb, ec, ed, ee, ef = e[8], e[9], e[10], e[11], e[12], e[13], e[14], e[15]
-    d = head_dim
-    for i in range(d):
-        a = (e0 * v[i] + e1 * v[d + i]) + (e2 * v[2 * d + i] + e3 * v[3 * d + i])
-        b = (e4 * v[4 * d + i] + e5 * v[5 * d + i]) + (e6 * v[6 * d + i] + e7 * v[7 * d + i])
-        c = (e8 * v[8 * d + i] + e9 * v[9 * d + i]) + (ea * v[10 * d + i] + eb * v[11 * d + i])
-        f = (ec * v[12 * d + i] + ed * v[13 * d + i]) + (ee * v[14 * d + i] + ef * v[15 * d + i])
-        out[i] = (a + b) + (c + f)
-    low = ((e0 + e1) + (e2 + e3)) + ((e4 + e5) + (e6 + e7))
-    high = ((e8 + e9) + (ea + eb)) + ((ec + ed) + (ee + ef))
-    floats(out_at + 4 * d, 1)[0] = low + high
+def softmax_weights(e_at, head_dim, seen):
+    """Scores -> exp(score * scale - largest); zeros behind `seen` to the group's end (SPEC 6.3)."""
+    factor = f32(1.0 / math.sqrt(float(head_dim)))
+    padded = (seen + LANES - 1) // LANES * LANES
+    e = floats(e_at, padded)
+    lanes_at = e_at + 4 * padded
+    largest = floats(lanes_at, LANES)
+    for lane in range(LANES):
+        largest[lane] = LOWEST
+    for s in range(seen, padded):
+        e[s] = LOWEST
+    for start in range(0, padded, LANES):
+        scale(e_at + 4 * start, factor, e_at + 4 * start)
+        larger(e_at + 4 * start, lanes_at, lanes_at)
+    top = largest[0]
+    for lane in range(1, LANES):
+        top = largest[lane] if largest[lane] > top else top
+    for s in range(seen):
+        e[s] = exp(e[s] - top)
+    for s in range(seen, padded):
+        e[s] = ZERO
+
+
+@inner
+def weigh_group(queries, e_at, e_stride, values_at, value_width, out_at, out_stride):
+    """Per query sum 2.3 over LANES positions of e * v, and behind it of e itself."""
+    for i in range(0, value_width, LANES):
+        v, to = values_at + 4 * i, out_at + 4 * i
+        if queries == 4:
+            weighed_4(e_at, e_stride, v, 4 * value_width, to, out_stride)
+        elif queries == 2:
+            weighed_2(e_at, e_stride, v, 4 * value_width, to, out_stride)
+        else:
+            weighed_1(e_at, e_stride, v, 4 * value_width, to, out_stride)
+    for query in range(queries):
+        e = floats(e_at + query * e_stride, LANES)
+        low = ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]))
+        high = ((e[8] + e[9]) + (e[10] + e[11])) + ((e[12] + e[13]) + (e[14] + e[15]))
+        floats(out_at + query * out_stride + 4 * value_width, 1)[0] = low + high
 
 
 @inner
 def add_to(a_at, target_at, n):
-    """target = a + target."""
-    a, target = floats(a_at, n), floats(target_at, n)
-    for i in range(n):
-        target[i] = a[i] + target[i]
+    """target = a + target, n a multiple of LANES."""
+    for i in range(0, n, LANES):
+        add(a_at + 4 * i, target_at + 4 * i, target_at + 4 * i)
 
 
 @inner
-def attend(q_at, keys_at, values_at, padded, head_dim, seen, out_at, scratch_at):
-    """One turned query head over `seen` positions -> out [E] (SPEC 6.2, 6.3).
+def attend(
+    queries, q_at, keys_at, values_at, padded, head_dim, value_width, seen, out_at, scratch_at
+):
+    """`queries` (4, 2 or 1) turned query heads over `seen` positions -> out (SPEC 6.2, 6.3).
 
-    Scratch (floats): scores, whole groups | query, E' | first products, (E' / 2 + 1) * LANES, then
-    LEVELS + 1 partial sums, E + 1 each.
+    q and out: [queries, E]. Scratch (floats): scores, whole groups and one more, per query |
+    queries, E' each | first sums, 4 * E' / 8 * LANES; in their place later LEVELS + 1 partial sums
+    of value_width + LANES floats per query.
     """
-    e_at = scratch_at
     groups = (seen + LANES - 1) // LANES
-    query_at = e_at + 4 * groups * LANES
-    parts_at = query_at + 4 * padded
-    width = head_dim + 1
-    copy(q_at, query_at, head_dim)
-    fill_zero(query_at + 4 * head_dim, padded - head_dim)
-    largest = scores(query_at, keys_at, padded, head_dim, seen, e_at, parts_at)
-    e = floats(e_at, groups * LANES)
-    for s in range(seen):
-        e[s] = exp(e[s] - largest)
-    for s in range(seen, groups * LANES):
-        e[s] = ZERO
+    e_stride = 4 * (groups + 1) * LANES
+    query_at = scratch_at + queries * e_stride
+    parts_at = query_at + 4 * padded * queries
+    for i in range(queries):
+        copy(q_at + 4 * i * head_dim, query_at + 4 * i * padded, head_dim)
+        fill_zero(query_at + 4 * (i * padded + head_dim), padded - head_dim)
+    score_groups(
+        queries, query_at, 4 * padded, keys_at, padded, seen, scratch_at, e_stride, parts_at
+    )
+    for i in range(queries):
+        softmax_weights(scratch_at + i * e_stride, head_dim, seen)
     # A binary counter of partial sums: part i covers 2^i groups, as in the tree of SPEC 2.3.
-    now_at = parts_at + 4 * LEVELS * width
+    width = value_width + LANES
+    whole = queries * width
+    now_at = parts_at + 4 * LEVELS * whole
+    fill_zero(now_at, whole)
     for group in range(groups):
         first = group * LANES
-        weigh_group(e_at + 4 * first, values_at + 4 * first * head_dim, head_dim, now_at)
+        weigh_group(queries, scratch_at + 4 * first, e_stride, values_at + 4 * first * value_width,
+                    value_width, now_at, 4 * width)  # fmt: skip
         level = 0
         while (group >> level) & 1:
-            add_to(parts_at + 4 * level * width, now_at, width)
+            add_to(parts_at + 4 * level * whole, now_at, whole)
             level += 1
-        copy(now_at, parts_at + 4 * level * width, width)
-    fill_zero(now_at, width)
+        copy(now_at, parts_at + 4 * level * whole, whole)
+    fill_zero(now_at, whole)
     for level in range(LEVELS):
         if (groups >> level) & 1:
-            add_to(parts_at + 4 * level * width, now_at, width)
-    total = floats(now_at + 4 * head_dim, 1)[0] + ZERO
-    weighed, out = floats(now_at, head_dim), floats(out_at, head_dim)
-    for i in range(head_dim):
-        out[i] = (weighed[i] + ZERO) / total
+            add_to(parts_at + 4 * level * whole, now_at, whole)
+    for query in range(queries):
+        at = now_at + 4 * query * width
+        total = floats(at + 4 * value_width, 1)[0] + ZERO
+        weighed, out = floats(at, head_dim), floats(out_at + 4 * query * head_dim, head_dim)
+        for i in range(head_dim):
+            out[i] = (weighed[i] + ZERO) / total

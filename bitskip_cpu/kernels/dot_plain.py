@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from bitskip_cpu.kernels.inner import inner
-from bitskip_cpu.kernels.memory import int8s, int32s, uint8s
+from bitskip_cpu.kernels.memory import int8s, int32s
 
 i32 = np.int32
 

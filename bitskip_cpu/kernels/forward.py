@@ -47,8 +47,8 @@ from bitskip_cpu.kernels.layout import (
     UP,
 )
 from bitskip_cpu.kernels.memory import floats, int8s, int32s
-from bitskip_cpu.kernels.tiles import TILE_ROWS
 from bitskip_cpu.kernels.team import help_out, share
+from bitskip_cpu.kernels.tiles import TILE_ROWS
 
 f32 = np.float32
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitskip_cpu.kernels.attention import attend, store_key, turn
+from bitskip_cpu.kernels.attention import QUERIES, attend, store_key, turn
 from bitskip_cpu.kernels.floats import (
     copy,
     ffn_activation,
@@ -147,7 +147,7 @@ def store(s, t):
     for h in range(s.kv_heads):
         turn(key + h * e, s.cos + position * half, s.sin + position * half, s.head_dim)
         store_key(key + h * e, keys_of(s, h), s.head_padded, s.head_dim, position)
-        copy(value + h * e, values_of(s, h) + position * e, s.head_dim)
+        copy(value + h * e, values_of(s, h) + position * 4 * s.value_width, s.head_dim)
 
 
 @inner
@@ -159,7 +159,7 @@ def keys_of(s, h):
 @inner
 def values_of(s, h):
     """Where the block's cache holds key-value head h's values."""
-    return s.values + 4 * (s.layer * s.kv_heads + h) * s.capacity * s.head_dim
+    return s.values + 4 * (s.layer * s.kv_heads + h) * s.capacity * s.value_width
 
 
 @inner
@@ -168,12 +168,16 @@ def attention_part(s, scratch, part):
     kv_head, t = part // s.tokens, part % s.tokens  # a head's keys stay at hand
     position, e, group = s.position + t, 4 * s.head_dim, s.heads // s.kv_heads
     half = e >> 1
-    for h in range(kv_head * group, (kv_head + 1) * group):
-        q = s.qkv + t * 4 * (s.attention + 2 * s.kv) + h * e
-        out = s.attended + t * 4 * s.attention + h * e
-        turn(q, s.cos + position * half, s.sin + position * half, s.head_dim)
-        attend(q, keys_of(s, kv_head), values_of(s, kv_head), s.head_padded, s.head_dim,
-               position + 1, out, scratch)  # fmt: skip
+    h, end = kv_head * group, (kv_head + 1) * group
+    q_at, out_at = s.qkv + t * 4 * (s.attention + 2 * s.kv), s.attended + t * 4 * s.attention
+    for i in range(h, end):
+        turn(q_at + i * e, s.cos + position * half, s.sin + position * half, s.head_dim)
+    while h < end:
+        left = end - h
+        queries = QUERIES if left >= QUERIES else (2 if left >= 2 else 1)
+        attend(queries, q_at + h * e, keys_of(s, kv_head), values_of(s, kv_head), s.head_padded,
+               s.head_dim, s.value_width, position + 1, out_at + h * e, scratch)  # fmt: skip
+        h += queries
 
 
 @inner

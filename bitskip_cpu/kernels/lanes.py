@@ -6,6 +6,9 @@ says. Arguments named `*_at` are addresses. Interpreted, the same operations are
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,27 @@ from numba import config, types
 from numba.extending import intrinsic
 
 from bitskip_cpu.kernels.layout import LANES
-from bitskip_cpu.kernels.memory import floats, vector_pointer
+from bitskip_cpu.kernels.memory import floats, int32s, vector_pointer
 
+Add = Callable[[Any, Any], Any]
+LONG = ir.IntType(64)
 FLOATS = ir.VectorType(ir.FloatType(), LANES)
+
+
+LANE_BYTES = 4 * LANES
+
+
+def _halved(x: Sequence[Any], add: Add = operator.add) -> Any:
+    """Sum by halving (SPEC 2.2), one branch after the other."""
+    if len(x) == 1:
+        return x[0]
+    return add(_halved(x[0::2], add), _halved(x[1::2], add))
+
+
+def _paired(x: Sequence[Any], add: Add = operator.add) -> Any:
+    """Sum of neighbours (SPEC 2.3), one branch after the other."""
+    half = len(x) // 2
+    return x[0] if not half else add(_paired(x[:half], add), _paired(x[half:], add))
 
 
 def _load(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -27,16 +48,40 @@ def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
     builder.store(value, vector_pointer(builder, address, FLOATS), align=4)
 
 
+def _number(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """The float there, in every lane."""
+    at = builder.inttoptr(address, ir.FloatType().as_pointer())
+    return _splat(builder, builder.load(at, align=4))
+
+
 def _splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    nothing = ir.Constant(FLOATS, ir.Undefined)
+    nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
     first = builder.insert_element(nothing, value, ir.IntType(32)(0))
     mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(first, nothing, mask)
 
 
-def _two_products(x: Any, a_at: int, y: Any, b_at: int, out_at: int) -> None:
-    """out = x * a + y * b, each of the three operations rounded."""
-    floats(out_at, LANES)[:] = x * floats(a_at, LANES) + y * floats(b_at, LANES)
+def _eight_products(
+    queries: int, q_at: int, q_stride: int, k_at: int, m: int, out_at: int, out_stride: int
+) -> None:
+    for i in range(queries):
+        q = floats(q_at + i * q_stride, 7 * m + 1)
+        p = [q[j * m] * floats(k_at + j * m * LANE_BYTES, LANES) for j in range(8)]
+        floats(out_at + i * out_stride, LANES)[:] = _halved(p)
+
+
+def _eight_sum(at: int, m: int) -> None:
+    """The vectors at, at + m, ..., at + 7 m summed as SPEC 2.2 does, into the first."""
+    floats(at, LANES)[:] = _halved([floats(at + j * m * LANE_BYTES, LANES) for j in range(8)])
+
+
+def _weighed(
+    queries: int, e_at: int, e_stride: int, v_at: int, row: int, out_at: int, out_stride: int
+) -> None:
+    for i in range(queries):
+        e = floats(e_at + i * e_stride, LANES)
+        parts = [e[j] * floats(v_at + j * row, LANES) for j in range(LANES)]
+        floats(out_at + i * out_stride, LANES)[:] = _paired(parts)
 
 
 def _add(a_at: int, b_at: int, out_at: int) -> None:
@@ -55,6 +100,12 @@ def _larger(a_at: int, b_at: int, out_at: int) -> None:
     floats(out_at, LANES)[:] = np.where(a > b, a, b)
 
 
+def _scaled_sums(acc_at: int, total: Any, x: Any, out_at: int) -> None:
+    """out = f32(acc - total) * x."""
+    exact = int32s(acc_at, LANES) - np.int32(total)
+    floats(out_at, LANES)[:] = exact.astype(np.float32) * x
+
+
 def _butterflies(at: int) -> None:
     """The last steps of SPEC 5.2, within LANES neighbours, in place."""
     x = floats(at, LANES)
@@ -65,22 +116,90 @@ def _butterflies(at: int) -> None:
         h //= 2
 
 
+Kernel = Callable[..., None]
+
+
+def eight_products(queries: int) -> Kernel:
+    """(q, q stride, k, m, out, out stride): for each query, eight leaves of the tree over E.
+
+    out = sum 2.2 over j < 8 of q[j m] * k[j m], where k holds LANES floats for every feature.
+    """
+    if config.DISABLE_JIT:
+        return partial(_eight_products, queries)
+
+    @intrinsic
+    def kernel(
+        typing: Any, q: Any, q_stride: Any, k: Any, m: Any, out: Any, out_stride: Any
+    ) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            q, q_stride, k, m, out, out_stride = args
+            keys = []
+            for j in range(8):
+                offset = builder.mul(m, LONG(j * LANE_BYTES))
+                keys.append(_load(builder, builder.add(k, offset)))
+            for _ in range(queries):
+                products = []
+                for j, key in enumerate(keys):
+                    x = _number(builder, builder.add(q, builder.mul(m, LONG(4 * j))))
+                    products.append(builder.fmul(x, key))
+                _store(builder, _halved(products, builder.fadd), out)
+                q, out = builder.add(q, q_stride), builder.add(out, out_stride)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), codegen
+
+    return kernel  # type: ignore[no-any-return]
+
+
+def weighed(queries: int) -> Kernel:
+    """(e, e stride, v, row, out, out stride): for each query sum 2.3 over LANES positions of e * v.
+
+    v's positions lie `row` bytes apart; LANES features.
+    """
+    if config.DISABLE_JIT:
+        return partial(_weighed, queries)
+
+    @intrinsic
+    def kernel(
+        typing: Any, e: Any, e_stride: Any, v: Any, row: Any, out: Any, out_stride: Any
+    ) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            e, e_stride, v, row, out, out_stride = args
+            values = []
+            for _ in range(LANES):
+                values.append(_load(builder, v))
+                v = builder.add(v, row)
+            for _ in range(queries):
+                products = []
+                for j, value in enumerate(values):
+                    x = _number(builder, builder.add(e, LONG(4 * j)))
+                    products.append(builder.fmul(x, value))
+                _store(builder, _paired(products, builder.fadd), out)
+                e, out = builder.add(e, e_stride), builder.add(out, out_stride)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), codegen
+
+    return kernel  # type: ignore[no-any-return]
+
+
 if config.DISABLE_JIT:
-    two_products, add, scale, larger = _two_products, _add, _scale, _larger
-    butterflies = _butterflies
+    add, scale, larger, eight_sum = _add, _scale, _larger, _eight_sum
+    scaled_sums, butterflies = _scaled_sums, _butterflies
 else:
 
     @intrinsic
-    def two_products(typing: Any, x: Any, a_at: Any, y: Any, b_at: Any, out_at: Any) -> Any:
+    def eight_sum(typing: Any, at: Any, m: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            x, a_at, y, b_at, out_at = args
-            left = builder.fmul(_splat(builder, x), _load(builder, a_at))
-            right = builder.fmul(_splat(builder, y), _load(builder, b_at))
-            _store(builder, builder.fadd(left, right), out_at)
+            at, m = args
+            parts = []
+            for j in range(8):
+                offset = builder.mul(m, LONG(j * LANE_BYTES))
+                parts.append(_load(builder, builder.add(at, offset)))
+            _store(builder, _halved(parts, builder.fadd), at)
             return context.get_dummy_value()
 
-        number, address = types.float32, types.int64
-        return types.void(number, address, number, address, address), codegen
+        return types.void(types.int64, types.int64), codegen
 
     @intrinsic
     def add(typing: Any, a_at: Any, b_at: Any, out_at: Any) -> Any:
@@ -109,6 +228,18 @@ else:
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64), codegen
+
+    @intrinsic
+    def scaled_sums(typing: Any, acc_at: Any, total: Any, x: Any, out_at: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            acc_at, total, x, out_at = args
+            kind = ir.VectorType(ir.IntType(32), LANES)
+            acc = builder.load(vector_pointer(builder, acc_at, kind), align=4)
+            exact = builder.sub(acc, _splat(builder, total))
+            _store(builder, builder.fmul(builder.sitofp(exact, FLOATS), _splat(builder, x)), out_at)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int32, types.float32, types.int64), codegen
 
     @intrinsic
     def butterflies(typing: Any, at: Any) -> Any:

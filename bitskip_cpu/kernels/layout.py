@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 _STATE = """
-    hidden heads kv_heads head_dim head_padded attention kv ffn vocab
+    hidden heads kv_heads head_dim head_padded value_width attention kv ffn vocab
     ternary hadamard layer_norm post_norm sub_norm embedding_norm ffn_kind squared
     norm_eps largest_code
 

@@ -7,7 +7,8 @@ import numpy as np
 from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.floats import dot_tree, relu2, widen
 from bitskip_cpu.kernels.inner import inner
-from bitskip_cpu.kernels.layout import BAND, FLOAT16, INT8
+from bitskip_cpu.kernels.lanes import scaled_sums
+from bitskip_cpu.kernels.layout import BAND, FLOAT16, INT8, LANES
 from bitskip_cpu.kernels.memory import floats, int32s
 from bitskip_cpu.kernels.tiles import COLUMNS, TILE_ROWS
 
@@ -51,8 +52,9 @@ def ternary_sums(s, p, tiles_at, tiles, acc_at, unpacked_at):
         unpack_tile(tiles_at + i * size, units, tail, unpacked_at + i * room)
     for t in range(0, tokens, BLOCK_TOKENS):
         for i in range(0, tiles, BLOCK_TILES):
+            to = acc_at + t * ACC_STRIDE + 4 * TILE_ROWS * i
             bytes_block(unpacked_at + i * room, room, tiles - 1 - i, fours, codes + t * stride,
-                        stride, last - t, acc_at + t * ACC_STRIDE + 4 * TILE_ROWS * i, ACC_STRIDE)  # fmt: skip
+                        stride, last - t, to, ACC_STRIDE)  # fmt: skip
 
 
 @inner
@@ -67,19 +69,25 @@ def ternary_rows(s, p, first, last, acc_at, unpacked_at):
     for start in range(first, last, BAND):
         stop = min(start + BAND, last)
         rows_at = weights_at + start * p.row_bytes
-        ternary_sums(s, p, rows_at, (stop - start + TILE_ROWS - 1) // TILE_ROWS, acc_at, unpacked_at)
+        ternary_sums(
+            s, p, rows_at, (stop - start + TILE_ROWS - 1) // TILE_ROWS, acc_at, unpacked_at
+        )
         for t in range(s.tokens):
-            out_at = p.out + t * p.out_stride + 4 * start
-            out = floats(out_at, stop - start)
-            acc = int32s(acc_at + t * ACC_STRIDE, stop - start)
+            out_at, from_at = p.out + t * p.out_stride + 4 * start, acc_at + t * ACC_STRIDE
             step, total = steps[t], sums[t]
             begin = start
             for part in range(3):  # q, k, v or gate, up have each their own scale
                 end = min(stop, p.end0 if part == 0 else (p.end1 if part == 1 else p.rows))
                 scale = step * alphas[part]
-                for i in range(begin - start, end - start):
-                    out[i] = f32(np.int32(acc[i] - total)) * scale
-                begin = max(begin, end)
+                while begin + LANES <= end:
+                    at = 4 * (begin - start)
+                    scaled_sums(from_at + at, total, scale, out_at + at)
+                    begin += LANES
+                if begin < end:
+                    out, acc = floats(out_at, end - start), int32s(from_at, end - start)
+                    for i in range(begin - start, end - start):
+                        out[i] = f32(np.int32(acc[i] - total)) * scale
+                    begin = end
             if s.squared:
                 relu2(out_at, stop - start)
 

@@ -71,7 +71,9 @@ def packed_tile(tokens: int) -> Callable[..., None]:
 
 
 @inner
-def bytes_block(tile_at, stride, last_tile, fours, codes_at, codes_stride, last, out_at, out_stride):
+def bytes_block(
+    tile_at, stride, last_tile, fours, codes_at, codes_stride, last, out_at, out_stride
+):
     """As `ternary_simd.bytes_tile`: one tile, up to BLOCK_TOKENS tokens."""
     for t in range(min(BLOCK_TOKENS, last + 1)):
         to, codes = out_at + t * out_stride, codes_at + t * codes_stride

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitskip_cpu.cache import KVCache
+from bitskip_cpu.cache import KVCache, padded_keys, padded_values
 from bitskip_cpu.kernels import attention as kernels
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_ref.attention import attention
@@ -28,14 +28,10 @@ def test_turn(head_dim: int) -> None:
     assert same_bits(expected, x)
 
 
-def padded_width(head_dim: int) -> int:
-    return 1 << (head_dim - 1).bit_length()
-
-
 def key_memory(keys: np.ndarray, capacity: int, behind: float) -> np.ndarray:
     """keys [S, E] in the cache's layout, other positions filled."""
     head_dim = keys.shape[1]
-    padded = padded_width(head_dim)
+    padded = padded_keys(head_dim)
     memory = np.full((capacity // LANES, padded, LANES), behind, f32)
     memory[:, head_dim:] = 0
     for position, key in enumerate(keys):
@@ -44,29 +40,36 @@ def key_memory(keys: np.ndarray, capacity: int, behind: float) -> np.ndarray:
     return memory
 
 
-@pytest.mark.parametrize("head_dim", [2, 6, 16, 26, 64])
+def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: int) -> np.ndarray:
+    """q [queries, E], memory as in the cache -> [queries, E]."""
+    queries, head_dim = q.shape
+    out, scratch = np.zeros(q.shape, f32), np.full(1 << 16, np.nan, f32)
+    call(kernels.attend, queries, q, keys, values, keys.shape[1], head_dim, values.shape[1], seen,
+         out, scratch)  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 16, 26, 64, 128, 256])
 @pytest.mark.parametrize("seen", [1, 2, 3, 15, 16, 17, 33, 48, 100, 129])
 def test_attend(head_dim: int, seen: int) -> None:
-    q, k, v = random(head_dim), random(seen, head_dim, seed=1), random(seen, head_dim, seed=2)
+    k, v = random(seen, head_dim, seed=1), random(seen, head_dim, seed=2)
     capacity = -(-seen // LANES) * LANES
     # What an abandoned text left behind the last position must not matter.
     keys = key_memory(k, capacity, 3e4)
-    values = np.full((capacity, head_dim), -3e4, f32)
-    values[:seen] = v
-    out, scratch = np.zeros(head_dim, f32), np.full(8000, np.nan, f32)
-    call(kernels.attend, q, keys, values, padded_width(head_dim), head_dim, seen, out, scratch)
-    expected = attention(q[None, None], k[:, None], v[:, None])[0]
-    assert same_bits(expected, out)
+    values = np.full((capacity, padded_values(head_dim)), -3e4, f32)
+    values[:seen, :head_dim] = v
+    for queries in (1, 2, 4):
+        q = random(queries, head_dim)
+        expected = attention(q[None], k[:, None], v[:, None])[0]
+        assert same_bits(expected.reshape(q.shape), attend(q, keys, values, seen))
 
 
 def test_equal_scores_and_negative_zero_values() -> None:
     head_dim, seen = 4, 5
-    q, k = np.zeros(head_dim, f32), random(seen, head_dim)
-    values = np.full((LANES, head_dim), -0.0, f32)
-    out, scratch = np.ones(head_dim, f32), np.zeros(4000, f32)
-    keys = key_memory(k, LANES, 0.0)
-    call(kernels.attend, q, keys, values, 4, head_dim, seen, out, scratch)
-    assert same_bits(np.zeros(head_dim, f32), out)  # + 0.0 of SPEC 2.3: no negative zero
+    k = random(seen, head_dim)
+    values = np.full((LANES, LANES), -0.0, f32)
+    out = attend(np.zeros((1, head_dim), f32), key_memory(k, LANES, 0.0), values, seen)
+    assert same_bits(np.zeros((1, head_dim), f32), out)  # + 0.0 of SPEC 2.3: no negative zero
 
 
 def test_cache_shows_what_was_stored() -> None:
@@ -77,7 +80,7 @@ def test_cache_shows_what_was_stored() -> None:
         for position in range(20):
             row = keys[position, h].copy()
             call(kernels.store_key, row, cache.keys[2, h], 8, 6, position)
-        cache.values[2, h, :20] = keys[:, h]
+        cache.values[2, h, :20, :6] = keys[:, h]
     cache.length = 20
     for found in cache.layer(2):
         assert same_bits(keys, found)

@@ -10,8 +10,7 @@ import pytest
 
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.isa import PATH
-from bitskip_cpu.kernels import dot_plain
-from bitskip_cpu.kernels import tiles
+from bitskip_cpu.kernels import dot_plain, tiles
 from bitskip_cpu.kernels.linear import ternary
 from bitskip_ref.packing import pack_ternary
 from tests.kernels.calling import at, call, same_bits

@@ -18,6 +18,7 @@ from bitskip_cpu.engine import Engine, load, random_model
 from bitskip_cpu.threads import default_threads
 from bitskip_ref.config import preset, small_twin
 from bitskip_ref.exits import ConfidenceExit, FixedExit
+from bitskip_ref.folder import read_folder
 from tests.helpers import random_folder, random_tokens
 
 CONFIG = small_twin("wt2-bitskip")
@@ -161,13 +162,19 @@ def test_a_cache_serves_only_the_blocks_it_holds() -> None:
     assert engine.extend(IDS, cache).tobytes() == engine.logits(IDS).tobytes()
 
 
-def test_weights_are_used_where_they_are_mapped(tmp_path: Path) -> None:
+def test_rows_are_used_where_they_are_mapped(tmp_path: Path) -> None:
     config = preset("tiny").replace(hidden_size=128)
     engine = load(random_folder(tmp_path / "model", config))
     assert engine.folder is not None
-    first = engine.folder.tensors["layers.0.q_proj.weight"]
-    state = engine._space.state
-    assert state["weights"] == first.ctypes.data
-    assert state["embedding"] == engine.folder.tensors["embed_tokens.weight"].ctypes.data
+    state, tensors = engine._space.state, engine.folder.tensors
+    assert state["embedding"] == tensors["embed_tokens.weight"].ctypes.data
     engine.logits([1])
-    assert state["head"] == engine.folder.tensors["lm_head.weight"].ctypes.data
+    assert state["head"] == tensors["lm_head.weight"].ctypes.data
+
+
+def test_packed_rows_given_back_can_be_read_again(tmp_path: Path) -> None:
+    folder = read_folder(random_folder(tmp_path / "model", preset("tiny")))
+    before = {name: tensor.copy() for name, tensor in folder.tensors.items()}
+    Engine(folder.config, folder.tensors)
+    for name, tensor in folder.tensors.items():
+        assert np.array_equal(before[name], tensor), name
