@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bitskip_cpu.engine import Engine
+from bitskip_cpu.heldout.watch import Watch
 from bitskip_ref.compare import difference
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
@@ -47,27 +48,6 @@ def rules(seen: dict[str, list[float]]) -> Iterator[ExitRule]:
                     yield ConfidenceExit(threshold, name, layers=layers)
 
 
-class Seen:
-    """A rule that never stops and notes each measure's values."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {name: [] for name in ("gate", *MEASURES)}
-
-    def fixed_depth(self, config: Any) -> None:
-        return None
-
-    def looks(self, config: Any) -> tuple[int, ...]:
-        return 1, 2, 3
-
-    def check(self, config: Any) -> None:
-        pass
-
-    def stops(self, probe: Any) -> bool:
-        for name, values in self.values.items():
-            values.append(float(probe.gate() if name == "gate" else probe.confidence(name)))
-        return False
-
-
 def generate(engine: Any, prompt: list[int], rule: Any, seed: int) -> tuple[list[Any], Any]:
     """What is generated after a prompt, (id, depth) each, and the cache that it leaves."""
     caches = []
@@ -96,9 +76,9 @@ def layers_of(cache: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def test_200_prompts(engines: tuple[ReferenceModel, Engine]) -> None:
     reference, engine = engines
     context = reference.config.max_position_embeddings
-    watch = Seen()
+    watch = Watch(reference.config)
     generate(reference, random_tokens(reference.config, 20, 9), watch, 0)
-    choices = list(rules(watch.values))
+    choices = list(rules(watch.seen))
     depths: dict[str, set[int]] = {}
     for i in range(100):  # of each of two models
         size = (1, context, context - 3)[i % 3] if i < 12 else 1 + i * 7 % (context // 2)
@@ -158,9 +138,9 @@ def test_pytorch(name: str) -> None:
     config = twin(name)
     tensors = random_tensors(config)
     reference, engine = ReferenceModel(config, tensors), loaded.TorchEngine(config, tensors)
-    watch = Seen()
+    watch = Watch(reference.config)
     generate(reference, random_tokens(config, 20, 9), watch, 0)
-    for i, rule in enumerate([*rules(watch.values)][2::4]):
+    for i, rule in enumerate([*rules(watch.seen)][2::4]):
         prompt = random_tokens(config, 1 + i % 7, i)
         expected, cache = generate(reference, prompt, rule, i)
         actual, mine = generate(engine, prompt, rule, i)
