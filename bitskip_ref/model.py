@@ -238,8 +238,10 @@ class ReferenceModel:
             hidden.append(x)
             return self.exit(x, draft.exit_layer)[0] if logits else None
 
-        ids = draft.ids(token_id, count, choose, run)
-        cache.length = start  # the blocks above go on from there
+        try:
+            ids = draft.ids(token_id, count, choose, run)
+        finally:
+            cache.length = start  # the blocks above go on from there
         x = np.concatenate(hidden)
         for i in range(draft.exit_layer, n):
             x = self.block(i, x, cache)

@@ -121,8 +121,10 @@ class TorchEngine:
             hidden.append(model(torch.tensor([[token]]), exit_layer=low, cache=cache)[low])
             return model.logits(hidden[-1], low)[0, 0].numpy() if logits else None
 
-        ids = draft.ids(token_id, count, choose, run)
-        cache.length = start  # the blocks above go on from there
+        try:
+            ids = draft.ids(token_id, count, choose, run)
+        finally:
+            cache.length = start  # the blocks above go on from there
         ops = model.ops()
         with model.region(ops):
             above, x = model.start(ops, "none", start, len(ids)), torch.cat(hidden, 1)
