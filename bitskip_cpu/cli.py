@@ -54,6 +54,9 @@ def main() -> None:
     help="Blocks after which it may stop. Default: all for gate, the quarters for the others.",
 )  # fmt: skip
 @click.option(
+    "--exit-last", type=int, metavar="N", help="Stop there at the latest. Default: the last block."
+)
+@click.option(
     "--speculate", type=NumberOrWord(), metavar="K|auto",
     help="Draft K tokens at an early exit and verify them at once; auto adapts K. Greedy text "
     "stays the same.",

@@ -123,30 +123,29 @@ class Engine:
     def step(
         self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
-        layers = self.config.num_hidden_layers
-        fixed = rule.fixed_depth(self.config)
-        if fixed is not None:
-            return self.extend([token_id], cache, exit_layer=fixed, trace=trace)[0], fixed
-        ids = self._checked([token_id], cache, layers)
+        looks, deepest = rule.looks(self.config), rule.deepest(self.config)
+        if not looks:
+            return self.extend([token_id], cache, exit_layer=deepest, trace=trace)[0], deepest
+        ids = self._checked([token_id], cache, deepest)
         with self._lock:
             record, space = _Record(trace), self._space
             space.set_tokens(ids, cache, 0)
             self._call(EMBED)
             record.add(space.embedded)
             n = 0
-            for look in (*rule.looks(self.config), layers):
+            for look in (*looks, deepest):
                 self._blocks(n, look, record)
                 n = look
                 probe = CpuProbe(self, n)
-                if n < layers and rule.stops(probe):
+                if n < deepest and rule.stops(probe):
                     break
             z = probe.logits()
             if record.wanted:
                 self._call(EXIT)  # once more: the rule may have used the same memory since
                 record.add(space.exit_stages, z)
                 record.replay()
-            self._call(FILL, n, layers)  # SPEC 8.6
-            cache.advance(1, layers)
+            self._call(FILL, n, deepest)  # SPEC 8.6
+            cache.advance(1, deepest)
         return z[0], n
 
     def speculate(

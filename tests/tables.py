@@ -44,7 +44,7 @@ class TableEngine:
         return self.full[ids]
 
     def step(self, token_id: int, cache: TableCache, rule: Any) -> tuple[np.ndarray, int]:
-        depth = rule.fixed_depth(self.config)
+        depth = rule.deepest(self.config)
         return self.extend([token_id], cache, exit_layer=depth)[0], depth
 
     def speculate(

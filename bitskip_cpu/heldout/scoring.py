@@ -146,7 +146,7 @@ def _window(
 ) -> tuple[float, float]:
     """(summed loss of ids[prompt:], seconds of the steps); the depths are added to the list."""
     config, cache, total, seconds = engine.config, engine.new_cache(), 0.0, 0.0
-    depth = rule.fixed_depth(config) or config.num_hidden_layers
+    depth = rule.deepest(config)
     rows = [engine.extend(ids[:prompt].tolist(), cache, exit_layer=depth, last_only=True)[0]]
     depths.append(depth)
     most = max(1, AT_ONCE // config.vocab_size)

@@ -34,16 +34,10 @@ class ExitLayers(click.ParamType):
         return [int(part) if part.lstrip("-").isdigit() else part for part in parts]
 
 
-def _rules(
-    model: Model, exits: list[int | str], threshold: float | None, looks: list[int] | None
-) -> list[ExitRule]:
-    """The exits' rules; threshold and looks are for those that have them."""
-    takes = [e for e in exits if isinstance(e, str) and e != "auto"]
-    mixed = len(takes) not in (0, len(exits))
-    return [
-        model.exit_rule(e) if mixed and e not in takes else model.exit_rule(e, threshold, looks)
-        for e in exits
-    ]
+def _rules(model: Model, exits: list[int | str], *beside: Any) -> list[ExitRule]:
+    """The exits' rules; threshold, looks and last block are for those that have them."""
+    takes = [e for e in exits if isinstance(e, str) and e != "auto"] or exits
+    return [model.exit_rule(e, *(beside if e in takes else ())) for e in exits]
 
 
 @click.command()
@@ -55,6 +49,7 @@ def _rules(
 )  # fmt: skip
 @click.option("--exit-threshold", "threshold", type=float, help="As of generate.")
 @click.option("--exit-looks", "looks", type=Numbers(1), help="As of generate.")
+@click.option("--exit-last", "last", type=int, help="As of generate.")
 @CONTEXT
 @STRIDE
 @click.option(
@@ -64,8 +59,8 @@ def _rules(
 @click.option("--json", "as_json", is_flag=True)
 def perplexity(
     model: str | None, text_file: Path, exits: list[int | str] | None, threshold: float | None,
-    looks: list[int] | None, ctx: int | None, stride: int | None, tokens: int | None,
-    threads: int | None, as_json: bool,
+    looks: list[int] | None, last: int | None, ctx: int | None, stride: int | None,
+    tokens: int | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Loss of a text at each exit, over all its tokens but the first.
 
@@ -75,5 +70,5 @@ def perplexity(
     from bitskip_cpu.heldout.perplexity import report
 
     loaded = load_model(model, threads)
-    rules = _rules(loaded, exits or [loaded.config.num_hidden_layers], threshold, looks)
+    rules = _rules(loaded, exits or [loaded.config.num_hidden_layers], threshold, looks, last)
     click.echo(report(loaded, text_file, rules, ctx, stride, tokens, as_json))

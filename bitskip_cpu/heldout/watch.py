@@ -19,9 +19,9 @@ class Watch:
         names = (*MEASURES, "gate") if config.gates else MEASURES
         self.seen: dict[str, list[float]] = {name: [] for name in names}
 
-    def fixed_depth(self, config: ModelConfig) -> int | None:
-        """None: it is asked."""
-        return None
+    def deepest(self, config: ModelConfig) -> int:
+        """All blocks."""
+        return config.num_hidden_layers
 
     def looks(self, config: ModelConfig) -> tuple[int, ...]:
         """Where it was told to look."""
