@@ -163,7 +163,8 @@ class Engine:
         with self._lock:
             space = self._space
             if choose is None:
-                space.set_draft(token_id, cache, count, draft)
+                space.set_tokens([token_id], cache, 0)
+                space.set_draft(draft, count, draft.least_lead)
                 self._call(DRAFT, 0, draft.exit_layer)
                 ids = space.ids[: space.state["tokens"]].tolist()
             else:
@@ -201,8 +202,8 @@ class Engine:
 
         def run(token: int, _: bool) -> np.ndarray:
             space.set_tokens([token], cache, len(hidden))
-            space.set_exit(draft.exit_layer, space.draft_logits)
-            self._call(EMBED | BLOCKS | EXIT, 0, draft.exit_layer)
+            space.set_draft(draft, 1, np.inf)  # which no draft is sure enough for
+            self._call(DRAFT, 0, draft.exit_layer)
             hidden.append(space.x[0].copy())
             return space.draft_logits[0]
 

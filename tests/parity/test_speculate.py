@@ -155,6 +155,17 @@ def test_a_tie_goes_to_the_lowest_id() -> None:
         assert engine.speculate(5, engine.new_cache(), 2, Draft(1, least_lead=1e-9))[0] == []
 
 
+@pytest.mark.parametrize("choose", [None, lambda z: int(z.argmax())])
+def test_a_draft_vocabulary_of_one(choose: Any) -> None:
+    config, tensors = twin("bitskip-v1"), random_tensors(twin("bitskip-v1"))
+    rounds = []
+    for engine in (ReferenceModel(config, tensors), Engine(config, tensors, 1)):
+        draft = Draft(2, vocab=1, least_lead=0.7)
+        rounds.append(engine.speculate(96, engine.new_cache(), 2, draft, choose=choose))
+    assert rounds[0][0] == rounds[1][0] == [0, 0]
+    assert difference("logits", rounds[0][1], rounds[1][1]) is None
+
+
 def test_the_compiled_engine_refuses_what_the_reference_refuses() -> None:
     config, tensors = twin("bitskip-v1"), random_tensors(twin("bitskip-v1"))
     engine = Engine(config, tensors, 1)
