@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from bitskip_cpu.heldout.verbs import perplexity
+from bitskip_cpu.heldout.verbs import calibrate, perplexity
 from bitskip_cpu.options import MODEL, THREADS, NumberOrWord, Numbers, Pair, Verbs, load_model
 
 if TYPE_CHECKING:
@@ -215,6 +215,7 @@ def bench(
 
 
 main.add_command(perplexity)
+main.add_command(calibrate)
 
 
 @main.command()

@@ -12,12 +12,18 @@ from bitskip_ref.exits.confidence import MEASURES
 class Watch:
     """`seen`: measure -> its values, look after look and token after token."""
 
-    def __init__(self, config: ModelConfig, layers: Sequence[int] | None = None) -> None:
-        """layers: where to look (None: after every block but the last)."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Sequence[int] | None = None,
+        measures: Sequence[str] | None = None,
+    ) -> None:
+        """layers: where to look (None: after every block but the last); measures (None: all)."""
         every = range(1, config.num_hidden_layers)
         self.layers = tuple(every if layers is None else layers)
-        names = (*MEASURES, "gate") if config.gates else MEASURES
-        self.seen: dict[str, list[float]] = {name: [] for name in names}
+        if measures is None:
+            measures = (*MEASURES, "gate") if config.gates else MEASURES
+        self.seen: dict[str, list[float]] = {name: [] for name in measures}
 
     def deepest(self, config: ModelConfig) -> int:
         """All blocks."""
