@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, LlamaFileType, RopeScalingType, quants
 
 from bitskip_ref.config import ModelConfig, preset
 
@@ -30,6 +29,7 @@ BAND = 1024  # rows of the vocabulary that are made and then repeated
 
 def nearest(config: ModelConfig) -> ModelConfig:
     """The shape that llama.cpp can run. Raises ValueError where no block format fits a width."""
+    config = config.replace(hadamard=False)
     if not config.gated:
         width = config.intermediate_size * 2 // 3 // BLOCK * BLOCK
         config = config.replace(intermediate_size=max(width, BLOCK), ffn="swiglu")
@@ -39,10 +39,12 @@ def nearest(config: ModelConfig) -> ModelConfig:
     return config
 
 
-def quantize(weights: np.ndarray, name: str) -> tuple[np.ndarray, GGMLQuantizationType]:
-    """f32 [rows, n] in a GGUF format: (bytes or floats [rows, ...], its type)."""
+def quantize(weights: np.ndarray, name: str) -> tuple[np.ndarray, Any]:
+    """f32 [rows, n] in a GGUF format: (bytes or floats [rows, ...], its GGMLQuantizationType)."""
+    from gguf import GGMLQuantizationType, quants
+
     kind = GGMLQuantizationType[name]
-    if kind is GGMLQuantizationType.Q6_K:  # which `gguf` can only read
+    if name == "Q6_K":  # which `gguf` can only read
         return _random_q6_k(*weights.shape), kind
     return quants.quantize(weights, kind), kind
 
@@ -57,6 +59,8 @@ def _random_q6_k(rows: int, width: int) -> np.ndarray:
 
 def write(config: ModelConfig, linear: str, head: str, path: Path) -> None:
     """Write a model whose linear layers are `linear` and whose embedding and head are `head`."""
+    import gguf
+
     c = nearest(config)
     ternary = linear in TERNARY
     rng = np.random.default_rng(0)
@@ -73,9 +77,9 @@ def write(config: ModelConfig, linear: str, head: str, path: Path) -> None:
     out.add_rope_dimension_count(c.head_dim)
     out.add_rope_freq_base(c.rope_theta)
     if ternary:
-        out.add_rope_scaling_type(RopeScalingType.LINEAR)
+        out.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         out.add_rope_scaling_factor(1.0)
-    out.add_file_type(LlamaFileType[f"{'ALL' if linear == 'F32' else 'MOSTLY'}_{linear}"])
+    out.add_file_type(gguf.LlamaFileType[f"{'ALL' if linear == 'F32' else 'MOSTLY'}_{linear}"])
     out.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
     band = 0.02 * rng.standard_normal((BAND, c.hidden_size), np.float32)
@@ -92,7 +96,7 @@ def write(config: ModelConfig, linear: str, head: str, path: Path) -> None:
         strict=True,
     ))  # fmt: skip
     layer = {}
-    for ours, shape in c.replace(hadamard=False).linear_shapes().items():
+    for ours, shape in c.linear_shapes().items():
         weights = rng.integers(-1, 2, shape).astype(np.float32) * shape[1] ** -0.5
         layer[names[ours]] = quantize(weights.astype(np.float32), linear)
     norms = {"attn_norm": c.hidden_size, "ffn_norm": c.hidden_size}

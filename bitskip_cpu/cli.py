@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from bitskip_cpu.heldout.verbs import perplexity
+from bitskip_cpu.heldout.verbs import calibrate, perplexity
 from bitskip_cpu.options import MODEL, THREADS, NumberOrWord, Numbers, Pair, Verbs, load_model
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ def main() -> None:
     "--exit-looks", type=Numbers(1), metavar="N,N,...",
     help="Blocks after which it may stop. Default: all for gate, the quarters for the others.",
 )  # fmt: skip
+@click.option(
+    "--exit-last", type=int, metavar="N", help="Stop there at the latest. Default: the last block."
+)
 @click.option(
     "--speculate", type=NumberOrWord(), metavar="K|auto",
     help="Draft K tokens at an early exit and verify them at once; auto adapts K. Greedy text "
@@ -212,6 +215,7 @@ def bench(
 
 
 main.add_command(perplexity)
+main.add_command(calibrate)
 
 
 @main.command()

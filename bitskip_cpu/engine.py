@@ -123,30 +123,29 @@ class Engine:
     def step(
         self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
-        layers = self.config.num_hidden_layers
-        fixed = rule.fixed_depth(self.config)
-        if fixed is not None:
-            return self.extend([token_id], cache, exit_layer=fixed, trace=trace)[0], fixed
-        ids = self._checked([token_id], cache, layers)
+        looks, deepest = rule.looks(self.config), rule.deepest(self.config)
+        if not looks:
+            return self.extend([token_id], cache, exit_layer=deepest, trace=trace)[0], deepest
+        ids = self._checked([token_id], cache, deepest)
         with self._lock:
             record, space = _Record(trace), self._space
             space.set_tokens(ids, cache, 0)
             self._call(EMBED)
             record.add(space.embedded)
             n = 0
-            for look in (*rule.looks(self.config), layers):
+            for look in (*looks, deepest):
                 self._blocks(n, look, record)
                 n = look
                 probe = CpuProbe(self, n)
-                if n < layers and rule.stops(probe):
+                if n < deepest and rule.stops(probe):
                     break
             z = probe.logits()
             if record.wanted:
                 self._call(EXIT)  # once more: the rule may have used the same memory since
                 record.add(space.exit_stages, z)
                 record.replay()
-            self._call(FILL, n, layers)  # SPEC 8.6
-            cache.advance(1, layers)
+            self._call(FILL, n, deepest)  # SPEC 8.6
+            cache.advance(1, deepest)
         return z[0], n
 
     def speculate(
@@ -164,7 +163,8 @@ class Engine:
         with self._lock:
             space = self._space
             if choose is None:
-                space.set_draft(token_id, cache, count, draft)
+                space.set_tokens([token_id], cache, 0)
+                space.set_draft(draft, count, draft.least_lead)
                 self._call(DRAFT, 0, draft.exit_layer)
                 ids = space.ids[: space.state["tokens"]].tolist()
             else:
@@ -202,8 +202,8 @@ class Engine:
 
         def run(token: int, _: bool) -> np.ndarray:
             space.set_tokens([token], cache, len(hidden))
-            space.set_exit(draft.exit_layer, space.draft_logits)
-            self._call(EMBED | BLOCKS | EXIT, 0, draft.exit_layer)
+            space.set_draft(draft, 1, np.inf)  # which no draft is sure enough for
+            self._call(DRAFT, 0, draft.exit_layer)
             hidden.append(space.x[0].copy())
             return space.draft_logits[0]
 

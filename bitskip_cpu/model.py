@@ -49,17 +49,19 @@ class Model:
         exit_layer: int | str | None = None,
         threshold: float | None = None,
         looks: Sequence[int] | None = None,
+        last: int | None = None,
     ) -> ExitRule:
-        """The rule that `--exit-layer`, `--exit-threshold` and `--exit-looks` mean for this model.
+        """The rule that `--exit-layer` and the options beside it mean for this model.
 
         As `bitskip_ref.exits.named.named_rule`; besides, `auto` is the setting that `calibrate`
         wrote into the folder, and None the folder's `exit_layer`, else all blocks. Raises
         ValueError.
         """
+        beside = (threshold, looks, last)
         if exit_layer == "auto":
-            if threshold is not None or looks is not None:
+            if beside != (None, None, None):
                 raise ValueError(
-                    "exit layer auto brings its own threshold and looks: leave them out"
+                    "exit layer auto brings its own threshold, looks and last block: leave them out"
                 )
             if self.folder.auto_exit is None:
                 raise ValueError(
@@ -67,9 +69,9 @@ class Model:
                     "calibrate MODEL --text FILE`, or choose a number of blocks, gate, max, ..."
                 )
             return self.folder.auto_exit
-        if exit_layer is None and threshold is None and looks is None:
+        if exit_layer is None and beside == (None, None, None):
             exit_layer = self.folder.exit_layer
-        return named_rule(exit_layer, threshold, looks, self.config)
+        return named_rule(exit_layer, *beside, self.config)
 
     def speculation(
         self,
@@ -110,6 +112,7 @@ class Model:
         exit_layer: int | str | None = None,
         exit_threshold: float | None = None,
         exit_looks: Sequence[int] | None = None,
+        exit_last: int | None = None,
         speculate: int | str | None = None,
         draft_exit: int | None = None,
         draft_vocab: int | None = None,
@@ -125,9 +128,9 @@ class Model:
     ) -> TextStream:
         """The continuation of a prompt, piece by piece as it comes.
 
-        exit_layer, exit_threshold, exit_looks: see `exit_rule`. speculate, draft_exit, draft_vocab:
-        see `speculation`. temperature 0 is greedy, and the other sampling options (SPEC 9.2) then
-        change nothing but the repetition penalty.
+        exit_layer, exit_threshold, exit_looks, exit_last: see `exit_rule`. speculate, draft_exit,
+        draft_vocab: see `speculation`. temperature 0 is greedy, and the other sampling options
+        (SPEC 9.2) then change nothing but the repetition penalty.
         context: positions that may be used; None: all the model has. threads: None keeps the
         engine's; another number makes a new engine on the same weights. Raises ValueError.
         """
@@ -140,7 +143,7 @@ class Model:
             raise ValueError("the prompt is empty: give at least one character")
         if self.folder.bos_token_id is not None:
             ids = [self.folder.bos_token_id, *ids]
-        rule = self.exit_rule(exit_layer, exit_threshold, exit_looks)
+        rule = self.exit_rule(exit_layer, exit_threshold, exit_looks, exit_last)
         return TextStream(
             self.engine,
             self.tokenizer,

@@ -10,13 +10,13 @@ import numpy as np
 
 from bitskip_cpu import isa, models
 from bitskip_cpu.engine import Engine
+from bitskip_cpu.heldout.watch import Watch
 from bitskip_cpu.threads import default_threads
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import Engine as AnyEngine
-from bitskip_ref.engine import ExitRule, Probe
+from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
-from bitskip_ref.exits.confidence import MEASURES
 from bitskip_ref.folder import read_folder
 from bitskip_ref.generate import stream
 from bitskip_ref.model import ReferenceModel
@@ -105,35 +105,9 @@ def quarters(config: ModelConfig) -> list[int]:
     return sorted({max(1, layers * n // 4) for n in (1, 2, 3, 4)})
 
 
-class Watch:
-    """A rule that never stops and notes what every other rule would have seen."""
-
-    def __init__(self, gates: bool) -> None:
-        self.seen: dict[str, list[float]] = {name: [] for name in MEASURES}
-        if gates:
-            self.seen["gate"] = []
-
-    def fixed_depth(self, config: ModelConfig) -> int | None:
-        """None: it is asked after each block."""
-        return None
-
-    def looks(self, config: ModelConfig) -> tuple[int, ...]:
-        """Every block but the last."""
-        return tuple(range(1, config.num_hidden_layers))
-
-    def check(self, config: ModelConfig) -> None:
-        """Any model will do."""
-
-    def stops(self, probe: Probe) -> bool:
-        """No, but note the measures."""
-        for name, values in self.seen.items():
-            values.append(float(probe.gate() if name == "gate" else probe.confidence(name)))
-        return False
-
-
 def rules_for(reference: AnyEngine, ids: Sequence[int]) -> list[ConfidenceExit | GateExit]:
     """The rules that decide token by token, with thresholds at which half the places stop."""
-    watch = Watch(reference.config.gates)
+    watch = Watch(reference.config)
     follow(reference, ids, watch)
     rules: list[ConfidenceExit | GateExit] = []
     for name, values in watch.seen.items():

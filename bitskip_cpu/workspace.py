@@ -167,12 +167,11 @@ class Workspace:
             s[name] = value
         s["logits"], s["exit_from"] = logits.ctypes.data, first
 
-    def set_draft(self, token: int, cache: KVCache, count: int, draft: Draft) -> None:
-        """One token, and room behind it for `count` drafts (SPEC 11.1)."""
-        self.set_tokens([token], cache, 0)
+    def set_draft(self, draft: Draft, count: int, least_lead: float) -> None:
+        """At most `count` drafts behind the one token at hand (SPEC 11.1)."""
         self.set_exit(draft.exit_layer, self.draft_logits)
         s = self.state
-        s["tokens"], s["least_lead"] = count + 1, draft.least_lead
+        s["tokens"], s["least_lead"] = count + 1, least_lead
         s["draft_vocab"] = draft.vocab or self.weights.config.vocab_size
 
     def set_gate(self, n: int) -> None:

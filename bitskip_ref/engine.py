@@ -43,11 +43,11 @@ class Probe(Protocol):
 class ExitRule(Protocol):
     """A way of choosing how many blocks a token runs."""
 
-    def fixed_depth(self, config: ModelConfig) -> int | None:
-        """Blocks every token runs (SPEC 8.2); None: `stops` decides token by token (SPEC 8.3)."""
+    def deepest(self, config: ModelConfig) -> int:
+        """Blocks that the prompt runs, and every token that is not stopped before: 1..L."""
 
     def looks(self, config: ModelConfig) -> tuple[int, ...]:
-        """Depths after which `stops` is asked, rising, within 1..L-1."""
+        """Depths after which `stops` is asked, rising, below `deepest`; none: a fixed exit."""
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError, with the remedy, where the rule means nothing for this model."""

@@ -187,7 +187,9 @@ def _auto_exit(path: Path, extra: dict[str, Any], config: ModelConfig) -> ExitRu
     if stored is None:
         return None
     try:
-        return named_rule(stored["exit_layer"], stored["threshold"], stored["looks"], config)
+        return named_rule(
+            stored["exit_layer"], stored["threshold"], stored["looks"], stored["last"], config
+        )
     except (ValueError, TypeError, KeyError) as error:
         raise FormatError(
             f"{path}: auto_exit is not a setting of this model ({error!r}): calibrate again, or "

@@ -34,7 +34,7 @@ def stream(
     if max_tokens < 0:
         raise ValueError(f"max tokens {max_tokens}: must be 0 or more")
     cache = engine.new_cache()
-    depth = rule.fixed_depth(engine.config) or engine.config.num_hidden_layers
+    depth = rule.deepest(engine.config)
     z = engine.extend(prompt, cache, exit_layer=depth, last_only=True)[0]
     seen = set(prompt)
     for index in range(max_tokens):

@@ -195,25 +195,22 @@ class ReferenceModel:
     def step(
         self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
-        layers = self.config.num_hidden_layers
-        n = rule.fixed_depth(self.config)
-        if n is not None:
-            return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
+        deepest = rule.deepest(self.config)
         report = trace or (lambda *_: None)
-        x = self.embed(check_input([token_id], cache, layers, self.config))
+        x = self.embed(check_input([token_id], cache, deepest, self.config))
         report("embed", x)
         n = 0
-        for look in (*rule.looks(self.config), layers):
+        for look in (*rule.looks(self.config), deepest):
             for i in range(n, look):
                 x = self.block(i, x, cache, report)
             n = look
-            if n < layers and rule.stops(ReferenceProbe(self, x, n)):
+            if n < deepest and rule.stops(ReferenceProbe(self, x, n)):
                 break
-        for i in range(n, layers):  # SPEC 8.6
+        for i in range(n, deepest):  # SPEC 8.6
             pre = self.config.norm_position == "pre"
             a = self.norm(f"layers.{i}.attn_norm", x) if pre else x
             cache.append(i, *self.keys_values(i, a, cache.length))
-        cache.advance(1, layers)
+        cache.advance(1, deepest)
         return self.exit(x, n, report)[0], n
 
     def speculate(
@@ -238,8 +235,10 @@ class ReferenceModel:
             hidden.append(x)
             return self.exit(x, draft.exit_layer)[0] if logits else None
 
-        ids = draft.ids(token_id, count, choose, run)
-        cache.length = start  # the blocks above go on from there
+        try:
+            ids = draft.ids(token_id, count, choose, run)
+        finally:
+            cache.length = start  # the blocks above go on from there
         x = np.concatenate(hidden)
         for i in range(draft.exit_layer, n):
             x = self.block(i, x, cache)

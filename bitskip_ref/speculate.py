@@ -33,8 +33,8 @@ class Speculation:
         count: drafts of a round, 1..16; None adapts it. draft_vocab: draft among that many first
         ids; None: all. Raises ValueError.
         """
-        depth = rule.fixed_depth(config)
-        if depth is None:
+        depth = rule.deepest(config)
+        if rule.looks(config):
             raise ValueError(
                 "speculation verifies every token at one depth and leaves nothing to an exit that "
                 "decides token by token: choose an exit layer by number, or do not speculate"

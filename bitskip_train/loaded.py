@@ -78,29 +78,26 @@ class TorchEngine:
     def step(
         self, token_id: int, cache: Cache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
-        model, layers = self.model, self.config.num_hidden_layers
-        n = rule.fixed_depth(self.config)
-        if n is not None:
-            return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
+        model, deepest = self.model, rule.deepest(self.config)
         report, ops = _without_batch(trace), model.ops()
-        ids = self._ids([token_id], cache, layers)
+        ids = self._ids([token_id], cache, deepest)
         with model.region(ops):
             run = model.start(ops, "none", cache.length, 1)
             x = model.embed(ids, ops)
             if report is not None:
                 report("embed", x)
             n = 0
-            for look in (*rule.looks(self.config), layers):
+            for look in (*rule.looks(self.config), deepest):
                 for i in range(n, look):
                     x = model.run_block(i, x, run, cache=cache, trace=report)
                 n = look
-                if n < layers and rule.stops(TorchProbe(model, x, n)):
+                if n < deepest and rule.stops(TorchProbe(model, x, n)):
                     break
-            for i in range(n, layers):  # SPEC 8.6
+            for i in range(n, deepest):  # SPEC 8.6
                 block = model.block(i)
                 _, keys, values = block.queries_keys_values(x, run)
                 cache.write(i, keys, values)
-        cache.advance(1, layers)
+        cache.advance(1, deepest)
         return model.logits(x, n, report)[0, 0].numpy(), n
 
     def speculate(
@@ -121,8 +118,10 @@ class TorchEngine:
             hidden.append(model(torch.tensor([[token]]), exit_layer=low, cache=cache)[low])
             return model.logits(hidden[-1], low)[0, 0].numpy() if logits else None
 
-        ids = draft.ids(token_id, count, choose, run)
-        cache.length = start  # the blocks above go on from there
+        try:
+            ids = draft.ids(token_id, count, choose, run)
+        finally:
+            cache.length = start  # the blocks above go on from there
         ops = model.ops()
         with model.region(ops):
             above, x = model.start(ops, "none", start, len(ids)), torch.cat(hidden, 1)

@@ -98,8 +98,8 @@ class OnnxModel:
     def step(
         self, token_id: int, cache: OnnxCache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
-        n = rule.fixed_depth(self.config)
-        if n is None:
+        n = rule.deepest(self.config)
+        if rule.looks(self.config):
             raise ValueError(
                 "an ONNX graph runs a fixed number of blocks: choose an exit layer, or another "
                 "engine for exits by gate or confidence"

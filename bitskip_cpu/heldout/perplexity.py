@@ -29,16 +29,15 @@ def report(
     engine, config = model.engine, model.config
     context, stride = check_windows(context, stride, config.max_position_embeddings)
     text = read_text(path, model, limit)
-    fixed = [n for rule in rules if (n := rule.fixed_depth(config)) is not None]
-    dynamic = [rule for rule in rules if rule.fixed_depth(config) is None]
+    fixed = {rule.deepest(config): rule for rule in rules if not rule.looks(config)}
+    dynamic = [rule for rule in rules if rule.looks(config)]
     total = (len(text.tokens) - 1) * (bool(fixed) + len(dynamic))
     with progress_bar("scoring", total) as advance:
         cut = {"context": context, "stride": stride}
-        losses = exit_losses(engine, text, fixed, **cut, advance=advance) if fixed else {}
+        losses = exit_losses(engine, text, [*fixed], **cut, advance=advance) if fixed else {}
         stepped = step_through(engine, text, dynamic, **cut, advance=advance)
-    by_depth = {rule.fixed_depth(config): rule for rule in rules}
     found: list[tuple[ExitRule, HeldOutLoss, float]]
-    found = [(by_depth[n], value, float(n)) for n, value in losses.items()]
+    found = [(fixed[n], value, float(n)) for n, value in losses.items()]
     found += [(s.rule, s.losses, s.mean_depth) for s in stepped]
     if as_json:
         about = {

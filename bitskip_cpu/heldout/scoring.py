@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,38 @@ Advance = Callable[[int], None]
 AT_ONCE = 1 << 22  # logits kept before their losses are taken: 16 MiB in f32
 
 
+def exit_token_losses(
+    engine: Engine,
+    text: Text,
+    exit_layers: Sequence[int],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+) -> Iterator[dict[int, np.ndarray]]:
+    """Window by window: exit -> losses of the tokens that are new in it, in order of depth.
+
+    Each block runs once. context: inputs of a window (None: the model's context); stride: from
+    window to window, at most the context (None: the context, no overlap). Raises ValueError for
+    numbers out of range.
+    """
+    context, stride = check_windows(context, stride, engine.config.max_position_embeddings)
+    exits = check_exit_layers(exit_layers, engine.config)
+    for begin, scored, end in windows(len(text.tokens), context, stride):
+        inputs, targets = text.tokens[begin:end], text.tokens[begin + 1 : end + 1]
+        found = {n: np.empty(len(inputs)) for n in exits}
+
+        def visit(
+            n: int, first: int, z: np.ndarray,
+            found: dict[int, np.ndarray] = found, targets: np.ndarray = targets,
+        ) -> None:  # fmt: skip
+            part = slice(first, first + len(z))
+            found[n][part] = token_losses(z, targets[part])
+
+        engine.extend_exits(inputs.tolist(), engine.new_cache(), exits, visit)
+        # What lies before was context, scored by an earlier window.
+        yield {n: values[scored - begin :] for n, values in found.items()}
+
+
 def exit_losses(
     engine: Engine,
     text: Text,
@@ -31,34 +63,14 @@ def exit_losses(
     stride: int | None = None,
     advance: Advance = lambda _: None,
 ) -> dict[int, HeldOutLoss]:
-    """Exit -> loss over all tokens but the first, in order of depth; each block runs once.
-
-    context: inputs of a window (None: the model's context); stride: from window to window, at
-    most the context (None: the context, no overlap). Raises ValueError for numbers out of range.
-    """
-    context, stride = check_windows(context, stride, engine.config.max_position_embeddings)
-    exits = check_exit_layers(exit_layers, engine.config)
-    sums: dict[int, list[float]] = {n: [] for n in exits}
+    """Exit -> loss over all tokens but the first, in order of depth; arguments as above."""
+    sums: dict[int, list[float]] = {}
     sizes = []
-    for begin, scored, end in windows(len(text.tokens), context, stride):
-        inputs, targets = text.tokens[begin:end], text.tokens[begin + 1 : end + 1]
-        totals = dict.fromkeys(exits, 0.0)
-
-        def visit(
-            n: int, first: int, z: np.ndarray,
-            totals: dict[int, float] = totals, targets: np.ndarray = targets,
-            skip: int = scored - begin,
-        ) -> None:  # fmt: skip
-            seen = max(0, skip - first)  # context that an earlier window has scored
-            if seen < len(z):
-                values = token_losses(z[seen:], targets[first + seen : first + len(z)])
-                totals[n] += float(values.sum())
-
-        engine.extend_exits(inputs.tolist(), engine.new_cache(), exits, visit)
-        sizes.append(end - scored)
-        for n in exits:
-            sums[n].append(totals[n])
-        advance(end - scored)
+    for found in exit_token_losses(engine, text, exit_layers, context=context, stride=stride):
+        for n, values in found.items():
+            sums.setdefault(n, []).append(float(values.sum()))
+        sizes.append(len(values))
+        advance(len(values))
     return {n: HeldOutLoss(np.array(s), np.array(sizes), text.bytes) for n, s in sums.items()}
 
 
@@ -79,8 +91,9 @@ class Stepped:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Steps a second; None without steps."""
-        return float(self.steps.sum() / self.seconds.sum()) if self.steps.any() else None
+        """Steps a second, the median over windows; None without steps."""
+        timed = self.steps > 0
+        return float(np.median(self.steps[timed] / self.seconds[timed])) if timed.any() else None
 
     def facts(self, config: ModelConfig) -> dict[str, Any]:
         """What the verbs' JSON says of it, but for the speed."""
@@ -133,7 +146,7 @@ def _window(
 ) -> tuple[float, float]:
     """(summed loss of ids[prompt:], seconds of the steps); the depths are added to the list."""
     config, cache, total, seconds = engine.config, engine.new_cache(), 0.0, 0.0
-    depth = rule.fixed_depth(config) or config.num_hidden_layers
+    depth = rule.deepest(config)
     rows = [engine.extend(ids[:prompt].tolist(), cache, exit_layer=depth, last_only=True)[0]]
     depths.append(depth)
     most = max(1, AT_ONCE // config.vocab_size)

@@ -34,16 +34,20 @@ class ExitLayers(click.ParamType):
         return [int(part) if part.lstrip("-").isdigit() else part for part in parts]
 
 
-def _rules(
-    model: Model, exits: list[int | str], threshold: float | None, looks: list[int] | None
-) -> list[ExitRule]:
-    """The exits' rules; threshold and looks are for those that have them."""
-    takes = [e for e in exits if isinstance(e, str) and e != "auto"]
-    mixed = len(takes) not in (0, len(exits))
-    return [
-        model.exit_rule(e) if mixed and e not in takes else model.exit_rule(e, threshold, looks)
-        for e in exits
-    ]
+class Words(click.ParamType):
+    """Words separated by commas; an empty text is none."""
+
+    name = "WORD,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[str]:
+        """The words, without repeats."""
+        return [w for w in dict.fromkeys(part.strip() for part in str(value).split(",")) if w]
+
+
+def _rules(model: Model, exits: list[int | str], *beside: Any) -> list[ExitRule]:
+    """The exits' rules; threshold, looks and last block are for those that have them."""
+    takes = [e for e in exits if isinstance(e, str) and e != "auto"] or exits
+    return [model.exit_rule(e, *(beside if e in takes else ())) for e in exits]
 
 
 @click.command()
@@ -55,6 +59,7 @@ def _rules(
 )  # fmt: skip
 @click.option("--exit-threshold", "threshold", type=float, help="As of generate.")
 @click.option("--exit-looks", "looks", type=Numbers(1), help="As of generate.")
+@click.option("--exit-last", "last", type=int, help="As of generate.")
 @CONTEXT
 @STRIDE
 @click.option(
@@ -64,8 +69,8 @@ def _rules(
 @click.option("--json", "as_json", is_flag=True)
 def perplexity(
     model: str | None, text_file: Path, exits: list[int | str] | None, threshold: float | None,
-    looks: list[int] | None, ctx: int | None, stride: int | None, tokens: int | None,
-    threads: int | None, as_json: bool,
+    looks: list[int] | None, last: int | None, ctx: int | None, stride: int | None,
+    tokens: int | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Loss of a text at each exit, over all its tokens but the first.
 
@@ -75,5 +80,39 @@ def perplexity(
     from bitskip_cpu.heldout.perplexity import report
 
     loaded = load_model(model, threads)
-    rules = _rules(loaded, exits or [loaded.config.num_hidden_layers], threshold, looks)
+    rules = _rules(loaded, exits or [loaded.config.num_hidden_layers], threshold, looks, last)
     click.echo(report(loaded, text_file, rules, ctx, stride, tokens, as_json))
+
+
+@click.command()
+@MODEL
+@TEXT
+@click.option(
+    "--budget", type=float, default=0.04, show_default=True,
+    help="How much perplexity may rise over full depth's: 0.04 is 4 %.",
+)  # fmt: skip
+@click.option(
+    "--rule", "rules", type=Words(), default="", metavar="WORD,...",
+    help="Kinds to try: fixed, gate, max, margin, entropy. Default: all that the model has.",
+)  # fmt: skip
+@CONTEXT
+@click.option(
+    "--tokens", type=click.IntRange(1), default=8192, show_default=True,
+    help="Read documents up to so many.",
+)  # fmt: skip
+@THREADS
+@click.option("--dry-run", is_flag=True, help="Print the table, write nothing.")
+@click.option("--json", "as_json", is_flag=True)
+def calibrate(
+    model: str | None, text_file: Path, budget: float, rules: list[str], ctx: int | None,
+    tokens: int, threads: int | None, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Find the fastest exit within a budget of loss, and make it the model's `auto`.
+
+    Settings of each kind are judged from one survey of the text; the best of each is then run on
+    it, beside full depth. The choice goes into MODEL's generation_config.json.
+    """
+    from bitskip_cpu.heldout.calibrate import calibrate
+
+    loaded = load_model(model, threads)
+    click.echo(calibrate(loaded, text_file, budget, rules, ctx, tokens, as_json, dry_run))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bitskip_cpu.kernels.floats import (
+    LOWEST,
     confidence,
     copy,
     dot_tree,
@@ -135,12 +136,12 @@ def draft(s, products, last):
         s.vocab = s.draft_vocab
         exit_logits(s, products)
         s.vocab = vocab
-        drafted = 0
+        first, second = floats(s.logits, 1)[0], LOWEST
         if s.draft_vocab > 1:
             first, second = two_largest(s.logits, s.draft_vocab, s.scratch)
-            if first - second < s.least_lead:
-                break
-            drafted = first_of(s.logits, s.draft_vocab, first)
+        if first - second < s.least_lead:
+            break
+        drafted = first_of(s.logits, s.draft_vocab, first)
         int32s(ids, wanted)[run] = drafted
         s.x, s.ids, s.position = x + run * 4 * s.hidden, ids + run * 4, position + run
     s.tokens, s.x, s.ids, s.position = run, x, ids, position

@@ -18,10 +18,9 @@ class ConfidenceExit(DynamicExit):
     threshold: float = 0.9
     measure: str = "max"
 
-    def usual_looks(self, config: ModelConfig) -> tuple[int, ...]:
+    def usual_looks(self, deepest: int) -> tuple[int, ...]:
         """After a quarter, half and three quarters of the blocks, rounded down."""
-        quarters = {config.num_hidden_layers * n // 4 for n in (1, 2, 3)}
-        return tuple(sorted(quarters - {0}))
+        return tuple(sorted({deepest * n // 4 for n in (1, 2, 3)} - {0}))
 
     def check(self, config: ModelConfig) -> None:
         super().check(config)

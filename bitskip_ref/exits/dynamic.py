@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.exits.fixed import check_exit_layer
 
 
 @dataclass(frozen=True)
@@ -13,23 +14,25 @@ class DynamicExit:
 
     threshold: float
     layers: tuple[int, ...] | None = field(default=None, kw_only=True)  # None: `usual_looks`
+    last: int | None = field(default=None, kw_only=True)  # block that none goes beyond; None: L
 
-    def fixed_depth(self, config: ModelConfig) -> int | None:
-        return None
+    def deepest(self, config: ModelConfig) -> int:
+        return check_exit_layer(self.last, config)
 
     def looks(self, config: ModelConfig) -> tuple[int, ...]:
-        return self.usual_looks(config) if self.layers is None else tuple(sorted({*self.layers}))
+        if self.layers is None:
+            return self.usual_looks(self.deepest(config))
+        return tuple(sorted({*self.layers}))
 
-    def usual_looks(self, config: ModelConfig) -> tuple[int, ...]:
+    def usual_looks(self, deepest: int) -> tuple[int, ...]:
         """Where this rule looks if it is not told: after every block but the last."""
-        return tuple(range(1, config.num_hidden_layers))
+        return tuple(range(1, deepest))
 
     def check(self, config: ModelConfig) -> None:
         if not 0.0 <= self.threshold <= 1.0:
             raise ValueError(f"exit threshold {self.threshold}: must be between 0 and 1")
+        deepest = self.deepest(config)
         for n in self.layers or ():
-            if not 1 <= n < config.num_hidden_layers:
-                raise ValueError(
-                    f"exit look {n} is out of range: of the model's {config.num_hidden_layers} "
-                    f"blocks the last cannot be skipped, choose 1..{config.num_hidden_layers - 1}"
-                )
+            if not 1 <= n < deepest:
+                rule = f"choose 1..{deepest - 1}" if deepest > 1 else "there is nothing to skip"
+                raise ValueError(f"exit look {n}: must be below block {deepest}, the last; {rule}")

@@ -35,7 +35,7 @@ class FixedExit:
 
     layer: int | None = None
 
-    def fixed_depth(self, config: ModelConfig) -> int | None:
+    def deepest(self, config: ModelConfig) -> int:
         return check_exit_layer(self.layer, config)
 
     def looks(self, config: ModelConfig) -> tuple[int, ...]:

@@ -171,7 +171,7 @@ class Recorder(ScriptEngine):
         return super().extend(token_ids, cache, **options)
 
     def step(self, token_id: int, cache: Any, rule: Any, trace: Any = None) -> Any:
-        self.calls.append((self.threads, "step", rule.fixed_depth(CONFIG), cache.length))
+        self.calls.append((self.threads, "step", rule.deepest(CONFIG), cache.length))
         return super().step(token_id, cache, rule)
 
 

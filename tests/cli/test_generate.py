@@ -93,6 +93,8 @@ def test_exits_by_rule(folder: Path, exit_layer: str) -> None:
     # The first token is the prompt's, SPEC 8.7.
     assert facts(*options)["exit_layers"] == [4, *[1] * 11]
     assert facts(*options, "--exit-looks", "3,2")["exit_layers"] == [4, *[2] * 11]
+    never = facts(*options[:-1], 1, "--exit-last", 3)
+    assert never["exit_layers"] == [3] * 12
     got = facts(folder, "-p", "Once", "-n", 6, "--exit", exit_layer, "--exit-threshold", 1)
     assert got["exit_layers"] == [4] * 6
 

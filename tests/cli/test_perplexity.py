@@ -83,11 +83,14 @@ def test_stepping_is_the_same_loss(
     """Fixed exits, and rules that always or never stop, have the losses of one pass for all."""
     model, text = bitskip_cpu.load(folder), text_of(50)
     cut = {"context": context, "stride": stride}
-    rules = [FixedExit(2), FixedExit(4), GateExit(1.0), ConfidenceExit(1.0, "margin")]
+    rules = [
+        FixedExit(2), FixedExit(4), GateExit(1.0), ConfidenceExit(1.0, "margin"),
+        ConfidenceExit(1.0, last=2),
+    ]  # fmt: skip
     expected = exit_losses(model, text, [2, 4], **cut)
     monkeypatch.setattr(scoring, "AT_ONCE", 7 * CONFIG.vocab_size)
     for result in step_through(model, text, rules, **cut):
-        depth = result.rule.fixed_depth(CONFIG) or 4
+        depth = result.rule.deepest(CONFIG)
         assert set(result.depths.tolist()) == {depth} and len(result.depths) == 49
         assert result.losses.loss == pytest.approx(expected[depth].loss, rel=1e-12)
         assert result.losses.loss_se == pytest.approx(expected[depth].loss_se, rel=1e-9)
@@ -185,8 +188,8 @@ def test_json(folder: Path, text_file: Path) -> None:
     assert 2 <= facts["exits"][2]["mean_exit_layer"] <= 4
     for e in facts["exits"]:
         assert e.keys() == {
-            "exit_layer", "threshold", "looks", "mean_exit_layer", "tokens", "loss", "loss_se",
-            "ppl", "bits_per_byte",
+            "exit_layer", "threshold", "looks", "last", "mean_exit_layer", "tokens", "loss",
+            "loss_se", "ppl", "bits_per_byte",
         }  # fmt: skip
         assert e["ppl"] == pytest.approx(math.exp(e["loss"]))
         assert e["bits_per_byte"] * facts["bytes"] * math.log(2) == pytest.approx(
@@ -196,7 +199,7 @@ def test_json(folder: Path, text_file: Path) -> None:
 
 def test_table(folder: Path, text_file: Path) -> None:
     said = run(folder, "--text", text_file, "--exit-layer", "2,entropy", "--exit-looks", "1,2,3")
-    assert "entropy > 0.9 at 1, 2, 3" in said and "| 2 " in said
+    assert "entropy > 0.9 at 1, 2, 3, else 4" in said and "| 2 " in said
     assert "tokens predicted, 5 documents" in said
     assert "4 |    4" in run(folder, "--text", text_file).replace("   4 |", "4 |")
 

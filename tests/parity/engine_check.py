@@ -85,6 +85,7 @@ def rules(config: ModelConfig) -> Iterator[ExitRule]:
         yield ConfidenceExit(threshold, "entropy")
     if config.num_hidden_layers > 2:
         yield ConfidenceExit(0.02, layers=(2,))
+        yield ConfidenceExit(0.02, layers=(1, 2), last=3)
     if config.gates:
         for threshold in (0.0, 0.5, 1.0):
             yield GateExit(threshold)
@@ -93,9 +94,7 @@ def rules(config: ModelConfig) -> Iterator[ExitRule]:
 def stepped(engine: Any, prompt: Sequence[int], rule: ExitRule, ids: Sequence[int]) -> Stages:
     """Logits, depth and the last step's stages when ids follow a prompt under a rule."""
     cache = engine.new_cache()
-    found: Stages = {
-        "prompt": engine.extend(prompt, cache, exit_layer=rule.fixed_depth(engine.config))
-    }
+    found: Stages = {"prompt": engine.extend(prompt, cache, exit_layer=rule.deepest(engine.config))}
 
     def trace(name: str, x: np.ndarray) -> None:
         found[f"last {name}"] = x.copy()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bitskip_cpu.engine import Engine
+from bitskip_cpu.heldout.watch import Watch
 from bitskip_ref.compare import difference
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
@@ -40,32 +41,11 @@ def rules(seen: dict[str, list[float]]) -> Iterator[ExitRule]:
             float(np.quantile(values, 0.8)),
             1.0,
         ):
-            for layers in (None, (2,), (1, 3)):
+            for layers, last in ((None, None), ((2,), None), ((1, 3), None), ((1,), 3), ((), 2)):
                 if name == "gate":
-                    yield GateExit(threshold, layers=layers)
+                    yield GateExit(threshold, layers=layers, last=last)
                 else:
-                    yield ConfidenceExit(threshold, name, layers=layers)
-
-
-class Seen:
-    """A rule that never stops and notes each measure's values."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {name: [] for name in ("gate", *MEASURES)}
-
-    def fixed_depth(self, config: Any) -> None:
-        return None
-
-    def looks(self, config: Any) -> tuple[int, ...]:
-        return 1, 2, 3
-
-    def check(self, config: Any) -> None:
-        pass
-
-    def stops(self, probe: Any) -> bool:
-        for name, values in self.values.items():
-            values.append(float(probe.gate() if name == "gate" else probe.confidence(name)))
-        return False
+                    yield ConfidenceExit(threshold, name, layers=layers, last=last)
 
 
 def generate(engine: Any, prompt: list[int], rule: Any, seed: int) -> tuple[list[Any], Any]:
@@ -96,9 +76,9 @@ def layers_of(cache: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def test_200_prompts(engines: tuple[ReferenceModel, Engine]) -> None:
     reference, engine = engines
     context = reference.config.max_position_embeddings
-    watch = Seen()
+    watch = Watch(reference.config)
     generate(reference, random_tokens(reference.config, 20, 9), watch, 0)
-    choices = list(rules(watch.values))
+    choices = list(rules(watch.seen))
     depths: dict[str, set[int]] = {}
     for i in range(100):  # of each of two models
         size = (1, context, context - 3)[i % 3] if i < 12 else 1 + i * 7 % (context // 2)
@@ -107,7 +87,7 @@ def test_200_prompts(engines: tuple[ReferenceModel, Engine]) -> None:
         actual, mine = generate(engine, prompt, rule, i)
         assert expected == actual, (i, rule)
         assert len(expected) == min(STEPS, context - size + 1)
-        depth = rule.fixed_depth(reference.config) or reference.config.num_hidden_layers
+        depth = rule.deepest(reference.config)
         pairs = list(zip(layers_of(cache), layers_of(mine), strict=True))[:depth]
         for layer, (there, here) in enumerate(pairs):
             for what, a, b in zip(("keys", "values"), there, here, strict=True):
@@ -158,14 +138,14 @@ def test_pytorch(name: str) -> None:
     config = twin(name)
     tensors = random_tensors(config)
     reference, engine = ReferenceModel(config, tensors), loaded.TorchEngine(config, tensors)
-    watch = Seen()
+    watch = Watch(reference.config)
     generate(reference, random_tokens(config, 20, 9), watch, 0)
-    for i, rule in enumerate([*rules(watch.values)][2::4]):
+    for i, rule in enumerate([*rules(watch.seen)][2::6]):
         prompt = random_tokens(config, 1 + i % 7, i)
         expected, cache = generate(reference, prompt, rule, i)
         actual, mine = generate(engine, prompt, rule, i)
         assert expected == actual, rule
-        for layer in range(rule.fixed_depth(config) or config.num_hidden_layers):
+        for layer in range(rule.deepest(config)):
             for name in ("keys", "values"):
                 kept = getattr(mine, name)[layer, 0, : cache.length].numpy()
                 problem = difference(f"{rule}, {name}", getattr(cache, name)[layer], kept)

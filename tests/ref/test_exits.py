@@ -11,7 +11,7 @@ import pytest
 from bitskip_ref.config import preset
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
-from bitskip_ref.exits.named import DYNAMIC, describe_rule, named_rule
+from bitskip_ref.exits.named import DYNAMIC, describe_rule, named_rule, rule_label
 from bitskip_ref.folder import FormatError, read_folder, write_auto_exit
 from tests.helpers import random_folder, twin
 
@@ -40,6 +40,9 @@ def test_looks() -> None:
         config = deep.replace(num_hidden_layers=layers)
         assert ConfidenceExit().looks(config) == expected
         assert GateExit().looks(config) == tuple(range(1, layers))
+        assert ConfidenceExit(last=layers).looks(deep) == expected
+        assert GateExit(last=layers).looks(deep) == tuple(range(1, layers))
+        assert ConfidenceExit(last=layers).deepest(deep) == layers
     assert ConfidenceExit(layers=()).looks(deep) == FixedExit().looks(deep) == ()
 
 
@@ -52,7 +55,7 @@ def test_a_threshold_must_be_exceeded() -> None:
 
 @pytest.mark.parametrize("exit_layer", [None, 1, 4, *DYNAMIC])
 def test_a_rule_has_one_description(exit_layer: int | str | None) -> None:
-    rule = named_rule(exit_layer, None, None, CONFIG)
+    rule = named_rule(exit_layer, None, None, None, CONFIG)
     facts = describe_rule(rule, CONFIG)
     assert facts["exit_layer"] == (exit_layer or 4)
     again = named_rule(**json.loads(json.dumps(facts)), config=CONFIG)
@@ -61,15 +64,27 @@ def test_a_rule_has_one_description(exit_layer: int | str | None) -> None:
 
 
 def test_defaults_of_names() -> None:
-    assert named_rule("gate", None, None, CONFIG) == GateExit(0.5)
-    assert named_rule("margin", None, [1, 3], CONFIG) == ConfidenceExit(
-        0.9, "margin", layers=(1, 3)
+    assert named_rule("gate", None, None, None, CONFIG) == GateExit(0.5)
+    assert named_rule("margin", None, [1, 2], 3, CONFIG) == ConfidenceExit(
+        0.9, "margin", layers=(1, 2), last=3
     )
-    assert named_rule("entropy", 0.0, None, CONFIG) == ConfidenceExit(0.0, "entropy")
+    assert named_rule("entropy", 0.0, None, None, CONFIG) == ConfidenceExit(0.0, "entropy")
+
+
+def test_labels() -> None:
+    for rule, label in (
+        (FixedExit(3), "3"),
+        (FixedExit(), "4"),
+        (ConfidenceExit(0.9), "max > 0.9 at 1, 2, 3, else 4"),
+        (ConfidenceExit(0.25, "entropy", layers=(2,), last=3), "entropy > 0.25 at 2, else 3"),
+    ):
+        assert rule_label(rule, CONFIG) == label
+    deep = preset("stories-24").replace(gates=True)
+    assert rule_label(GateExit(last=18), deep) == "gate > 0.5 at every block, else 18"
 
 
 @pytest.mark.parametrize(
-    "rule", [FixedExit(3), GateExit(0.25), ConfidenceExit(0.8, "entropy", layers=(2,))]
+    "rule", [FixedExit(3), GateExit(0.25), ConfidenceExit(0.8, "entropy", layers=(2,), last=3)]
 )
 def test_a_folder_keeps_its_calibrated_exit(tmp_path: Path, rule: ExitRule) -> None:
     path = random_folder(tmp_path / "model", CONFIG)
@@ -88,13 +103,15 @@ def test_a_folder_keeps_its_calibrated_exit(tmp_path: Path, rule: ExitRule) -> N
 @pytest.mark.parametrize(
     "setting",
     [
-        {"exit_layer": "max", "threshold": 1.5, "looks": [2]},
-        {"exit_layer": "max", "threshold": 0.5, "looks": [4]},
-        {"exit_layer": "max", "threshold": "high", "looks": [2]},
-        {"exit_layer": "max", "threshold": 0.5, "looks": ["2"]},
-        {"exit_layer": 5, "threshold": None, "looks": None},
-        {"exit_layer": "auto", "threshold": None, "looks": None},
-        {"exit_layer": "max"},
+        {"exit_layer": "max", "threshold": 1.5, "looks": [2], "last": 4},
+        {"exit_layer": "max", "threshold": 0.5, "looks": [4], "last": 4},
+        {"exit_layer": "max", "threshold": 0.5, "looks": [2], "last": 2},
+        {"exit_layer": "max", "threshold": 0.5, "looks": [], "last": 5},
+        {"exit_layer": "max", "threshold": "high", "looks": [2], "last": None},
+        {"exit_layer": "max", "threshold": 0.5, "looks": ["2"], "last": None},
+        {"exit_layer": 5, "threshold": None, "looks": None, "last": None},
+        {"exit_layer": "auto", "threshold": None, "looks": None, "last": None},
+        {"exit_layer": "max", "threshold": 0.5, "looks": [2]},
         ["max"],
     ],
 )

@@ -68,6 +68,6 @@ def test_from_a_checkpoint_to_a_folder_that_exits(text: Path, tmp_path: Path) ->
     assert loaded.optimizer is None
     engine = load_exported(export_checkpoint(tmp_path / "gated.pt", tmp_path / "model"))
     cache = engine.new_cache()
-    engine.extend([1, 2, 3], cache, exit_layer=FixedExit().fixed_depth(engine.config))
+    engine.extend([1, 2, 3], cache, exit_layer=FixedExit().deepest(engine.config))
     assert engine.step(4, cache, GateExit(0.0))[1] == 1
     assert engine.step(4, cache, GateExit(1.0))[1] == 4

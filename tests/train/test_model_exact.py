@@ -175,7 +175,7 @@ def test_steps_under_exit_rules(name: str) -> None:
     for rule in rules:
         caches = reference.new_cache(), engine.new_cache()
         for model, cache in zip((reference, engine), caches, strict=True):
-            model.extend(ids[:3], cache, exit_layer=rule.fixed_depth(model.config))
+            model.extend(ids[:3], cache, exit_layer=rule.deepest(model.config))
         for token in ids[3:]:
             expected, depth = reference.step(token, caches[0], rule)
             actual, own_depth = engine.step(token, caches[1], rule)

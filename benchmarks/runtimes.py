@@ -1,0 +1,170 @@
+"""What `benchmarks.peers` runs: commands that print speeds, and how to read what they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.linear_layers import KINDS
+from benchmarks.random_gguf import nearest, write
+from bitskip_cpu.bench.costs import entropy_bytes
+from bitskip_cpu.weights import random_tensors
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.folder import write_folder
+
+LONGEST = 600  # seconds of one command
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime with a model.
+
+    `command` makes the command line for a number of threads; `read` takes its standard output to
+    rows with `test`, `exit_layer` and `tokens_per_s`, and to the limits measured in it (or None).
+    """
+
+    name: str
+    command: Callable[[int], list[str]]
+    read: Callable[[str], tuple[list[dict[str, Any]], dict[str, float] | None]]
+    entropy_bytes: float | None = None  # of the linear weights of one token; None: not a model
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def run(self, threads: int) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
+        """One turn. Raises RuntimeError with the command's last words if it fails."""
+        try:
+            done = subprocess.run(
+                self.command(threads), capture_output=True, text=True, timeout=LONGEST,
+                env={**os.environ, **self.environment},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{self.name}: no end after {LONGEST} s") from None
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RuntimeError(f"{self.name}: exit code {done.returncode}: {last}")
+        return self.read(done.stdout)
+
+
+def bitskip(
+    folder: Path, config: ModelConfig, tests: Sequence[str], isa: str | None = None,
+    exits: Sequence[int] = (),
+) -> Runtime:  # fmt: skip
+    """`bitskip-cpu bench` on a model folder, by default at full depth."""
+    words = [sys.executable, "-m", "bitskip_cpu", "bench", str(folder), "-r", "1", "-o", "json"]
+    words += ["--exit-layer", ",".join(map(str, exits))] if exits else []
+
+    def read(text: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        report = json.loads(text)
+        rows = [
+            {**{key: row[key] for key in ("test", "exit_layer")},
+             "tokens_per_s": row["tokens_per_s"]["median"]}
+            for row in report["rows"]
+        ]  # fmt: skip
+        limits = {
+            key: value["median"]
+            for key, value in report["limits"][0].items()
+            if isinstance(value, dict)
+        }
+        return rows, limits
+
+    return Runtime(
+        f"bitskip {isa}" if isa else "bitskip",
+        lambda threads: [*words, *tests, "-t", str(threads)],
+        read,
+        entropy_bytes(config, config.num_hidden_layers),
+        {"BITSKIP_ISA": isa} if isa else {},
+    )
+
+
+def llama_cpp(
+    bench: Path, gguf: Path, name: str, config: ModelConfig, tests: Sequence[str]
+) -> Runtime:
+    """`llama-bench` on a GGUF file of the shape `random_gguf.nearest(config)`."""
+    words = [str(bench), "-m", str(gguf), "-r", "1", "-o", "jsonl", *tests]
+
+    def read(text: str) -> tuple[list[dict[str, Any]], None]:
+        rows = []
+        for line in text.splitlines():
+            row = json.loads(line)
+            kinds = (("pp", "n_prompt"), ("tg", "n_gen"))
+            test = "+".join(f"{kind}{row[key]}" for kind, key in kinds if row[key])
+            rows.append({"test": test, "exit_layer": None, "tokens_per_s": row["avg_ts"]})
+        return rows, None
+
+    shape = nearest(config)
+    size = entropy_bytes(shape.replace(linear="ternary"), shape.num_hidden_layers)
+    return Runtime(name, lambda threads: [*words, "-t", str(threads)], read, size)
+
+
+def script(name: str, module: str, arguments: Sequence[str], size: float | None = None) -> Runtime:
+    """A script beside this one that prints {test: tokens/s}."""
+
+    def read(text: str) -> tuple[list[dict[str, Any]], None]:
+        found = json.loads(text).items()
+        return [{"test": t, "exit_layer": None, "tokens_per_s": speed} for t, speed in found], None
+
+    words = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    return Runtime(name, lambda threads: [*words, "-t", str(threads)], read, size)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Model files of one preset, made when first asked for and kept in a folder."""
+
+    root: Path
+    preset: str
+    config: ModelConfig
+
+    def folder(self) -> Path:
+        """A model folder of ours with random weights."""
+        path = self.root / self.preset
+        if not (path / "config.json").exists():
+            write_folder(path, self.config, random_tensors(self.config, 0))
+        return path
+
+    def gguf(self, linear: str, head: str) -> Path:
+        """A GGUF file."""
+        path = self.root / f"{self.preset}-{linear}-{head}.gguf"
+        if not path.exists():
+            part = path.with_suffix(".part")
+            write(self.config, linear, head, part)
+            part.replace(path)
+        return path
+
+
+def runtimes(
+    models: Models, names: Sequence[str], *, llama_bench: Path | None, prompt: int, steps: int,
+    isa: str | None,
+) -> list[Runtime]:  # fmt: skip
+    """Runtimes by name: bitskip; FORMAT/HEAD of llama.cpp, as TQ2_0/Q6_K; onnx; linear_layers'.
+
+    Raises ValueError for an unknown name, or a GGUF format without `llama_bench`.
+    """
+    tests = ["-p", str(prompt), "-n", str(steps)]
+    config, found = models.config, []
+    whole = entropy_bytes(config, config.num_hidden_layers)
+    for name in names:
+        if name == "bitskip":
+            found.append(bitskip(models.folder(), config, tests, isa))
+        elif name == "onnx":
+            label, folder = "onnxruntime, our graph", str(models.folder())
+            found.append(script(label, "onnx_graph", [folder, *tests], whole))
+        elif name in KINDS:
+            label = f"linear layers alone: {KINDS[name]}"
+            found.append(script(label, "linear_layers", [name, models.preset, *tests]))
+        elif "/" in name:
+            if llama_bench is None:
+                raise ValueError(f"{name}: needs --llama-bench PATH")
+            linear, head = name.split("/", 1)
+            gguf = models.gguf(linear, head)
+            label = f"llama.cpp {linear}, head {head}"
+            found.append(llama_cpp(llama_bench, gguf, label, config, tests))
+        else:
+            known = ", ".join(["bitskip", "FORMAT/HEAD", "onnx", *KINDS])
+            raise ValueError(f"unknown runtime {name!r}: one of {known}")
+    return found

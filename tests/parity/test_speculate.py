@@ -1,0 +1,188 @@
+"""Speculation in the compiled engine and in PyTorch: the reference's tokens, rounds and cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitskip_cpu.engine import Engine
+from bitskip_ref.compare import difference
+from bitskip_ref.draft import Draft
+from bitskip_ref.exits import FixedExit
+from bitskip_ref.generate import stream
+from bitskip_ref.model import ReferenceModel
+from bitskip_ref.sampling import Sampler
+from bitskip_ref.speculate import Speculation
+from bitskip_ref.speculate import stream as speculate
+from bitskip_train.loaded import TorchEngine
+from tests.helpers import QUANTIZED, random_tensors, random_tokens, twin
+
+# Presets with twins of their own, and heads and exits that no preset has.
+NAMES = [*{twin(n): n for n in QUANTIZED}.values(), "per-layer-exits", "float16-head"]
+PROMPTS = 200 // len(NAMES) + 1
+
+
+def layers_of(cache: Any, depth: int = 4) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Keys and values f32 [S, K, E] of the first blocks, from the cache of any engine."""
+    for i in range(depth):
+        if hasattr(cache, "layer"):
+            yield cache.layer(i)
+        else:
+            keys, values = (np.asarray(part[i]) for part in (cache.keys, cache.values))
+            first = 0 if keys.ndim == 4 else slice(None)  # PyTorch's has a batch axis
+            yield keys[first][: cache.length], values[first][: cache.length]
+
+
+def generate(engine: Any, tokens: Callable[[Any], Iterator[Any]]) -> tuple[list[int], Any]:
+    """Ids of a stream over an engine, and the cache that it leaves behind."""
+    caches = []
+
+    class Watched:
+        config, extend, step, speculate = (
+            engine.config, engine.extend, engine.step, engine.speculate,
+        )  # fmt: skip
+
+        def new_cache(self) -> Any:
+            caches.append(engine.new_cache())
+            return caches[-1]
+
+    return [token.id for token in tokens(Watched())], caches[0]
+
+
+def same(expected: Any, actual: Any, depth: int = 4) -> None:
+    """Two results of `generate`."""
+    assert expected[0] == actual[0]
+    assert expected[1].length == actual[1].length
+    layers = (layers_of(cache, depth) for _, cache in (expected, actual))
+    for i, (a, b) in enumerate(zip(*layers, strict=True)):
+        for what, x, y in zip(("keys", "values"), a, b, strict=True):
+            assert (problem := difference(f"{what} {i}", x, y)) is None, problem
+
+
+def settings(config: Any, seed: int) -> tuple[Speculation, Sampler]:
+    """A depth that verifies, a draft exit, a number of drafts and a sampler, all by the seed."""
+    depth = 4 if seed % 3 else 3
+    vocab = 20 if seed % 4 == 1 else None
+    count = (1, 2, 5, None)[seed % 4]
+    speculation = Speculation(config, FixedExit(depth), 1 + seed % 2, count, vocab)
+    if seed % 5 < 3:
+        return speculation, Sampler(repetition_penalty=1.3 if seed % 5 == 2 else 1.0)
+    return speculation, Sampler(1.0, 30, 0.9, 0.01, 1.1 if seed % 5 == 4 else 1.0, seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_200_prompts(name: str) -> None:
+    config, tensors = twin(name), random_tensors(twin(name))
+    reference, engine = ReferenceModel(config, tensors), Engine(config, tensors, 1)
+    for seed in range(PROMPTS):
+        prompt = random_tokens(config, 1 + seed % 7, seed)
+        made = []
+        for each in (reference, engine):
+            speculation, sampler = settings(config, seed)
+            made.append((
+                generate(each, lambda e: speculate(e, prompt, speculation, sampler, 6)),  # noqa: B023
+                speculation.statistics(),
+            ))  # fmt: skip
+        depth = speculation.exit_layer
+        same(made[0][0], made[1][0], depth)
+        assert made[0][1] == made[1][1]
+        if sampler.temperature == 0:
+            plain = generate(
+                engine,
+                lambda e: stream(e, prompt, FixedExit(depth), sampler, 6),  # noqa: B023
+            )
+            same(plain, made[1][0], depth)
+
+
+def test_two_threads() -> None:
+    config, tensors = twin("bitskip-v1"), random_tensors(twin("bitskip-v1"))
+    engines = [Engine(config, tensors, n) for n in (1, 2)]
+    engines[1]._space.state["worth"] = 0  # share even the smallest job
+    for sampler in (Sampler(), Sampler(1.0, seed=1)):
+        speculations = [Speculation(config, FixedExit(), 2, 3) for _ in engines]
+        same(*(
+            generate(e, lambda e: speculate(e, [5, 7], s, sampler, 60))  # noqa: B023
+            for e, s in zip(engines, speculations, strict=True)
+        ))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["bitskip-v3", "wt2-bitskip", "per-layer-exits"])
+def test_pytorch(name: str) -> None:
+    config, tensors = twin(name), random_tensors(twin(name))
+    for seed in range(5):
+        made = []
+        for engine in (ReferenceModel(config, tensors), TorchEngine(config, tensors)):
+            speculation, sampler = settings(config, seed)
+            made.append(generate(engine, lambda e: speculate(e, [5, 7], speculation, sampler, 8)))  # noqa: B023
+        same(*made, speculation.exit_layer)
+
+
+def test_rounds_one_by_one() -> None:
+    """Drafts, logits and cache of single rounds, after rounds that were forgotten again."""
+    config, tensors = twin("bitskip-v3"), random_tensors(twin("bitskip-v3"))
+    engines = ReferenceModel(config, tensors), Engine(config, tensors, 1)
+    caches = [e.new_cache() for e in engines]
+    for e, cache in zip(engines, caches, strict=True):
+        e.extend([3, 1, 4], cache)
+    for seed in range(12):
+        draft = Draft(1 + seed % 3, (None, 30)[seed % 2], (0.0, 0.3)[seed % 3 == 1])
+        choose = (lambda z: int(z[:7].argmax())) if seed % 4 == 3 else None
+        drafts, logits = zip(
+            *(
+                e.speculate(seed, cache, seed % 5, draft, choose=choose)
+                for e, cache in zip(engines, caches, strict=True)
+            ),
+            strict=True,
+        )
+        assert drafts[0] == drafts[1]
+        assert difference("logits", *logits) is None
+        assert caches[0].length == caches[1].length
+        for cache in caches:
+            cache.length -= len(drafts[0]) // 2
+        for a, b in zip(*map(layers_of, caches), strict=True):
+            assert all(difference("cache", x, y) is None for x, y in zip(a, b, strict=True))
+
+
+def test_a_tie_goes_to_the_lowest_id() -> None:
+    config, tensors = twin("float32-head"), random_tensors(twin("float32-head"))
+    tensors["lm_head.weight"][:] = tensors["lm_head.weight"][0]
+    for engine in (ReferenceModel(config, tensors), Engine(config, tensors, 1)):
+        drafts, _ = engine.speculate(5, engine.new_cache(), 2, Draft(1))
+        assert drafts == [0, 0]
+        assert engine.speculate(5, engine.new_cache(), 2, Draft(1, least_lead=1e-9))[0] == []
+
+
+@pytest.mark.parametrize("choose", [None, lambda z: int(z.argmax())])
+def test_a_draft_vocabulary_of_one(choose: Any) -> None:
+    config, tensors = twin("bitskip-v1"), random_tensors(twin("bitskip-v1"))
+    rounds = []
+    for engine in (ReferenceModel(config, tensors), Engine(config, tensors, 1)):
+        draft = Draft(2, vocab=1, least_lead=0.7)
+        rounds.append(engine.speculate(96, engine.new_cache(), 2, draft, choose=choose))
+    assert rounds[0][0] == rounds[1][0] == [0, 0]
+    assert difference("logits", rounds[0][1], rounds[1][1]) is None
+
+
+def test_the_compiled_engine_refuses_what_the_reference_refuses() -> None:
+    config, tensors = twin("bitskip-v1"), random_tensors(twin("bitskip-v1"))
+    engine = Engine(config, tensors, 1)
+    cache = engine.new_cache()
+    engine.extend([1] * 62, cache, exit_layer=3)
+    other = Engine(twin("wt2-ee"), random_tensors(twin("wt2-ee")), 1).new_cache()
+    for arguments, options, words in (
+        ((1, cache, 17, Draft(1)), {"exit_layer": 3}, "0..16"),
+        ((1, cache, 2, Draft(1)), {"exit_layer": 3}, "exceed the context"),
+        ((1, cache, 1, Draft(1)), {}, "filled at exit layer 3"),
+        ((97, cache, 1, Draft(1)), {"exit_layer": 3}, "0..96"),
+        ((1, cache, 1, Draft(3)), {"exit_layer": 3}, "choose 1..2"),
+        ((1, cache, 1, Draft(1)), {"exit_layer": 3, "choose": lambda _: 97}, "draft 97"),
+        ((1, other, 1, Draft(1)), {}, "another model"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            engine.speculate(*arguments, **options)
+        assert cache.length == 62
+    drafts, _ = engine.speculate(1, cache, 1, Draft(1), exit_layer=3)
+    assert len(drafts) == 1 and cache.length == 64
