@@ -36,10 +36,10 @@ def draw_exits(axes: Any, facts: Facts, test: str, threads: list[int]) -> None:
     rows = select(facts, test, threads[-1])
     others = [row for row in rows if row.entropy_bytes and row is not ours(rows)]
     others.sort(key=lambda row: -row.median)
-    for row, style, above in zip(others, ("--", ":"), (4, -11), strict=False):
+    for row, style, at in zip(others, ("--", ":"), (0, 0.5), strict=False):
         axes.axhline(row.median, ls=style, color="#555555", lw=1.2)
         axes.annotate(
-            f"{row.runtime}, {row.median:.0f}", (0, row.median), (4, above),
+            f"{row.runtime}, {row.median:.0f}", (at, row.median), (4, 4),
             xycoords=("axes fraction", "data"), textcoords="offset points", ha="left",
             fontsize=8, color="#333333",
         )  # fmt: skip
