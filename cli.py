@@ -15,6 +15,7 @@ VERBS = {  # verb -> (module:command, what --help says)
     "generate": ("bitskip_cpu.cli:generate", "Continue a prompt (as bitskip-cpu; so all below)."),
     "bench": ("bitskip_cpu.cli:bench", "Measure tokens a second."),
     "perplexity": ("bitskip_cpu.cli:perplexity", "Held-out loss of a folder, per exit."),
+    "exits": ("bitskip_cpu.cli:exits", "Loss and speed of a folder, per exit and threshold."),
     "calibrate": ("bitskip_cpu.cli:calibrate", "Find a folder's exit within a budget of loss."),
     "inspect": ("bitskip_cpu.cli:inspect", "Shapes, sizes and ternary statistics of a folder."),
     "selftest": ("bitskip_cpu.cli:selftest", "The compiled engine against the reference."),

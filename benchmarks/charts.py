@@ -36,11 +36,11 @@ def draw_exits(axes: Any, facts: Facts, test: str, threads: list[int]) -> None:
     rows = select(facts, test, threads[-1])
     others = [row for row in rows if row.entropy_bytes and row is not ours(rows)]
     others.sort(key=lambda row: -row.median)
-    for row, style, above in zip(others, ("--", ":"), (4, -11), strict=False):
+    for row, style, at in zip(others, ("--", ":"), (0, 0.5), strict=False):
         axes.axhline(row.median, ls=style, color="#555555", lw=1.2)
         axes.annotate(
-            f"{row.runtime}, {row.median:.0f}", (1, row.median), (-4, above),
-            xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+            f"{row.runtime}, {row.median:.0f}", (at, row.median), (4, 4),
+            xycoords=("axes fraction", "data"), textcoords="offset points", ha="left",
             fontsize=8, color="#333333",
         )  # fmt: skip
     axes.set_ylim(bottom=0)
@@ -78,7 +78,8 @@ def draw_bars(axes: Any, facts: Facts, test: str, threads: list[int]) -> None:
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
     axes.set_xlabel(f"tokens/s; light to dark: {', '.join(map(str, threads))} threads")
-    axes.set_title(f"{test} (hatched: linear layers alone)")
+    partly = any(not row.entropy_bytes for rows in by_threads.values() for row in rows.values())
+    axes.set_title(f"{test} (hatched: linear layers alone)" if partly else test)
 
 
 def draw(facts: Facts, path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from bitskip_cpu.heldout.verbs import calibrate, perplexity
+from bitskip_cpu.heldout.verbs import calibrate, exits, perplexity
 from bitskip_cpu.options import MODEL, THREADS, NumberOrWord, Numbers, Pair, Verbs, load_model
 
 if TYPE_CHECKING:
@@ -216,6 +216,7 @@ def bench(
 
 main.add_command(perplexity)
 main.add_command(calibrate)
+main.add_command(exits)
 
 
 @main.command()

@@ -44,6 +44,19 @@ class Words(click.ParamType):
         return [w for w in dict.fromkeys(part.strip() for part in str(value).split(",")) if w]
 
 
+class Shares(click.ParamType):
+    """Numbers separated by commas."""
+
+    name = "X,X,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[float]:
+        """The numbers in the order given, without repeats."""
+        try:
+            return list(dict.fromkeys(float(part) for part in str(value).split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers like 0.5,0.9", param, ctx)
+
+
 def _rules(model: Model, exits: list[int | str], *beside: Any) -> list[ExitRule]:
     """The exits' rules; threshold, looks and last block are for those that have them."""
     takes = [e for e in exits if isinstance(e, str) and e != "auto"] or exits
@@ -116,3 +129,48 @@ def calibrate(
 
     loaded = load_model(model, threads)
     click.echo(calibrate(loaded, text_file, budget, rules, ctx, tokens, as_json, dry_run))
+
+
+@click.command()
+@MODEL
+@TEXT
+@click.option("--exit-layer", "--exit", "layers", type=Numbers(1), help="Default: every one.")
+@click.option(
+    "--rule", "words", type=Words(), metavar="WORD,...",
+    help="What decides for each token: gate, max, margin, entropy. Default: all there are; "
+    "none: fixed exits only.",
+)  # fmt: skip
+@click.option(
+    "--thresholds", type=Shares(), default="0.5,0.7,0.8,0.9,0.95,0.98", show_default=True,
+    help="For each --rule.",
+)  # fmt: skip
+@click.option("--exit-looks", "looks", type=Numbers(1), help="As of generate.")
+@click.option("--exit-last", "last", type=int, help="As of generate.")
+@CONTEXT
+@click.option(
+    "--tokens", type=click.IntRange(1), default=4096, show_default=True,
+    help="Read documents up to so many.",
+)  # fmt: skip
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw to this .png, .svg or .pdf.")
+@THREADS
+@click.option("--json", "as_json", is_flag=True)
+def exits(
+    model: str | None, text_file: Path, layers: list[int] | None, words: list[str] | None,
+    thresholds: list[float], looks: list[int] | None, last: int | None, ctx: int | None,
+    tokens: int, plot: Path | None, threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Loss and speed against exit layer, and against threshold: what stopping early costs.
+
+    Every setting predicts the text token by token, in turns, so that the speeds compare. Marked
+    are those that no other beats in both.
+    """
+    from bitskip_cpu.heldout.curve import curve
+    from bitskip_ref.exits.named import DYNAMIC
+
+    loaded = load_model(model, threads)
+    blocks = loaded.config.num_hidden_layers
+    if words is None:
+        words = [w for w in DYNAMIC if w != "gate" or loaded.config.gates] if blocks > 1 else []
+    rules = [loaded.exit_rule(n) for n in layers or range(1, blocks + 1)]
+    rules += [loaded.exit_rule(w, x, looks, last) for w in words if w != "none" for x in thresholds]
+    click.echo(curve(loaded, text_file, rules, ctx, tokens, as_json, plot))

@@ -15,7 +15,7 @@ from bitskip_cpu import models
 from bitskip_cpu.cli import main
 from tests.cli.conftest import command
 
-HEAVY = ("numpy", "numba", "torch", "tokenizers", "rich", "psutil")
+HEAVY = ("numpy", "numba", "torch", "tokenizers", "rich", "psutil", "matplotlib")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["bench", "--help"]])

@@ -1,0 +1,138 @@
+"""`exits`: the curve of loss and speed, its Pareto points, and the picture."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from bitskip_cpu.cli import main
+from bitskip_cpu.heldout.curve import Point, points
+from bitskip_cpu.heldout.scoring import Stepped
+from bitskip_ref.engine import ExitRule
+from bitskip_ref.exits import ConfidenceExit, FixedExit
+from bitskip_ref.heldout import HeldOutLoss
+from tests.cli.conftest import CONFIG
+
+STORY = "the cat sat on a little cat. Once upon a time there was a cat\n<|endoftext|>\n"
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "held-out.txt"
+    path.write_text(STORY * 3, "utf-8")
+    return path
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(main, ["exits", *map(str, arguments)])
+
+
+def found(rule: ExitRule, losses: list[float], depth: float, speed: float) -> Stepped:
+    """Made up: windows of 10 tokens with these mean losses."""
+    sums, sizes = 10 * np.array(losses), np.full(len(losses), 10)
+    depths = np.full(10 * len(losses), depth)
+    return Stepped(rule, HeldOutLoss(sums, sizes, 1), depths, sizes - 1, (sizes - 1) / speed)
+
+
+def test_pareto_points_and_the_fixed_exits_of_the_same_depth() -> None:
+    made = points(
+        [
+            found(FixedExit(1), [4.0, 5.0], 1, 400),
+            found(FixedExit(2), [3.0, 3.5], 2, 200),
+            found(FixedExit(4), [2.0, 2.5], 4, 100),
+            found(ConfidenceExit(0.5), [2.25, 2.75], 3, 150),  # between: better than the mixture
+            found(ConfidenceExit(0.6), [2.5, 3.0], 3, 110),  # slower and worse than the last
+            found(ConfidenceExit(0.7), [2.0, 2.5], 3.5, 100),  # as good and as fast as exit 4
+            found(ConfidenceExit(0.8), [2.0, 2.5], 0.5, 50),
+        ],
+        CONFIG,
+    )
+    assert [p.pareto for p in made] == [True, True, True, True, False, True, False]
+    assert [p.against_fixed for p in made[:3]] == [None] * 3
+    more, error = against(made[3])
+    assert more == pytest.approx(2.5 - (3.25 + 2.25) / 2) and error == pytest.approx(0)
+    more, error = against(made[4])
+    assert more == pytest.approx(0.0) and error == pytest.approx(0)
+    assert made[6].against_fixed is None  # nothing so shallow was run
+
+
+def against(p: Point) -> tuple[float, float]:
+    assert p.against_fixed is not None and p.against_fixed[1] is not None
+    return p.against_fixed[0], p.against_fixed[1]
+
+
+def test_json(folder: Path, text_file: Path) -> None:
+    options = ("--rule", "max,gate", "--thresholds", "0.02,1", "--ctx", 20, "--exit-last", 3)
+    result = run(folder, "--text", text_file, *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["context"] == 20 and facts["threads"] == 1
+    asked = [(e["exit_layer"], e["threshold"]) for e in facts["exits"]]
+    dynamic = [(rule, x) for rule in ("max", "gate") for x in (0.02, 1.0)]
+    assert asked == [*((n, None) for n in (1, 2, 3, 4)), *dynamic]
+    for e in facts["exits"]:
+        assert e["tokens_per_s"] > 0 and e["pareto"] in (True, False)
+        assert (e["loss_against_fixed"] is None) == (e["threshold"] is None)
+    never = [e for e in facts["exits"] if e["threshold"] == 1.0]
+    for e in never:  # at block 3 at the latest
+        assert e["loss"] == pytest.approx(facts["exits"][2]["loss"], rel=1e-12)
+        assert e["loss_against_fixed"] == pytest.approx(0, abs=1e-12)
+    assert any(e["pareto"] for e in facts["exits"])
+
+
+def test_table(folder: Path, text_file: Path) -> None:
+    result = run(folder, "--text", text_file, "--exit-layer", "2,4", "--rule", "none")
+    assert result.exit_code == 0, result.stderr
+    rows = result.stdout.splitlines()
+    assert len(rows) == 5 and "2 " in rows[2] and "4 " in rows[3]
+    assert "tokens of held-out.txt, context and stride 64, 1 thread" in rows[4]
+    assert "max >" in run(folder, "--text", text_file, "--exit-layer", 4, "--tokens", 9).stdout
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_pictures(folder: Path, text_file: Path, tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / f"exits{suffix}"
+    options = ("--rule", "max,entropy", "--thresholds", "0.02,0.05,1", "--plot", picture)
+    result = run(folder, "--text", text_file, *options)
+    assert result.exit_code == 0, result.stderr
+    assert f"picture: {picture}" in result.stdout
+    start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix]
+    assert picture.read_bytes().startswith(start)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"exits{suffix}", "held-out.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plot", "exits.gif"], ".png, .svg, .pdf"),
+        (["--plot", "nowhere/exits.png"], "no such folder"),
+        (["--thresholds", "high"], "list of numbers"),
+        (["--thresholds", "1.5"], "between 0 and 1"),
+        (["--rule", "fast"], "gate, max, margin, entropy"),
+        (["--exit-layer", "5"], "choose 1..4"),
+    ],
+)
+def test_bad_input(folder: Path, text_file: Path, options: list[str], message: str) -> None:
+    result = run(folder, "--text", text_file, *options)
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_without_matplotlib_one_line_says_what_to_install(folder: Path, text_file: Path) -> None:
+    code = f"""
+import sys
+sys.modules["matplotlib"] = None
+from bitskip_cpu.cli import main
+main(["exits", {str(folder)!r}, "--text", {str(text_file)!r}, "--plot", "x.png"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == "error: --plot needs matplotlib: pip install 'bitskip[plot]'\n"
