@@ -17,6 +17,7 @@ from bitskip_cpu import isa
 from bitskip_cpu.bench import costs, limits, rows
 from bitskip_cpu.bench.timing import Case, Sample, Task, measure, plan, tasks_of
 from bitskip_cpu.cli import main
+from bitskip_cpu.kernels.tiles import TILE_ROWS, tile_bytes
 from bitskip_ref.config import preset
 from tests.cli.conftest import CONFIG, ScriptEngine
 
@@ -102,9 +103,10 @@ def test_shares_of_the_limits_of_the_same_run(facts: dict[str, Any]) -> None:
         if row["test"] == "tg4":
             entropy = n * weights * np.log2(3) / 8
             assert row["roofline"] == pytest.approx(speed * entropy / bandwidth)
-            # A block's packed rows of 64 bytes per 256 weights, the int8 head of 48 padded to 64
+            # A block's rows in tiles, as the path packs them; the int8 head of 48 padded to 64
             # with a scale and a correction; keys and values of depth + (1 + 2 + 3 + 4) / 4 tokens.
-            packed = 64 * sum(rows for rows, _ in CONFIG.linear_shapes().values())
+            shapes = CONFIG.linear_shapes().values()
+            packed = sum(rows * tile_bytes(width) // TILE_ROWS for rows, width in shapes)
             cache = 2 * n * CONFIG.kv_size * 4 * (row["depth"] + 2.5)
             read = n * packed + CONFIG.vocab_size * (64 + 4 + 4) + cache
             assert row["read_bytes_per_token"] == read
