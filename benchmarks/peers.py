@@ -69,7 +69,7 @@ class Results:
     def take(self, series: str, number: int, runtime: Runtime, threads: int) -> None:
         """Run once and keep what it says. series: peers, exits or busy.
 
-        A runtime that fails is reported and not run again.
+        Another runtime that fails is reported and not run again; ours raises RuntimeError.
         """
         if runtime.name in self.facts["failed"]:
             return
@@ -79,6 +79,8 @@ class Results:
         try:
             rows, limits = runtime.run(threads)
         except RuntimeError as error:
+            if runtime.name.startswith("bitskip"):
+                raise
             self.facts["failed"][runtime.name] = str(error)
             print(f"error: {error}", file=sys.stderr)
             return
@@ -129,15 +131,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.llama_bench and not options.llama_bench.is_file():
         parser.error(f"--llama-bench {options.llama_bench}: no such file")
-    config = preset(options.preset)
-    layers = config.num_hidden_layers
-    depths = options.exit_layer or ",".join(str(-(-layers * q // 4)) for q in (1, 2, 3, 4))
-    threads = [int(word) for word in options.threads.split(",")]
-    options.models.mkdir(parents=True, exist_ok=True)
-    models = Models(options.models, options.preset, config)
     names = options.runtimes.split(",")
     made = {"llama_bench": options.llama_bench, "isa": options.isa}
     try:
+        threads = [int(word) for word in options.threads.split(",")]
+        config = preset(options.preset)
+        layers = config.num_hidden_layers
+        depths = options.exit_layer or ",".join(str(-(-layers * q // 4)) for q in (1, 2, 3, 4))
+        options.models.mkdir(parents=True, exist_ok=True)
+        models = Models(options.models, options.preset, config)
         peers = runtimes(models, names, prompt=options.prompt, steps=options.steps, **made)
         decoding = ["-p", "0", "-n", str(options.steps)]
         exit_layers = [int(word) for word in depths.split(",")]
@@ -147,7 +149,7 @@ def main() -> None:
         facts = {"machine": fingerprint(), "preset": options.preset, "layers": layers}
         results = Results(Path(f"{options.out}.json"), facts)
         measure(results, peers, exits, loaded if options.load else [], threads, options.repetitions)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     print(markdown(results.facts))
     from benchmarks.charts import draw

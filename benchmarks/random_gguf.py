@@ -15,6 +15,7 @@ which favours llama.cpp.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,10 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
-    write(preset(options.preset), options.format, options.head, options.out)
+    try:
+        write(preset(options.preset), options.format, options.head, options.out)
+    except (ValueError, KeyError) as error:
+        sys.exit(f"error: {error}")
     print(f"{options.out}: {options.out.stat().st_size / 2**20:.0f} MiB")
 
 

@@ -146,6 +146,8 @@ def test_runtimes_alternate_and_one_that_fails_is_left_out(
     found = [(s["round"], s["series"], s["runtime"], s["threads"]) for s in saved["samples"]]
     assert found == [(n, *turn) for n in (0, 1) for turn in order]
     assert saved["samples"][0]["tokens_per_s"] == 5 and saved["samples"][0]["others_percent"] >= 0
+    with pytest.raises(RuntimeError, match="bitskip: exit code 1: broken"):
+        results.take("peers", 0, say("bitskip", "broken", 1), 1)
 
 
 # ---- tables -----------------------------------------------------------------------------
