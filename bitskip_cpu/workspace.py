@@ -23,8 +23,7 @@ from bitskip_cpu.kernels.layout import (
     STATE,
     UP,
 )
-from bitskip_cpu.kernels.linear import BLOCK_TOKENS
-from bitskip_cpu.kernels.team import SYNC_WORDS
+from bitskip_cpu.kernels.team import sync_words
 from bitskip_cpu.weights import Weights
 from bitskip_ref.draft import Draft
 from bitskip_ref.rope import rope_table
@@ -130,10 +129,10 @@ class Workspace:
         )
         unpacked = -(-4 * floats // 64) * 64
         acc = unpacked + BAND * int(p["padded"].max())
-        stride = acc + (CHUNK + BLOCK_TOKENS) * BAND * 4
+        stride = acc + (CHUNK + 8) * BAND * 4  # a kernel may write tokens behind the last
         s["scratch"] = self._keep(_aligned((threads * stride,), np.uint8))
         s["scratch_stride"], s["unpacked"], s["acc"] = stride, unpacked, acc
-        self.sync = _aligned((SYNC_WORDS,), np.int64)
+        self.sync = _aligned((sync_words(threads),), np.int64)
         s["sync"] = self._keep(self.sync)
         s["helpers"], s["worth"] = threads - 1, WORTH
 

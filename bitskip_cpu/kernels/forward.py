@@ -77,7 +77,8 @@ def embed(s, t):
 def product(s, products, index, first, last, row_bytes):
     """Rows first..last-1 of a product for all tokens."""
     s.product, s.first_row, s.last_row = index, first, last
-    s.grain = max(1, PART_BYTES // (row_bytes * BAND)) * BAND
+    bands = max(1, PART_BYTES // (row_bytes * BAND), (last - first) // (BAND * 60_000))
+    s.grain = bands * BAND
     count = (last - first + s.grain - 1) // s.grain
     share(s, products, ROWS, count, (last - first) * row_bytes * ((s.tokens + 3) // 4))
 

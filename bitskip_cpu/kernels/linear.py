@@ -19,7 +19,8 @@ else:
     from bitskip_cpu.kernels import dot_simd as dot  # type: ignore[no-redef]
     from bitskip_cpu.kernels import ternary_simd as ternary  # type: ignore[no-redef]
 
-packed_1, packed_2, packed_4 = ternary.packed_1, ternary.packed_2, ternary.packed_4
+packed_1, packed_2 = ternary.packed_1, ternary.packed_2
+packed_4, packed_8 = ternary.packed_4, ternary.packed_8
 unpack_tile, bytes_block = ternary.unpack_tile, ternary.bytes_block
 BLOCK_TILES, BLOCK_TOKENS = ternary.BLOCK_TILES, ternary.BLOCK_TOKENS
 head_1x4, head_4x4 = dot.head_1x4, dot.head_4x4
@@ -27,34 +28,40 @@ ACTIVATION_OFFSET = dot.ACTIVATION_OFFSET
 
 f32 = np.float32
 ACC_STRIDE = 4 * BAND
+UNPACK_ABOVE = 16  # tokens; measured
 
 
 @inner
 def ternary_sums(s, p, tiles_at, tiles, acc_at, unpacked_at):
     """Sums of code products of `tiles` tiles: acc int32 [T, BAND]; weights count as w + 1.
 
-    Few tokens multiply the packed tiles; from five on, unpacking them once is cheaper.
+    Few tokens multiply the packed tiles, one after the other; for many, unpacking first is cheaper.
     """
-    tokens, size, units, tail = s.tokens, TILE_ROWS * p.row_bytes, p.units, p.tail
-    codes, stride, last = s.codes, s.codes_stride, s.tokens - 1
-    if tokens <= 4:
+    size, units, tail = TILE_ROWS * p.row_bytes, p.units, p.tail
+    tokens, stride = s.tokens, s.codes_stride
+    if tokens > UNPACK_ABOVE:
+        fours, room = p.padded // COLUMNS, TILE_ROWS * p.padded
         for i in range(tiles):
-            at, to = tiles_at + i * size, acc_at + 4 * TILE_ROWS * i
-            if tokens == 1:
-                packed_1(at, units, tail, codes, stride, last, to, ACC_STRIDE)
-            elif tokens == 2:
-                packed_2(at, units, tail, codes, stride, last, to, ACC_STRIDE)
-            else:
-                packed_4(at, units, tail, codes, stride, last, to, ACC_STRIDE)
+            unpack_tile(tiles_at + i * size, units, tail, unpacked_at + i * room)
+        for t in range(0, tokens, BLOCK_TOKENS):
+            for i in range(0, tiles, BLOCK_TILES):
+                to = acc_at + t * ACC_STRIDE + 4 * TILE_ROWS * i
+                bytes_block(unpacked_at + i * room, room, tiles - 1 - i, fours,
+                            s.codes + t * stride, stride, tokens - 1 - t, to, ACC_STRIDE)  # fmt: skip
         return
-    fours, room = p.padded // COLUMNS, TILE_ROWS * p.padded
     for i in range(tiles):
-        unpack_tile(tiles_at + i * size, units, tail, unpacked_at + i * room)
-    for t in range(0, tokens, BLOCK_TOKENS):
-        for i in range(0, tiles, BLOCK_TILES):
+        at = tiles_at + i * size
+        for t in range(0, tokens, 8):
+            codes, left = s.codes + t * stride, tokens - t
             to = acc_at + t * ACC_STRIDE + 4 * TILE_ROWS * i
-            bytes_block(unpacked_at + i * room, room, tiles - 1 - i, fours, codes + t * stride,
-                        stride, last - t, to, ACC_STRIDE)  # fmt: skip
+            if left == 1:
+                packed_1(at, units, tail, codes, stride, 0, to, ACC_STRIDE)
+            elif left == 2:
+                packed_2(at, units, tail, codes, stride, 1, to, ACC_STRIDE)
+            elif left <= 4:
+                packed_4(at, units, tail, codes, stride, left - 1, to, ACC_STRIDE)
+            else:
+                packed_8(at, units, tail, codes, stride, left - 1, to, ACC_STRIDE)
 
 
 @inner
@@ -68,10 +75,8 @@ def ternary_rows(s, p, first, last, acc_at, unpacked_at):
     steps, sums = floats(s.steps, s.tokens), int32s(s.sums, s.tokens)
     for start in range(first, last, BAND):
         stop = min(start + BAND, last)
-        rows_at = weights_at + start * p.row_bytes
-        ternary_sums(
-            s, p, rows_at, (stop - start + TILE_ROWS - 1) // TILE_ROWS, acc_at, unpacked_at
-        )
+        rows_at, tiles = weights_at + start * p.row_bytes, -(-(stop - start) // TILE_ROWS)
+        ternary_sums(s, p, rows_at, tiles, acc_at, unpacked_at)
         for t in range(s.tokens):
             out_at, from_at = p.out + t * p.out_stride + 4 * start, acc_at + t * ACC_STRIDE
             step, total = steps[t], sums[t]

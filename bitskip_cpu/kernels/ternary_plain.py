@@ -84,5 +84,5 @@ def bytes_block(
             line_sums(tile_at + k * LINE, codes + k * COLUMNS, to)
 
 
-packed_1, packed_2, packed_4 = packed_tile(1), packed_tile(2), packed_tile(4)
+packed_1, packed_2, packed_4, packed_8 = (packed_tile(tokens) for tokens in (1, 2, 4, 8))
 BLOCK_TILES, BLOCK_TOKENS = 1, 4

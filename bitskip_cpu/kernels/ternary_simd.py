@@ -260,6 +260,7 @@ def bytes_tile(tiles: int, tokens: int, unroll: int) -> Tile:
     return kernel  # type: ignore[no-any-return]
 
 
-packed_1, packed_2, packed_4 = packed_tile(1, 4), packed_tile(2, 4), packed_tile(4, 2)
+packed_1, packed_2 = packed_tile(1, 4), packed_tile(2, 4)
+packed_4, packed_8 = packed_tile(4, 4), packed_tile(8, 2)
 BLOCK_TILES, BLOCK_TOKENS = (4, 6) if WIDTH == 64 else (1, 4)
 bytes_block = bytes_tile(BLOCK_TILES, BLOCK_TOKENS, 4 if PATH == "avx2" else 1)

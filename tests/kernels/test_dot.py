@@ -68,6 +68,7 @@ def test_ternary_tiles(width: int, w: str, x: str) -> None:
         assert (codes_of[:, width:] <= 2).all()
     for kernel, tokens in (
         ("packed_1", 1), ("packed_2", 2), ("packed_4", 4), ("packed_4", 3),
+        ("packed_8", 8), ("packed_8", 5),
         ("bytes_block", ternary.BLOCK_TOKENS), ("bytes_block", 1),
     ):  # fmt: skip
         codes = np.zeros((tokens, padded), np.int8)
