@@ -34,6 +34,7 @@ class KVCache(CacheFill):
         self.capacity = groups * LANES
         self.keys = np.zeros((*heads, groups, padded, LANES), np.float32)
         self.values = np.zeros((*heads, self.capacity, width), np.float32)
+        self.keys_at, self.values_at = self.keys.ctypes.data, self.values.ctypes.data
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Block i's keys (turned) and values as SPEC 6.4 has them: copies, f32 [S, K, E]."""

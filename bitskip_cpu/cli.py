@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from io import TextIOWrapper
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -13,7 +14,7 @@ from bitskip_cpu.heldout.verbs import calibrate, exits, perplexity
 from bitskip_cpu.options import MODEL, THREADS, NumberOrWord, Numbers, Pair, Verbs, load_model
 
 if TYPE_CHECKING:
-    from bitskip_cpu.generate import TextStream
+    from bitskip_cpu.generate import Piece, TextStream
     from bitskip_cpu.model import Model
 
 STORY = "Once upon a time"  # the prompt of the models that come with the package
@@ -75,13 +76,21 @@ def main() -> None:
 @click.option("--stop", multiple=True, help="End before this string. Repeatable.")
 @click.option("--ctx", type=int, help="Positions to use. Default: the model's context.")
 @THREADS
+@click.option(
+    "--show-exits", is_flag=True,
+    help="Colour each token by its exit layer; FORCE_COLOR=1 does so without a terminal, too.",
+)  # fmt: skip
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write a page with each token's exit layer and time.",
+)  # fmt: skip
 @click.option("--quiet", "-q", is_flag=True, help="Print the generated text and nothing else.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.pass_context
 def generate(
     click_context: click.Context, model: str | None, prompt: str | None,
     prompt_file: IO[bytes] | None, threads: int | None, ctx: int | None, quiet: bool,
-    as_json: bool, **options: Any,
+    as_json: bool, show_exits: bool, html: Path | None, **options: Any,
 ) -> None:  # fmt: skip
     """Continue a prompt. The text streams to standard output, statistics go to standard error.
 
@@ -95,23 +104,42 @@ def generate(
         if model is not None and model not in models.names():
             raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE")
         text = STORY
+    if html is not None and not html.absolute().parent.is_dir():
+        raise ValueError(f"{html}: no such folder")
     stream = loaded.stream(text, context=ctx, **options)
+    colours = None
+    if show_exits:
+        from bitskip_cpu.showing import Colours
+
+        colours = Colours(loaded.config.num_hidden_layers, sys.stdout)
+    pieces: list[Piece] = []
+
+    def say(piece: Piece) -> None:
+        pieces.append(piece)
+        if not as_json:
+            painted = colours.paint(piece) if colours else piece.text
+            click.echo(painted, nl=False, color=True if colours else None)
+
     if not as_json and not quiet:
         click.secho(text, dim=True, nl=False)
     interrupted = False
     try:
         for piece in stream:
-            if not as_json:
-                click.echo(piece.text, nl=False)
+            say(piece)
     except KeyboardInterrupt:
         interrupted = True
-        rest = stream.finish()
-        if not as_json:
-            click.echo(rest, nl=False)
+        say(stream.finish())
+    if html is not None:
+        from bitskip_cpu.page import write_page
+
+        write_page(html, text, pieces, stream, loaded, options)
     if as_json:
         click.echo(json.dumps(_generation(stream, loaded, text, options["seed"])))
     else:
         click.echo()
+        if colours and not quiet:
+            legend = Colours(colours.blocks, sys.stderr).legend(stream.generation().exit_layers)
+            click.echo(legend, err=True, color=True)
         if not quiet:
             click.echo(_statistics(stream, loaded), err=True)
     if interrupted:

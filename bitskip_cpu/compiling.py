@@ -62,7 +62,10 @@ class Kernels:
         """Whether everything can start without compiling (always, if interpreted)."""
         if config.DISABLE_JIT or {"run", "repack"} <= self.__dict__.keys():
             return True
-        return self.directory is not None and len(list(self.directory.rglob("*.nbi"))) == 2
+        if self.directory is None:
+            return False
+        # Another checkout with the same sources keeps its own under the same folder.
+        return all(any(self.directory.rglob(f"*.{name}-*.nbi")) for name in ("run", "repack"))
 
     @cached_property
     def run(self) -> Callable[..., None]:

@@ -27,6 +27,7 @@ class Piece:
     text: str
     token_id: int | None = None
     exit_layer: int | None = None  # blocks of the pass whose logits chose the token (SPEC 8.7)
+    seconds: float | None = None  # that were waited for it; tokens of one round come together
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class TextStream:
             raise ValueError(
                 f"the prompt has {len(prompt_ids)} tokens, the context holds {context}: shorten it"
             )
+        self.rule = rule
         self._prompt_tokens = len(prompt_ids)
         # The last token needs no position: nothing is predicted from it.
         self._room = context - len(prompt_ids) + 1
@@ -108,7 +110,7 @@ class TextStream:
         self._ended = False
 
     def __iter__(self) -> Iterator[Piece]:
-        self._started = time.perf_counter()
+        self._started = asked = time.perf_counter()
         for token in self._tokens:
             now = time.perf_counter()
             self._times = [*self._times[:1], now]
@@ -116,26 +118,27 @@ class TextStream:
             self._depths.append(token.depth)
             text = self._stop.feed(self._decoder.feed(token.id))
             self._text.append(text)
-            yield Piece(text, token.id, token.depth)
+            yield Piece(text, token.id, token.depth, now - asked)
+            asked = time.perf_counter()  # what is done with a piece is not its token's time
             if self._stop.found:
                 break
         self._ended = True
         rest = self.finish()
-        if rest:
-            yield Piece(rest)
+        if rest.text:
+            yield rest
 
-    def finish(self) -> str:
+    def finish(self) -> Piece:
         """The text still held back, which counts as said from now on.
 
         Iteration does this at its end; whoever breaks it off calls this.
         """
         if self._stop.found:
-            return ""
+            return Piece("")
         rest = self._stop.feed(self._decoder.finish())
         if not self._stop.found:
             rest += self._stop.finish()
         self._text.append(rest)
-        return rest
+        return Piece(rest)
 
     def generation(self) -> Generation:
         """What was generated so far; `interrupted` is the reason if iteration has not ended."""

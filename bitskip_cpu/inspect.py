@@ -11,6 +11,8 @@ import numpy as np
 
 from bitskip_cpu.tables import size, table
 from bitskip_cpu.tokenizer import Tokenizer
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.exits.named import describe_rule, named_rule, rule_label
 from bitskip_ref.folder import CONFIG, Folder, read_folder
 
 # Byte -> how many of its four codes are 0, 1, 2 (weights -1, 0, +1; FORMAT 1).
@@ -50,6 +52,7 @@ def inspect(path: Path) -> dict[str, Any]:
             "eos_token_id": folder.eos_token_id,
             "bos_token_id": folder.bos_token_id,
             "exit_layer": folder.exit_layer,
+            "auto_exit": describe_rule(folder.auto_exit, config) if folder.auto_exit else None,
         },
         "config": config.to_dict(),
         "weights_sha256": stored["weights_sha256"],
@@ -103,6 +106,10 @@ def describe(facts: dict[str, Any]) -> str:
     tokens = facts["tokenizer"]
     exits = facts["exits"]
     recommended = generation["exit_layer"] or exits["layers"]
+    auto = "not calibrated"
+    if generation["auto_exit"]:
+        shape = ModelConfig.from_dict(config)
+        auto = rule_label(named_rule(**generation["auto_exit"], config=shape), shape)
     lines = [
         facts["path"],
         f"{facts['parameters']:,} parameters, {facts['linear_parameters']:,} of them in linear "
@@ -115,7 +122,8 @@ def describe(facts: dict[str, Any]) -> str:
         f"{config['norm_position']}-norm ({config['norm']}), {config['linear']} linears, "
         f"{config['activation_bits']}-bit activations, "
         f"{'Hadamard' if config['hadamard'] else 'no Hadamard'}, {config['head_format']} head",
-        f"exits 1..{exits['layers']}, recommended {recommended}; norms {exits['norm']}, heads "
+        f"exits 1..{exits['layers']}, recommended {recommended}, auto: {auto}",
+        f"exit norms {exits['norm']}, heads "
         f"{exits['head']}, {'with' if exits['gates'] else 'no'} gates",
         f"tokenizer: {tokens['tokens']} tokens" if tokens else "no tokenizer",
         f"end-of-text {generation['eos_token_id']}, begin {generation['bos_token_id']}",

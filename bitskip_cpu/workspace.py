@@ -148,7 +148,7 @@ class Workspace:
         s = self.state
         self.ids[: len(ids)] = ids
         s["tokens"], s["position"] = len(ids), cache.length + past
-        s["keys"], s["values"] = cache.keys.ctypes.data, cache.values.ctypes.data
+        s["keys"], s["values"] = cache.keys_at, cache.values_at
         s["capacity"] = cache.capacity
 
     def set_exit(self, n: int, logits: np.ndarray, first: int = 0) -> None:

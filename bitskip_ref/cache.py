@@ -18,16 +18,18 @@ class CacheFill:
     def __init__(self, config: ModelConfig) -> None:
         self.length = 0
         self._filled = [0] * config.num_hidden_layers  # positions that each block has run
+        self._known, self._depth = 0, config.num_hidden_layers  # a length, and its whole blocks
 
     def require(self, blocks: int) -> None:
         """Raise ValueError unless blocks 1..`blocks` hold every position so far."""
-        if self.length < 0:
-            raise ValueError(f"cache length {self.length}: must be 0 or more")
-        self._filled = [min(n, self.length) for n in self._filled]  # what was forgotten is gone
-        depth = sum(n == self.length for n in self._filled)
-        if depth < blocks:
+        if self.length != self._known:
+            if self.length < 0:
+                raise ValueError(f"cache length {self.length}: must be 0 or more")
+            self._filled = [min(n, self.length) for n in self._filled]  # what was forgotten is gone
+            self._known, self._depth = self.length, self._filled.count(self.length)
+        if self._depth < blocks:
             raise ValueError(
-                f"the cache was filled at exit layer {depth} and cannot serve {blocks}: "
+                f"the cache was filled at exit layer {self._depth} and cannot serve {blocks}: "
                 "keep to that exit, or start with a new cache"
             )
 
@@ -35,6 +37,7 @@ class CacheFill:
         """Note that blocks 1..`blocks` ran `tokens` more positions."""
         self.length += tokens
         self._filled[:blocks] = [self.length] * blocks
+        self._known, self._depth = self.length, blocks
 
 
 def check_input(

@@ -37,4 +37,4 @@ def tile(tokens: int, rows: int) -> Callable[..., None]:
 
 
 ACTIVATION_OFFSET = 0
-head_1x4, head_4x4 = tile(1, 4), tile(4, 4)
+head_1x4, head_2x4, head_4x4 = (tile(n, 4) for n in (1, 2, 4))

@@ -23,7 +23,7 @@ packed_1, packed_2 = ternary.packed_1, ternary.packed_2
 packed_4, packed_8 = ternary.packed_4, ternary.packed_8
 unpack_tile, bytes_block = ternary.unpack_tile, ternary.bytes_block
 BLOCK_TILES, BLOCK_TOKENS = ternary.BLOCK_TILES, ternary.BLOCK_TOKENS
-head_1x4, head_4x4 = dot.head_1x4, dot.head_4x4
+head_1x4, head_2x4, head_4x4 = dot.head_1x4, dot.head_2x4, dot.head_4x4
 ACTIVATION_OFFSET = dot.ACTIVATION_OFFSET
 
 f32 = np.float32
@@ -137,6 +137,8 @@ def int8_head_rows(s, first, last, acc_at):
             at, to, above = s.head + row * size, acc_at + 4 * (row - start), stop - 1 - row
             if s.tokens == 1:
                 head_1x4(codes, stride, 0, at, size, above, size // 64, to, ACC_STRIDE)
+            elif s.tokens == 2:
+                head_2x4(codes, stride, 1, at, size, above, size // 64, to, ACC_STRIDE)
             else:
                 for t in range(0, s.tokens, 4):
                     head_4x4(codes + t * stride, stride, s.tokens - 1 - t, at, size, above,

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from bitskip_cpu.cli import main
 from bitskip_cpu.inspect import inspect
 from bitskip_ref.config import small_twin
-from bitskip_ref.folder import read_folder
+from bitskip_ref.exits import ConfidenceExit
+from bitskip_ref.folder import read_folder, write_auto_exit
 from bitskip_ref.packing import unpack_ternary
 from tests.cli.conftest import CONFIG
 from tests.helpers import random_folder
@@ -52,7 +53,13 @@ def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", str(path), "--json"])
     facts = json.loads(result.stdout)
     assert facts["tokenizer"] is None
-    assert facts["generation"] == {"eos_token_id": 0, "bos_token_id": None, "exit_layer": None}
+    assert facts["generation"] == {
+        "eos_token_id": 0, "bos_token_id": None, "exit_layer": None, "auto_exit": None,
+    }  # fmt: skip
+    assert "auto: not calibrated" in plain.stdout
+    write_auto_exit(read_folder(path), ConfidenceExit(0.5, layers=(1,), last=3), {})
+    plain = CliRunner().invoke(main, ["inspect", str(path)])
+    assert "auto: max > 0.5 at 1, else 3" in plain.stdout
     assert len(facts["layers"]) == (0 if name == "llama3" else 4)
     assert facts["config"] == small_twin(name).to_dict()
     assert facts["weights_sha256"] in plain.stdout

@@ -172,7 +172,7 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end(say) -> None:
 def test_a_stream_that_is_broken_off_keeps_what_was_said(say) -> None:
     stream = say("the 𝄞 cat").stream("Once", stop=["he!"])
     said = "".join(p.text for p in itertools.islice(stream, 2))
-    said += stream.finish()
+    said += stream.finish().text
     g = stream.generation()
     assert g.stop_reason == "interrupted"
     assert g.text == said

@@ -95,7 +95,8 @@ def test_ternary_tiles(width: int, w: str, x: str) -> None:
 @pytest.mark.parametrize("x", ["random", "plus", "minus"])
 def test_head_tiles(module: ModuleType, width: int, w: str, x: str) -> None:
     for name, tokens, rows in (
-        ("head_1x4", 1, 4), ("head_1x4", 1, 2), ("head_4x4", 4, 4), ("head_4x4", 3, 1),
+        ("head_1x4", 1, 4), ("head_1x4", 1, 2), ("head_2x4", 2, 4), ("head_4x4", 4, 4),
+        ("head_4x4", 3, 1),
     ):  # fmt: skip
         codes = activations(x, tokens, width)
         heads = activations("random", rows, width) if w == "random" else weights(w, rows, width)

@@ -1,0 +1,180 @@
+"""Exit layers made visible: colours on a terminal, and the page."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import bitskip_cpu
+from bitskip_cpu.cli import main
+from bitskip_cpu.generate import Piece
+from bitskip_cpu.model import Model
+from bitskip_cpu.page import RAMP as PAGE_RAMP
+from bitskip_cpu.page import _luminance, page
+from bitskip_cpu.showing import RAMP, counts, ramp
+from bitskip_ref.folder import read_folder
+from tests.cli.conftest import CONFIG, ScriptEngine
+
+CODES = re.compile(r"\x1b\[[0-9;]*m")
+TRUE_COLOURS = {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm-256color"}
+PLAIN = {"FORCE_COLOR": None, "NO_COLOR": None}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
+    """Make `load` give a model that says a text, at depths that go round 1, 2, 3, 4."""
+
+    def make(text: str, interrupt_after: int = 1 << 30) -> None:
+        class Engine(ScriptEngine):
+            def step(self, *arguments: Any) -> Any:
+                if len(self.fed) + 1 == interrupt_after:
+                    raise KeyboardInterrupt
+                return super().step(*arguments)
+
+        def load(model: Any = None, threads: Any = None) -> Model:
+            made = Model(Engine(CONFIG, [], [1, 2, 3, 4] * 50), read_folder(folder))
+            made.engine.script = [*made.tokenizer.encode(text), 0]
+            return made
+
+        monkeypatch.setattr(bitskip_cpu, "load", load)
+
+    return make
+
+
+def generate(*arguments: Any, **options: Any) -> Result:
+    return CliRunner().invoke(main, ["generate", *map(str, arguments)], **options)
+
+
+class Reader(HTMLParser):
+    """What a page holds: the text, its tokens' layers and titles, every attribute."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.text, self.layers, self.titles = "", [], []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.tags: list[str] = []
+        self._inside = False
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        found = dict(attrs)
+        self._inside = self._inside or found.get("id") == "text"
+        if "data-d" in found:
+            self.layers.append(int(found["data-d"]))
+            self.titles.append(found["title"])
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = self._inside and tag != "p"
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.text += data
+
+
+def test_ramps() -> None:
+    assert ramp(RAMP, 1, 24) == RAMP[0] and ramp(RAMP, 24, 24) == RAMP[-1]
+    assert ramp(((0, 0, 0), (10, 20, 30)), 2, 3) == (5, 10, 15)
+    assert ramp(RAMP, 1, 1) == RAMP[0]
+    assert counts([3, 1, 3]) == [(1, 1), (3, 2)]
+    light = [_luminance(ramp(PAGE_RAMP, n, 24)) for n in range(1, 25)]
+    assert all(a > b for a, b in itertools.pairwise(light))  # the deeper, the darker
+    assert all(max(1.05 / (x + 0.05), (x + 0.05) / 0.05) > 4.5 for x in light)  # WCAG AA
+
+
+def test_no_codes_without_a_terminal(script: Any) -> None:
+    script("the cat sat")
+    plain = generate("-p", "Once")
+    shown = generate("-p", "Once", "--show-exits", env=PLAIN)
+    assert shown.stdout == plain.stdout and "\x1b" not in shown.output
+    assert "tokens by exit layer  1: " in shown.stderr
+    both = {**TRUE_COLOURS, "NO_COLOR": "1"}
+    assert "\x1b[38" not in generate("-p", "Once", "--show-exits", "-q", env=both).output
+
+
+def test_colours(script: Any) -> None:
+    script("the\tcat\r\n sat  on 😀")
+    plain = generate("-p", "Once", "--quiet")
+    shown = generate("-p", "Once", "--quiet", "--show-exits", env=TRUE_COLOURS)
+    said = CODES.sub("", shown.stdout_bytes.decode())
+    assert said == plain.stdout_bytes.decode()  # tabs, carriage returns and all
+    for depth in (1, 2, 3, 4):
+        r, g, b = ramp(RAMP, depth, 4)
+        assert f"\x1b[38;2;{r};{g};{b}m" in shown.stdout
+    legend = generate("-p", "Once", "--show-exits", env=TRUE_COLOURS).stderr.splitlines()[0]
+    found = dict(re.findall(r"██ (\d): (\d+) \(", CODES.sub("", legend)))
+    ids = json.loads(generate("-p", "Once", "--json", "--show-exits").stdout)["exit_layers"]
+    assert {int(k): int(v) for k, v in found.items()} == dict(counts(ids))
+
+
+def test_the_page_holds_the_text_and_its_layers(script: Any, tmp_path: Path) -> None:
+    script('a <b> & 日本 "c"\n\n the end')
+    path = tmp_path / "page.html"
+    facts = json.loads(generate("-p", "<i>Once", "--html", path, "--json", "--exit", 3).stdout)
+    read = Reader(path.read_text("utf-8"))
+    assert read.text == "<i>Once" + facts["text"]
+    assert all(re.fullmatch(r"exit layer \d, \d+\.\d\d ms, token \d+", t) for t in read.titles)
+    parts = [len(list(g)) for _, g in itertools.groupby(read.layers)]
+    assert sum(parts) <= len(facts["exit_layers"])  # bytes of one character are shown together
+    assert set(read.layers) == set(facts["exit_layers"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["page.html"]
+
+
+def test_the_page_loads_nothing(script: Any, tmp_path: Path) -> None:
+    script("the cat")
+    path = tmp_path / "page.html"
+    prompt = "<script>alert(1)</script><img src=x onerror=y>"
+    assert generate("-p", prompt, "--html", path).exit_code == 0
+    source = path.read_text("utf-8")
+    read = Reader(source)
+    assert not {"script", "img", "link", "iframe", "object"} & set(read.tags)
+    names = {name for name, _ in read.attributes}
+    assert not names & {"src", "href", "xlink:href", "action"}
+    assert not any(name.startswith("on") for name in names)
+    assert "://" not in source and "url(" not in source and "@import" not in source
+    assert "default-src 'none'" in source
+    assert read.text.startswith(prompt)
+
+
+def test_odd_pieces() -> None:
+    pieces = [
+        Piece("", 5, 2, 0.001), Piece("\x00\x1b[31m\ud800é", 6, 2, 0.002), Piece("held back"),
+    ]  # fmt: skip
+    source = page("", pieces, 4, {"exit": "<2>"})
+    read = Reader(source)
+    assert read.text == "\ufffd\ufffd[31m\ufffdéheld back" and read.layers == [2]
+    assert "&lt;2&gt;" in source and source.count("<rect") == 4
+    source.encode("utf-8")
+    assert "No tokens." in page("prompt", [], 4, {})
+
+
+def test_ctrl_c_still_writes_the_page(script: Any, tmp_path: Path) -> None:
+    script("a b c d e f", interrupt_after=4)
+    path = tmp_path / "page.html"
+    result = generate("-p", "Once", "--html", path, "--show-exits")
+    assert result.exit_code == 130
+    assert Reader(path.read_text("utf-8")).text == result.stdout.removesuffix("\n")
+    assert "interrupted" in path.read_text("utf-8")
+
+
+def test_a_page_that_cannot_be(script: Any, tmp_path: Path) -> None:
+    script("the cat")
+    result = generate("-p", "Once", "--html", tmp_path / "nowhere" / "page.html")
+    assert result.exit_code == 1 and "no such folder" in result.stderr and not result.stdout
+    result = generate("-p", "Once", "--html", tmp_path)
+    assert result.exit_code == 2 and "is a directory" in result.stderr
+
+
+def test_seconds_are_the_model_s(folder: Path) -> None:
+    stream = bitskip_cpu.load(folder).stream("Once", max_tokens=4)
+    pieces = [p for p in stream if p.token_id is not None]
+    assert all(p.seconds is not None and p.seconds > 0 for p in pieces)
+    assert pieces[0].seconds == pytest.approx(stream.generation().ttft_s)
