@@ -6,16 +6,21 @@ compile for (NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included), not what the CPU c
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import sys
 
 import llvmlite.binding as llvm
 from numba import config
 from numba.core.codegen import get_host_cpu_features
 
-PATHS = ("vbmi512", "vnni512", "vnni256", "avx2", "plain")  # best first
+PATHS = ("amx512", "vbmi512", "vnni512", "vnni256", "avx2", "plain")  # best first
 
+_VBMI512 = {"avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512vbmi"}
 NEEDS = {
-    "vbmi512": {"avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512vbmi"},
+    "amx512": _VBMI512 | {"amx-tile", "amx-int8"},
+    "vbmi512": _VBMI512,
     "vnni512": {"avx512f", "avx512bw", "avx512vl", "avx512vnni"},
     "vnni256": {"avx2", "avxvnni"},
     "avx2": {"avx2"},
@@ -70,7 +75,17 @@ def available_paths() -> tuple[str, ...]:
     if config.DISABLE_JIT:
         return ("plain",)
     features = cpu_features()
+    if not tiles_permitted():
+        features -= {"amx-tile"}
     return tuple(path for path in PATHS if NEEDS[path] <= features)
+
+
+def tiles_permitted() -> bool:
+    """Ask Linux for the matrix unit's registers, which a process may not use unasked."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
 
 
 def choose_path(wanted: str | None = None) -> str:

@@ -28,7 +28,7 @@ from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.memory import vector_pointer
 
 FAR, NEAR = 8192, 1280  # bytes; measured
-WIDTH = 64 if PATH in ("vbmi512", "vnni512") else 32  # bytes in a register
+WIDTH = 64 if PATH in ("amx512", "vbmi512", "vnni512") else 32  # bytes in a register
 BYTE, WORD, INT, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 BYTES = ir.VectorType(BYTE, WIDTH)
 WORDS = ir.VectorType(WORD, WIDTH // 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from bitskip_cpu.isa import PATH
@@ -21,14 +23,20 @@ else:
 
 packed_1, packed_2 = ternary.packed_1, ternary.packed_2
 packed_4, packed_8 = ternary.packed_4, ternary.packed_8
-unpack_tile, bytes_block = ternary.unpack_tile, ternary.bytes_block
-BLOCK_TILES, BLOCK_TOKENS = ternary.BLOCK_TILES, ternary.BLOCK_TOKENS
+unpack_tile = ternary.unpack_tile
+blocks: Any
+if PATH == "amx512":
+    from bitskip_cpu.kernels import ternary_amx as blocks
+else:
+    blocks = ternary
+begin_blocks, bytes_block, end_blocks = blocks.begin_blocks, blocks.bytes_block, blocks.end_blocks
+BLOCK_TILES, BLOCK_TOKENS = blocks.BLOCK_TILES, blocks.BLOCK_TOKENS
 head_1x4, head_2x4, head_4x4 = dot.head_1x4, dot.head_2x4, dot.head_4x4
 ACTIVATION_OFFSET = dot.ACTIVATION_OFFSET
 
 f32 = np.float32
 ACC_STRIDE = 4 * BAND
-UNPACK_ABOVE = 16  # tokens; measured
+UNPACK_ABOVE = 8 if PATH == "amx512" else 16  # tokens; measured
 
 
 @inner
@@ -43,11 +51,14 @@ def ternary_sums(s, p, tiles_at, tiles, acc_at, unpacked_at):
         fours, room = p.padded // COLUMNS, TILE_ROWS * p.padded
         for i in range(tiles):
             unpack_tile(tiles_at + i * size, units, tail, unpacked_at + i * room)
+        begin_blocks()
         for t in range(0, tokens, BLOCK_TOKENS):
+            codes, last = s.codes + t * stride, tokens - 1 - t
             for i in range(0, tiles, BLOCK_TILES):
                 to = acc_at + t * ACC_STRIDE + 4 * TILE_ROWS * i
-                bytes_block(unpacked_at + i * room, room, tiles - 1 - i, fours,
-                            s.codes + t * stride, stride, tokens - 1 - t, to, ACC_STRIDE)  # fmt: skip
+                bytes_block(unpacked_at + i * room, room, tiles - 1 - i, fours, codes, stride, last,
+                            to, ACC_STRIDE)  # fmt: skip
+        end_blocks()
         return
     for i in range(tiles):
         at = tiles_at + i * size

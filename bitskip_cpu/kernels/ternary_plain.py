@@ -86,3 +86,11 @@ def bytes_block(
 
 packed_1, packed_2, packed_4, packed_8 = (packed_tile(tokens) for tokens in (1, 2, 4, 8))
 BLOCK_TILES, BLOCK_TOKENS = 1, 4
+
+
+@inner
+def begin_blocks():
+    """Before `bytes_block`s: nothing to be done."""
+
+
+end_blocks = begin_blocks

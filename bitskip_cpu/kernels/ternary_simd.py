@@ -34,6 +34,7 @@ from bitskip_cpu.kernels.dot_simd import (
     splat,
     starts,
 )
+from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.memory import vector_pointer
 from bitskip_cpu.kernels.tiles import (
     COLUMNS,
@@ -264,3 +265,11 @@ packed_1, packed_2 = packed_tile(1, 4), packed_tile(2, 4)
 packed_4, packed_8 = packed_tile(4, 4), packed_tile(8, 2)
 BLOCK_TILES, BLOCK_TOKENS = (4, 6) if WIDTH == 64 else (1, 4)
 bytes_block = bytes_tile(BLOCK_TILES, BLOCK_TOKENS, 4 if PATH == "avx2" else 1)
+
+
+@inner
+def begin_blocks():
+    """Before `bytes_block`s: nothing to be done."""
+
+
+end_blocks = begin_blocks

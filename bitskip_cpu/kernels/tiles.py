@@ -19,7 +19,7 @@ from bitskip_cpu.isa import PATH
 TILE_ROWS = 16  # of a tile
 LINE = 64  # bytes
 COLUMNS = 4  # of a line and plane
-DENSE = PATH == "vbmi512"
+DENSE = PATH in ("amx512", "vbmi512")
 PLANES = 3 if DENSE else 4  # of a line
 UNIT_LINES = 5 if DENSE else 4  # stored for a unit
 UNIT_VALUE = 8 if DENSE else 4  # lines that a unit is worth
@@ -41,8 +41,9 @@ def tail_lines(width: int) -> int:
 
 
 def padded_width(width: int) -> int:
-    """Columns of a row with its padding; a multiple of COLUMNS."""
-    return units(width) * UNIT_COLUMNS + tail_lines(width) * LINE_COLUMNS
+    """Columns of a row with its padding; a multiple of COLUMNS, and of what a matrix unit takes."""
+    columns = units(width) * UNIT_COLUMNS + tail_lines(width) * LINE_COLUMNS
+    return -(-columns // 64) * 64 if PATH == "amx512" else columns
 
 
 def tile_bytes(width: int) -> int:
