@@ -32,7 +32,6 @@ else:
 begin_blocks, bytes_block, end_blocks = blocks.begin_blocks, blocks.bytes_block, blocks.end_blocks
 BLOCK_TILES, BLOCK_TOKENS = blocks.BLOCK_TILES, blocks.BLOCK_TOKENS
 head_1x4, head_2x4, head_4x4 = dot.head_1x4, dot.head_2x4, dot.head_4x4
-ACTIVATION_OFFSET = dot.ACTIVATION_OFFSET
 
 f32 = np.float32
 ACC_STRIDE = 4 * BAND

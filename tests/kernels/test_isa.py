@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from numba import config
 
 from bitskip_cpu import isa
 from bitskip_cpu.compiling import KERNELS, cache_directory
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, name: str | None, features: str | None) -> None:
-    monkeypatch.setattr(config, "CPU_NAME", name)
-    monkeypatch.setattr(config, "CPU_FEATURES", features)
-    monkeypatch.setattr(config, "DISABLE_JIT", 0)
+def pretend(monkeypatch: pytest.MonkeyPatch, name: str, features: str) -> None:
+    monkeypatch.setenv("NUMBA_CPU_NAME", name)
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", features)
+    monkeypatch.setattr(isa, "INTERPRETED", False)
 
 
 @pytest.mark.parametrize(("name", "features", "path"), [
@@ -37,7 +36,7 @@ def test_best_path(monkeypatch: pytest.MonkeyPatch, name: str, features: str, pa
 
 def test_interpreted_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "znver5", "")
-    monkeypatch.setattr(config, "DISABLE_JIT", 1)
+    monkeypatch.setattr(isa, "INTERPRETED", True)
     assert isa.available_paths() == ("plain",)
 
 
