@@ -239,9 +239,8 @@ else:
             kind = ir.VectorType(ir.IntType(32), LANES)
             acc = builder.load(vector_pointer(builder, acc_at, kind), align=4)
             exact = builder.sub(acc, splat(builder, total))
-            store_lanes(
-                builder, builder.fmul(builder.sitofp(exact, FLOATS), splat(builder, x)), out_at
-            )
+            scaled = builder.fmul(builder.sitofp(exact, FLOATS), splat(builder, x))
+            store_lanes(builder, scaled, out_at)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int32, types.float32, types.int64), codegen
