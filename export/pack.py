@@ -40,8 +40,8 @@ def export_checkpoint(
     """Write the model folder of a training checkpoint, which is only read; returns its path.
 
     head_format: int8, int6, int4, float32 or float16 instead of the configuration's. ternary: the
-    linear weights are -a, 0 and a already; keep that. exit_layer: what the folder recommends. force:
-    write into a folder that holds something else. The end-of-text id is the tokenizer's.
+    linear weights are -a, 0 and a already; keep that. exit_layer: what the folder recommends.
+    force: write into a folder that holds something else. The end-of-text id is the tokenizer's.
     Raises ExportError, or bitskip_train's CheckpointError; nothing is written then.
     """
     from bitskip_train.checkpoint import load_checkpoint

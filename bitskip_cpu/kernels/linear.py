@@ -194,10 +194,7 @@ def narrow_head_rows(s, first, last, acc_at):
         for t in range(s.tokens):
             n, step, total = stop - start, steps[t], np.int32(offset * sums[t])
             z_at = s.logits + 4 * (t * s.vocab + start)
-            z, acc = (
-                floats(s.logits + 4 * (t * s.vocab + start), n),
-                int32s(acc_at + t * ACC_STRIDE, n),
-            )
+            z, acc = floats(z_at, n), int32s(acc_at + t * ACC_STRIDE, n)
             scale = floats(s.head_scale + 4 * start, n)
             for i in range(n):
                 z[i] = f32(np.int32(acc[i] - total)) * (step * scale[i])

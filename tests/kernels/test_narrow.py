@@ -28,7 +28,7 @@ def test_products(bits: int, width: int, kind: str) -> None:
         out = np.zeros((4, 2 * TILE_ROWS), np.int32)
         for i in range(2):
             kernel, groups = getattr(linear, f"int{bits}_{tokens}"), codes.shape[1] // 16
-            call(kernel, packed[TILE_ROWS * i :], groups, codes, codes.strides[0], present - 1, out.reshape(-1)[TILE_ROWS * i :],
-                 out.strides[0])  # fmt: skip
+            tile, to = packed[TILE_ROWS * i :], out.reshape(-1)[TILE_ROWS * i :]
+            call(kernel, tile, groups, codes, codes.strides[0], present - 1, to, out.strides[0])  # fmt: skip
         found = np.ascontiguousarray(out[:present, : len(rows)])
         assert same_bits(exact[:present], found)
