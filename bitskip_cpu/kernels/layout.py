@@ -47,7 +47,7 @@ have `units` and `tail` (kernels.tiles); `row_bytes` of a packed row: a tile's o
 `alphas`: index of its first weight scale, whose rows end at `end0`, the second's at `end1`."""
 
 QKV, OUT, UP, DOWN, HEAD = 0, 1, 2, 3, 4
-INT8, FLOAT32, FLOAT16 = 0, 1, 2  # head_kind
+INT8, FLOAT32, FLOAT16, INT6, INT4 = range(5)  # head_kind
 CHUNK = 128  # most tokens at a time
 LANES = 16  # positions in a group of cached keys
 BAND = 64  # rows of a product whose int32 sums are converted together; whole tiles
