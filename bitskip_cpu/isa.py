@@ -1,8 +1,8 @@
 """Which instruction-set path this process runs: chosen once, before any kernel is declared.
 
 An LLVM intrinsic that the target lacks aborts the process, so the choice follows what Numba will
-compile for (NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included), not what the CPU could do. Numba is not
-imported here: compiled kernels run without it.
+compile for (NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included), not what the CPU could do. Numba is
+not imported here: compiled kernels run without it.
 """
 
 from __future__ import annotations

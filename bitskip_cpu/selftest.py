@@ -14,6 +14,7 @@ from bitskip_cpu.heldout.watch import Watch
 from bitskip_cpu.threads import default_threads
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.draft import Draft
 from bitskip_ref.engine import Engine as AnyEngine
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
@@ -79,6 +80,7 @@ def selftest(
     rules = {rule: follow(reference, ids, rule) for rule in rules_for(reference, ids)}
     sampler = Sampler(temperature=1.0, top_k=40, top_p=0.95, seed=seed)
     text = [(t.id, t.depth) for t in stream(reference, ids, FixedExit(), sampler, STEPS)]
+    drafted = speculated(reference, ids)
     for count in threads:
         engine = engine_for(count)
         yield Check(count, "every stage of a prompt", stage_difference(stages, engine, ids))
@@ -97,6 +99,20 @@ def selftest(
         got = [(t.id, t.depth) for t in stream(engine, ids, FixedExit(), sampler, STEPS)]
         problem = None if got == text else f"(token, exit layer): {got}, expected {text}"
         yield Check(count, "sampled tokens", problem)
+        for expected, actual in zip(drafted, speculated(engine, ids), strict=True):
+            problem = difference("logits after drafts", expected, actual)
+            yield Check(count, "a round of speculation", problem)
+
+
+def speculated(engine: AnyEngine, ids: Sequence[int]) -> list[np.ndarray]:
+    """Logits [k + 1, V] of a round of speculation after the ids; none where there is no room."""
+    layers, room = engine.config.num_hidden_layers, engine.config.max_position_embeddings
+    count = min(3, room - len(ids))
+    if layers == 1 or len(ids) == 1:
+        return []
+    cache = engine.new_cache()
+    engine.extend(ids[:-1], cache, last_only=True)
+    return [engine.speculate(ids[-1], cache, count, Draft(max(1, layers // 4)))[1]]
 
 
 def quarters(config: ModelConfig) -> list[int]:

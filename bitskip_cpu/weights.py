@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bitskip_cpu.compiling import KERNELS
-from bitskip_cpu.kernels import tiles
+from bitskip_cpu.kernels import narrow, tiles
 from bitskip_cpu.kernels.layout import ACTIVATION_OFFSET, DOWN, OUT, PRODUCT, PRODUCTS, QKV, UP
-from bitskip_ref.config import ModelConfig
+from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.folder import expected_tensors
 from bitskip_ref.packing import packed_width
 
@@ -159,9 +159,10 @@ class Weights:
         return self._norms[name]
 
     def head(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rows, scales f32 [V], corrections int32 [V]); the last two empty unless int8.
+        """(rows, scales f32 [V], corrections int32 [V]); what a format does not need is empty.
 
-        int8 rows of a width that is no multiple of 64 are padded with zeros (a copy). The
+        int6 and int4 rows are packed in tiles (kernels.narrow). int8 rows of a width that is no
+        multiple of 64 are padded with zeros (a copy), the others stay where they are mapped; their
         correction undoes ACTIVATION_OFFSET: offset times the row's sum.
         """
         if name not in self._heads:
@@ -170,8 +171,11 @@ class Weights:
 
     def _head(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows = self.tensors[f"{name}.weight"]
-        if self.config.head_format != "int8":
+        if self.config.head_format not in HEAD_BITS:
             return rows, np.zeros(0, np.float32), np.zeros(0, np.int32)
+        scales, bits = self.tensors[f"{name}.scale"], HEAD_BITS[self.config.head_format]
+        if bits < 8:
+            return narrow.pack(rows, bits), scales, np.zeros(0, np.int32)
         missing = -rows.shape[1] % 64
         if missing:
             rows = np.pad(rows, ((0, 0), (0, missing)))
@@ -180,7 +184,7 @@ class Weights:
             for start in range(0, len(rows), 4096):  # bounded scratch
                 part = rows[start : start + 4096]
                 sums[start : start + 4096] = part.sum(axis=1, dtype=np.int32)
-        return rows, self.tensors[f"{name}.scale"], sums * np.int32(ACTIVATION_OFFSET)
+        return rows, scales, sums * np.int32(ACTIVATION_OFFSET)
 
     def exit(self, n: int) -> tuple[str, str]:
         """Names of the norm and the head after n blocks (SPEC 8.1)."""
@@ -198,6 +202,7 @@ def random_tensors(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     Ternary weights are even over -1, 0, 1 (nearly); float matrices repeat one random block.
     """
     rng = np.random.default_rng(seed)
+    largest = 2 ** (HEAD_BITS.get(config.head_format, 8) - 1) - 1
     expected = expected_tensors(config)
     linear = {n for n in expected if n.endswith("_proj.weight")}
     sizes = {n: math.prod(s) * np.dtype(k).itemsize for n, (k, s) in expected.items()}
@@ -221,7 +226,7 @@ def random_tensors(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
         elif kind is np.int8:
             for first in range(0, flat.size, 1 << 20):  # bounded scratch
                 part = flat[first : first + (1 << 20)]
-                part[:] = rng.integers(-127, 128, part.size, np.int8)
+                part[:] = rng.integers(-largest, largest + 1, part.size, np.int8)
         elif name.endswith(".scale"):
             flat[:] = rng.uniform(0.5, 1.5, flat.size) * (0.02 if "_proj" in name else 2e-3)
         elif len(shape) == 1:

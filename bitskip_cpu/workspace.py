@@ -14,6 +14,8 @@ from bitskip_cpu.kernels.layout import (
     FLOAT16,
     FLOAT32,
     GATED_RELU2,
+    INT4,
+    INT6,
     INT8,
     LANES,
     LEVELS,
@@ -27,11 +29,12 @@ from bitskip_cpu.kernels.layout import (
     sync_words,
 )
 from bitskip_cpu.weights import Weights
+from bitskip_ref.config import HEAD_BITS
 from bitskip_ref.draft import Draft
 from bitskip_ref.rope import rope_table
 
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
-HEAD_KINDS = {"int8": INT8, "float32": FLOAT32, "float16": FLOAT16}
+HEAD_KINDS = {"int8": INT8, "int6": INT6, "int4": INT4, "float32": FLOAT32, "float16": FLOAT16}
 WORTH = 1 << 16  # bytes of weights below which a job is not worth sharing
 
 
@@ -88,7 +91,7 @@ class Workspace:
             s[name] = offset
         s["cos"], s["sin"] = (self._keep(table) for table in rope_table(w.config))
         s["embedding"] = self._keep(w.tensors["embed_tokens.weight"])
-        if w.config.head_format == "int8":
+        if w.config.head_format in HEAD_BITS:
             s["embedding_scale"] = self._keep(w.tensors["embed_tokens.scale"])
         if w.config.embedding_norm:
             s["first_norm"] = self._keep(w.norm("embedding_norm"))

@@ -19,8 +19,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "norm_position": ("pre", "post"),
     "exit_norm": ("shared", "per_layer"),
     "exit_head": ("shared", "per_layer"),
-    "head_format": ("int8", "float32", "float16"),
+    "head_format": ("int8", "int6", "int4", "float32", "float16"),
 }
+
+HEAD_BITS = {"int8": 8, "int6": 6, "int4": 4}
+"""head_format -> bits of the codes of embedding and head (SPEC 4.4); the others are floats."""
 
 
 class ConfigError(ValueError):

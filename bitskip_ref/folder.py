@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.config import HEAD_BITS, ConfigError, ModelConfig
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits.named import describe_rule, named_rule
 from bitskip_ref.files import replace_file
@@ -28,7 +28,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 DTYPES = {"U8": np.uint8, "I8": np.int8, "F32": np.float32, "F16": np.float16}
 DTYPE_NAMES = {np.dtype(kind): name for name, kind in DTYPES.items()}
-HEAD_DTYPES = {"int8": np.int8, "float32": np.float32, "float16": np.float16}
+HEAD_DTYPES = {**dict.fromkeys(HEAD_BITS, np.int8), "float32": np.float32, "float16": np.float16}
 ALIGNMENT = 64
 LARGEST_HEADER = 100 << 20  # as the safetensors library
 
@@ -72,7 +72,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[type, tuple[int, ..
         for i in blocks:
             for name in config.linear_shapes():
                 table[f"layers.{i}.{name}.scale"] = (np.float32, (1,))
-    if config.head_format == "int8":
+    if config.head_format in HEAD_BITS:
         for name in heads:
             table[f"{name}.scale"] = (np.float32, (config.vocab_size,))
 
@@ -129,8 +129,13 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Non
             except IllegalCodeError as error:
                 raise FormatError(f"{WEIGHTS}: {name}: {error}") from None
         elif kind is np.int8:
-            if t.size and t.min() == -128:
-                raise FormatError(f"{WEIGHTS}: {name} holds the illegal int8 code -128")
+            largest = 2 ** (HEAD_BITS[config.head_format] - 1) - 1
+            if t.size and (t.min() < -largest or t.max() > largest):
+                worst = t.min() if t.min() < -largest else t.max()
+                raise FormatError(
+                    f"{WEIGHTS}: {name} holds the illegal {config.head_format} code {worst}: "
+                    f"codes lie in -{largest}..{largest}"
+                )
         elif not np.isfinite(t).all():
             raise FormatError(f"{WEIGHTS}: {name} holds a value that is not finite")
 

@@ -10,7 +10,7 @@ import numpy as np
 from bitskip_ref.attention import attention
 from bitskip_ref.cache import CacheFill, check_input
 from bitskip_ref.confidence import confidence
-from bitskip_ref.config import ModelConfig
+from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.draft import Choose, Draft
 from bitskip_ref.engine import ExitRule, Trace, Visit
 from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
@@ -59,7 +59,7 @@ class ReferenceModel:
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """ids [T] -> x [T, D] (SPEC 4.4, 7.4)."""
         x = self.tensors["embed_tokens.weight"][ids].astype(f32)
-        if self.config.head_format == "int8":
+        if self.config.head_format in HEAD_BITS:
             x = x * self.tensors["embed_tokens.scale"][ids][:, None]
         return self.norm("embedding_norm", x) if self.config.embedding_norm else x
 
@@ -132,7 +132,7 @@ class ReferenceModel:
     def head(self, name: str, x: np.ndarray) -> np.ndarray:
         """An exit's head: int8 rows or float (SPEC 4.4, 4.5)."""
         weight = self.tensors[f"{name}.weight"]
-        if self.config.head_format == "int8":
+        if self.config.head_format in HEAD_BITS:
             return int8_linear(x, weight, self.tensors[f"{name}.scale"])
         return float_linear(x, weight)
 

@@ -48,7 +48,7 @@ class Speculation:
         self.rounds = 0  # passes of the blocks above the draft exit
         self.drafted = 0  # tokens that were drafted and verified
         self.accepted = 0  # those that became text
-        self._fixed, self._cost = count, draft_exit / depth + 0.125
+        self._fixed, self._cost = count, draft_exit / depth + 0.25
         self._judged, self._right, self._idle = 4.0, 3.0, 0
 
     def statistics(self) -> dict[str, int | float | None]:

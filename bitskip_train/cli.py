@@ -217,23 +217,25 @@ def evaluate(
 )  # fmt: skip
 @click.option("--data", multiple=True, help="As in training; default: what it was trained on.")
 @click.option(
-    "--price", type=click.FloatRange(0, min_open=True), default=0.5, show_default=True,
-    help="Nats that running all blocks may cost; the more, the earlier gates stop.",
+    "--scale", type=click.FloatRange(0, min_open=True), default=0.1, show_default=True,
+    help="Nats. At threshold 0.5 a gate stops where that should cost less than about 0.7 of it.",
 )  # fmt: skip
 @click.option("--steps", type=click.IntRange(1), default=200, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows.")
+@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Windows.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @_cache_option
 @_one_line_errors
 def fit_gates(
-    checkpoint: Path, out: Path, data: tuple[str, ...], price: float, steps: int, batch: int,
+    checkpoint: Path, out: Path, data: tuple[str, ...], scale: float, steps: int, batch: int,
     seed: int, device: str, token_cache: Path,
 ) -> None:  # fmt: skip
     """Give a trained CHECKPOINT routing gates; all its other weights stay as they are.
 
     The file written can be evaluated and exported, not resumed.
     """
+    import torch
+
     from bitskip_train import gates
     from bitskip_train.checkpoint import load_checkpoint, save_checkpoint
     from bitskip_train.data import TextSource, Windows, load_split
@@ -250,11 +252,14 @@ def fit_gates(
     model = gates.with_gates(loaded.config, loaded.state).to(pick_device(device))
     every = max(1, steps // 10)
 
-    def report(step: int, cost: float) -> None:
+    def report(step: int, loss: float) -> None:
         if step % every == 0 or step == steps:
-            click.echo(f"step {step}/{steps} | cost {cost:.4f}", err=True)
+            click.echo(f"step {step}/{steps} | loss {loss:.4f}", err=True)
 
-    gates.fit_gates(model, windows, steps=steps, batch=batch, price=price, seed=seed, report=report)
+    gates.fit_gates(
+        model, windows, steps=steps, batch=batch, scale=scale, seed=seed, report=report,
+        autocast=torch.bfloat16 if settings.dtype == "bfloat16" else None,
+    )  # fmt: skip
     fitted = dataclasses.replace(
         loaded, config=model.config, state=model.cpu().state_dict(), optimizer=None
     )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitskip_ref.config import HEAD_BITS
 from bitskip_train.fast import FastOps, Prepared, Rotations
 from bitskip_train.functions import SCALE_FLOOR
 
@@ -201,17 +202,17 @@ class ExactOps(FastOps):
         rows = weight[ids]
         if scale is not None:
             return rows.float() * scale[ids][..., None]
-        if kind == "int8":
-            codes, step = quantize(rows, 8)
+        if kind in HEAD_BITS:
+            codes, step = quantize(rows, HEAD_BITS[kind])
             return codes * step
         return rows.half().float() if kind == "float16" else rows
 
     def head(self, x: Tensor, weight: Tensor, scale: Tensor | None, kind: str) -> Tensor:
         if kind == "float16":
             weight = weight.half()
-        if kind != "int8":
+        if kind not in HEAD_BITS:
             return float_linear(x, weight)
-        rows, steps = (weight, scale) if scale is not None else quantize(weight, 8)
+        rows, steps = (weight, scale) if scale is not None else quantize(weight, HEAD_BITS[kind])
         codes, step = quantize(x, 8)
         return integer_product(codes, rows, 127 * 127) * (step * steps.view(-1))
 

@@ -13,7 +13,7 @@ from bitskip_ref.config import ModelConfig
 from bitskip_train.data import Windows
 from bitskip_train.model import BitskipModel
 
-TOKENS = 1024  # of each step's: the heads of all exits cost far more than the blocks
+TOKENS = 512  # of each step's: the heads of all exits cost far more than the blocks
 
 
 def with_gates(config: ModelConfig, state: Mapping[str, Tensor]) -> BitskipModel:
@@ -23,19 +23,13 @@ def with_gates(config: ModelConfig, state: Mapping[str, Tensor]) -> BitskipModel
     return model
 
 
-def expected_cost(gates: Tensor, divergence: Tensor, price: float) -> Tensor:
-    """What a token costs on average if after each block its gate decides; a scalar.
+def closeness(divergence: Tensor, scale: float) -> Tensor:
+    """What a gate learns to expect: exp(-divergence / scale), 1 where stopping costs nothing.
 
-    gates [L - 1, N]: arguments of the sigmoids after blocks 1..L-1; divergence [L, N]: nats that
-    the prediction at each exit is away from full depth's. Stopping after block n costs its
-    divergence and `price` * n / L.
+    divergence f32 in nats, from `divergences`; `scale` above 0, in nats: a gate passes 1/2 where
+    stopping is expected to cost less than about 0.7 of it.
     """
-    depth = len(divergence)
-    layers = torch.arange(1, depth + 1, device=gates.device)[:, None]
-    going_on = F.logsigmoid(-gates).cumsum(0)  # log-probability of running block 2..L
-    reached = torch.cat([torch.zeros_like(gates[:1]), going_on])
-    stopping = torch.cat([F.logsigmoid(gates), torch.zeros_like(gates[:1])])
-    return ((reached + stopping).exp() * (divergence + price * layers / depth)).sum(0).mean()
+    return (-divergence / scale).exp()
 
 
 @torch.no_grad()
@@ -56,16 +50,17 @@ def fit_gates(
     *,
     steps: int,
     batch: int,
-    price: float,
+    scale: float,
     lr: float = 3e-3,
     seed: int = 0,
     autocast: torch.dtype | None = None,
-    report: Callable[[int, float], None] = lambda step, cost: None,
+    report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Fit the gates of a model that has them, and nothing else, by `expected_cost`.
+    """Fit the gates of a model that has them, and nothing else, to the `closeness` of their exits.
 
-    Each step takes `batch` windows and at most `TOKENS` of their tokens, drawn from `seed`.
-    `report` is told each step, from 1, and its cost.
+    Each gate by itself, whatever the others do: so any threshold gives a sensible depth. Each step
+    takes `batch` windows and at most `TOKENS` of their tokens, drawn from `seed`. `report` is told
+    each step, from 1, and its loss: the mean cross-entropy of exits 1..L-1.
     """
     depth = model.config.num_hidden_layers
     device = next(model.parameters()).device
@@ -83,13 +78,13 @@ def fit_gates(
             with torch.no_grad():
                 states = model(ids[:, :-1], collect=range(1, depth + 1))
             hidden = {n: h.flatten(0, 1)[chosen] for n, h in states.items()}
-            distance = divergences(model, hidden)
+            target = closeness(divergences(model, hidden)[:-1], scale)
             decisions = torch.stack([model.gate_logits(hidden[n], n) for n in range(1, depth)])
-        cost = expected_cost(decisions, distance, price)
+        loss = F.binary_cross_entropy_with_logits(decisions, target)
         optimizer.zero_grad()
-        cost.backward()
+        loss.backward()
         optimizer.step()
-        report(step + 1, cost.item())
+        report(step + 1, loss.item())
 
 
 def reset_gates(model: BitskipModel, generator: torch.Generator) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-from bitskip_ref.config import ModelConfig
+from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.packing import unpack_ternary
 from export import onnx_ops as ops
@@ -97,7 +97,7 @@ class ExitGraph:
             name = "embed_tokens.weight"
             x = g.op("Gather", g.weight(name, self.tensors[name]), "token_ids")
         x = g.cast(x, f32)
-        if c.head_format == "int8":
+        if c.head_format in HEAD_BITS:
             scale = g.op("Gather", self.head_scale("embed_tokens"), "token_ids")
             x = g.op("Mul", x, g.op("Unsqueeze", scale, g.const(np.int64(1))))
         x = self.norm("embedding_norm", x) if c.embedding_norm else x
@@ -186,7 +186,7 @@ class ExitGraph:
     def head(self, name: str, x: str) -> str:
         """x [T, D] -> logits [T, V] (SPEC 4.4, 4.5)."""
         weight = self.head_weight(name)
-        if self.config.head_format == "int8":
+        if self.config.head_format in HEAD_BITS:
             return ops.int8_linear(self.g, x, weight, self.head_scale(name))
         shape = (self.config.hidden_size, self.config.vocab_size)
         return ops.float_linear(self.g, x, self.g.cast(weight, f32), shape)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitskip_ref.config import ModelConfig
+from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.documents import END_OF_TEXT
 from bitskip_ref.folder import (
     CONFIG,
@@ -39,9 +39,9 @@ def export_checkpoint(
 ) -> Path:
     """Write the model folder of a training checkpoint, which is only read; returns its path.
 
-    head_format: int8, float32 or float16 instead of the configuration's. ternary: the linear
-    weights are -a, 0 and a already; keep that. exit_layer: what the folder recommends. force:
-    write into a folder that holds something else. The end-of-text id is the tokenizer's.
+    head_format: int8, int6, int4, float32 or float16 instead of the configuration's. ternary: the
+    linear weights are -a, 0 and a already; keep that. exit_layer: what the folder recommends.
+    force: write into a folder that holds something else. The end-of-text id is the tokenizer's.
     Raises ExportError, or bitskip_train's CheckpointError; nothing is written then.
     """
     from bitskip_train.checkpoint import load_checkpoint
@@ -122,7 +122,7 @@ def pack(
             codes, alpha = ternary_codes(name, w, ternary)
             tensors[name], tensors[scale] = pack_ternary(codes), np.array([alpha])
         elif kind is np.int8:
-            tensors[name], tensors[scale] = int8_rows(w)
+            tensors[name], tensors[scale] = integer_rows(w, HEAD_BITS[config.head_format])
         else:
             if kind is np.float16 and np.abs(w).max() > np.finfo(np.float16).max:
                 raise ExportError(f"{name} exceeds float16 (65504): use --head int8 or float32")
@@ -152,8 +152,8 @@ def ternary_codes(name: str, w: np.ndarray, ternary: bool) -> tuple[np.ndarray, 
     return codes, alpha
 
 
-def int8_rows(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def integer_rows(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """SPEC 4.4: f32 [V, D] -> (codes int8 [V, D], scales f32 [V])."""
-    parts = [quantize_activations(w[i : i + CHUNK], 8) for i in range(0, len(w), CHUNK)]
+    parts = [quantize_activations(w[i : i + CHUNK], bits) for i in range(0, len(w), CHUNK)]
     codes, steps = (np.concatenate(part) for part in zip(*parts, strict=True))
     return codes, steps[:, 0]

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from bitskip_ref.config import PRESETS, ModelConfig, small_twin
+from bitskip_ref.config import HEAD_BITS, PRESETS, ModelConfig, small_twin
 from bitskip_ref.folder import expected_tensors, parameter_shapes, write_folder
 from bitskip_ref.packing import pack_ternary
 from bitskip_ref.quant import quantize_activations, quantize_weights
 
 QUANTIZED = [name for name, config in PRESETS.items() if config.linear == "ternary"]
 OPTIONS: dict[str, ModelConfig] = {
+    "int6-head": small_twin("bitskip-v1").replace(head_format="int6"),
+    "int4-head": small_twin("wt2-h").replace(head_format="int4"),
     "float32-head": small_twin("bitskip-v1").replace(head_format="float32"),
     "float16-head": small_twin("bitskip-v1").replace(head_format="float16"),
     "per-layer-exits": small_twin("bitskip-v1").replace(
@@ -53,7 +55,7 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
             codes, alpha = quantize_weights(parameters[name])
             tensors[name], tensors[scale] = pack_ternary(codes), np.array([alpha])
         elif kind is np.int8:
-            codes, step = quantize_activations(parameters[name], 8)
+            codes, step = quantize_activations(parameters[name], HEAD_BITS[config.head_format])
             tensors[name], tensors[scale] = codes, step[:, 0]
         else:
             tensors[name] = parameters[name].astype(kind)

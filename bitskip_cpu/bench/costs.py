@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from bitskip_ref.config import ModelConfig
+from bitskip_ref.config import HEAD_BITS, ModelConfig
 
 TERNARY_BITS = math.log2(3)  # of a weight that is -1, 0 or +1 with equal odds
 
@@ -30,7 +30,7 @@ def multiply_adds(config: ModelConfig, exit_layer: int, tokens: int) -> int:
     """
     if config.linear != "ternary":
         return 0
-    head = config.vocab_size * config.hidden_size if config.head_format == "int8" else 0
+    head = config.vocab_size * config.hidden_size if config.head_format in HEAD_BITS else 0
     return tokens * linear_weights(config, exit_layer) + head
 
 

@@ -28,7 +28,9 @@ AHEAD = 4096  # bytes between a prefetch and its use
 ENOUGH = 1 << 30  # bytes of one sample: some 50 ms
 # Sums that hide the latency of `dot`, each path's best number; more of vnni256 leave 16 registers.
 ACCUMULATORS = {"vbmi512": 20, "vnni512": 20, "vnni256": 13, "avx2": 20}
+PATHS_WITH_PEAK = {"amx512", *ACCUMULATORS}
 TURNS = 1 << 21  # of one sample: some 20 ms
+MATRIX_TURN = 4 * 16 * 16 * 64  # path amx512: four products of 16 tokens, 16 rows, 64 columns
 
 Compiled = Callable[[int, int], int]
 
@@ -91,6 +93,32 @@ def _multiplier() -> Compiled:
     return _compile(lambda turns, seed: multiply(turns, seed))
 
 
+def _matrix_multiplier() -> Compiled:
+    """(turns, seed) -> 0; a turn is MATRIX_TURN multiply-adds of the matrix unit, in registers."""
+    from bitskip_cpu.kernels.ternary_amx import begin_blocks, call, end_blocks
+
+    @intrinsic
+    def multiply(typing: Any, turns: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            for register in range(8):
+                call(builder, "tilezero", BYTE(register))
+            with cgutils.for_range(builder, args[0]):
+                for total in range(4):
+                    operands = BYTE(4 + total // 2), BYTE(6 + total % 2)
+                    call(builder, "tdpbsud", BYTE(total), *operands)
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen
+
+    def run(turns: int, seed: int) -> int:
+        begin_blocks()
+        multiply(turns)
+        end_blocks()
+        return 0
+
+    return _compile(run)
+
+
 def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     pointer = builder.inttoptr(address, BYTE.as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
@@ -148,14 +176,14 @@ class Limits:
 
     @cached_property
     def _multiplier(self) -> Compiled:
-        return _multiplier()
+        return _matrix_multiplier() if isa.PATH == "amx512" else _multiplier()
 
     def sample(self, threads: int) -> None:
         """Measure once more, on that many threads: bytes/s and 8-bit multiply-adds/s."""
         if isa.INTERPRETED:
             return
         self.read.setdefault(threads, []).append(self._read_speed(threads))
-        if isa.PATH in ACCUMULATORS:
+        if isa.PATH in PATHS_WITH_PEAK:
             self.multiply.setdefault(threads, []).append(self._multiply_speed(threads))
 
     def _read_speed(self, threads: int) -> float:
@@ -173,8 +201,9 @@ class Limits:
         from bitskip_cpu.kernels.dot_simd import WIDTH
 
         multiply = self._multiplier
+        turn = MATRIX_TURN if isa.PATH == "amx512" else ACCUMULATORS[isa.PATH] * WIDTH
         seconds = together(lambda thread: multiply(TURNS, 12345 + thread), threads)
-        return TURNS * ACCUMULATORS[isa.PATH] * WIDTH * threads / seconds
+        return TURNS * turn * threads / seconds
 
     def bytes_per_s(self, threads: int) -> float | None:
         """Median read bandwidth."""

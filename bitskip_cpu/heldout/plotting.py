@@ -99,7 +99,7 @@ def _ticks(left: Any, right: Any) -> None:
 
     left.set_yscale("symlog", linthresh=1.0, subs=[2, 3, 4, 5, 6, 7, 8, 9])
     left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    right.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     right.xaxis.set_minor_formatter(NullFormatter())
     for axes in (left, right):

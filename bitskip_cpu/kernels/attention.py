@@ -17,7 +17,8 @@ import math
 
 import numpy as np
 
-from bitskip_cpu.kernels.floats import ZERO, copy, exp, fill_zero
+from bitskip_cpu.kernels.exponential import exp_differences
+from bitskip_cpu.kernels.floats import ZERO, copy, fill_zero
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.lanes import (
     LANE_BYTES,
@@ -110,8 +111,7 @@ def softmax_weights(e_at, head_dim, seen):
     top = largest[0]
     for lane in range(1, LANES):
         top = largest[lane] if largest[lane] > top else top
-    for s in range(seen):
-        e[s] = exp(e[s] - top)
+    exp_differences(e_at, top, e_at, padded)
     for s in range(seen, padded):
         e[s] = ZERO
 
@@ -167,16 +167,19 @@ def attend(
     width = value_width + LANES
     whole = queries * width
     now_at = parts_at + 4 * LEVELS * whole
+    fill_zero(parts_at, whole)  # weigh_group leaves gaps
     fill_zero(now_at, whole)
     for group in range(groups):
         first = group * LANES
+        to = now_at if group & 1 else parts_at  # part 0 is free after every second group
         weigh_group(queries, scratch_at + 4 * first, e_stride, values_at + 4 * first * value_width,
-                    value_width, now_at, 4 * width)  # fmt: skip
+                    value_width, to, 4 * width)  # fmt: skip
         level = 0
         while (group >> level) & 1:
             add_to(parts_at + 4 * level * whole, now_at, whole)
             level += 1
-        copy(now_at, parts_at + 4 * level * whole, whole)
+        if level:
+            copy(now_at, parts_at + 4 * level * whole, whole)
     fill_zero(now_at, whole)
     for level in range(LEVELS):
         if (groups >> level) & 1:

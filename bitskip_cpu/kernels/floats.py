@@ -11,6 +11,15 @@ import math
 
 import numpy as np
 
+from bitskip_cpu.kernels.exponential import (
+    LN2_HIGH,
+    LN2_LOW,
+    MANTISSA,
+    ONE,
+    ROUNDER,
+    exp,
+    silu_products,
+)
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.lanes import butterflies
 from bitskip_cpu.kernels.layout import LANES, RELU2, SWIGLU
@@ -18,19 +27,13 @@ from bitskip_cpu.kernels.memory import floats, halfs, int8s, int32s
 
 f32, i32 = np.float32, np.int32
 
-ZERO, ONE = f32(0.0), f32(1.0)
+ZERO = f32(0.0)
 SCALE_FLOOR = f32(1e-5)
-# x + 1.5 * 2^23 - 1.5 * 2^23 rounds to nearest, ties to even, for |x| < 2^22 (SPEC 2.5).
-ROUNDER = f32(12582912.0)
-EXP_MIN, EXP_MAX = f32(-87.0), f32(88.0)
-LOG2_E, LN2_HIGH, LN2_LOW = f32(1.44269504), f32(0.693359375), f32(-2.12194440e-4)
-E0, E1, E2 = f32(1.98756915e-4), f32(1.39819995e-3), f32(8.33345191e-3)
-E3, E4, E5 = f32(4.16657959e-2), f32(1.66666655e-1), f32(5.00000012e-1)
 L0, L1, L2 = f32(7.0376836292e-2), f32(1.1514610310e-1), f32(1.1676998740e-1)
 L3, L4, L5 = f32(1.2420140846e-1), f32(1.4249322787e-1), f32(1.6668057665e-1)
 L6, L7, L8 = f32(2.0000714765e-1), f32(2.4999993993e-1), f32(3.3333331174e-1)
 HALF, SQRT_HALF = f32(0.5), f32(0.707106781)
-MAGNITUDE, BIAS, MANTISSA = i32(0x7FFFFFFF), i32(127), i32(23)
+MAGNITUDE = i32(0x7FFFFFFF)
 FRACTION, HALF_BITS = i32(0x007FFFFF), i32(0x3F000000)  # of a float; of 0.5
 LOWEST = f32(np.finfo(np.float32).min)
 HALF_SCALE = f32(2.0**112)  # moves float16's exponent to float32's
@@ -95,18 +98,6 @@ def dot_tree(x_at, w_at, n, scratch_at):
 
 
 @inner
-def exp(x):
-    """SPEC 2.6, of one float32."""
-    x = x if x > EXP_MIN else EXP_MIN
-    x = x if x < EXP_MAX else EXP_MAX
-    k = (x * LOG2_E + ROUNDER) - ROUNDER
-    r = (x - k * LN2_HIGH) - k * LN2_LOW
-    p = ((((E0 * r + E1) * r + E2) * r + E3) * r + E4) * r + E5
-    power = i32((i32(k) + BIAS) << MANTISSA).view(f32)
-    return ((p * (r * r) + r) + ONE) * power
-
-
-@inner
 def log(x):
     """SPEC 2.9, of one normal float32 > 0."""
     bits = f32(x).view(i32)
@@ -151,11 +142,10 @@ def ffn_activation(kind, squared, source_at, target_at, n):
         if not squared:
             relu2(target_at, n)
         return
-    gate, up = floats(source_at, n), floats(source_at + 4 * n, n)
     if kind == SWIGLU:
-        for i in range(n):
-            target[i] = (gate[i] / (ONE + exp(-gate[i]))) * up[i]
+        silu_products(source_at, source_at + 4 * n, target_at, n)
     else:
+        gate, up = floats(source_at, n), floats(source_at + 4 * n, n)
         for i in range(n):
             r = relu(gate[i])
             target[i] = (r * r) * up[i]

@@ -38,10 +38,10 @@ from bitskip_cpu.kernels.layout import (
     EXIT,
     FILL,
     FLOAT16,
+    FLOAT32,
     GATE,
     HEAD,
     HELP,
-    INT8,
     MEASURE,
     OUT,
     PRODUCTS,
@@ -61,7 +61,7 @@ PART_BYTES = 1 << 15  # of weights, about, in one part of a product
 def embed(s, t):
     """Token t's embedding, and its norm if there is one (SPEC 4.4, 7.4)."""
     n, token, x_at = s.hidden, np.int64(int32s(s.ids, s.tokens)[t]), s.x + t * 4 * s.hidden
-    if s.head_kind == INT8:
+    if s.head_kind != FLOAT16 and s.head_kind != FLOAT32:
         codes, x = int8s(s.embedding + token * n, n), floats(x_at, n)
         scale = floats(s.embedding_scale, s.vocab)[token]
         for i in range(n):

@@ -22,6 +22,8 @@ from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.layout import (
     ACTIVATION_OFFSET,
     DOWN,
+    FLOAT16,
+    FLOAT32,
     HEAD,
     INT8,
     OUT,
@@ -132,10 +134,14 @@ def exit_in(s, x, t, scratch):
     """Final norm of one token, and its codes for an int8 head (SPEC 8.1, 4.4)."""
     row = s.row + t * s.row_stride
     norm(s, x, s.final_norm, row, s.hidden, scratch)
-    if s.head_kind != INT8:
+    if s.head_kind == FLOAT16 or s.head_kind == FLOAT32:
         return
     at = s.codes + t * s.codes_stride
-    floats(s.steps, s.tokens)[t], _ = quantize(row, s.hidden, EIGHT_BITS, at, s.head_row_bytes)
+    step, total = quantize(row, s.hidden, EIGHT_BITS, at, (s.hidden + 63) // 64 * 64)
+    floats(s.steps, s.tokens)[t] = step
+    int32s(s.sums, s.tokens)[t] = total
+    if s.head_kind != INT8:
+        return
     codes, shifted = int8s(at, s.hidden), uint8s(at, s.hidden)
     for i in range(s.hidden):
         shifted[i] = np.uint8(np.int32(codes[i]) + np.int32(ACTIVATION_OFFSET))

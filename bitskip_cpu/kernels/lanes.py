@@ -41,21 +41,24 @@ def _paired(x: Sequence[Any], add: Add = operator.add) -> Any:
     return x[0] if not half else add(_paired(x[:half], add), _paired(x[half:], add))
 
 
-def _load(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+def load_lanes(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """The LANES floats there."""
     return builder.load(vector_pointer(builder, address, FLOATS), align=4)
 
 
-def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+def store_lanes(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    """LANES floats to there."""
     builder.store(value, vector_pointer(builder, address, FLOATS), align=4)
 
 
 def _number(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """The float there, in every lane."""
     at = builder.inttoptr(address, ir.FloatType().as_pointer())
-    return _splat(builder, builder.load(at, align=4))
+    return splat(builder, builder.load(at, align=4))
 
 
-def _splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+def splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The number in every lane."""
     nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
     first = builder.insert_element(nothing, value, ir.IntType(32)(0))
     mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
@@ -137,13 +140,13 @@ def eight_products(queries: int) -> Kernel:
             keys = []
             for j in range(8):
                 offset = builder.mul(m, LONG(j * LANE_BYTES))
-                keys.append(_load(builder, builder.add(k, offset)))
+                keys.append(load_lanes(builder, builder.add(k, offset)))
             for _ in range(queries):
                 products = []
                 for j, key in enumerate(keys):
                     x = _number(builder, builder.add(q, builder.mul(m, LONG(4 * j))))
                     products.append(builder.fmul(x, key))
-                _store(builder, _halved(products, builder.fadd), out)
+                store_lanes(builder, _halved(products, builder.fadd), out)
                 q, out = builder.add(q, q_stride), builder.add(out, out_stride)
             return context.get_dummy_value()
 
@@ -168,14 +171,14 @@ def weighed(queries: int) -> Kernel:
             e, e_stride, v, row, out, out_stride = args
             values = []
             for _ in range(LANES):
-                values.append(_load(builder, v))
+                values.append(load_lanes(builder, v))
                 v = builder.add(v, row)
             for _ in range(queries):
                 products = []
                 for j, value in enumerate(values):
                     x = _number(builder, builder.add(e, LONG(4 * j)))
                     products.append(builder.fmul(x, value))
-                _store(builder, _paired(products, builder.fadd), out)
+                store_lanes(builder, _paired(products, builder.fadd), out)
                 e, out = builder.add(e, e_stride), builder.add(out, out_stride)
             return context.get_dummy_value()
 
@@ -196,8 +199,8 @@ else:
             parts = []
             for j in range(8):
                 offset = builder.mul(m, LONG(j * LANE_BYTES))
-                parts.append(_load(builder, builder.add(at, offset)))
-            _store(builder, _halved(parts, builder.fadd), at)
+                parts.append(load_lanes(builder, builder.add(at, offset)))
+            store_lanes(builder, _halved(parts, builder.fadd), at)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), codegen
@@ -205,8 +208,8 @@ else:
     @intrinsic
     def add(typing: Any, a_at: Any, b_at: Any, out_at: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            a, b = (_load(builder, at) for at in args[:2])
-            _store(builder, builder.fadd(a, b), args[2])
+            a, b = (load_lanes(builder, at) for at in args[:2])
+            store_lanes(builder, builder.fadd(a, b), args[2])
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64), codegen
@@ -214,8 +217,8 @@ else:
     @intrinsic
     def scale(typing: Any, a_at: Any, x: Any, out_at: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            scaled = builder.fmul(_load(builder, args[0]), _splat(builder, args[1]))
-            _store(builder, scaled, args[2])
+            scaled = builder.fmul(load_lanes(builder, args[0]), splat(builder, args[1]))
+            store_lanes(builder, scaled, args[2])
             return context.get_dummy_value()
 
         return types.void(types.int64, types.float32, types.int64), codegen
@@ -223,9 +226,9 @@ else:
     @intrinsic
     def larger(typing: Any, a_at: Any, b_at: Any, out_at: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            a, b = (_load(builder, at) for at in args[:2])
+            a, b = (load_lanes(builder, at) for at in args[:2])
             chosen = builder.select(builder.fcmp_ordered(">", a, b), a, b)
-            _store(builder, chosen, args[2])
+            store_lanes(builder, chosen, args[2])
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64), codegen
@@ -236,8 +239,9 @@ else:
             acc_at, total, x, out_at = args
             kind = ir.VectorType(ir.IntType(32), LANES)
             acc = builder.load(vector_pointer(builder, acc_at, kind), align=4)
-            exact = builder.sub(acc, _splat(builder, total))
-            _store(builder, builder.fmul(builder.sitofp(exact, FLOATS), _splat(builder, x)), out_at)
+            exact = builder.sub(acc, splat(builder, total))
+            scaled = builder.fmul(builder.sitofp(exact, FLOATS), splat(builder, x))
+            store_lanes(builder, scaled, out_at)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int32, types.float32, types.int64), codegen
@@ -245,7 +249,7 @@ else:
     @intrinsic
     def butterflies(typing: Any, at: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            x = _load(builder, args[0])
+            x = load_lanes(builder, args[0])
             h = LANES // 2
             while h:
                 # Lane i meets lane i ^ h; the upper one of a pair becomes other - itself.
@@ -256,7 +260,7 @@ else:
                 signs = ir.Constant(FLOATS, [-1.0 if i & h else 1.0 for i in range(LANES)])
                 x = builder.fadd(other, builder.fmul(x, signs))
                 h //= 2
-            _store(builder, x, args[0])
+            store_lanes(builder, x, args[0])
             return context.get_dummy_value()
 
         return types.void(types.int64), codegen

@@ -50,7 +50,7 @@ have `units` and `tail` (kernels.tiles); `row_bytes` of a packed row: a tile's o
 
 QKV, OUT, UP, DOWN, HEAD = 0, 1, 2, 3, 4
 PRODUCTS = 4  # of a block
-INT8, FLOAT32, FLOAT16 = 0, 1, 2  # head_kind
+INT8, FLOAT32, FLOAT16, INT6, INT4 = range(5)  # head_kind
 SWIGLU, GATED_RELU2, RELU2 = 0, 1, 2  # ffn_kind
 ACTIVATION_OFFSET = 128 if PATH in ("amx512", "vbmi512", "vnni512", "vnni256") else 0
 """What the kernels of int8 heads expect to be added to each activation code (`dot_simd`)."""

@@ -10,15 +10,18 @@ from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.floats import dot_tree, relu2, widen
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.lanes import scaled_sums
-from bitskip_cpu.kernels.layout import BAND, FLOAT16, INT8, LANES
+from bitskip_cpu.kernels.layout import BAND, FLOAT16, INT4, INT6, INT8, LANES
 from bitskip_cpu.kernels.memory import floats, int32s
+from bitskip_cpu.kernels.narrow import GROUP
 from bitskip_cpu.kernels.tiles import COLUMNS, TILE_ROWS
 
 if PATH == "plain":
     from bitskip_cpu.kernels import dot_plain as dot
+    from bitskip_cpu.kernels import narrow_plain as narrow
     from bitskip_cpu.kernels import ternary_plain as ternary
 else:
     from bitskip_cpu.kernels import dot_simd as dot  # type: ignore[no-redef]
+    from bitskip_cpu.kernels import narrow_simd as narrow  # type: ignore[no-redef]
     from bitskip_cpu.kernels import ternary_simd as ternary  # type: ignore[no-redef]
 
 packed_1, packed_2 = ternary.packed_1, ternary.packed_2
@@ -32,6 +35,7 @@ else:
 begin_blocks, bytes_block, end_blocks = blocks.begin_blocks, blocks.bytes_block, blocks.end_blocks
 BLOCK_TILES, BLOCK_TOKENS = blocks.BLOCK_TILES, blocks.BLOCK_TOKENS
 head_1x4, head_2x4, head_4x4 = dot.head_1x4, dot.head_2x4, dot.head_4x4
+int4_1, int4_4, int6_1, int6_4 = narrow.int4_1, narrow.int4_4, narrow.int6_1, narrow.int6_4
 
 f32 = np.float32
 ACC_STRIDE = 4 * BAND
@@ -124,6 +128,9 @@ def head_rows(s, first, last, scratch_at, acc_at):
     if s.head_kind == INT8:
         int8_head_rows(s, first, last, acc_at)
         return
+    if s.head_kind == INT6 or s.head_kind == INT4:
+        narrow_head_rows(s, first, last, acc_at)
+        return
     widened_at = scratch_at + s.row_stride
     for row in range(first, last):
         row_at = s.head + row * s.head_row_bytes
@@ -160,3 +167,33 @@ def int8_head_rows(s, first, last, acc_at):
             for i in range(start, stop):
                 total = np.int32(acc[i - start] - corrections[i])
                 z[i] = f32(total) * (step * scales[i])
+
+
+@inner
+def narrow_head_rows(s, first, last, acc_at):
+    """`head_rows` of int6 and int4 rows in tiles (`narrow`); `first` is a multiple of TILE_ROWS."""
+    size, codes, stride = s.head_row_bytes, s.codes, s.codes_stride
+    steps, sums = floats(s.steps, s.tokens), int32s(s.sums, s.tokens)
+    groups, wide = (s.hidden + GROUP - 1) // GROUP, s.head_kind == INT6
+    offset = np.int32(32 if wide else 8)
+    for start in range(first, last, BAND):
+        stop = min(start + BAND, last)
+        for row in range(start, stop, TILE_ROWS):
+            at = s.head + row * size
+            for t in range(0, s.tokens, 4):
+                to, left = acc_at + t * ACC_STRIDE + 4 * (row - start), s.tokens - t
+                if left == 1 and wide:
+                    int6_1(at, groups, codes + t * stride, stride, 0, to, ACC_STRIDE)
+                elif left == 1:
+                    int4_1(at, groups, codes + t * stride, stride, 0, to, ACC_STRIDE)
+                elif wide:
+                    int6_4(at, groups, codes + t * stride, stride, left - 1, to, ACC_STRIDE)
+                else:
+                    int4_4(at, groups, codes + t * stride, stride, left - 1, to, ACC_STRIDE)
+        for t in range(s.tokens):
+            n, step, total = stop - start, steps[t], np.int32(offset * sums[t])
+            z_at = s.logits + 4 * (t * s.vocab + start)
+            z, acc = floats(z_at, n), int32s(acc_at + t * ACC_STRIDE, n)
+            scale = floats(s.head_scale + 4 * start, n)
+            for i in range(n):
+                z[i] = f32(np.int32(acc[i] - total)) * (step * scale[i])

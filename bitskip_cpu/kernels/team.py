@@ -11,8 +11,8 @@ The leader writes the job into the state, then PENDING, the ranges and JOB. Each
 from its own range upwards, so that it reads memory in order, and when that is empty from the ends
 of the others'. Whoever changes a range's word owns the part, and the state cannot change before
 PENDING is 0; the job's number in the word keeps a helper that was away from mistaking a later job
-for the one it saw. A helper that the operating system keeps waiting holds up at most the part in its
-hands.
+for the one it saw. A helper that the operating system keeps waiting holds up at most the part in
+its hands.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from tests.cli.conftest import CONFIG, ScriptEngine, command, write_model
 
 SCHEMA = {
     "model", "prompt", "text", "token_ids", "prompt_tokens", "generated_tokens", "exit_layers",
-    "mean_exit_layer", "speculation", "stop_reason", "seed", "threads", "ttft_s", "prefill_tokens_per_s",
-    "decode_tokens_per_s", "peak_rss_bytes",
+    "mean_exit_layer", "speculation", "stop_reason", "seed", "threads", "ttft_s",
+    "prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_bytes",
 }  # fmt: skip
 
 

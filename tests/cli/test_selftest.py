@@ -64,6 +64,11 @@ def wrong_sample(step: Any, token: int, cache: Any, rule: Any, *rest: Any) -> An
     return (-z if getattr(rule, "layer", None) == 4 or not hasattr(rule, "threshold") else z), depth
 
 
+def wrong_round(speculate: Any, *arguments: Any, **options: Any) -> Any:
+    drafts, z = speculate(*arguments, **options)
+    return drafts, flip(z)
+
+
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Any:
     return bitskip_ref.load(folder)
@@ -87,6 +92,7 @@ def test_the_reference_equals_itself(reference: Any) -> None:
         ({"extend": wrong_single}, "token by token", "logits: 12 of"),
         ({"step": wrong_depth}, "max >", "exit layers: 6 of 6"),
         ({"step": wrong_sample}, "sampled tokens", "expected"),
+        ({"speculate": wrong_round}, "a round of speculation", "after drafts: 1 of"),
     ],
 )
 def test_a_planted_fault_is_found_and_named(

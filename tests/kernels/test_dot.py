@@ -10,9 +10,8 @@ import pytest
 
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.isa import PATH
-from bitskip_cpu.kernels import dot_plain, tiles
+from bitskip_cpu.kernels import dot_plain, linear, tiles
 from bitskip_cpu.kernels.layout import ACTIVATION_OFFSET
-from bitskip_cpu.kernels.linear import ternary
 from bitskip_ref.packing import pack_ternary
 from tests.kernels.calling import at, call, same_bits
 
@@ -63,31 +62,32 @@ def test_ternary_tiles(width: int, w: str, x: str) -> None:
     exact_rows[:rows] = values
     unpacked = np.zeros((2, 16 * padded), np.uint8)
     for i in range(2):
-        call(ternary.unpack_tile, tiled[i * size :], units, tail, unpacked[i])
+        call(linear.unpack_tile, tiled[i * size :], units, tail, unpacked[i])
         codes_of = unpacked[i].reshape(-1, 16, 4).transpose(1, 0, 2).reshape(16, padded)
         assert np.array_equal(codes_of[:, :width], exact_rows[16 * i : 16 * i + 16] + 1)
         assert (codes_of[:, width:] <= 2).all()
+    room = max(8, linear.BLOCK_TOKENS)
     for kernel, tokens in (
-        ("packed_1", 1), ("packed_2", 2), ("packed_4", 4), ("packed_4", 3),
-        ("packed_8", 8), ("packed_8", 5),
-        ("bytes_block", ternary.BLOCK_TOKENS), ("bytes_block", 1),
+        ("packed_1", 1), ("packed_2", 2), ("packed_4", 4), ("packed_4", 3), ("packed_8", 8),
+        ("packed_8", 5), ("bytes_block", linear.BLOCK_TOKENS), ("bytes_block", 1),
     ):  # fmt: skip
-        codes = np.zeros((tokens, padded), np.int8)
-        codes[:, :width] = activations(x, tokens, width)
+        codes = np.zeros((room, padded), np.int8)
+        codes[:, :width] = activations(x, room, width)
         exact = codes[:, :width].astype(np.int32) @ exact_rows.T
         exact += codes.sum(axis=1, keepdims=True, dtype=np.int32)  # weights count as w + 1
-        out = np.zeros((8, 64), np.int32)
+        out = np.zeros((room, 64), np.int32)
+        sums = out.reshape(-1)
         if kernel == "bytes_block":
-            for i in range(0, 2, ternary.BLOCK_TILES):
-                call(ternary.bytes_block, unpacked[i:], 16 * padded, 1 - i, padded // 4, codes,
-                     padded, tokens - 1, out.reshape(-1)[16 * i :], 256)  # fmt: skip
-            found = out[:tokens, :32]
+            call(linear.begin_blocks)
+            for i in range(0, 2, linear.BLOCK_TILES):
+                call(linear.bytes_block, unpacked[i:], 16 * padded, 1 - i, padded // 4, codes,
+                     padded, tokens - 1, sums[16 * i :], 256)  # fmt: skip
+            call(linear.end_blocks)
         else:
             for i in range(2):
-                call(getattr(ternary, kernel), tiled[i * size :], units, tail, codes, padded,
-                     tokens - 1, out.reshape(-1)[16 * i :], 256)  # fmt: skip
-            found = out[:tokens, :32]
-        assert same_bits(exact, np.ascontiguousarray(found)), kernel
+                call(getattr(linear, kernel), tiled[i * size :], units, tail, codes, padded,
+                     tokens - 1, sums[16 * i :], 256)  # fmt: skip
+        assert same_bits(exact[:tokens], np.ascontiguousarray(out[:tokens, :32])), kernel
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__.split(".")[-1])

@@ -16,6 +16,7 @@ import numpy as np
 from bitskip_cpu.engine import Engine
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig, small_twin
+from bitskip_ref.draft import Draft
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.model import ReferenceModel
@@ -156,7 +157,22 @@ def check(
         steps = stepped(reference, prompt, rule, rest)
         for who, engine in engines.items():
             problems += compare(f"{who}{rule}", steps, stepped(engine, prompt, rule, rest))
+    if layers > 1:
+        rounds = rounds_of(reference, prompt)
+        for who, engine in engines.items():
+            problems += compare(f"{who}speculation", rounds, rounds_of(engine, prompt))
     return problems
+
+
+def rounds_of(engine: Any, prompt: Sequence[int]) -> Stages:
+    """Drafts and logits of rounds of speculation after a prompt, of 1 to 4 positions."""
+    cache, found = engine.new_cache(), {}
+    engine.extend(prompt, cache)
+    for count in range(4):
+        drafts, z = engine.speculate(count, cache, count, Draft(1))
+        found |= {f"drafts {count}": np.array(drafts, np.int64), f"logits {count}": z}
+        cache.length -= len(drafts)
+    return found
 
 
 def exits_of(engine: Any, ids: Sequence[int], layers: int) -> Stages:

@@ -237,8 +237,10 @@ def test_equal_exits_accept_every_draft() -> None:
 
 
 def counts(early: np.ndarray) -> list[int]:
+    """Drafts allowed in each round but the last, with a draft exit at a quarter."""
     engine = TableEngine(NEXT, early, context=1000)
-    text(engine, [3], None, tokens=300)
+    speculation = Speculation(engine.config, FixedExit(), 1)
+    list(speculate(engine, [3], speculation, Sampler(), 300))
     return engine.counts[:-1]
 
 

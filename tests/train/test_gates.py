@@ -18,12 +18,9 @@ from tests.train.conftest import small_config, small_split
 from tests.train.test_cli import run, train_arguments
 
 
-def test_the_expected_cost_by_hand() -> None:
-    # Stops after block 1 with 3/4, after block 2 with 1/4 * 1/2, else runs all 3.
-    chances = torch.tensor([[0.75], [0.5]])
-    divergence = torch.tensor([[0.8], [0.4], [0.0]])
-    want = 0.75 * (0.8 + 0.2) + 0.125 * (0.4 + 0.4) + 0.125 * (0.0 + 0.6)
-    assert gates.expected_cost(chances.logit(), divergence, 0.6).item() == pytest.approx(want)
+def test_closeness_by_hand() -> None:
+    found = gates.closeness(torch.tensor([[0.0, 0.2], [0.1, 50.0]]), 0.2)
+    torch.testing.assert_close(found, torch.tensor([[1.0, 0.36788], [0.60653, 0.0]]))
 
 
 def test_divergences_are_from_full_depth() -> None:
@@ -40,17 +37,25 @@ def test_divergences_are_from_full_depth() -> None:
 def test_fitting_learns_where_to_stop_and_moves_nothing_else() -> None:
     torch.manual_seed(0)
     model = BitskipModel(small_config())
+    with torch.no_grad():  # the last block doubts half of the vocabulary, the others change little
+        model.block(3).down_proj.weight *= 100
     fitted = gates.with_gates(model.config, model.state_dict())
     before = {name: p.clone() for name, p in fitted.state_dict().items()}
     windows = Windows(small_split().tokens, 16, 0)
-    costs: list[float] = []
+    losses: list[float] = []
     gates.fit_gates(
-        fitted, windows, steps=60, batch=2, price=0.5, report=lambda step, cost: costs.append(cost)
-    )
-    # Untrained blocks change nothing worth a price: the best is to stop at once.
-    assert costs[-1] < costs[0]
-    hidden = fitted(torch.from_numpy(windows.batch(0, 4))[:, :-1], exit_layer=1)[1]
-    assert (fitted.gate(hidden, 1) > 0.5).float().mean() > 0.9
+        fitted, windows, steps=80, batch=2, scale=1e-3, lr=3e-2,
+        report=lambda step, loss: losses.append(loss),
+    )  # fmt: skip
+    assert len(losses) == 80
+    assert losses[-1] < losses[0]
+    hidden = fitted(torch.from_numpy(windows.batch(0, 4))[:, :-1], collect=range(1, 5))
+    hidden = {n: h.detach().flatten(0, 1) for n, h in hidden.items()}
+    target = gates.closeness(gates.divergences(fitted, hidden), 1e-3)
+    for n in (1, 2, 3):
+        assert fitted.gate(hidden[n], n).mean().item() == pytest.approx(
+            target[n - 1].mean().item(), abs=0.1
+        )
     for name, value in fitted.state_dict().items():
         if ".gate." not in name:
             assert torch.equal(value, before[name]), name
@@ -59,10 +64,10 @@ def test_fitting_learns_where_to_stop_and_moves_nothing_else() -> None:
 def test_from_a_checkpoint_to_a_folder_that_exits(text: Path, tmp_path: Path) -> None:
     out, cache = tmp_path / "run", ("--token-cache", tmp_path / "cache")
     assert run(*train_arguments(text, out, "steps=2")).exit_code == 0
-    fit = ("fit-gates", out / "last.pt", "--steps", 3, "--batch", 2, "--price", 9, *cache)
+    fit = ("fit-gates", out / "last.pt", "--steps", 3, "--batch", 2, "--scale", 1, *cache)
     result = run(*(str(a) for a in fit), "-o", tmp_path / "gated.pt")
     assert result.exit_code == 0, result.output
-    assert result.stderr.splitlines()[-1].startswith("step 3/3 | cost ")
+    assert result.stderr.splitlines()[-1].startswith("step 3/3 | loss ")
     loaded = load_checkpoint(tmp_path / "gated.pt")
     assert loaded.config.gates
     assert loaded.optimizer is None
