@@ -1,13 +1,10 @@
-"""Which path is chosen, and where compiled kernels are kept."""
+"""Which path is chosen."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
 from bitskip_cpu import isa
-from bitskip_cpu.compiling import KERNELS, cache_directory
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, name: str, features: str) -> None:
@@ -47,19 +44,3 @@ def test_a_wish_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         isa.choose_path("vnni512")
     with pytest.raises(isa.IsaError, match="BITSKIP_ISA=sse9: unknown"):
         isa.choose_path("sse9")
-
-
-def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path / "new"))
-    first = cache_directory()
-    assert first is not None and first.is_dir() and first.parent == tmp_path / "new"
-    monkeypatch.setattr(isa, "PATH", "another")
-    assert cache_directory() not in (first, None)
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path / "file"))
-    assert cache_directory() is None
-
-
-def test_kernels_count_as_compiled_once_used() -> None:
-    assert KERNELS.run is not None
-    assert KERNELS.compiled
