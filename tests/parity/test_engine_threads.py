@@ -49,6 +49,28 @@ def test_threads_and_callers_do_not_change_a_bit() -> None:
         assert result.tobytes() == expected.tobytes()
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
+def test_four_threads_on_one_busy_core() -> None:
+    """Helpers are taken off the core in the middle of parts; nothing hangs or changes."""
+    expected = text(eager(1))
+    allowed = os.sched_getaffinity(0)
+    spin = [sys.executable, "-c", "while True: pass"]
+    try:
+        os.sched_setaffinity(0, {min(allowed)})  # threads and processes made from here on inherit
+        busy = [subprocess.Popen(spin) for _ in range(2)]
+        try:
+            engine = eager(4)
+            results = [text(engine) for _ in range(3)]
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    for result in results:
+        assert result.tobytes() == expected.tobytes()
+
+
 def test_sleeping_helpers_come_back() -> None:
     engine = eager(2)
     expected = text(engine)
