@@ -1,7 +1,7 @@
 """Compiling the kernels once per machine: where the result is kept, and whether it is there.
 
-Numba's own cache does not notice an edit in a function that the cached one calls. The folder's name
-therefore hashes every kernel source, the versions of Numba and llvmlite, the CPU and the path.
+The folder's name hashes every kernel source, the versions of Numba and llvmlite, the CPU and the
+path. What is in it is loaded without Numba (`native`), which is imported only to compile.
 """
 
 from __future__ import annotations
@@ -11,27 +11,38 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import llvmlite
-import numba
+import llvmlite.binding as llvm
 import numpy as np
-import platformdirs
-from numba import config, types
-from numba.core import event
 
-from bitskip_cpu import isa
-from bitskip_cpu.kernels.layout import PRODUCT, STATE
+from bitskip_cpu import isa, native
+from bitskip_ref.files import replace_file
 
 Progress = Callable[[int], None]
 """Called with the number of functions compiled so far."""
 
+ARGUMENTS = {"run": 5, "repack": 7}
+"""The kernels that Python calls (`kernels.objects`), each with the number of its arguments."""
+
+DIGEST = 32  # bytes of the checksum before the code
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels belong: under BITSKIP_CACHE_DIR or the user's cache folder."""
+    root = os.environ.get("BITSKIP_CACHE_DIR")
+    if not root:
+        import platformdirs
+
+        root = platformdirs.user_cache_dir("bitskip")
+    return Path(root) / f"kernels-{_fingerprint()}"
+
 
 def cache_directory() -> Path | None:
-    """BITSKIP_CACHE_DIR or the user's cache, made if need be; None if it cannot be written."""
-    root = os.environ.get("BITSKIP_CACHE_DIR") or platformdirs.user_cache_dir("bitskip")
-    folder = Path(root) / f"kernels-{_fingerprint()}"
+    """`cache_folder`, made if need be; None if it cannot be written."""
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -41,9 +52,12 @@ def cache_directory() -> Path | None:
 
 
 def _fingerprint() -> str:
-    digest = hashlib.sha256()
-    words = [numba.__version__, llvmlite.__version__, np.__version__, isa.PATH, isa.cpu_name()]
-    digest.update("\n".join([*words, *sorted(isa.cpu_features())]).encode())
+    words = [llvmlite.__version__, np.__version__, llvm.get_process_triple()]
+    words += [isa.PATH, isa.cpu_name(), *sorted(isa.cpu_features())]
+    digest = hashlib.sha256("\n".join(words).encode())
+    found = find_spec("numba")
+    if found and found.origin:  # its version, without the time to import it
+        digest.update((Path(found.origin).parent / "_version.py").read_bytes())
     for source in sorted(Path(__file__).parent.glob("kernels/*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
@@ -52,51 +66,65 @@ def _fingerprint() -> str:
 class Kernels:
     """The compiled functions. Nothing is compiled or loaded before it is needed."""
 
+    def __init__(self) -> None:
+        self._functions: dict[str, Callable[..., None]] = {}
+
+    @cached_property
+    def _folder(self) -> Path:
+        return cache_folder()
+
     @cached_property
     def directory(self) -> Path | None:
         """Where compiled kernels are kept; None: nowhere, they are compiled in every process."""
-        return None if config.DISABLE_JIT else cache_directory()
+        return None if isa.INTERPRETED else cache_directory()
 
     @property
     def compiled(self) -> bool:
         """Whether everything can start without compiling (always, if interpreted)."""
-        if config.DISABLE_JIT or {"run", "repack"} <= self.__dict__.keys():
+        if isa.INTERPRETED or self._functions.keys() == ARGUMENTS.keys():
             return True
-        if self.directory is None:
-            return False
-        # Another checkout with the same sources keeps its own under the same folder.
-        return all(any(self.directory.rglob(f"*.{name}-*.nbi")) for name in ("run", "repack"))
+        return all(self._stored(name) for name in ARGUMENTS)
 
-    @cached_property
+    @property
     def run(self) -> Callable[..., None]:
         """`kernels.forward`'s function, compiled; see there for its arguments."""
-        from bitskip_cpu.kernels.forward import run
+        return self.function("run")
 
-        state, product = (types.Array(numba.from_dtype(kind), 1, "C") for kind in (STATE, PRODUCT))
-        return self._compile(run, state, product, *[types.int64] * 3)
-
-    @cached_property
+    @property
     def repack(self) -> Callable[..., None]:
         """`kernels.repack`'s function, compiled; see there for its arguments."""
-        from bitskip_cpu.kernels.repack import repack
+        return self.function("repack")
 
-        return self._compile(repack, *[types.int64] * 7)
+    def function(self, name: str, progress: Progress | None = None) -> Callable[..., None]:
+        """One of ARGUMENTS, loaded, and compiled before if need be."""
+        if name not in self._functions:
+            if isa.INTERPRETED:
+                from bitskip_cpu.kernels.objects import FUNCTIONS
 
-    def _compile(self, function: Callable[..., None], *signature: types.Type) -> Any:
-        if config.DISABLE_JIT:
-            return function
-        before = config.CACHE_DIR
+                self._functions[name] = FUNCTIONS[name]
+            else:
+                code = self._stored(name) or self._made(name, progress or (lambda _: None))
+                self._functions[name] = native.load(code, name, ARGUMENTS[name])
+        return self._functions[name]
+
+    def _stored(self, name: str) -> bytes | None:
+        """The object file in the cache, if it is there and whole."""
         try:
-            # Read when the dispatcher is made; others' functions keep their own place.
-            config.CACHE_DIR = str(self.directory or "")
-            dispatcher = numba.njit(
-                nogil=True, error_model="numpy", cache=self.directory is not None
-            )(function)
-        finally:
-            config.CACHE_DIR = before
-        dispatcher.compile(signature)
-        dispatcher.disable_compile()
-        return dispatcher
+            content = (self._folder / name).read_bytes()
+        except OSError:
+            return None
+        code = content[DIGEST:]
+        return code if code and hashlib.sha256(code).digest() == content[:DIGEST] else None
+
+    def _made(self, name: str, progress: Progress) -> bytes:
+        """The object file, compiled, and kept if there is a place for it."""
+        from bitskip_cpu.kernels.objects import machine_code
+
+        code = machine_code(name, ARGUMENTS[name], progress)
+        if self.directory:
+            with replace_file(self.directory / name) as file:
+                file.write(hashlib.sha256(code).digest() + code)
+        return code
 
 
 KERNELS = Kernels()
@@ -104,19 +132,5 @@ KERNELS = Kernels()
 
 def warmup(progress: Progress | None = None) -> None:
     """Compile the kernels, or load them from the cache; once per process."""
-    if config.DISABLE_JIT:
-        return
-    with event.install_listener("numba:compile", _Counter(progress or (lambda _: None))):
-        KERNELS.run, KERNELS.repack  # noqa: B018
-
-
-class _Counter(event.Listener):
-    def __init__(self, progress: Progress) -> None:
-        self.progress, self.done = progress, 0
-
-    def on_start(self, event: Any) -> None:
-        pass
-
-    def on_end(self, event: Any) -> None:
-        self.done += 1
-        self.progress(self.done)
+    for name in ARGUMENTS:
+        KERNELS.function(name, progress)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numba import config as numba_config
 
 from bitskip_cpu.cache import KVCache
 from bitskip_cpu.compiling import KERNELS
+from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, GATE, MEASURE
 from bitskip_cpu.threads import Team, default_threads
 from bitskip_cpu.weights import Tensors, Weights, random_tensors
@@ -57,14 +57,13 @@ class Engine:
         self.config, self.folder = config, folder
         weights = Weights(config, tensors)
         usual = 1 if weights.linear.nbytes < SMALL else default_threads()
-        self.threads = 1 if numba_config.DISABLE_JIT else threads or usual
+        self.threads = 1 if INTERPRETED else threads or usual
         self._run = KERNELS.run
         self._space = Workspace(weights, self.threads)
         self._lock = threading.Lock()
         self._team: Team | None = None
         if self.threads > 1:
-            space = self._space
-            self._team = Team(self._run, space.states, space.products, space.sync, self.threads - 1)
+            self._team = Team(self._run, self._space, self.threads - 1)
             weakref.finalize(self, self._team.close)
 
     # ---- the engine protocol --------------------------------------------------------
@@ -241,7 +240,7 @@ class Engine:
         """Run actions over blocks first..last-1."""
         if self._team:
             self._team.wake()
-        self._run(self._space.states, self._space.products, actions, first, last)
+        self._run(*self._space.structs, actions, first, last)
 
 
 class CpuProbe:

@@ -1,7 +1,8 @@
 """Which instruction-set path this process runs: chosen once, before any kernel is declared.
 
 An LLVM intrinsic that the target lacks aborts the process, so the choice follows what Numba will
-compile for (NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included), not what the CPU could do.
+compile for (NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included), not what the CPU could do. Numba is
+not imported here: compiled kernels run without it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import platform
 import sys
 
 import llvmlite.binding as llvm
-from numba import config
-from numba.core.codegen import get_host_cpu_features
+
+INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "") not in ("", "0")
+"""Whether the kernels run as plain Python."""
 
 PATHS = ("amx512", "vbmi512", "vnni512", "vnni256", "avx2", "plain")  # best first
 
@@ -55,24 +57,37 @@ class IsaError(RuntimeError):
 
 def cpu_name() -> str:
     """The LLVM CPU name that Numba compiles for."""
-    return config.CPU_NAME or llvm.get_host_cpu_name()
+    return os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
 
 
 def cpu_features() -> frozenset[str]:
     """LLVM names of the features that Numba's code generator may use in this process."""
-    listed = config.CPU_FEATURES
+    listed = os.environ.get("NUMBA_CPU_FEATURES")
     if listed is None:
-        listed = get_host_cpu_features()
+        listed = "" if cpu_name().lower() == "generic" else llvm.get_host_cpu_features().flatten()
+    return _features(cpu_name(), listed)
+
+
+def _features(name: str, listed: str) -> frozenset[str]:
     words = listed.split(",")
-    implied = _IMPLIED.get(cpu_name(), set())
+    implied = _IMPLIED.get(name, set())
     return frozenset(
         (implied | {w[1:] for w in words if w[:1] == "+"}) - {w[1:] for w in words if w[:1] == "-"}
     )
 
 
+def check(name: str, listed: str) -> None:
+    """Raise IsaError unless Numba's target, as it says itself, is what the path was chosen for."""
+    if name != cpu_name() or not NEEDS[PATH] <= _features(name, listed):
+        raise IsaError(
+            f"Numba compiles for {name}, which the path {PATH} is not for: give it NUMBA_CPU_NAME "
+            "and NUMBA_CPU_FEATURES in the environment alone, or set BITSKIP_ISA=plain"
+        )
+
+
 def available_paths() -> tuple[str, ...]:
     """The paths that can run here, best first. Interpreted (NUMBA_DISABLE_JIT=1): only `plain`."""
-    if config.DISABLE_JIT:
+    if INTERPRETED:
         return ("plain",)
     features = cpu_features()
     if not tiles_permitted():

@@ -7,11 +7,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import psutil
-
-from bitskip_cpu.kernels.layout import HELP
-from bitskip_cpu.kernels.team import STOP
+from bitskip_cpu.kernels.layout import HELP, SYNC_STOP
+from bitskip_cpu.workspace import Workspace
 
 
 def default_threads() -> int:
@@ -28,7 +25,11 @@ def default_threads() -> int:
         except OSError:  # not Linux, or hidden: trust the totals
             cores.clear()
             break
-    count = len(cores) or min(len(allowed), psutil.cpu_count(logical=False) or logical)
+    count = len(cores)
+    if not count:
+        import psutil
+
+        count = min(len(allowed), psutil.cpu_count(logical=False) or logical)
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         count = min(count, max(1, int(quota) // int(period)))
@@ -41,15 +42,11 @@ class Team:
     """Threads that take parts of the leader's jobs (kernels.team).
 
     They wait in compiled code for some 30 ms after the last job, without the interpreter's lock,
-    and then sleep here until `wake`. They hold the arrays, not the engine.
+    and then sleep here until `wake`. They hold the workspace, not the engine.
     """
 
-    def __init__(
-        self, run: Callable[..., None], state: np.ndarray, products: np.ndarray,
-        sync: np.ndarray, helpers: int,
-    ) -> None:  # fmt: skip
-        self._run, self._state, self._products, self._sync = run, state, products, sync
-        self._helpers = helpers
+    def __init__(self, run: Callable[..., None], space: Workspace, helpers: int) -> None:
+        self._run, self._space, self._helpers = run, space, helpers
         self._process = -1
         self._begin()
 
@@ -64,7 +61,7 @@ class Team:
         if self._process != os.getpid():
             self._process = os.getpid()
             self._begin()
-            self._sync[:] = 0
+            self._space.sync[:] = 0
             for i in range(1, self._helpers + 1):
                 thread = threading.Thread(target=self._live, args=(i,), daemon=True)
                 thread.start()
@@ -76,7 +73,7 @@ class Team:
 
     def _live(self, thread: int) -> None:
         while True:
-            self._run(self._state, self._products, HELP, thread, 0)
+            self._run(*self._space.structs, HELP, thread, 0)
             with self._condition:
                 calls = self._calls
                 self._parked += 1
@@ -93,7 +90,7 @@ class Team:
         with self._condition:
             self._closed = True
             self._condition.notify_all()
-        self._sync[STOP // 8] = 1
+        self._space.sync[SYNC_STOP // 8] = 1
         for thread in self._threads:
             thread.join()
         self._process = -1

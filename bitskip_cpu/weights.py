@@ -14,8 +14,7 @@ import numpy as np
 
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.kernels import narrow, tiles
-from bitskip_cpu.kernels.layout import DOWN, OUT, PRODUCT, QKV, UP
-from bitskip_cpu.kernels.linear import ACTIVATION_OFFSET
+from bitskip_cpu.kernels.layout import ACTIVATION_OFFSET, DOWN, OUT, PRODUCT, PRODUCTS, QKV, UP
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.folder import expected_tensors
 from bitskip_ref.packing import packed_width
@@ -110,7 +109,7 @@ class Weights:
     def _products(self) -> np.ndarray:
         c, shapes = self.config, self.config.linear_shapes()
         names = list(shapes)
-        table = np.zeros(4, PRODUCT)
+        table = np.zeros(PRODUCTS, PRODUCT)
         offset = 0
         for index, members in self._members().items():
             p = table[index]

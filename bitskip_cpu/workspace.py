@@ -5,27 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import config as numba_config
 
 from bitskip_cpu.cache import KVCache, padded_keys, padded_values
-from bitskip_cpu.kernels.attention import LEVELS, QUERIES
-from bitskip_cpu.kernels.floats import GATED_RELU2, RELU2, SWIGLU
 from bitskip_cpu.kernels.layout import (
     BAND,
     CHUNK,
     DOWN,
     FLOAT16,
     FLOAT32,
+    GATED_RELU2,
     INT4,
     INT6,
     INT8,
     LANES,
+    LEVELS,
     OUT,
     QKV,
+    QUERIES,
+    RELU2,
     STATE,
+    SWIGLU,
     UP,
+    sync_words,
 )
-from bitskip_cpu.kernels.team import sync_words
 from bitskip_cpu.weights import Weights
 from bitskip_ref.config import HEAD_BITS
 from bitskip_ref.draft import Draft
@@ -54,10 +56,10 @@ class Workspace:
     def __init__(self, weights: Weights, threads: int) -> None:
         self.weights = weights
         self._arrays: list[np.ndarray] = []  # whose addresses the structs hold
-        self.states, self.products = np.zeros(1, STATE), weights.products
-        if numba_config.DISABLE_JIT:  # attributes, as compiled code has them; slower to pass
-            self.states, self.products = (a.view(np.recarray) for a in (self.states, self.products))
-        self.state = self.states[0]
+        states, self.products = np.zeros(1, STATE), weights.products.copy()
+        self.state = states[0]
+        self.structs = self._keep(states), self._keep(self.products)
+        """Addresses of state and products, as `kernels.forward.run` takes them."""
         self._exits: dict[int, dict[str, int]] = {}
         self._shape()
         self._weights()

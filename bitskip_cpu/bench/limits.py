@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import config, njit, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -180,7 +180,7 @@ class Limits:
 
     def sample(self, threads: int) -> None:
         """Measure once more, on that many threads: bytes/s and 8-bit multiply-adds/s."""
-        if config.DISABLE_JIT:
+        if isa.INTERPRETED:
             return
         self.read.setdefault(threads, []).append(self._read_speed(threads))
         if isa.PATH in PATHS_WITH_PEAK:

@@ -29,15 +29,13 @@ from bitskip_cpu.kernels.lanes import (
     scale,
     weighed,
 )
-from bitskip_cpu.kernels.layout import LANES
+from bitskip_cpu.kernels.layout import LANES, LEVELS
 from bitskip_cpu.kernels.memory import floats
 
 f32 = np.float32
 
-QUERIES = 4  # most that share a pass over keys and values
 products_4, products_2, products_1 = eight_products(4), eight_products(2), eight_products(1)
 weighed_4, weighed_2, weighed_1 = weighed(4), weighed(2), weighed(1)
-LEVELS = 24  # of the streamed tree: up to 2^24 groups of positions
 LOWEST = f32(-np.inf)
 
 

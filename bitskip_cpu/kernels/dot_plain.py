@@ -36,5 +36,4 @@ def tile(tokens: int, rows: int) -> Callable[..., None]:
     return kernel
 
 
-ACTIVATION_OFFSET = 0
 head_1x4, head_2x4, head_4x4 = (tile(n, 4) for n in (1, 2, 4))

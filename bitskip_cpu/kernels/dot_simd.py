@@ -170,7 +170,4 @@ def head_step(
                 add_to(builder, totals[i * len(columns) + j], size, turned)
 
 
-ACTIVATION_OFFSET = 0 if PATH == "avx2" else 128
-"""What the head kernels expect to be added to each activation code; the caller corrects it."""
-
 head_1x4, head_2x4, head_4x4 = (tile(n, 4, head_step) for n in (1, 2, 4))

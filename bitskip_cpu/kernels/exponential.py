@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import config, types
+from numba import types
 from numba.extending import intrinsic
 
+from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.lanes import FLOATS, load_lanes, splat, store_lanes
 from bitskip_cpu.kernels.layout import LANES
@@ -89,7 +90,7 @@ def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.fmul(builder.fadd(result, _constant(ONE)), power)
 
 
-if config.DISABLE_JIT:
+if INTERPRETED:
 
     def exp_lanes(x_at: int, top: Any, out_at: int) -> None:
         out = floats(out_at, LANES)

@@ -22,7 +22,7 @@ from bitskip_cpu.kernels.exponential import (
 )
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.lanes import butterflies
-from bitskip_cpu.kernels.layout import LANES
+from bitskip_cpu.kernels.layout import LANES, RELU2, SWIGLU
 from bitskip_cpu.kernels.memory import floats, halfs, int8s, int32s
 
 f32, i32 = np.float32, np.int32
@@ -37,8 +37,6 @@ MAGNITUDE = i32(0x7FFFFFFF)
 FRACTION, HALF_BITS = i32(0x007FFFFF), i32(0x3F000000)  # of a float; of 0.5
 LOWEST = f32(np.finfo(np.float32).min)
 HALF_SCALE = f32(2.0**112)  # moves float16's exponent to float32's
-
-SWIGLU, GATED_RELU2, RELU2 = 0, 1, 2
 
 
 @inner

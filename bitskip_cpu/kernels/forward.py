@@ -44,10 +44,11 @@ from bitskip_cpu.kernels.layout import (
     HELP,
     MEASURE,
     OUT,
+    PRODUCTS,
     QKV,
     UP,
 )
-from bitskip_cpu.kernels.memory import floats, int8s, int32s
+from bitskip_cpu.kernels.memory import floats, int8s, int32s, product_structs, state_structs
 from bitskip_cpu.kernels.team import help_out, share
 from bitskip_cpu.kernels.tiles import TILE_ROWS
 
@@ -159,12 +160,12 @@ def gate(s):
     return sigmoid(dot_tree(inner_at, s.gate_fc2, s.gate_width, s.scratch))
 
 
-def run(states, products, actions, first, last):
-    """Do `actions` (`layout`) on the one state in `states`; DRAFT, BLOCKS, FILL: first..last-1.
+def run(state_at, products_at, actions, first, last):
+    """Do `actions` (`layout`) on a state and its products; DRAFT, BLOCKS, FILL: first..last-1.
 
     HELP: live as helper thread `first`. No argument is checked: `bitskip_cpu.engine` does.
     """
-    s = states[0]
+    s, products = state_structs(state_at, 1)[0], product_structs(products_at, PRODUCTS)
     if actions & HELP:
         help_out(s, products, first)
         return

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import config, njit
+from numba import njit
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 
+from bitskip_cpu.isa import INTERPRETED
 
-class _LinkedLibrary(JITCodeLibrary):
+
+class LinkedLibrary(JITCodeLibrary):
     """Code to link into others: neither optimized as a whole nor made executable."""
 
     def _optimize_final_module(self) -> None:
@@ -39,21 +41,27 @@ class _NoEnvironment:
         """There is no code in memory whose pointer to Python objects could be set."""
 
 
-class _InnerCompiler(Compiler):
+class InnerCompiler(Compiler):
+    """Numba's compiler with another kind of library."""
+
+    library: type[JITCodeLibrary] = LinkedLibrary
+
     def define_pipelines(self) -> Any:
+        """The usual steps, into a library of that kind."""
         if self.state.library is None:
             codegen = self.state.targetctx.codegen()
-            self.state.library = _LinkedLibrary(codegen, self.state.func_id.func_qualname)
+            self.state.library = self.library(codegen, self.state.func_id.func_qualname)
         return super().define_pipelines()
 
 
 def inner(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile as a part of compiled callers; Python code can call it only where JIT is off."""
-    if config.DISABLE_JIT:
+    if INTERPRETED:
         return function
     return njit(  # type: ignore[no-any-return]
         error_model="numpy",  # a division by zero gives an infinity, not a branch to an exception
         no_cpython_wrapper=True,
         no_cfunc_wrapper=True,
-        pipeline_class=_InnerCompiler,
+        _nrt=False,  # no reference counts: nothing is ever allocated
+        pipeline_class=InnerCompiler,
     )(function)

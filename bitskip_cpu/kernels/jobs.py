@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitskip_cpu.kernels.attention import QUERIES, attend, store_key, turn
+from bitskip_cpu.kernels.attention import attend, store_key, turn
 from bitskip_cpu.kernels.floats import (
     copy,
     ffn_activation,
@@ -19,13 +19,19 @@ from bitskip_cpu.kernels.floats import (
     rms_norm,
 )
 from bitskip_cpu.kernels.inner import inner
-from bitskip_cpu.kernels.layout import DOWN, FLOAT16, FLOAT32, HEAD, INT8, OUT, QKV, UP
-from bitskip_cpu.kernels.linear import (
+from bitskip_cpu.kernels.layout import (
     ACTIVATION_OFFSET,
-    float_rows,
-    head_rows,
-    ternary_rows,
+    DOWN,
+    FLOAT16,
+    FLOAT32,
+    HEAD,
+    INT8,
+    OUT,
+    QKV,
+    QUERIES,
+    UP,
 )
+from bitskip_cpu.kernels.linear import float_rows, head_rows, ternary_rows
 from bitskip_cpu.kernels.memory import floats, int8s, int32s, uint8s
 
 ATTENTION_IN, STORE, ATTEND, OUT_IN, FFN_IN, DOWN_IN, BLOCK_OUT, EXIT_IN, ROWS = range(9)

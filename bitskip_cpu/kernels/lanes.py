@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import config, types
+from numba import types
 from numba.extending import intrinsic
 
+from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_cpu.kernels.memory import floats, int32s, vector_pointer
 
@@ -127,7 +128,7 @@ def eight_products(queries: int) -> Kernel:
 
     out = sum 2.2 over j < 8 of q[j m] * k[j m], where k holds LANES floats for every feature.
     """
-    if config.DISABLE_JIT:
+    if INTERPRETED:
         return partial(_eight_products, queries)
 
     @intrinsic
@@ -159,7 +160,7 @@ def weighed(queries: int) -> Kernel:
 
     v's positions lie `row` bytes apart; LANES features.
     """
-    if config.DISABLE_JIT:
+    if INTERPRETED:
         return partial(_weighed, queries)
 
     @intrinsic
@@ -186,7 +187,7 @@ def weighed(queries: int) -> Kernel:
     return kernel  # type: ignore[no-any-return]
 
 
-if config.DISABLE_JIT:
+if INTERPRETED:
     add, scale, larger, eight_sum = _add, _scale, _larger, _eight_sum
     scaled_sums, butterflies = _scaled_sums, _butterflies
 else:

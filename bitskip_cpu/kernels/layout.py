@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from bitskip_cpu.isa import PATH
+
 _STATE = """
     hidden heads kv_heads head_dim head_padded value_width attention kv ffn vocab
     ternary hadamard layer_norm post_norm sub_norm embedding_norm ffn_kind squared
@@ -47,10 +49,25 @@ have `units` and `tail` (kernels.tiles); `row_bytes` of a packed row: a tile's o
 `alphas`: index of its first weight scale, whose rows end at `end0`, the second's at `end1`."""
 
 QKV, OUT, UP, DOWN, HEAD = 0, 1, 2, 3, 4
+PRODUCTS = 4  # of a block
 INT8, FLOAT32, FLOAT16, INT6, INT4 = range(5)  # head_kind
+SWIGLU, GATED_RELU2, RELU2 = 0, 1, 2  # ffn_kind
+ACTIVATION_OFFSET = 128 if PATH in ("amx512", "vbmi512", "vnni512", "vnni256") else 0
+"""What the kernels of int8 heads expect to be added to each activation code (`dot_simd`)."""
+
 CHUNK = 128  # most tokens at a time
 LANES = 16  # positions in a group of cached keys
+QUERIES = 4  # most heads that share a pass over keys and values
+LEVELS = 24  # of the streamed tree: up to 2^24 groups of positions
 BAND = 64  # rows of a product whose int32 sums are converted together; whole tiles
 
 # What `kernels.forward.run` does, added up; in this order.
 EMBED, DRAFT, BLOCKS, FILL, EXIT, MEASURE, GATE, HELP = 1, 2, 4, 8, 16, 32, 64, 128
+
+SYNC_JOB, SYNC_PENDING, SYNC_STOP, SYNC_RANGES = 0, 64, 128, 192
+"""Bytes from `sync` to what threads share (`kernels.team`)."""
+
+
+def sync_words(threads: int) -> int:
+    """int64 numbers in `sync`."""
+    return SYNC_RANGES // 8 + 8 * threads

@@ -35,7 +35,6 @@ else:
 begin_blocks, bytes_block, end_blocks = blocks.begin_blocks, blocks.bytes_block, blocks.end_blocks
 BLOCK_TILES, BLOCK_TOKENS = blocks.BLOCK_TILES, blocks.BLOCK_TOKENS
 head_1x4, head_2x4, head_4x4 = dot.head_1x4, dot.head_2x4, dot.head_4x4
-ACTIVATION_OFFSET = dot.ACTIVATION_OFFSET
 int4_1, int4_4, int6_1, int6_4 = narrow.int4_1, narrow.int4_4, narrow.int6_1, narrow.int6_4
 
 f32 = np.float32

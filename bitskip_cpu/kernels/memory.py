@@ -7,31 +7,37 @@ an array between kernels costs one register. Whoever fills in an address keeps i
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import config, types
+from numba import from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
+from numpy.typing import DTypeLike
+
+from bitskip_cpu.isa import INTERPRETED
+from bitskip_cpu.kernels.layout import PRODUCT, STATE
 
 View = Callable[[Any, Any], np.ndarray]
 
 
-def _view(kind: type) -> View:
+def _view(kind: DTypeLike) -> View:
     """A function (address, n) -> 1-D array of that dtype over existing memory."""
-    if config.DISABLE_JIT:
-        element = np.ctypeslib.as_ctypes_type(kind)
+    dtype = np.dtype(kind)
+    if INTERPRETED:
 
         def interpreted(address: int, n: int) -> np.ndarray:
-            memory: Any = (element * int(n)).from_address(int(address))
-            return np.frombuffer(memory, kind)
+            memory: Any = (ctypes.c_byte * (int(n) * dtype.itemsize)).from_address(int(address))
+            array = np.frombuffer(memory, dtype)
+            return array.view(np.recarray) if dtype.names else array
 
         return interpreted
 
-    item: types.Type = getattr(types, np.dtype(kind).name)
+    item: types.Type = from_dtype(dtype)
     array = types.Array(item, 1, "C")
 
     @intrinsic
@@ -60,6 +66,8 @@ halfs = _view(np.uint16)
 int8s = _view(np.int8)
 uint8s = _view(np.uint8)
 int32s = _view(np.int32)
+state_structs = _view(STATE)
+product_structs = _view(PRODUCT)
 
 
 def vector_pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.VectorType) -> ir.Value:

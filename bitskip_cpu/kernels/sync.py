@@ -5,8 +5,6 @@ Addresses are of int64. Everything is sequentially consistent: a job costs a han
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -14,6 +12,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from bitskip_cpu.native import SLEEP, SLEEP_UNIT
 
 LONG, INT = ir.IntType(64), ir.IntType(32)
 
@@ -80,26 +80,14 @@ def pause(typing: Any) -> Any:
     return types.void(), codegen
 
 
-# Sleeping is the operating system's. The compiled code refers to it by a name of ours, whose
-# address is entered when this module is loaded, so that compiled kernels can be cached.
-_SLEEP = "bitskip_sleep"
-if sys.platform == "win32":
-    _sleep: Any = ctypes.WinDLL("kernel32").Sleep  # type: ignore[attr-defined]
-    _UNIT = 1000  # milliseconds
-else:
-    _sleep = ctypes.CDLL(None).usleep
-    _UNIT = 1
-llvm.add_symbol(_SLEEP, ctypes.cast(_sleep, ctypes.c_void_p).value)
-
-
 @intrinsic
 def sleep(typing: Any, microseconds: Any) -> Any:
     """Give the CPU away for about that long (0: only to who waits for it)."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        units = builder.trunc(builder.sdiv(args[0], LONG(_UNIT)), INT)
+        units = builder.trunc(builder.sdiv(args[0], LONG(SLEEP_UNIT)), INT)
         kind = ir.FunctionType(INT, [INT])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, _SLEEP), [units])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, SLEEP), [units])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen

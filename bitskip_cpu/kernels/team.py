@@ -20,18 +20,13 @@ from __future__ import annotations
 from bitskip_cpu.kernels import sync
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.jobs import run_part
+from bitskip_cpu.kernels.layout import SYNC_JOB, SYNC_PENDING, SYNC_RANGES, SYNC_STOP
 
 atomic_read, atomic_write, atomic_add = sync.read, sync.write, sync.add
 exchange, pause, sleep = sync.exchange, sync.pause, sync.sleep
 
-JOB, PENDING, STOP, RANGES = 0, 64, 128, 192  # bytes from `sync`
 MOST_PARTS = 0xFFFF
 NUMBER = 0xFFFFFFFF
-
-
-def sync_words(threads: int) -> int:
-    """int64 numbers in `sync`."""
-    return RANGES // 8 + 8 * threads
 
 
 SPINS = 2_000  # of some 40 ns: as long as the gaps within a token
@@ -44,7 +39,7 @@ def take_parts(s, products, thread):
     """Run parts of the present job until none is left to take."""
     threads = s.helpers + 1
     for i in range(threads):
-        at = s.sync + RANGES + 64 * ((thread + i) % threads)
+        at = s.sync + SYNC_RANGES + 64 * ((thread + i) % threads)
         while True:
             work = atomic_read(at)
             begin, end = (work >> 16) & MOST_PARTS, work & MOST_PARTS
@@ -54,7 +49,7 @@ def take_parts(s, products, thread):
             part, rest = (begin, work + (1 << 16)) if i == 0 else (end - 1, work - 1)
             if exchange(at, work, rest):
                 run_part(s, products, thread, part)
-                atomic_add(s.sync + PENDING, -1)
+                atomic_add(s.sync + SYNC_PENDING, -1)
 
 
 @inner
@@ -68,15 +63,15 @@ def share(s, products, job, count, cost):
         for part in range(count):
             run_part(s, products, 0, part)
         return
-    atomic_write(s.sync + PENDING, count)
-    threads, number = s.helpers + 1, (atomic_read(s.sync + JOB) + 1) & NUMBER
+    atomic_write(s.sync + SYNC_PENDING, count)
+    threads, number = s.helpers + 1, (atomic_read(s.sync + SYNC_JOB) + 1) & NUMBER
     for i in range(threads):
         begin, end = i * count // threads, (i + 1) * count // threads
-        atomic_write(s.sync + RANGES + 64 * i, number << 32 | begin << 16 | end)
-    atomic_write(s.sync + JOB, number)
+        atomic_write(s.sync + SYNC_RANGES + 64 * i, number << 32 | begin << 16 | end)
+    atomic_write(s.sync + SYNC_JOB, number)
     take_parts(s, products, 0)
     spins = 0
-    while atomic_read(s.sync + PENDING):
+    while atomic_read(s.sync + SYNC_PENDING):
         pause()
         spins += 1
         if spins > SPINS:
@@ -87,8 +82,8 @@ def share(s, products, job, count, cost):
 def help_out(s, products, thread):
     """A helper's life: parts while there are any, then waiting, then leave."""
     idle, seen = 0, -1
-    while atomic_read(s.sync + STOP) == 0 and idle < SPINS + NAPS:
-        number = atomic_read(s.sync + JOB)
+    while atomic_read(s.sync + SYNC_STOP) == 0 and idle < SPINS + NAPS:
+        number = atomic_read(s.sync + SYNC_JOB)
         if number != seen:
             seen = number
             take_parts(s, products, thread)

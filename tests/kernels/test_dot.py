@@ -11,6 +11,7 @@ import pytest
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels import dot_plain, linear, tiles
+from bitskip_cpu.kernels.layout import ACTIVATION_OFFSET
 from bitskip_ref.packing import pack_ternary
 from tests.kernels.calling import at, call, same_bits
 
@@ -101,8 +102,9 @@ def test_head_tiles(module: ModuleType, width: int, w: str, x: str) -> None:
         codes = activations(x, tokens, width)
         heads = activations("random", rows, width) if w == "random" else weights(w, rows, width)
         heads = heads if w == "random" else (heads * 127).astype(np.int8)
-        shifted = (codes.astype(np.int32) + module.ACTIVATION_OFFSET).astype(np.uint8)
+        offset = 0 if module is dot_plain else ACTIVATION_OFFSET
+        shifted = (codes.astype(np.int32) + offset).astype(np.uint8)
         found = tile(getattr(module, name), shifted, heads, width // 64, tokens)[:, :rows]
-        correction = heads.astype(np.int32).sum(axis=1) * module.ACTIVATION_OFFSET
+        correction = heads.astype(np.int32).sum(axis=1) * offset
         exact = codes.astype(np.int32) @ heads.T.astype(np.int32)
         assert same_bits(exact.astype(np.int32), (found - correction).astype(np.int32)), name

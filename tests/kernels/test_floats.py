@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bitskip_cpu.kernels import floats as kernels
+from bitskip_cpu.kernels import layout
 from bitskip_ref.confidence import confidence
 from bitskip_ref.functions import exp, log, relu2, sigmoid, silu
 from bitskip_ref.hadamard import fwht
@@ -73,8 +74,8 @@ def test_ffn_activation(n: int) -> None:
     gate, up = both[:n].copy(), both[n:].copy()
     with np.errstate(over="ignore"):
         cases = [
-            (kernels.SWIGLU, 0, silu(gate) * up), (kernels.GATED_RELU2, 0, relu2(gate) * up),
-            (kernels.RELU2, 0, relu2(gate)), (kernels.RELU2, 1, gate),
+            (layout.SWIGLU, 0, silu(gate) * up), (layout.GATED_RELU2, 0, relu2(gate) * up),
+            (layout.RELU2, 0, relu2(gate)), (layout.RELU2, 1, gate),
         ]  # fmt: skip
     for kind, squared, expected in cases:
         call(kernels.ffn_activation, kind, squared, both, out, n)

@@ -1,20 +1,16 @@
-"""Which path is chosen, and where compiled kernels are kept."""
+"""Which path is chosen."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from numba import config
 
 from bitskip_cpu import isa
-from bitskip_cpu.compiling import KERNELS, cache_directory
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, name: str | None, features: str | None) -> None:
-    monkeypatch.setattr(config, "CPU_NAME", name)
-    monkeypatch.setattr(config, "CPU_FEATURES", features)
-    monkeypatch.setattr(config, "DISABLE_JIT", 0)
+def pretend(monkeypatch: pytest.MonkeyPatch, name: str, features: str) -> None:
+    monkeypatch.setenv("NUMBA_CPU_NAME", name)
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", features)
+    monkeypatch.setattr(isa, "INTERPRETED", False)
 
 
 @pytest.mark.parametrize(("name", "features", "path"), [
@@ -37,7 +33,7 @@ def test_best_path(monkeypatch: pytest.MonkeyPatch, name: str, features: str, pa
 
 def test_interpreted_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "znver5", "")
-    monkeypatch.setattr(config, "DISABLE_JIT", 1)
+    monkeypatch.setattr(isa, "INTERPRETED", True)
     assert isa.available_paths() == ("plain",)
 
 
@@ -48,19 +44,3 @@ def test_a_wish_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         isa.choose_path("vnni512")
     with pytest.raises(isa.IsaError, match="BITSKIP_ISA=sse9: unknown"):
         isa.choose_path("sse9")
-
-
-def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path / "new"))
-    first = cache_directory()
-    assert first is not None and first.is_dir() and first.parent == tmp_path / "new"
-    monkeypatch.setattr(isa, "PATH", "another")
-    assert cache_directory() not in (first, None)
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path / "file"))
-    assert cache_directory() is None
-
-
-def test_kernels_count_as_compiled_once_used() -> None:
-    assert KERNELS.run is not None
-    assert KERNELS.compiled

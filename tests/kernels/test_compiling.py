@@ -1,0 +1,106 @@
+"""Compiled kernels on disk: what is kept, what is not trusted, what they may refer to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitskip_cpu import compiling, isa, native
+from bitskip_cpu.compiling import ARGUMENTS, KERNELS, Kernels, cache_directory
+from tests.helpers import random_folder, twin
+
+
+def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path / "new"))
+    first = cache_directory()
+    assert first is not None and first.is_dir() and first.parent == tmp_path / "new"
+    monkeypatch.setattr(isa, "PATH", "another")
+    assert cache_directory() not in (first, None)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path / "file"))
+    assert cache_directory() is None
+
+
+def test_kernels_count_as_compiled_once_used() -> None:
+    compiling.warmup()
+    assert KERNELS.compiled
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Names of the kernels compiled, into an empty folder; nothing is really made or loaded."""
+    from bitskip_cpu.kernels import objects
+
+    names: list[str] = []
+
+    def machine_code(name: str, arguments: int, progress: compiling.Progress) -> bytes:
+        names.append(name)
+        return b"code of " + name.encode()
+
+    monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(isa, "INTERPRETED", False)
+    monkeypatch.setattr(objects, "machine_code", machine_code)
+    monkeypatch.setattr(native, "load", lambda code, *_: code)
+    return names
+
+
+def test_a_kernel_is_compiled_once(made: list[str]) -> None:
+    assert not Kernels().compiled
+    for _ in range(2):
+        kernels = Kernels()
+        assert [kernels.function(name) for name in ARGUMENTS] == [b"code of run", b"code of repack"]
+        assert kernels.compiled
+    assert made == list(ARGUMENTS)
+    assert Kernels().compiled
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", b"x" * 32, None])
+def test_a_damaged_file_is_made_anew(made: list[str], damage: bytes | None) -> None:
+    """LLVM would end the process."""
+    kernels = Kernels()
+    kernels.function("run")
+    assert kernels.directory is not None
+    file = kernels.directory / "run"
+    file.write_bytes(file.read_bytes()[:-1] if damage is None else damage)
+    assert Kernels().function("run") == b"code of run"
+    assert made == ["run", "run"]
+    Kernels().function("run")
+    assert made == ["run", "run"]
+
+
+@pytest.mark.skipif(isa.INTERPRETED, reason="nothing is compiled")
+def test_a_kernel_may_not_need_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitskip_cpu.kernels import objects
+
+    monkeypatch.setitem(objects.FUNCTIONS, "run", lambda value: print(value))
+    with pytest.raises(RuntimeError, match=r"the kernel run refers to .*Py"):
+        objects.module("run", 1)
+
+
+def test_a_path_not_for_the_target_is_refused() -> None:
+    if isa.PATH == "plain":
+        pytest.skip("plain runs everywhere")
+    with pytest.raises(isa.IsaError, match="BITSKIP_ISA=plain"):
+        isa.check("x86-64", "")
+
+
+@pytest.mark.skipif(isa.INTERPRETED, reason="Numba's loader runs the kernels then")
+def test_compiled_kernels_run_without_numba(tmp_path: Path) -> None:
+    compiling.warmup()
+    if KERNELS.directory is None:
+        pytest.skip("the cache folder cannot be written")
+    folder = random_folder(tmp_path / "model", twin("bitskip-v1"))
+    code = f"""
+import sys
+from bitskip_cpu.engine import load
+load({str(folder)!r}, 2).logits([1, 2, 3])
+assert "numba" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
