@@ -3,8 +3,8 @@
     python -m benchmarks.heads [--preset bitskip-v1] [-t 2] [-r 7]
 
 Random weights. Per round every head format decodes 32 tokens at full depth and at 3/4 of it; the
-medians over rounds are printed. What the formats do to perplexity: `cli.py export --head int4`, then
-`bitskip-cpu perplexity`.
+medians over rounds are printed. What the formats do to perplexity: `cli.py export --head int4`,
+then `bitskip-cpu perplexity`.
 """
 
 from __future__ import annotations
