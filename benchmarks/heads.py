@@ -1,10 +1,10 @@
 """What a head of 8, 6 or 4 bits costs a token, and what an early exit gains with it; side by side.
 
-    python benchmarks/heads.py [--preset bitskip-v1] [-t 2] [-r 7]
+    python -m benchmarks.heads [--preset bitskip-v1] [-t 2] [-r 7]
 
 Random weights. Per round every head format decodes 32 tokens at full depth and at 3/4 of it; the
-medians over rounds are printed. What the formats do to perplexity: `cli.py export --head int4`, then
-`bitskip-cpu perplexity`.
+medians over rounds are printed. What the formats do to perplexity: `cli.py export --head int4`,
+then `bitskip-cpu perplexity`.
 """
 
 from __future__ import annotations

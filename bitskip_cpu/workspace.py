@@ -35,6 +35,7 @@ from bitskip_ref.rope import rope_table
 
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
 HEAD_KINDS = {"int8": INT8, "int6": INT6, "int4": INT4, "float32": FLOAT32, "float16": FLOAT16}
+LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: ternary_amx.few_block takes so many
 WORTH = 1 << 16  # bytes of weights below which a job is not worth sharing
 
 
@@ -133,7 +134,7 @@ class Workspace:
             QUERIES * (seen + LANES + padded + parts),  # attention
         )
         unpacked = -(-4 * floats // 64) * 64
-        acc = unpacked + BAND * int(p["padded"].max())
+        acc = unpacked + max(BAND * int(p["padded"].max()), LEAST_ROOM)
         stride = acc + (CHUNK + 8) * BAND * 4  # a kernel may write tokens behind the last
         s["scratch"] = self._keep(_aligned((threads * stride,), np.uint8))
         s["scratch_stride"], s["unpacked"], s["acc"] = stride, unpacked, acc

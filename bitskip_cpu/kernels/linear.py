@@ -27,19 +27,23 @@ else:
 packed_1, packed_2 = ternary.packed_1, ternary.packed_2
 packed_4, packed_8 = ternary.packed_4, ternary.packed_8
 unpack_tile = ternary.unpack_tile
+UNPACK_ABOVE = 16  # tokens; measured
 blocks: Any
 if PATH == "amx512":
     from bitskip_cpu.kernels import ternary_amx as blocks
+
+    FEW_ABOVE = 4  # tokens; measured
 else:
     blocks = ternary
+    FEW_ABOVE = UNPACK_ABOVE
 begin_blocks, bytes_block, end_blocks = blocks.begin_blocks, blocks.bytes_block, blocks.end_blocks
+few_block = blocks.few_block
 BLOCK_TILES, BLOCK_TOKENS = blocks.BLOCK_TILES, blocks.BLOCK_TOKENS
 head_1x4, head_2x4, head_4x4 = dot.head_1x4, dot.head_2x4, dot.head_4x4
 int4_1, int4_4, int6_1, int6_4 = narrow.int4_1, narrow.int4_4, narrow.int6_1, narrow.int6_4
 
 f32 = np.float32
 ACC_STRIDE = 4 * BAND
-UNPACK_ABOVE = 8 if PATH == "amx512" else 16  # tokens; measured
 
 
 @inner
@@ -62,6 +66,10 @@ def ternary_sums(s, p, tiles_at, tiles, acc_at, unpacked_at):
                 bytes_block(unpacked_at + i * room, room, tiles - 1 - i, fours, codes, stride, last,
                             to, ACC_STRIDE)  # fmt: skip
         end_blocks()
+        return
+    if tokens > FEW_ABOVE:
+        few_block(tokens, tiles_at, tiles, size, units, tail, s.codes, stride, acc_at, ACC_STRIDE,
+                  unpacked_at)  # fmt: skip
         return
     for i in range(tiles):
         at = tiles_at + i * size

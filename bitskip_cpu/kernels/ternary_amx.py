@@ -7,6 +7,7 @@ accumulators and two of each operand. Products are exact: 64 terms of at most 2 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -15,37 +16,46 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from bitskip_cpu.kernels.dot_simd import BYTE, LONG
+from bitskip_cpu.kernels.inner import inner
+from bitskip_cpu.kernels.ternary_simd import unpack_tile
+from bitskip_cpu.kernels.tiles import LINE, LINE_COLUMNS, TILE_ROWS, UNIT_COLUMNS, UNIT_LINES
 
 BLOCK_TILES, BLOCK_TOKENS = 2, 32
 STEP = 64  # columns; activation codes and unpacked tiles are padded to it
-LINE = 64
 
 
 def call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> None:
+    """An instruction of the matrix unit."""
     kind = ir.FunctionType(ir.VoidType(), [a.type for a in args])
     function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}")
     builder.call(function, args)
 
 
 def address(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value | int) -> ir.Value:
+    """base + offset bytes, as a pointer."""
     at = builder.add(base, LONG(offset) if isinstance(offset, int) else offset)
     return builder.inttoptr(at, BYTE.as_pointer())
 
 
-@intrinsic
-def begin_blocks(typing: Any) -> Any:
-    """Set this thread's tile registers up: eight of 16 rows x 64 bytes."""
+def settings(name: str, rows: Sequence[int]) -> Any:
+    """An intrinsic that sets this thread's tile registers up: their rows, of 64 bytes each."""
+    widths = [b for _ in range(8) for b in (64, 0)] + [0] * 16
+    values = bytes([1] + [0] * 15 + widths + [*rows] + [0] * 8)
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        widths = [b for _ in range(8) for b in (64, 0)] + [0] * 16
-        settings = bytes([1] + [0] * 15 + widths + [16] * 8 + [0] * 8)
-        memory = cgutils.global_constant(
-            builder, "bitskip_tile_settings", cgutils.make_bytearray(settings)
-        )
-        call(builder, "ldtilecfg", builder.bitcast(memory, BYTE.as_pointer()))
-        return context.get_dummy_value()
+    @intrinsic
+    def begin(typing: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            memory = cgutils.global_constant(builder, name, cgutils.make_bytearray(values))
+            call(builder, "ldtilecfg", builder.bitcast(memory, BYTE.as_pointer()))
+            return context.get_dummy_value()
 
-    return types.void(), codegen
+        return types.void(), codegen
+
+    return begin
+
+
+begin_blocks = settings("bitskip_tiles_of_blocks", [16] * 8)
+begin_8 = settings("bitskip_tiles_of_8_tokens", [8] * 5 + [16] * 3)
 
 
 @intrinsic
@@ -116,3 +126,80 @@ def bytes_block(
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 9), codegen
+
+
+@intrinsic
+def clear(typing: Any) -> Any:
+    """Four accumulators of zeros, before `few_steps`."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        for i in range(4):
+            call(builder, "tilezero", BYTE(i))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def few_steps(typing: Any, tiles: Any, stride: Any, steps: Any, codes: Any, row: Any) -> Any:
+    """Add `steps` times 64 columns of four unpacked tiles with up to 8 or 16 tokens (`begin_*`).
+
+    tiles, `stride` bytes apart; codes, `row` bytes a token.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        tiles, stride, steps, codes, row = args
+        with cgutils.for_range(builder, steps) as loop:
+            source = address(builder, codes, builder.mul(loop.index, LONG(STEP)))
+            call(builder, "tileloadd64", BYTE(4), source, row)
+            for j in range(4):
+                at = builder.mul(loop.index, LONG(16 * LINE))
+                at = builder.add(at, builder.mul(stride, LONG(j)))
+                operand = BYTE(5 + j % 3)
+                call(builder, "tileloadd64", operand, address(builder, tiles, at), LONG(64))
+                call(builder, "tdpbsud", BYTE(j), BYTE(4), operand)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+@intrinsic
+def store_few(typing: Any, out: Any, out_stride: Any) -> Any:
+    """The sums of four tiles, side by side for each token; 8 or 16 tokens are written."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        out, out_stride = args
+        for j in range(4):
+            call(builder, "tilestored64", BYTE(j), address(builder, out, 64 * j), out_stride)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+FEW_UNITS = 4  # unpacked at a time: 384 columns of four tiles, which stay in the first cache
+FEW_COLUMNS = FEW_UNITS * UNIT_COLUMNS
+FEW_BYTES = TILE_ROWS * FEW_COLUMNS
+
+
+@inner
+def few_block(tokens, tiles_at, tiles, size, units, tail, codes_at, row, out_at, out_stride, room):
+    """Sums of up to four packed tiles of `size` bytes with up to 16 tokens.
+
+    `room` holds 4 * FEW_BYTES; four tiles and 8 or 16 tokens are written.
+    """
+    if tokens <= 8:
+        begin_8()
+    else:
+        begin_blocks()
+    clear()
+    for first in range(0, units + (tail > 0), FEW_UNITS):
+        count = min(FEW_UNITS, units - first)
+        rest = tail if first + FEW_UNITS > units else 0
+        for i in range(tiles):
+            at = tiles_at + i * size + first * UNIT_LINES * LINE
+            unpack_tile(at, count, rest, room + i * FEW_BYTES)
+        columns = count * UNIT_COLUMNS + rest * LINE_COLUMNS
+        steps = (columns + STEP - 1) // STEP
+        few_steps(room, FEW_BYTES, steps, codes_at + first * UNIT_COLUMNS, row)
+    store_few(out_at, out_stride)
+    end_blocks()

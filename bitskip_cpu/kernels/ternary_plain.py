@@ -94,3 +94,8 @@ def begin_blocks():
 
 
 end_blocks = begin_blocks
+
+
+@inner
+def few_block(tokens, tiles_at, tiles, size, units, tail, codes_at, row, out_at, out_stride, room):
+    """Only with a matrix unit (`ternary_amx`)."""

@@ -29,6 +29,7 @@ def test_products(bits: int, width: int, kind: str) -> None:
         for i in range(2):
             kernel, groups = getattr(linear, f"int{bits}_{tokens}"), codes.shape[1] // 16
             tile, to = packed[TILE_ROWS * i :], out.reshape(-1)[TILE_ROWS * i :]
-            call(kernel, tile, groups, codes, codes.strides[0], present - 1, to, out.strides[0])  # fmt: skip
+            last = present - 1
+            call(kernel, tile, groups, codes, codes.strides[0], last, to, out.strides[0])
         found = np.ascontiguousarray(out[:present, : len(rows)])
         assert same_bits(exact[:present], found)
