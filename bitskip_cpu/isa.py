@@ -17,7 +17,10 @@ import llvmlite.binding as llvm
 INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "") not in ("", "0")
 """Whether the kernels run as plain Python."""
 
-PATHS = ("amx512", "vbmi512", "vnni512", "vnni256", "avx2", "plain")  # best first
+ARM64 = platform.machine().lower() in ("aarch64", "arm64")
+"""Whether this is an ARM process of 64 bits; some feature names mean something else elsewhere."""
+
+PATHS = ("amx512", "vbmi512", "vnni512", "vnni256", "avx2", "dotprod", "plain")  # best first
 
 _VBMI512 = {"avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512vbmi"}
 NEEDS = {
@@ -26,6 +29,7 @@ NEEDS = {
     "vnni512": {"avx512f", "avx512bw", "avx512vl", "avx512vnni"},
     "vnni256": {"avx2", "avxvnni"},
     "avx2": {"avx2"},
+    "dotprod": {"dotprod"},
     "plain": set(),
 }
 
@@ -48,6 +52,9 @@ _IMPLIED = {
     "sapphirerapids": _AVX512 | {"avx512vnni", "avxvnni"},
     "znver4": _AVX512 | {"avx512vnni"},
     "znver5": _AVX512 | {"avx512vnni", "avxvnni"},
+    **{f"apple-m{n}": {"dotprod"} for n in range(1, 5)},
+    **{f"neoverse-{n}": {"dotprod"} for n in ("n1", "n2", "v1", "v2", "e1")},
+    **{f"cortex-{n}": {"dotprod"} for n in ("a55", "a75", "a76", "a77", "a78", "x1", "x2")},
 }
 
 
@@ -64,8 +71,16 @@ def cpu_features() -> frozenset[str]:
     """LLVM names of the features that Numba's code generator may use in this process."""
     listed = os.environ.get("NUMBA_CPU_FEATURES")
     if listed is None:
-        listed = "" if cpu_name().lower() == "generic" else llvm.get_host_cpu_features().flatten()
+        named = os.environ.get("NUMBA_CPU_NAME", "")
+        listed = "" if named.lower() == "generic" else _host_features()
     return _features(cpu_name(), listed)
+
+
+def _host_features() -> str:
+    try:
+        return llvm.get_host_cpu_features().flatten()
+    except RuntimeError:  # LLVM cannot tell on this system; the CPU's name implies some
+        return ""
 
 
 def _features(name: str, listed: str) -> frozenset[str]:
@@ -92,6 +107,8 @@ def available_paths() -> tuple[str, ...]:
     features = cpu_features()
     if not tiles_permitted():
         features -= {"amx-tile"}
+    if not ARM64:
+        features -= {"dotprod"}
     return tuple(path for path in PATHS if NEEDS[path] <= features)
 
 

@@ -27,7 +27,7 @@ STREAMS, LINES = 2, 4  # places read at once, cache lines of each: as fast as an
 AHEAD = 4096  # bytes between a prefetch and its use
 ENOUGH = 1 << 30  # bytes of one sample: some 50 ms
 # Sums that hide the latency of `dot`, each path's best number; more of vnni256 leave 16 registers.
-ACCUMULATORS = {"vbmi512": 20, "vnni512": 20, "vnni256": 13, "avx2": 20}
+ACCUMULATORS = {"vbmi512": 20, "vnni512": 20, "vnni256": 13, "avx2": 20, "dotprod": 16}
 PATHS_WITH_PEAK = {"amx512", *ACCUMULATORS}
 TURNS = 1 << 21  # of one sample: some 20 ms
 MATRIX_TURN = 4 * 16 * 16 * 64  # path amx512: four products of 16 tokens, 16 rows, 64 columns

@@ -3,6 +3,8 @@
 Every kernel multiplies unsigned bytes by signed bytes and adds groups of four products to 32-bit
 lanes; the paths differ only in the register width and in `dot`, the instruction for that:
 
+    dotprod            sdot, of two signed operands: packed codes are at most 63
+
     vnni512, vnni256   vpdpbusd, which cannot saturate
     avx2               vpmaddubsw, vpmaddwd: pairs of products must fit 16 bits. The largest pair is
                        2 * 128 * 127 = 32512 (a packed code 2 in the top plane, unshifted).
@@ -28,7 +30,7 @@ from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.memory import vector_pointer
 
 FAR, NEAR = 8192, 1280  # bytes; measured
-WIDTH = 64 if PATH in ("amx512", "vbmi512", "vnni512") else 32  # bytes in a register
+WIDTH = {"vnni256": 32, "avx2": 32, "dotprod": 16}.get(PATH, 64)  # bytes in a register
 BYTE, WORD, INT, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 BYTES = ir.VectorType(BYTE, WIDTH)
 WORDS = ir.VectorType(WORD, WIDTH // 2)
@@ -52,6 +54,8 @@ def dot(builder: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.
         pairs = call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", WORDS, u, s)
         fours = call_llvm(builder, "llvm.x86.avx2.pmadd.wd", INTS, pairs, splat(WORDS, 1))
         return builder.add(total, fours)
+    if PATH == "dotprod":
+        return call_llvm(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", INTS, total, u, s)
     name = f"llvm.x86.avx512.vpdpbusd.{WIDTH * 8}"
     return call_llvm(builder, name, INTS, total, builder.bitcast(u, INTS), builder.bitcast(s, INTS))
 
@@ -149,7 +153,7 @@ def head_step(
 ) -> None:
     """64 activation codes of each row (a token) with 64 codes of each column (a head's row).
 
-    With vpdpbusd the activations come with ACTIVATION_OFFSET added. Without it such bytes would
+    With vpdpbusd the activations come with ACTIVATION_OFFSET added. On AVX2 such bytes would
     overflow 16 bits, so signs move to the activations: |w| * (a * sign w), both at most 127.
     """
     start = builder.mul(index, LONG(64))

@@ -13,6 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from bitskip_cpu import isa
 from bitskip_cpu.native import SLEEP, SLEEP_UNIT
 
 LONG, INT = ir.IntType(64), ir.IntType(32)
@@ -71,10 +72,14 @@ def pause(typing: Any) -> Any:
     """Tell the CPU that this is a waiting loop."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        if "x86_64" in llvm.get_process_triple():
-            kind = ir.FunctionType(ir.VoidType(), [])
-            name = "llvm.x86.sse2.pause"
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+        if isa.ARM64:
+            name, operands = "llvm.aarch64.hint", [INT(1)]  # yield
+        elif "x86_64" in llvm.get_process_triple():
+            name, operands = "llvm.x86.sse2.pause", []
+        else:
+            return context.get_dummy_value()
+        kind = ir.FunctionType(ir.VoidType(), [INT] * len(operands))
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
         return context.get_dummy_value()
 
     return types.void(), codegen

@@ -113,6 +113,8 @@ class Sums:
     """Accumulators [tokens][registers] in `chains` copies, so that additions need not wait."""
 
     def __init__(self, builder: ir.IRBuilder, tokens: int, registers: int, chains: int) -> None:
+        if WIDTH == 16:  # four registers a line, and 32 in all
+            chains = max(1, 16 // (tokens * registers))
         self.builder, self.chains = builder, chains
         self.shape = tokens, registers
         self.totals = [
@@ -263,7 +265,7 @@ def bytes_tile(tiles: int, tokens: int, unroll: int) -> Tile:
 
 packed_1, packed_2 = packed_tile(1, 4), packed_tile(2, 4)
 packed_4, packed_8 = packed_tile(4, 4), packed_tile(8, 2)
-BLOCK_TILES, BLOCK_TOKENS = (4, 6) if WIDTH == 64 else (1, 4)
+BLOCK_TILES, BLOCK_TOKENS = {64: (4, 6), 32: (1, 4), 16: (1, 6)}[WIDTH]
 bytes_block = bytes_tile(BLOCK_TILES, BLOCK_TOKENS, 4 if PATH == "avx2" else 1)
 
 

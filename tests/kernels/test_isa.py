@@ -11,6 +11,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, name: str, features: str) -> None:
     monkeypatch.setenv("NUMBA_CPU_NAME", name)
     monkeypatch.setenv("NUMBA_CPU_FEATURES", features)
     monkeypatch.setattr(isa, "INTERPRETED", False)
+    monkeypatch.setattr(isa, "ARM64", False)
 
 
 @pytest.mark.parametrize(("name", "features", "path"), [
@@ -29,6 +30,21 @@ def test_best_path(monkeypatch: pytest.MonkeyPatch, name: str, features: str, pa
     pretend(monkeypatch, name, features)
     assert isa.choose_path() == path
     assert "plain" in isa.available_paths()
+
+
+@pytest.mark.parametrize(("name", "features", "path"), [
+    ("cortex-a76", "", "dotprod"),
+    ("apple-m1", "", "dotprod"),
+    ("cortex-a72", "+neon", "plain"),
+    ("generic", "+neon,+dotprod", "dotprod"),
+    ("neoverse-n1", "-dotprod", "plain"),
+])  # fmt: skip
+def test_best_path_on_arm(
+    monkeypatch: pytest.MonkeyPatch, name: str, features: str, path: str
+) -> None:
+    pretend(monkeypatch, name, features)
+    monkeypatch.setattr(isa, "ARM64", True)
+    assert isa.choose_path() == path
 
 
 def test_interpreted_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
