@@ -36,17 +36,20 @@ SMALL = 4 << 20  # bytes of linear weights; stories-24 (2.4 MB) decodes faster w
 class Engine:
     """A model ready to run on this CPU. Several threads may call it; one call runs at a time.
 
-    `folder` is what it was loaded from (tokenizer, end-of-text), None for a random model.
+    `weights` may be shared with other engines, of other numbers of threads. `folder` is what it was
+    loaded from (tokenizer, end-of-text), None for a random model.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        tensors: Tensors,
+        tensors: Tensors | Weights,
         threads: int | None = None,
         folder: Folder | None = None,
     ) -> None:
-        """`tensors` as in a model folder, already checked; they must not change afterwards.
+        """`tensors` as in a model folder, already checked, or another engine's `weights`.
+
+        Tensors must not change afterwards.
 
         `threads`: None for every physical core, or one where the weights are so few that waking a
         helper costs more than it saves. Interpreted kernels always have one. Raises ValueError for
@@ -55,11 +58,13 @@ class Engine:
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads}: must be at least 1")
         self.config, self.folder = config, folder
-        weights = Weights(config, tensors)
-        usual = 1 if weights.linear.nbytes < SMALL else default_threads()
+        self.weights = tensors if isinstance(tensors, Weights) else Weights(config, tensors)
+        if self.weights.config != config:
+            raise ValueError("the weights are another model's: take its config, too")
+        usual = 1 if self.weights.linear.nbytes < SMALL else default_threads()
         self.threads = 1 if INTERPRETED else threads or usual
         self._run = KERNELS.run
-        self._space = Workspace(weights, self.threads)
+        self._space = Workspace(self.weights, self.threads)
         self._lock = threading.Lock()
         self._team: Team | None = None
         if self.threads > 1:
@@ -176,7 +181,7 @@ class Engine:
 
     def weight_bytes(self, exit_layer: int) -> int:
         """Bytes that a token run to that exit reads: its linear layers as packed here, the head."""
-        weights = self._space.weights
+        weights = self.weights
         _, head = weights.exit(exit_layer)
         return weights.layer_bytes * exit_layer + sum(a.nbytes for a in weights.head(head))
 

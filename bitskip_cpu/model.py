@@ -137,7 +137,8 @@ class Model:
         if threads not in (None, self.threads):
             from bitskip_cpu.engine import Engine as CpuEngine
 
-            self.engine = CpuEngine(self.config, self.folder.tensors, threads, self.folder)
+            weights = getattr(self.engine, "weights", self.folder.tensors)
+            self.engine = CpuEngine(self.config, weights, threads, self.folder)
         ids = self.tokenizer.encode(prompt)
         if not ids:
             raise ValueError("the prompt is empty: give at least one character")

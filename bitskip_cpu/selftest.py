@@ -12,6 +12,7 @@ from bitskip_cpu import isa, models
 from bitskip_cpu.engine import Engine
 from bitskip_cpu.heldout.watch import Watch
 from bitskip_cpu.threads import default_threads
+from bitskip_cpu.weights import Weights
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.draft import Draft
@@ -46,10 +47,9 @@ def run(model: str | None, threads: int | None, echo: Callable[[str], None]) -> 
     start = time.perf_counter()
     echo(f"{folder.path} on path {isa.PATH}, against the NumPy reference")
     reference = ReferenceModel(folder.config, folder.tensors)
+    weights = Weights(folder.config, folder.tensors)
     same: dict[int, list[str]] = {}
-    for check in selftest(
-        reference, lambda n: Engine(folder.config, folder.tensors, n, folder), counts
-    ):
+    for check in selftest(reference, lambda n: Engine(folder.config, weights, n, folder), counts):
         if check.problem:
             echo(f"DIFFERENT with {check.threads} thread(s), {check.name}: {check.problem}")
             return 1

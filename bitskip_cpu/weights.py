@@ -7,7 +7,6 @@ them is given back; everything else stays where it is mapped.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,7 +15,7 @@ from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.kernels import narrow, tiles
 from bitskip_cpu.kernels.layout import ACTIVATION_OFFSET, DOWN, OUT, PRODUCT, PRODUCTS, QKV, UP
 from bitskip_ref.config import HEAD_BITS, ModelConfig
-from bitskip_ref.folder import expected_tensors
+from bitskip_ref.folder import expected_tensors, give_back
 from bitskip_ref.packing import packed_width
 
 Tensors = Mapping[str, np.ndarray]
@@ -35,20 +34,6 @@ def in_a_row(tensors: Sequence[np.ndarray]) -> np.ndarray:
     base = tensors[0].reshape(-1).view(np.uint8)
     size = end - tensors[0].ctypes.data
     return np.lib.stride_tricks.as_strided(base, (size,), (1,), writeable=False)
-
-
-def give_back(array: np.ndarray) -> None:
-    """Let the system take back the memory of a mapped file's part; reading it again is slow."""
-    base: object = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if not isinstance(base, mmap.mmap) or not hasattr(base, "madvise"):
-        return
-    offset = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-    start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = (offset + array.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if size > 0:
-        base.madvise(mmap.MADV_DONTNEED, start, size)
 
 
 class Weights:
@@ -93,7 +78,7 @@ class Weights:
         widest = max(
             max(int(p["padded"]), 4 * packed_width(int(p["width"]))) for p in self.products
         )
-        scratch = np.empty(2 * tiles.TILE_ROWS * widest + tiles.UNIT_VALUE * tiles.LINE, np.uint8)
+        scratch = np.empty(32 * (widest + 64) + 512, np.uint8)
         for i, block in enumerate(blocks):
             for p, members in zip(self.products, block, strict=True):
                 packed = in_a_row(members)
@@ -153,9 +138,8 @@ class Weights:
         """Weight, and behind it the bias if there is one, f32 [n] or [2n]; made once."""
         if name not in self._norms:
             parts = [f"{name}.{part}" for part in ("weight", "bias")]
-            self._norms[name] = np.concatenate(
-                [self.tensors[p] for p in parts if p in self.tensors]
-            )
+            made = np.concatenate([self.tensors[p] for p in parts if p in self.tensors])
+            self._norms.setdefault(name, made)  # another engine's thread may have been faster
         return self._norms[name]
 
     def head(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -166,7 +150,7 @@ class Weights:
         correction undoes ACTIVATION_OFFSET: offset times the row's sum.
         """
         if name not in self._heads:
-            self._heads[name] = self._head(name)
+            self._heads.setdefault(name, self._head(name))
         return self._heads[name]
 
     def _head(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

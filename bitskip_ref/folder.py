@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import struct
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +109,15 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raise FormatError unless names, dtypes, shapes and values are those of the config."""
+def check_tensors(
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    checked: Callable[[np.ndarray], None] = lambda _: None,
+) -> None:
+    """Raise FormatError unless names, dtypes, shapes and values are those of the config.
+
+    checked: called with each tensor whose values are right.
+    """
     expected = expected_tensors(config)
     for problem, names in (
         ("lacks", expected.keys() - tensors.keys()),
@@ -138,6 +147,7 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Non
                 )
         elif not np.isfinite(t).all():
             raise FormatError(f"{WEIGHTS}: {name} holds a value that is not finite")
+        checked(t)
 
 
 # ---- reading ------------------------------------------------------------------------
@@ -161,13 +171,27 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
     if not weights.is_file():
         raise FormatError(f"{root} lacks {WEIGHTS}")
     tensors = read_tensors(weights)
+    # Values and checksum each take a core for a while: side by side.
+    problems: list[BaseException] = []
+
+    def check() -> None:
+        try:
+            check_tensors(config, tensors, give_back)
+        except BaseException as error:
+            problems.append(error)
+
+    checking = threading.Thread(target=check)
+    checking.start()
     with open(weights, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-            raise FormatError(
-                f"{weights} does not match the checksum in {CONFIG}: the file is damaged or was "
-                "exchanged; copy or export it again"
-            )
-    check_tensors(config, tensors)
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    checking.join()
+    if found != digest:
+        raise FormatError(
+            f"{weights} does not match the checksum in {CONFIG}: the file is damaged or was "
+            "exchanged; copy or export it again"
+        )
+    if problems:
+        raise problems[0]
     extra = _read_json(root / GENERATION) if (root / GENERATION).exists() else {}
     numbers = {}
     for name, limit in (
@@ -185,6 +209,20 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
         root, config, tensors, tokenizer if tokenizer.is_file() else None,
         **numbers, auto_exit=auto_exit,
     )  # fmt: skip
+
+
+def give_back(array: np.ndarray) -> None:
+    """Let the system take back the memory of a mapped file's part; it is mapped anew when read."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or not hasattr(base, "madvise"):
+        return
+    offset = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (offset + array.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0:
+        base.madvise(mmap.MADV_DONTNEED, start, size)
 
 
 def _auto_exit(path: Path, extra: dict[str, Any], config: ModelConfig) -> ExitRule | None:

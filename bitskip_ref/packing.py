@@ -40,11 +40,13 @@ def unpack_ternary(packed: np.ndarray, in_features: int) -> np.ndarray:
 
 def check_codes(packed: np.ndarray) -> None:
     """Raise IllegalCodeError, naming the first place, if any pair of bits is 11."""
-    chunk = 1 << 20  # bounded scratch, so that checking a mapped file needs little memory
-    flat = packed.reshape(-1)
-    for start in range(0, flat.size, chunk):
-        part = flat[start : start + chunk]
-        bad = part & (part >> np.uint8(1)) & np.uint8(0x55)
-        if bad.any():
-            at = start + int(np.flatnonzero(bad)[0])
+    flat = np.asarray(packed).reshape(-1)
+    words = flat.view(np.uint64 if flat.size % 8 == 0 else np.uint8)
+    scratch = np.empty(min(words.size, 1 << 15), words.dtype)  # little, for a mapped file
+    for start in range(0, words.size, 1 << 15):
+        part = words[start : start + (1 << 15)]
+        both = np.right_shift(part, 1, out=scratch[: part.size])  # each bit and the one above it
+        both &= part
+        if int(np.bitwise_or.reduce(both)) & 0x5555555555555555:
+            at = start * words.itemsize + int(np.flatnonzero(both.view(np.uint8) & 0x55)[0])
             raise IllegalCodeError(f"illegal 2-bit code 3 in byte {at} of a packed tensor")

@@ -52,7 +52,7 @@ def bench(
         start = time.perf_counter()
     engines = [Engine(config, tensors, threads[0] if threads else None)]
     load_s = time.perf_counter() - start
-    engines += [Engine(config, tensors, count) for count in (threads or [])[1:]]
+    engines += [Engine(config, engines[0].weights, count) for count in (threads or [])[1:]]
     exits = exits or [config.num_hidden_layers]
     cases = plan(engines, tasks, exits)
     limits = Limits(engines[0].weight_bytes(max(exits)))

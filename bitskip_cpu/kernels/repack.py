@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bitskip_cpu.kernels.inner import inner
-from bitskip_cpu.kernels.memory import int32s, uint8s
+from bitskip_cpu.kernels.memory import uint8s
 from bitskip_cpu.kernels.tiles import (
     COLUMNS,
     DENSE,
@@ -14,6 +14,7 @@ from bitskip_cpu.kernels.tiles import (
     UNIT_LINES,
     UNIT_VALUE,
 )
+from bitskip_cpu.kernels.transpose import SIDE, transpose
 
 
 @inner
@@ -65,11 +66,12 @@ def repack(rows_at, row_bytes, rows, units, tail, tiles_at, scratch_at):
     """`rows` packed rows of row_bytes each, one behind the other -> tiles.
 
     Rows that the last tile lacks, and columns behind a row's end, have code 1 (weight 0). Scratch:
-    16 * C + 64 * C / 4 + 512 bytes, C the larger of a packed row's and a tile's columns.
+    32 * (C + 64) + 512 bytes, C the larger of a packed row's and a tile's columns.
     """
     lines = units * UNIT_VALUE + tail
     columns = lines * LINE_COLUMNS
-    stride = max(columns, 4 * row_bytes)
+    square = COLUMNS * SIDE
+    stride = (max(columns, 4 * row_bytes) + square - 1) // square * square
     planes_at = scratch_at + TILE_ROWS * stride
     unit_at = planes_at + TILE_ROWS * stride
     codes = uint8s(scratch_at, TILE_ROWS * stride)
@@ -83,11 +85,8 @@ def repack(rows_at, row_bytes, rows, units, tail, tiles_at, scratch_at):
             else:
                 for i in range(r * stride, (r + 1) * stride):
                     codes[i] = 1
-        for r in range(TILE_ROWS):
-            source, fours = int32s(scratch_at + r * stride, columns // COLUMNS), columns // COLUMNS
-            target = int32s(planes_at, fours * TILE_ROWS)
-            for k in range(fours):
-                target[k * TILE_ROWS + r] = source[k]
+        for column in range(0, columns, square):
+            transpose(scratch_at + column, stride, planes_at + column * TILE_ROWS)
         for unit in range(units):
             for i in range(UNIT_VALUE):
                 at = planes_at + (unit * UNIT_VALUE + i) * PLANES * LINE

@@ -56,7 +56,7 @@ def test_ternary_tiles(width: int, w: str, x: str) -> None:
     padded, size = tiles.padded_width(width), tiles.tile_bytes(width)
     units, tail = tiles.units(width), tiles.tail_lines(width)
     packed, tiled = pack_ternary(values), np.full(2 * size + 64, 77, np.uint8)
-    scratch = np.zeros(2 * 16 * max(padded, 4 * packed.shape[1]) + 512, np.uint8)
+    scratch = np.zeros(32 * (max(padded, 4 * packed.shape[1]) + 64) + 512, np.uint8)
     KERNELS.repack(at(packed), packed.shape[1], rows, units, tail, at(tiled), at(scratch))
     assert (tiled[2 * size :] == 77).all()
     exact_rows = np.zeros((2 * tiles.TILE_ROWS, width), np.int32)

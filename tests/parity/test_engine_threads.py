@@ -18,7 +18,7 @@ from bitskip_cpu.engine import Engine, load, random_model
 from bitskip_cpu.threads import default_threads
 from bitskip_ref.config import preset, small_twin
 from bitskip_ref.exits import ConfidenceExit, FixedExit
-from bitskip_ref.folder import read_folder
+from bitskip_ref.folder import WEIGHTS, read_folder
 from tests.helpers import random_folder, random_tokens
 
 CONFIG = small_twin("wt2-bitskip")
@@ -69,6 +69,23 @@ def test_four_threads_on_one_busy_core() -> None:
         os.sched_setaffinity(0, allowed)
     for result in results:
         assert result.tobytes() == expected.tobytes()
+
+
+def test_engines_may_share_weights() -> None:
+    """Turn by turn and side by side: each has its own workspace."""
+    first = eager(1)
+    engines = [first, *(Engine(CONFIG, first.weights, n) for n in (1, 2, 3))]
+    for engine in engines:
+        engine._space.state["worth"] = 0
+        assert engine.weights is first.weights
+    expected = text(eager(1))
+    for engine in engines:
+        assert text(engine).tobytes() == expected.tobytes()
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(text, engines * 3):
+            assert result.tobytes() == expected.tobytes()
+    with pytest.raises(ValueError, match="another model's"):
+        Engine(small_twin("bitskip-v1"), first.weights)
 
 
 def test_sleeping_helpers_come_back() -> None:
@@ -200,3 +217,20 @@ def test_packed_rows_given_back_can_be_read_again(tmp_path: Path) -> None:
     Engine(folder.config, folder.tensors)
     for name, tensor in folder.tensors.items():
         assert np.array_equal(before[name], tensor), name
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_a_loaded_file_does_not_stay_in_memory(tmp_path: Path) -> None:
+    """Of what was read to be checked and packed anew, only pages that tensors share remain."""
+    config = preset("tiny").replace(hidden_size=512, vocab_size=4096)
+    folder = read_folder(random_folder(tmp_path / "model", config))
+    engine = Engine(config, folder.tensors)
+
+    def resident() -> int:
+        parts = Path("/proc/self/smaps").read_text().split("model.safetensors\n")[1:]
+        return sum(1024 * int(part.split("Rss:")[1].split()[0]) for part in parts)
+
+    size = (tmp_path / "model" / WEIGHTS).stat().st_size
+    assert resident() < size / 4
+    engine.logits([1])
+    assert resident() > size / 4  # the head is used where it is mapped
