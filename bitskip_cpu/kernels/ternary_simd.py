@@ -264,7 +264,19 @@ def bytes_tile(tiles: int, tokens: int, unroll: int) -> Tile:
 
 
 packed_1, packed_2 = packed_tile(1, 4), packed_tile(2, 4)
-packed_4, packed_8 = packed_tile(4, 4), packed_tile(8, 2)
+packed_4 = packed_tile(4, 4)
+if WIDTH > 16:
+    packed_8 = packed_tile(8, 2)
+else:  # the sums of 8 tokens would not fit the registers
+
+    @inner
+    def packed_8(tile, units, tail, codes, codes_stride, last, out, out_stride):
+        """As the others; more than 4 tokens."""
+        packed_4(tile, units, tail, codes, codes_stride, 3, out, out_stride)
+        codes, out = codes + 4 * codes_stride, out + 4 * out_stride
+        packed_4(tile, units, tail, codes, codes_stride, last - 4, out, out_stride)
+
+
 BLOCK_TILES, BLOCK_TOKENS = {64: (4, 6), 32: (1, 4), 16: (1, 6)}[WIDTH]
 bytes_block = bytes_tile(BLOCK_TILES, BLOCK_TOKENS, 4 if PATH == "avx2" else 1)
 

@@ -1,0 +1,182 @@
+"""The path `dotprod` compiled on another machine: `python -m tests.kernels.arm FOLDER`.
+
+Writes each kernel as AArch64 assembly (.s) and object file (.o), and main.c, which calls them on
+ARM and names those whose sums differ from the exact ones. The kernels are typed and optimized by
+this machine's Numba, and only then given another target.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numpy as np
+
+from bitskip_cpu import isa
+
+TRIPLE = "aarch64-unknown-linux-gnu"
+WIDTH, ROWS, TOKENS = 300, 29, 8  # one unit of columns and a tail; two tiles; all that a call takes
+TERNARY = {"packed_1": 1, "packed_2": 2, "packed_4": 4, "packed_8": 8}  # tokens of a call
+HEADS = {"head_1x4": 1, "head_2x4": 2, "head_4x4": 4}
+NARROW = {"int4_1": (4, 1), "int4_4": (4, 4), "int6_1": (6, 1), "int6_4": (6, 4)}
+FLOATS = {"silu_products": 4, "dot_tree": 4, "turn": 4}  # number of arguments
+
+
+def for_arm(module: llvm.ModuleRef, folder: Path, name: str) -> None:
+    """Write a module's assembly and object file."""
+    machine = llvm.Target.from_triple(TRIPLE).create_target_machine(
+        cpu="neoverse-n1", features="+dotprod", opt=3, reloc="pic"
+    )
+    module.triple, module.data_layout = TRIPLE, str(machine.target_data)
+    (folder / f"{name}.s").write_text(machine.emit_assembly(module))
+    (folder / f"{name}.o").write_bytes(machine.emit_object(module))
+
+
+def c_array(name: str, array: np.ndarray) -> str:
+    """Definition of an array in C."""
+    kind = f"{array.dtype}_t"
+    values = ",".join(map(str, array.reshape(-1).tolist()))
+    return f"static {kind} {name}[] __attribute__((aligned(64))) = {{{values}}};\n"
+
+
+class Program:
+    """main.c: data, calls, comparisons."""
+
+    def __init__(self) -> None:
+        self.data, self.calls, self.declared = "", "", set[str]()
+
+    def array(self, name: str, array: np.ndarray) -> str:
+        """Define data; the name."""
+        self.data += c_array(name, array)
+        return name
+
+    def call(self, kernel: str, *arguments: str | int) -> None:
+        """Call by Numba's convention: two places, then int64."""
+        if kernel not in self.declared:
+            self.declared.add(kernel)
+            self.data += f"int {kernel}(void *, void *{', int64_t' * len(arguments)});\n"
+        passed = ", ".join(f"(int64_t)({a})" for a in arguments)
+        self.calls += f"  {kernel}(places, places + 1, {passed});\n"
+
+    def compare(self, kernel: str, found: str, exact: np.ndarray, row: int) -> None:
+        """Exact [T, N] against found, `row` int32 from one token's sums to the next."""
+        name = self.array(f"exact_{self.calls.count('compare')}", exact.astype(np.int32))
+        tokens, count = exact.shape
+        self.calls += f'  compare("{kernel}", {found}, {row}, {name}, {tokens}, {count});\n'
+
+    def source(self) -> str:
+        """The program; with an argument, one sum is wrong on purpose."""
+        return f"""
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+{self.data}
+static void *places[2];
+static int wrong;
+static void compare(const char *name, int32_t *found, int row, int32_t *exact, int t, int n) {{
+  for (int i = 0; i < t; i++)
+    if (memcmp(found + i * row, exact + i * n, 4 * n)) {{ puts(name); wrong = 1; return; }}
+}}
+int main(int count, char **words) {{
+  exact_0[7] += count > 1;
+{self.calls}
+  puts("compared");
+  return wrong;
+}}
+"""
+
+
+def ternary(program: Program) -> None:
+    """Packed rows -> tiles -> sums, packed and unpacked."""
+    from bitskip_cpu.kernels import linear, tiles
+    from bitskip_ref.packing import pack_ternary
+
+    rng = np.random.default_rng(0)
+    weights = rng.integers(-1, 2, (ROWS, WIDTH)).astype(np.int8)
+    packed = pack_ternary(weights)
+    padded, size = tiles.padded_width(WIDTH), tiles.tile_bytes(WIDTH)
+    units, tail = tiles.units(WIDTH), tiles.tail_lines(WIDTH)
+    codes = np.zeros((TOKENS, padded), np.int8)
+    codes[:, :WIDTH] = rng.integers(-127, 128, (TOKENS, WIDTH))
+    codes[0, :WIDTH] = 127
+    exact = codes[:, :WIDTH].astype(np.int32) @ (weights.astype(np.int32) + 1).T
+    scratch = 32 * (max(padded, 4 * packed.shape[1]) + 64) + 512
+    program.array("packed", packed)
+    program.array("codes", codes)
+    program.data += f"static uint8_t tiled[{2 * size + 64}], scratch[{scratch}];\n"
+    program.data += f"static uint8_t bytes[{2 * 16 * padded}];\nstatic int32_t out[{64 * 64}];\n"
+    program.call("repack", "packed", packed.shape[1], ROWS, units, tail, "tiled", "scratch")
+    for kernel, tokens in TERNARY.items():
+        for i in range(2):
+            program.call(kernel, f"tiled + {i * size}", units, tail, "codes", padded, tokens - 1,
+                         f"out + {16 * i}", 256)  # fmt: skip
+        program.compare(kernel, "out", exact[:tokens], 64)
+        program.calls += "  memset(out, 7, sizeof out);\n"
+    for i in range(2):
+        unpacked = f"bytes + {i * 16 * padded}"
+        program.call("unpack_tile", f"tiled + {i * size}", units, tail, unpacked)
+        program.call("bytes_block", unpacked, 16 * padded, 0, padded // 4,
+                     "codes", padded, linear.BLOCK_TOKENS - 1, f"out + {16 * i}", 256)  # fmt: skip
+    program.compare("bytes_block", "out", exact[: linear.BLOCK_TOKENS], 64)
+
+
+def heads(program: Program) -> None:
+    """int8 rows, and those of 6 and 4 bits."""
+    from bitskip_cpu.kernels import narrow
+
+    rng = np.random.default_rng(1)
+    rows = rng.integers(-127, 128, (4, 192)).astype(np.int8)
+    codes = rng.integers(-127, 128, (4, 192)).astype(np.int8)
+    rows[0], codes[0] = -127, 127
+    program.array("head", rows)
+    program.array("head_codes", codes)
+    exact = codes.astype(np.int32) @ rows.T.astype(np.int32)
+    for kernel, tokens in HEADS.items():
+        program.call(kernel, "head_codes", 192, tokens - 1, "head", 192, 3, 3, "out", 256)
+        program.compare(kernel, "out", exact[:tokens], 64)
+    for kernel, (bits, tokens) in NARROW.items():
+        top = 2 ** (bits - 1) - 1
+        narrow_rows = np.clip(np.tile(rows, (4, 1)), -top, top)
+        tile = program.array(f"{kernel}_rows", narrow.pack(narrow_rows, bits))
+        program.call(kernel, tile, 192 // narrow.GROUP, "head_codes", 192, tokens - 1, "out", 256)
+        shifted = narrow_rows.astype(np.int32) + 2 ** (bits - 1)
+        program.compare(kernel, "out", (codes.astype(np.int32) @ shifted.T)[:tokens], 64)
+
+
+def outermost(kernel: Callable[..., None], arguments: int) -> Callable[..., None]:
+    """A function that only calls a kernel; Numba wants its arguments one by one."""
+    names = ", ".join(f"a{i}" for i in range(arguments))
+    return eval(f"lambda {names}: kernel({names})", {"kernel": kernel})  # type: ignore[no-any-return]
+
+
+def main(folder: Path) -> None:
+    """Write all of it."""
+    isa.ARM64, isa.PATH = True, "dotprod"  # before any kernel is declared
+    from bitskip_cpu.kernels import attention, exponential, floats, linear, objects
+
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    wanted: dict[str, tuple[Callable[..., None], int]] = {}  # kernel, arguments
+    wanted["repack"] = objects.FUNCTIONS["repack"], 7
+    wanted |= {name: (getattr(linear, name), 8) for name in TERNARY}
+    wanted |= {"unpack_tile": (linear.unpack_tile, 4), "bytes_block": (linear.bytes_block, 9)}
+    wanted |= {name: (getattr(linear, name), 9) for name in HEADS}
+    wanted |= {name: (getattr(linear, name), 7) for name in NARROW}
+    for name, arguments in FLOATS.items():
+        found = (getattr(m, name, None) for m in (exponential, floats, attention))
+        wanted[name] = next(f for f in found if f), arguments
+    for name, (kernel, arguments) in wanted.items():
+        objects.FUNCTIONS.setdefault(name, outermost(kernel, arguments))
+        for_arm(objects.module(name, arguments), folder, name)
+    program = Program()
+    ternary(program)
+    heads(program)
+    (folder / "main.c").write_text(program.source())
+    (folder / "kernels.json").write_text(json.dumps(list(wanted)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
