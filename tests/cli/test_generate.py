@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,12 @@ def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(*arguments: Any) -> subprocess.Popen[str]:
+    """A process that listens to Ctrl-C, even if this one was started in the background."""
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         [sys.executable, "-m", "bitskip_cpu", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
+        preexec_fn=listen if os.name == "posix" else None,
     )  # fmt: skip
 
 
