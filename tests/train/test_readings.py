@@ -66,5 +66,5 @@ def test_padding_fills_and_cuts_documents():
 
 
 def test_a_form_without_hadamard_is_refused():
-    with pytest.raises(ConfigError, match="needs model.hadamard"):
+    with pytest.raises(ConfigError, match="needs model"):
         check_settings(small_twin("bitskip-v1"), TrainConfig(context=32, hadamard_form="after"))
