@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 import platformdirs
@@ -130,7 +130,7 @@ def _run(
         if settings.valid:
             held_out = load_split(TextSource(settings.valid, "validation"), tokenizer, cache)
         if settings.pad_documents:
-            end = int(tokenizer.token_to_id(END_OF_TEXT))
+            end = cast(int, tokenizer.token_to_id(END_OF_TEXT))
             split = split.padded(settings.context, end)
             held_out = held_out and held_out.padded(settings.context, end)
         trainer = Trainer(
