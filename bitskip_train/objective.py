@@ -9,6 +9,7 @@ from bitskip_train import losses
 from bitskip_train.draws import Draws
 from bitskip_train.evaluate import LOGIT_BUDGET
 from bitskip_train.model import BitskipModel
+from bitskip_train.readings import shifted
 from bitskip_train.schedule import dropout_probabilities, ramp
 from bitskip_train.settings import TrainConfig
 
@@ -65,8 +66,8 @@ class Objective:
         """Loss of the last layer and of the exits, with their gradients left in the leaves."""
         train, depth = self.train, self.depth
         flat = {n: leaf.flatten(0, 1) for n, leaf in leaves.items()}  # [B * T, D]
-        targets = ids[:, 1:].flatten()
-        exit_targets = targets if train.exit_targets == "next" else ids[:, :-1].flatten()
+        targets = shifted(ids, train.targets).flatten()
+        exit_targets = shifted(ids, train.exit_targets).flatten()
         scale = 1 / (len(targets) * train.accumulation)
         main = exit_total = torch.zeros((), device=self.device)
         rows = max(1, LOGIT_BUDGET // self.model.config.vocab_size)

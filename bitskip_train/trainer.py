@@ -60,6 +60,7 @@ class Trainer:
         self.windows = Windows(data.tokens, train.context, train.seed)
         torch.manual_seed(train.seed)
         self.model = BitskipModel(config).to(self.device)
+        self.model.hadamard_form = train.hadamard_form
         self.optimizer = make_optimizer(self.model, train)
         self.objective = Objective(self.model, train, self.device)
         self.step = self.position = 0
@@ -198,7 +199,7 @@ class Trainer:
             results = evaluate(
                 self.model, tokens[: train.eval_tokens + 1] if train.eval_tokens else tokens,
                 self.valid.bytes, context=train.context, batch=train.batch, exits=exits,
-                autocast=self.objective.dtype,
+                autocast=self.objective.dtype, targets=self.train.targets,
             )  # fmt: skip
             found = [results[n].loss for n in exits]
         found = self.world.share(found)
@@ -241,6 +242,8 @@ def check_settings(config: ModelConfig, train: TrainConfig) -> None:
         )
     if train.route_lambda and not config.gates:
         raise ConfigError("route_lambda above 0: needs model.gates = true")
+    if train.hadamard_form != "definition" and not config.hadamard:
+        raise ConfigError(f"hadamard_form = {train.hadamard_form!r}: needs model.hadamard = true")
     if train.quant_lambda and config.linear != "ternary":
         raise ConfigError("quant_lambda above 0: needs model.linear = 'ternary'")
 
