@@ -20,7 +20,7 @@ class Draws:
         ]
 
     def uniform(self, *shape: int) -> Tensor:
-        """The next numbers from [0, 1): f32 [samples, *shape] on the CPU, the same on any device."""
+        """The next numbers from [0, 1): f32 [samples, *shape], on the CPU."""
         return torch.stack([torch.rand(shape, generator=stream) for stream in self._streams])
 
 

@@ -93,8 +93,8 @@ def mean_exit_layer(gates: Sequence[Tensor], leftover: str) -> Tensor:
 def route_loss(mean_layer: Tensor, layers: int) -> Tensor:
     """v2 Eq. 9: squared distance of the mean exit layer from L / 2; a scalar.
 
-    The exit layer is averaged over the tokens of a pass before squaring: the model is to exit at the
-    target on average, not with each token.
+    The exit layer is averaged over the tokens of a pass before squaring: the model is to exit at
+    the target on average, not with each token.
     """
     return (mean_layer - layers / 2) ** 2
 

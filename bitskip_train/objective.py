@@ -34,9 +34,10 @@ class Objective:
     def backward(self, ids: Tensor, step: int, draws: Draws) -> dict[str, Tensor]:
         """Add the gradient of the mean loss over ids [B, T + 1] to the parameters'.
 
-        Exits rotate with `step`; `draws`, of the B samples, decide layer dropout and gates. The gradient is divided by `accumulation`; the terms returned, detached, are
-        not: `loss` of the last layer, and where they are on `exit_loss`, the weighted mean of this
-        pass's exits, and `route_loss`.
+        Exits rotate with `step`; `draws`, of the B samples, decide layer dropout and gates. The
+        gradient is divided by `accumulation`; the terms returned, detached, are not: `loss` of the
+        last layer, and where they are on `exit_loss`, the weighted mean of the step's exits, and
+        `route_loss`.
         """
         train = self.train
         exits = losses.exit_subset(self.exits, train.exit_subset, step)
@@ -87,7 +88,7 @@ class Objective:
                 exit_total = exit_total + weight * loss.detach()
         terms = {"loss": main / len(targets)}
         if exits:
-            # A subset's weights do not add up to 1; divided by their sum, passes can be compared.
+            # A subset's weights do not add up to 1; divided by their sum, steps can be compared.
             terms["exit_loss"] = exit_total / (len(targets) * sum(exits.values()))
         return terms
 

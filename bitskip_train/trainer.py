@@ -32,8 +32,8 @@ _COMPILERS = ("torch._dynamo", "torch._inductor")  # modules whose errors compil
 
 
 class Trainer:
-    """One run. All randomness is a function of the seed and of how many windows have been used, so a
-    resumed run repeats the bits, and several processes draw what one draws."""
+    """One run. All randomness is a function of the seed and of how many windows have been used, so
+    a resumed run repeats the bits, and several processes draw what one draws."""
 
     def __init__(
         self,
