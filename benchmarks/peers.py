@@ -19,7 +19,8 @@ For --isa avx2, compare with a build made for AVX2: add -DGGML_NATIVE=OFF -DGGML
 -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF. On a CPU with AMX, Q4_0 and Q8_0 end
 with an illegal instruction if gcc has bug 114098 (12.2 has): take a newer one, or clang.
 
-Runtimes (--runtimes, separated by commas): `bitskip`; FORMAT/HEAD of llama.cpp (TQ2_0/Q6_K);
+Runtimes (--runtimes, separated by commas): `bitskip`, with another head bitskip/HEAD
+(bitskip/int6); FORMAT/HEAD of llama.cpp (TQ2_0/Q6_K);
 `onnx`, our exported graph on ONNX Runtime; and, linear layers alone, `torch-f32`, `torch-bf16`,
 `torch-int8`, `ort-f32`, `ort-int8`, `ort-2bit`.
 """

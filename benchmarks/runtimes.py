@@ -52,7 +52,7 @@ class Runtime:
 
 def bitskip(
     folder: Path, config: ModelConfig, tests: Sequence[str], isa: str | None = None,
-    exits: Sequence[int] = (),
+    exits: Sequence[int] = (), head: str = "",
 ) -> Runtime:  # fmt: skip
     """`bitskip-cpu bench` on a model folder, by default at full depth."""
     words = [sys.executable, "-m", "bitskip_cpu", "bench", str(folder), "-r", "1", "-o", "json"]
@@ -73,7 +73,7 @@ def bitskip(
         return rows, limits
 
     return Runtime(
-        f"bitskip {isa}" if isa else "bitskip",
+        " ".join(filter(None, ("bitskip", isa, head and f"head {head}"))),
         lambda threads: [*words, *tests, "-t", str(threads)],
         read,
         entropy_bytes(config, config.num_hidden_layers),
@@ -120,11 +120,12 @@ class Models:
     preset: str
     config: ModelConfig
 
-    def folder(self) -> Path:
-        """A model folder of ours with random weights."""
-        path = self.root / self.preset
+    def folder(self, head: str = "") -> Path:
+        """A model folder of ours with random weights; `head` is a head format, if not its own."""
+        path = self.root / "-".join(filter(None, (self.preset, head)))
         if not (path / "config.json").exists():
-            write_folder(path, self.config, random_tensors(self.config, 0))
+            config = self.config.replace(head_format=head) if head else self.config
+            write_folder(path, config, random_tensors(config, 0))
         return path
 
     def gguf(self, linear: str, head: str) -> Path:
@@ -141,30 +142,29 @@ def runtimes(
     models: Models, names: Sequence[str], *, llama_bench: Path | None, prompt: int, steps: int,
     isa: str | None,
 ) -> list[Runtime]:  # fmt: skip
-    """Runtimes by name: bitskip; FORMAT/HEAD of llama.cpp, as TQ2_0/Q6_K; onnx; linear_layers'.
-
-    Raises ValueError for an unknown name, or a GGUF format without `llama_bench`.
+    """Runtimes by name: bitskip or bitskip/HEAD; FORMAT/HEAD of llama.cpp, as TQ2_0/Q6_K; onnx;
+    linear_layers'. Raises ValueError for an unknown name, or a GGUF format without `llama_bench`.
     """
     tests = ["-p", str(prompt), "-n", str(steps)]
     config, found = models.config, []
     whole = entropy_bytes(config, config.num_hidden_layers)
     for name in names:
-        if name == "bitskip":
-            found.append(bitskip(models.folder(), config, tests, isa))
+        linear, _, head = name.partition("/")
+        if linear == "bitskip":
+            found.append(bitskip(models.folder(head), config, tests, isa, head=head))
         elif name == "onnx":
             label, folder = "onnxruntime, our graph", str(models.folder())
             found.append(script(label, "onnx_graph", [folder, *tests], whole))
         elif name in KINDS:
             label = f"linear layers alone: {KINDS[name]}"
             found.append(script(label, "linear_layers", [name, models.preset, *tests]))
-        elif "/" in name:
+        elif head:
             if llama_bench is None:
                 raise ValueError(f"{name}: needs --llama-bench PATH")
-            linear, head = name.split("/", 1)
             gguf = models.gguf(linear, head)
             label = f"llama.cpp {linear}, head {head}"
             found.append(llama_cpp(llama_bench, gguf, label, config, tests))
         else:
-            known = ", ".join(["bitskip", "FORMAT/HEAD", "onnx", *KINDS])
+            known = ", ".join(["bitskip", "bitskip/HEAD", "FORMAT/HEAD", "onnx", *KINDS])
             raise ValueError(f"unknown runtime {name!r}: one of {known}")
     return found
