@@ -165,7 +165,7 @@ class BitskipModel(nn.Module):
         if keep is not None and not bool(keep.all()):
             chosen = keep.nonzero().squeeze(1).to(x.device)
             if not len(chosen):
-                return PassThrough.apply(x, *block.parameters())
+                return PassThrough.apply(x, *block.own_parameters())
             return x.index_copy(0, chosen, call(x.index_select(0, chosen), run))
         remember = report = None
         if cache is not None:

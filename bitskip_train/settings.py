@@ -74,7 +74,7 @@ class TrainConfig:
     exit_first: int = 1
     exit_last: int = -1  # 0 or less: counted from L (v1: -1, v2: 0)
     exit_layers: tuple[int, ...] = ()  # these exits in place of exit_first .. exit_last
-    exit_subset: int = 0  # exits used by one pass, in rotation; 0: all
+    exit_subset: int = 0  # exits used in a step, in rotation; 0: all
     exit_targets: str = "next"  # "same": the unshifted reading
     exit_distill: float = 0.0  # weight of KL(last layer || exit) beside the cross-entropy
     exit_ramp: int = 0  # steps over which exit_lambda grows from 0 (a curriculum)
