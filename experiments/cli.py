@@ -81,8 +81,12 @@ def reproduce(
         return
     chosen = definitions.names() if name == "all" else [name]
     experiments = [definitions.load(n, scale) for n in chosen]
+    if render:
+        reproduce.render(experiments, seeds, results, strict=name != "all")
+        return
     pool = reproduce.train(experiments, seeds, data, work, results, jobs, nproc, storage)
     if pool.stopping.is_set():
         sys.exit(130)
     if pool.failed:
         raise click.ClickException(f"failed: {', '.join(pool.failed)}")
+    reproduce.render(experiments, seeds, results, strict=name != "all")

@@ -21,9 +21,9 @@ HERE = Path(__file__).parent
 SCALES = ("cpu", "full")
 _EXPERIMENT = {
     "title", "source", "group", "runs", "grid", "seeds", "checkpoint", "measures", "exits", "rows",
-    "columns", "compare", "plot", "notes", "text",
+    "columns", "compare", "plot", "notes", "speed",
 }  # fmt: skip
-_COLUMN = {"name", "figure", "format", "paper", "text", "rank", "constant"}
+_COLUMN = {"name", "figure", "format", "paper", "text", "rank", "run", "optional"}
 _GROUP = {"data", "scales", "preset", "model", "train", "runs"}
 
 
@@ -58,6 +58,7 @@ class Experiment:
     grid: dict[str, list[Any]]  # of a sweep: parameter -> values
     plot: dict[str, Any]
     notes: list[str]
+    speed: str  # the experiment whose folder holds speed.json; empty: no speeds
 
     @property
     def folder(self) -> str:
@@ -91,8 +92,11 @@ def load(name: str, scale: str) -> Experiment:
         if key not in values:
             raise ExperimentError(f"{path.name}: lacks the key {key!r}")
     for column in values["columns"]:
-        if unknown := set(column) - _COLUMN:
-            raise ExperimentError(f"{path.name}: column {column.get('name')!r}: {unknown}")
+        if unknown := sorted(set(column) - _COLUMN):
+            raise ExperimentError(
+                f"{path.name}: column {column.get('name')!r}: unknown key {unknown[0]!r}; "
+                f"known: {', '.join(sorted(_COLUMN))}"
+            )
     try:
         points = _points(values, scale)
     except ConfigError as error:
@@ -105,7 +109,7 @@ def load(name: str, scale: str) -> Experiment:
         tokens=scales[scale].get("measure_tokens", 0), rows=values.get("rows", "run"),
         columns=values["columns"], compare=values.get("compare", []),
         grid=values.get("grid", {}).get("values", {}), plot=values.get("plot", {}),
-        notes=values.get("notes", []),
+        notes=values.get("notes", []), speed=values.get("speed", ""),
     )  # fmt: skip
 
 

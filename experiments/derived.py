@@ -65,6 +65,17 @@ def viability(figures: Figures) -> str:
     return next(word for limit, word in limits if lost < limit)
 
 
+def ternary_cost(figures: Figures) -> float:
+    """Loss of the quantized model less that with weights and activations bypassed, in nats."""
+    found = [look_up(figures, f"bypass.{name}.loss") for name in ("none", "activations")]
+    return float(found[0]) - float(found[1])
+
+
+def degradation(figures: Figures) -> float:
+    """Perplexity of the quantized model over that in full precision, less 1."""
+    return math.expm1(min(700.0, ternary_cost(figures)))
+
+
 def status(figures: Figures) -> str:
     """Whether a model knows more of held-out text than how common each token is."""
     best, unigram = look_up(figures, "training.best_loss"), look_up(figures, "unigram.loss")
@@ -74,5 +85,5 @@ def status(figures: Figures) -> str:
 DERIVED: dict[str, Callable[[Figures], float | str]] = {
     "ppl_increase": ppl_increase, "speed_gain": speed_gain, "status": status,
     "quality_speed_ratio": quality_speed_ratio, "optimal_exit": optimal_exit,
-    "viability": viability,
+    "viability": viability, "ternary_cost": ternary_cost, "degradation": degradation,
 }  # fmt: skip

@@ -104,43 +104,36 @@ def training(subject: Subject) -> Figures:
 
 def bypass(subject: Subject) -> Figures:
     """Full depth: quantized, weights in full precision, activations too (SPEC 10 row 20)."""
-    found = {
-        name: next(iter(subject.losses("valid", bypass=name).values()))
+    return {
+        name: next(iter(subject.losses("valid", bypass=name).values())).facts()
         for name in ("none", "weights", "activations")
     }
-    # Perplexities may be astronomic where a model was never trained in full precision.
-    degradation = math.expm1(min(700.0, found["none"].loss - found["activations"].loss))
-    return {name: loss.facts() for name, loss in found.items()} | {"degradation": degradation}
 
 
 def weights(subject: Subject) -> Figures:
-    """Ternary statistics (SPEC 4.1), means over linear layers as the paper's; raw ones beside.
-
-    `half_zero_layers` counts linear layers (matrices) with at least half of their codes zero.
-    """
+    """Ternary statistics (SPEC 4.1): the mean of alpha over the linear layers, fractions of all
+    their weights, how many of them have at least half zeros; each layer's own beside."""
     from bitskip_ref.quant import quantize_weights
 
-    layers = []
+    layers: dict[str, dict[str, float]] = {}
     for name, weight in subject.model.quantized_weights():
         codes, alpha = quantize_weights(weight.detach().cpu().numpy())
-        layers.append(
-            {
-                "name": name, "scale": float(alpha), "zeros": float((codes == 0).mean()),
-                "plus": float((codes > 0).mean()), "minus": float((codes < 0).mean()),
-                "size": codes.size,
-            }
-        )  # fmt: skip
+        shares = {"zeros": (codes == 0), "plus": (codes > 0), "minus": (codes < 0)}
+        layers[name] = {key: float(where.mean()) for key, where in shares.items()}
+        layers[name] |= {"scale": float(alpha), "size": codes.size}
     if not layers:
         raise ExperimentError(f"{subject.run.name}: has no ternary layers")
-    sizes = np.array([layer["size"] for layer in layers], float)
-    shares = {
-        key: float(np.average([layer[key] for layer in layers], weights=sizes))
+    sizes = [layer["size"] for layer in layers.values()]
+    means = {
+        key: float(np.average([layer[key] for layer in layers.values()], weights=sizes))
         for key in ("zeros", "plus", "minus")
     }
     return {
-        "mean_scale": float(np.mean([layer["scale"] for layer in layers])), **shares,
-        "half_zero_layers": sum(layer["zeros"] >= 0.5 for layer in layers), "matrices": layers,
-    }  # fmt: skip
+        "mean_scale": float(np.mean([layer["scale"] for layer in layers.values()])),
+        **means,
+        "half_zero_layers": sum(layer["zeros"] >= 0.5 for layer in layers.values()),
+        "matrices": layers,
+    }
 
 
 def activations(subject: Subject) -> Figures:

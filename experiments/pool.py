@@ -25,7 +25,6 @@ CHILD_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "268435456",
 }
-POLL_S = 0.5
 
 
 @dataclass
@@ -86,7 +85,6 @@ class Pool:
         if self.gpus and self.processes == 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.gpus)
         self.running[run.digest] = run
-        before = run.about.get("seconds", 0.0)
         run.note(identity=run.identity, commit=run.about.get("commit") or commit())
         started = time.monotonic()
         log = run.folder / "train.log"
@@ -99,10 +97,11 @@ class Pool:
             self._children.add(child)
             if self.stopping.is_set():  # between the check above and now
                 child.send_signal(signal.SIGINT)
-            code = child.wait()
+            code, cpu = _wait(child)
             self._children.discard(child)
-        seconds = before + time.monotonic() - started
-        run.note(seconds=seconds, **({"finished": True} if code == 0 else {}))
+        spent = {"seconds": time.monotonic() - started, "cpu_seconds": cpu}
+        spent = {key: value + run.about.get(key, 0.0) for key, value in spent.items()}
+        run.note(**spent, **({"finished": True} if code == 0 else {}))
         if code not in (0, 130) and not self.stopping.is_set():
             self.failed[run.name] = f"{_last_line(log)} (exit code {code}; all of it in {log})"
 
@@ -111,6 +110,13 @@ class Pool:
         self.stopping.set()
         for child in list(self._children) if forward else ():
             child.send_signal(signal.SIGINT)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> tuple[int, float]:
+    """Exit code of a child and the processor time it took, its own children's included."""
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    return child.returncode, usage.ru_utime + usage.ru_stime
 
 
 @contextmanager

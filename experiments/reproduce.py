@@ -9,9 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bitskip_ref.files import replace_file
 from experiments.definitions import Experiment, load, names
+from experiments.errors import ExperimentError
 from experiments.pool import Pool, stopping_on_signals
-from experiments.results import read_result, result_path, write_result
+from experiments.results import read_result, read_results, result_path, write_result
 from experiments.runs import Run, runs_of
 from experiments.showing import Progress
 from experiments.sweep import sweep
@@ -96,6 +98,36 @@ def _train(everything: Needs, pool: Pool, storage: str | None, work: Path) -> No
         for experiment, runs in here:
             if experiment.grid and not pool.stopping.is_set():
                 sweep(experiment, runs, pool, storage, work)
+
+
+def render(
+    experiments: list[Experiment], seeds: tuple[int, ...] | None, results: Path, strict: bool
+) -> None:
+    """Write table.md, table.csv and plot.png of each experiment from its result files.
+
+    strict: raise ExperimentError where results lack; else say so and go on.
+    """
+    from experiments import plots, tables
+
+    for experiment in experiments:
+        folder = results / experiment.folder
+        try:
+            found = read_results(results, experiment, seeds)
+        except ExperimentError as error:
+            if strict:
+                raise
+            Console(stderr=True).print(f"{experiment.name}: {error}", highlight=False)
+            continue
+        texts = {
+            "table.md": tables.markdown(experiment, found),
+            "table.csv": tables.csv_text(experiment, found),
+        }
+        for name, text in texts.items():
+            with replace_file(folder / name) as file:
+                file.write(text.encode())
+        if experiment.plot:
+            plots.draw(experiment, found, folder / "plot.png")
+        print(f"{folder / 'table.md'}")
 
 
 def _gpus() -> int:

@@ -1,4 +1,4 @@
-"""Result files: figures of one run for one experiment, as JSON that needs nothing else to render."""
+"""Result files: one run's figures for one experiment, as JSON that suffices to render."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ def write_result(
         "train": run.point.train.replace(seed=run.seed).to_dict(),
         "data": run.identity["data"], "measure_tokens": experiment.tokens,
         "commit": {"trained": about.get("commit"), "measured": commit()},
-        "seconds": {"training": about.get("seconds"), "measuring": seconds},
+        "seconds": {
+            "training": about.get("seconds"),
+            "training_cpu": about.get("cpu_seconds"),
+            "measuring": seconds,
+        },
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "environment": environment(),
     }  # fmt: skip
@@ -75,4 +79,15 @@ def read_results(
         if seeds is None:
             paths = {s: path for s, path in paths.items() if path.exists()} or paths
         found[point.label] = {s: read_result(path) for s, path in paths.items()}
+    if experiment.speed and (path := speed_path(results, experiment)).exists():
+        speeds = json.loads(path.read_text("utf-8"))["table"]
+        for label, by_seed in found.items():
+            for result in by_seed.values():
+                result["figures"]["speed"] = speeds.get(label, {})
     return found
+
+
+def speed_path(results: Path, experiment: Experiment) -> Path:
+    """Where the speeds lie that an experiment shows; they are no run's."""
+    folder = experiment.folder.replace(experiment.name, experiment.speed)
+    return results / folder / "speed.json"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,15 +59,12 @@ def sweep(
 def _study_name(experiment: Experiment, runs: list[Run]) -> str:
     """One study for each table, seed and set of runs: a changed configuration is another study."""
     digests = "".join(sorted(run.digest for run in runs))
-    import hashlib
-
     return f"{experiment.folder}-{hashlib.sha256(digests.encode()).hexdigest()[:8]}"
 
 
 def _journal(path: Path) -> optuna.storages.BaseStorage:
-    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
-
-
+    return JournalStorage(JournalFileBackend(str(path)))

@@ -81,10 +81,13 @@ def _cell(column: dict[str, Any], row: Row) -> Cell:
     if "text" in column:
         return Cell(column["text"].get(row.key, ""), paper)
     wanted = column.get("run")
-    values = [
-        figure_of(result, column["figure"], row.exit_layer)
-        for result in row.results if wanted is None or result["label"] == wanted
-    ]  # fmt: skip
+    chosen = [result for result in row.results if wanted in (None, result["label"])]
+    try:
+        values = [figure_of(result, column["figure"], row.exit_layer) for result in chosen]
+    except ExperimentError:
+        if column.get("optional"):
+            return Cell(None, paper)
+        raise
     words = sorted({value for value in values if isinstance(value, str)})
     if words:
         return Cell(" / ".join(words), paper)
@@ -104,7 +107,7 @@ def number(value: float, form: str = "") -> str:
 
 def _ours(cell: Cell, form: str) -> str:
     if not isinstance(cell.ours, Mean):
-        return cell.ours or ""
+        return "not measured" if cell.ours is None else cell.ours
     text = number(cell.ours.value, form)
     if cell.ours.error is None:
         return text
@@ -191,7 +194,7 @@ def _made(experiment: Experiment, results: Results) -> list[str]:
     steps = sorted({r["train"]["steps"] for r in some})
     train, model = some[0]["train"], some[0]["model"]
     per_step = train["batch"] * train["accumulation"] * train["context"]
-    seconds = [r["seconds"]["training"] for r in some if r["seconds"]["training"]]
+    seconds = [r["seconds"].get("training_cpu") or r["seconds"]["training"] or 0 for r in some]
     commits = sorted({str(r["commit"]["trained"])[:8] for r in some})
     tokens = f"the first {experiment.tokens:,} tokens" if experiment.tokens else "all tokens"
     size = f"{model['num_hidden_layers']} layers, hidden size {model['hidden_size']}"
@@ -202,7 +205,7 @@ def _made(experiment: Experiment, results: Results) -> list[str]:
         f"{' or '.join(f'{s:,}' for s in steps)} steps of {per_step:,} tokens; {seed_word}.",
         f"- Held-out figures: {tokens}, windows of {train['context']} without overlap; weights of "
         f"`{experiment.checkpoint}.pt`. Trained at commit {', '.join(commits)}; "
-        f"{sum(seconds) / 60:.0f} minutes of training in all.",
+        f"{sum(seconds) / 60:.0f} minutes of processor time in all.",
     ]
 
 
