@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from bitskip_cpu.weights import Tensors
 from bitskip_ref.config import ModelConfig
 
 NAMES = {
@@ -47,7 +46,7 @@ class LlamaEngine:
     An exit at n runs the first n blocks, then final norm and head, as ours does.
     """
 
-    def __init__(self, config: ModelConfig, tensors: Tensors, threads: int) -> None:
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, np.ndarray], threads: int) -> None:
         """`tensors` f32, as in the folder of an FP32 model of v1's kind."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
