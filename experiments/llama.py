@@ -46,7 +46,9 @@ class LlamaEngine:
     An exit at n runs the first n blocks, then final norm and head, as ours does.
     """
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, np.ndarray], threads: int) -> None:
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, np.ndarray], threads: int
+    ) -> None:
         """`tensors` f32, as in the folder of an FP32 model of v1's kind."""
         from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -31,11 +31,10 @@ def test_all_then_again_then_render(mini: Path) -> None:
     folder = mini / "results/v2-table1"
     files = sorted(p.name for p in folder.iterdir())
     assert files == [
-        "plain-seed0.json", "plain-seed1.json", "plot.png", "table.csv", "table.md",
-        "with-exits-seed0.json", "with-exits-seed1.json",
+        "plot.png", "table.csv", "table.md", "with-exits-seed0.json", "with-exits-seed1.json",
     ]  # fmt: skip
-    # The sweep's point at 0.2 is the table's run with exits: five runs for six uses.
-    assert len(list((mini / "work").glob("*/last.pt"))) == 5
+    # The sweep's point at 0.2 is the table's run of seed 0: three runs for four uses.
+    assert len(list((mini / "work").glob("*/last.pt"))) == 3
     shared = [json.loads(p.read_text())["run"] for p in (
         folder / "with-exits-seed0.json", mini / "results/v2-table2/0.2-seed0.json")]  # fmt: skip
     assert shared[0] == shared[1]
@@ -51,8 +50,8 @@ def test_all_then_again_then_render(mini: Path) -> None:
     assert abs(sum(shares) - 1) < 1e-6 and len(figures["weights"]["matrices"]) == 3 * 6
     assert sorted(figures["activations"]) == ["0", "1", "2", "3"]
     table = (folder / "table.md").read_text()
-    assert "| Plain | " in table and " ± " in table and "228.8" in table
-    assert "| Exits less plain | " in table and "- A note.\n" in table
+    assert "| With exits | " in table and " ± " in table and "252.4" in table
+    assert "| Ternary less FP | " in table and "- A note.\n" in table
     # Again: nothing to train, nothing to measure.
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*.json")}
     again = reproduce(mini, "v2-table1")
@@ -66,13 +65,14 @@ def test_all_then_again_then_render(mini: Path) -> None:
     assert one.exit_code == 0 and "One seed" in (folder / "table.md").read_text()
     lacks = reproduce(mini, "v2-table1", "--render", "--seeds", "0,5")
     assert lacks.exit_code == 1 and lacks.stderr.count("\n") == 1
-    assert "plain-seed5.json: no such result; run `reproduce` without --render" in lacks.stderr
+    assert "with-exits-seed5.json: no such result; run `reproduce` without --render" in lacks.stderr
 
 
 def test_a_killed_child_is_reported_and_goes_on_to_the_same_weights(mini: Path) -> None:
     scales = definitions.HERE / "scales.toml"
     scales.write_text(scales.read_text().replace("steps = 3", "steps = 60"))
-    first, second = runs(mini, "v2-table1")
+    first = runs(mini, "v2-table1")[0]
+    whole = runs_of([first.point], (0,), mini / "data", mini / "other")[0]
     pool = Pool(jobs=1, say=lambda text: None)
 
     def kill() -> None:
@@ -82,18 +82,16 @@ def test_a_killed_child_is_reported_and_goes_on_to_the_same_weights(mini: Path) 
 
     killer = threading.Thread(target=kill)
     killer.start()
-    pool.train_all([first, second])
+    pool.train_all([first, whole])
     killer.join()
     assert list(pool.failed) == [first.name] and "exit code -9" in pool.failed[first.name]
-    assert not first.trained and second.trained and first.last.exists()
+    assert not first.trained and whole.trained
     resumed_from = load_checkpoint(first.last).step
     assert 0 < resumed_from < 60
     again = Pool(jobs=1, say=lambda text: None)
     again.train_all([first])
     assert first.trained and not again.failed
     assert f"steps {resumed_from}..60" in (first.folder / "train.log").read_text()
-    whole = runs_of([first.point], (0,), mini / "data", mini / "other")[0]
-    again.train_all([whole])
     states = [load_checkpoint(run.last).state for run in (first, whole)]
     assert all((states[0][name] == states[1][name]).all() for name in states[0])
 
@@ -134,7 +132,7 @@ def test_a_signal_stops_the_children_and_the_command_goes_on(mini: Path) -> None
     [
         (["v9-table1"], "unknown experiment 'v9-table1'; known: v2-table1, v2-table2"),
         (["v2-table1", "--seeds", "0,x"], "'0,x': must be seeds, for example 0,1,2"),
-        (["v2-table1", "--render"], "plain-seed0.json: no such result"),
+        (["v2-table1", "--render"], "with-exits-seed0.json: no such result"),
         (["v2-table1", "--measure", "speed"], "has no speed columns; v1-table4 has"),
         (["v2-table2", "--storage", "nonsense://x"], "--storage nonsense://x: "),
     ],
@@ -155,7 +153,7 @@ def test_missing_data_is_one_line(mini: Path) -> None:
 def test_the_list_tells_the_state(mini: Path) -> None:
     result = reproduce(mini)
     assert result.exit_code == 0
-    assert "v2-table1" in result.stdout and "0 of 4" in result.stdout
+    assert "v2-table1" in result.stdout and "0 of 2" in result.stdout
 
 
 def test_rendering_imports_neither_torch_nor_optuna(mini: Path) -> None:
