@@ -36,7 +36,7 @@ class LlamaCache:
     @length.setter
     def length(self, value: int) -> None:
         if value < self._length:
-            self.inner.crop(value)
+            self.inner.crop(value - self._length)  # below 0: so many tokens less
         self._length = value
 
 

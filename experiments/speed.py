@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from bitskip_ref.config import preset
 from bitskip_ref.files import replace_file
 from experiments.definitions import Experiment
 from experiments.environment import commit, environment
@@ -74,7 +75,6 @@ def _papers_shape(runs: list[Run], threads: int, say: Say) -> Iterator[Contestan
     """Random weights; FP32 by us and by transformers on the same arrays."""
     from bitskip_cpu.engine import Engine
     from bitskip_cpu.weights import random_tensors
-    from bitskip_ref.config import preset
     from experiments.llama import LlamaEngine
 
     for label, name in PRESETS.items():
@@ -158,14 +158,16 @@ def speed_page(values: dict[str, Any]) -> str:
     }
     for shape, title in titles.items():
         rows = [row for row in values["rows"] if row["shape"] == shape]
+        if not rows:
+            continue
         lines += [f"## {title}", "", "| model | runtime | threads | tokens timed | "
-                  + " | ".join(f"exit {n}" for n in EXITS) + " | gain at 18 |",
+                  + " | ".join(f"exit {n}" for n in EXITS) + f" | gain at {EXITS[-2]} |",
                   "|---|---|---:|---:|" + "---:|" * (len(EXITS) + 1)]  # fmt: skip
         for key in dict.fromkeys((r["label"], r["runtime"]) for r in rows):
             mine = [r for r in rows if (r["label"], r["runtime"]) == key]
             by_exit = {r["exit_layer"]: r["tokens_per_s"]["median"] for r in mine}
             speeds = [number(by_exit[n]) for n in EXITS]
-            gain = f"{by_exit[18] / by_exit[24] - 1:+.1%}"
+            gain = f"{by_exit[EXITS[-2]] / by_exit[EXITS[-1]] - 1:+.1%}"
             first = mine[0]
             texts = [*key, str(first["threads"]), str(first["tokens"]), *speeds, gain]
             lines.append("| " + " | ".join(texts) + " |")
