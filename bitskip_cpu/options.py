@@ -31,7 +31,7 @@ def load_model(
     from bitskip_cpu.progress import prepare
 
     prepare(quiet)
-    return bitskip_cpu.load(model, threads, kv_cache)
+    return bitskip_cpu.load(model, threads, kv_cache=kv_cache)
 
 
 class ErrorLine(click.ClickException):

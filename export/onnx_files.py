@@ -89,8 +89,6 @@ def find_graphs(path: Path) -> tuple[ModelConfig, str, dict[int, Path]]:
         graphs[int(metadata[EXIT_KEY])] = file
         configs.add((metadata[CONFIG_KEY], metadata.get(CACHE_KEY, "float32")))
     if len(configs) > 1:
-        raise FormatError(
-            f"{path}: holds graphs of different models or caches: give one file"
-        )
+        raise FormatError(f"{path}: holds graphs of different models or caches: give one file")
     config, kv_cache = configs.pop()
     return ModelConfig.from_dict(json.loads(config)), kv_cache, graphs
