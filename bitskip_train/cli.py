@@ -8,12 +8,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 import platformdirs
 
 from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.documents import END_OF_TEXT
 from bitskip_train.errors import CheckpointError, DataError, TrainingError
 from bitskip_train.recipes import RECIPES, apply, parse_overrides, read_toml, recipe
 from bitskip_train.settings import TrainConfig
@@ -128,6 +129,10 @@ def _run(
         held_out = None
         if settings.valid:
             held_out = load_split(TextSource(settings.valid, "validation"), tokenizer, cache)
+        if settings.pad_documents:
+            end = cast(int, tokenizer.token_to_id(END_OF_TEXT))
+            split = split.padded(settings.context, end)
+            held_out = held_out and held_out.padded(settings.context, end)
         trainer = Trainer(
             model, settings, split, held_out, tokenizer.to_str(), out, checkpoint, world
         )
@@ -191,6 +196,7 @@ def evaluate(
     tokenizer = parse_tokenizer(loaded.tokenizer_json, str(checkpoint))
     split = load_split(TextSource(text, "validation"), tokenizer, token_cache)
     model = BitskipModel(loaded.config)
+    model.hadamard_form = TrainConfig.from_dict(loaded.train).hadamard_form
     model.load_state_dict(loaded.state)
     results = evaluation.evaluate(
         model.to(pick_device(device)), split.tokens, split.bytes, context=context, batch=batch,
@@ -250,6 +256,7 @@ def fit_gates(
     split = load_split(TextSource(data or settings.data, "train"), tokenizer, token_cache)
     windows = Windows(split.tokens, settings.context, seed)
     model = gates.with_gates(loaded.config, loaded.state).to(pick_device(device))
+    model.hadamard_form = settings.hadamard_form
     every = max(1, steps // 10)
 
     def report(step: int, loss: float) -> None:

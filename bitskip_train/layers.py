@@ -131,6 +131,10 @@ class Block(nn.Module):
             self.gate = Gate(config)
         self._kept: dict[str, Prepared] = {}
 
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that `forward` uses: all but the gate's."""
+        return [p for name, p in self.named_parameters() if not name.startswith("gate.")]
+
     # ---- linear layers --------------------------------------------------------------
 
     def linears(self, group: str) -> list[Weight]:
