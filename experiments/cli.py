@@ -64,11 +64,16 @@ def _seed_list(
     show_default=True, help="Folder for figures, tables and pictures.",
 )  # fmt: skip
 @click.option("--storage", metavar="URL", help="Optuna's, for sweeps by several machines.")
+@click.option(
+    "--measure", type=click.Choice(["speed"]),
+    help="speed: only the speed columns, on a quiet machine, of the first seed's trained runs.",
+)  # fmt: skip
 @click.option("--render", is_flag=True, help="Only draw tables and pictures from the results.")
 @_one_line_errors
 def reproduce(
     name: str | None, scale: str, seeds: tuple[int, ...] | None, jobs: int | None, nproc: int,
-    data: Path | None, work: Path, results: Path, storage: str | None, render: bool,
+    data: Path | None, work: Path, results: Path, storage: str | None, measure: str | None,
+    render: bool,
 ) -> None:  # fmt: skip
     """Reproduce a table or figure of the papers: train what is missing, measure, draw.
 
@@ -81,6 +86,9 @@ def reproduce(
         return
     chosen = definitions.names() if name == "all" else [name]
     experiments = [definitions.load(n, scale) for n in chosen]
+    if measure:
+        reproduce.measure_speeds(experiments, seeds, data, work, results)
+        return
     if render:
         reproduce.render(experiments, seeds, results, strict=name != "all")
         return

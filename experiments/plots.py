@@ -96,7 +96,7 @@ def depth(figure: Any, experiment: Experiment, results: Results) -> None:
     axes.set_xticks(exits)
     axes.set_xlabel("exit layer (blocks run)" if plot.get("scale") != "linear" else "block")
     axes.set_ylabel(plot["label"])
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _paper_by_exit(experiment: Experiment, label: str, exits: Sequence[int]) -> dict[int, float]:

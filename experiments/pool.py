@@ -49,7 +49,7 @@ class Pool:
 
     def train_all(self, runs: Sequence[Run]) -> None:
         """Train what is not trained, then measure. Failures are noted; the others go on."""
-        unique = {run.digest: run for run in runs}
+        unique = {run.folder: run for run in runs}
         with ThreadPoolExecutor(self.jobs) as threads:
             for done in [threads.submit(self.train, run) for run in unique.values()]:
                 done.result()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -33,15 +33,18 @@ def train(
     pool = Pool(jobs or _jobs(experiments, gpus, processes), processes, gpus, console.print)
     pool.measure = Measuring(everything, results).measure
     runs = {run.digest: run for _, _, found in everything for run in found}
-    with stopping_on_signals(pool), Progress(console, list(runs.values()), pool):
-        worker = threading.Thread(target=_train, args=(everything, pool, storage, work))
-        worker.start()
-        while worker.is_alive():  # in steps, so that signals are seen
-            worker.join(0.5)
+    with (
+        stopping_on_signals(pool),
+        Progress(console, list(runs.values()), pool),
+        ThreadPoolExecutor(1) as threads,  # so that this one sees signals
+    ):
+        threads.submit(_train, everything, pool, storage, work).result()
     if pool.stopping.is_set():
         console.print("stopped; the same command goes on")
     return pool
 
+
+SPEED_ROUNDS = 5
 
 Needs = list[tuple[int, Experiment, list[Run]]]
 """(index of the seed, experiment, its runs of that seed)."""
@@ -98,6 +101,23 @@ def _train(everything: Needs, pool: Pool, storage: str | None, work: Path) -> No
         for experiment, runs in here:
             if experiment.grid and not pool.stopping.is_set():
                 sweep(experiment, runs, pool, storage, work)
+
+
+def measure_speeds(
+    experiments: list[Experiment], seeds: tuple[int, ...] | None, data: Path | None, work: Path,
+    results: Path,
+) -> None:  # fmt: skip
+    """Measure what the experiments' speed columns need. Raises ExperimentError if none has any."""
+    from bitskip_cpu.machine import usable_cores
+    from experiments.speed import measure_speed
+
+    wanted = {e.speed: e for e in experiments if e.speed}
+    if not wanted:
+        raise ExperimentError(f"{experiments[0].name}: has no speed columns; v1-table4 has")
+    for experiment in wanted.values():
+        runs = runs_of(experiment.points, (seeds or experiment.seeds)[:1], data, work)
+        say = Console(stderr=True).print
+        measure_speed(experiment, runs, results, usable_cores(), SPEED_ROUNDS, say)
 
 
 def render(
