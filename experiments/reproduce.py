@@ -44,7 +44,7 @@ def train(
     return pool
 
 
-SPEED_ROUNDS = 5
+SPEED_ROUNDS = 3
 
 Needs = list[tuple[int, Experiment, list[Run]]]
 """(index of the seed, experiment, its runs of that seed)."""
