@@ -106,10 +106,12 @@ def _run(
 ) -> bool:  # fmt: skip
     """Load the data and train; False if interrupted."""
     from bitskip_train.data import TextSource, load_split
+    from bitskip_train.memory import keep_freed_memory
     from bitskip_train.tokenizer import make_tokenizer, parse_tokenizer
     from bitskip_train.trainer import Trainer, check_settings
     from bitskip_train.world import World
 
+    keep_freed_memory()
     check_settings(model, settings)
     if not settings.data:
         raise ConfigError("--data is missing")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.files import remove_leftovers
 from bitskip_train import losses
 from bitskip_train.checkpoint import Checkpoint, save_checkpoint
 from bitskip_train.data import Split, Windows
@@ -137,6 +138,9 @@ class Trainer:
         The first Ctrl-C lets the step finish; a second one stops at once. Writes last.pt, best.pt
         (at each record of the validation loss, without optimizer state) and history.jsonl.
         """
+        if self.world.main:
+            for name in ("last.pt", "best.pt", "history.jsonl"):
+                remove_leftovers(self.out / name)
         report = Report(
             self.out if self.world.main else None, self.train.steps, self.step, self.history,
             tensorboard,
