@@ -136,7 +136,9 @@ def render(
         except ExperimentError as error:
             if strict:
                 raise
-            Console(stderr=True).print(f"{experiment.name}: {error}", highlight=False)
+            Console(stderr=True).print(
+                f"{experiment.name}: {error}", highlight=False, soft_wrap=True, markup=False
+            )
             continue
         texts = {
             "table.md": tables.markdown(experiment, found),
