@@ -32,7 +32,7 @@ blocks: Any
 if PATH == "amx512":
     from bitskip_cpu.kernels import ternary_amx as blocks
 
-    FEW_ABOVE = 4  # tokens; measured
+    FEW_ABOVE = 2  # tokens; measured
 else:
     blocks = ternary
     FEW_ABOVE = UNPACK_ABOVE
