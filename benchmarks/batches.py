@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 
 import numpy as np
 
@@ -59,11 +58,11 @@ class Batch:
         return seconds
 
 
-def medians(batches: list[Batch], repetitions: int, extra: Callable[[], None]) -> np.ndarray:
-    """Medians in ms [batches, parts] of runs in turns; `extra` once a turn."""
+def medians(batches: list[Batch], repetitions: int, limits: Limits) -> np.ndarray:
+    """Medians in ms [batches, parts] of runs in turns; `limits` are sampled once a turn."""
     samples: list[list[list[float]]] = [[[] for _ in PARTS] for _ in batches]
     for turn in range(repetitions + 1):
-        extra()
+        limits.sample(batches[0].engine.threads)
         for batch, taken in zip(batches, samples, strict=True):
             for part, values in zip(PARTS, taken, strict=True):
                 seconds = batch.seconds(part)
@@ -112,7 +111,7 @@ def main() -> None:
         head = engine.weight_bytes(config.num_hidden_layers) - linear
         limits = Limits(linear + head)
         batches = [Batch(engine, count, options.depth) for count in tokens]
-        times = medians(batches, options.repetitions, lambda: limits.sample(threads))
+        times = medians(batches, options.repetitions, limits)
         speed = limits.bytes_per_s(threads) or float("nan")
         print(f"\n{options.preset}, {threads} thread(s), {options.depth} positions cached; "
               f"{speed / 1e9:.1f} GB/s read; linear layers {linear / 1e6:.0f} MB, "
