@@ -148,7 +148,7 @@ class Workspace:
         self.ids[: len(ids)] = ids
         s["tokens"], s["position"] = len(ids), cache.length + past
         s["keys"], s["values"] = cache.keys_at, cache.values_at
-        s["capacity"] = cache.capacity
+        s["cache_size"], s["capacity"] = cache.keys.itemsize, cache.capacity
 
     def set_exit(self, n: int, logits: np.ndarray, first: int = 0) -> None:
         """Logits after n blocks go to `logits` f32 [T - first, V]: those of tokens from `first`."""

@@ -29,3 +29,12 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what `replace_file` had written for `path` when its process was killed.
+
+    For files that one process at a time writes: another's unfinished work would go too.
+    """
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)

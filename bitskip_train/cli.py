@@ -8,12 +8,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 import platformdirs
 
 from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.documents import END_OF_TEXT
 from bitskip_train.errors import CheckpointError, DataError, TrainingError
 from bitskip_train.recipes import RECIPES, apply, parse_overrides, read_toml, recipe
 from bitskip_train.settings import TrainConfig
@@ -105,10 +106,12 @@ def _run(
 ) -> bool:  # fmt: skip
     """Load the data and train; False if interrupted."""
     from bitskip_train.data import TextSource, load_split
+    from bitskip_train.memory import keep_freed_memory
     from bitskip_train.tokenizer import make_tokenizer, parse_tokenizer
     from bitskip_train.trainer import Trainer, check_settings
     from bitskip_train.world import World
 
+    keep_freed_memory()
     check_settings(model, settings)
     if not settings.data:
         raise ConfigError("--data is missing")
@@ -128,6 +131,10 @@ def _run(
         held_out = None
         if settings.valid:
             held_out = load_split(TextSource(settings.valid, "validation"), tokenizer, cache)
+        if settings.pad_documents:
+            end = cast(int, tokenizer.token_to_id(END_OF_TEXT))
+            split = split.padded(settings.context, end)
+            held_out = held_out and held_out.padded(settings.context, end)
         trainer = Trainer(
             model, settings, split, held_out, tokenizer.to_str(), out, checkpoint, world
         )
@@ -191,6 +198,7 @@ def evaluate(
     tokenizer = parse_tokenizer(loaded.tokenizer_json, str(checkpoint))
     split = load_split(TextSource(text, "validation"), tokenizer, token_cache)
     model = BitskipModel(loaded.config)
+    model.hadamard_form = TrainConfig.from_dict(loaded.train).hadamard_form
     model.load_state_dict(loaded.state)
     results = evaluation.evaluate(
         model.to(pick_device(device)), split.tokens, split.bytes, context=context, batch=batch,
@@ -250,6 +258,7 @@ def fit_gates(
     split = load_split(TextSource(data or settings.data, "train"), tokenizer, token_cache)
     windows = Windows(split.tokens, settings.context, seed)
     model = gates.with_gates(loaded.config, loaded.state).to(pick_device(device))
+    model.hadamard_form = settings.hadamard_form
     every = max(1, steps // 10)
 
     def report(step: int, loss: float) -> None:

@@ -31,6 +31,10 @@ class Split:
     tokens: np.ndarray  # uint16 or uint32 [N], memory-mapped
     bytes: int  # UTF-8 bytes of the documents, without separators
 
+    def padded(self, context: int, end: int) -> Split:
+        """The same with every document filled up with `end` (SPEC 10 row 18)."""
+        return Split(pad_documents(self.tokens, context, end), self.bytes)
+
 
 class TextSource:
     """Text files, or a data set of the hub, as a stream of documents.
@@ -137,6 +141,20 @@ def load_split(source: TextSource, tokenizer: Tokenizer, cache: Path) -> Split:
 def _groups(documents: Iterator[str], size: int = 1024) -> Iterator[list[str]]:
     while group := list(itertools.islice(documents, size)):
         yield group
+
+
+def pad_documents(tokens: np.ndarray, context: int, end: int) -> np.ndarray:
+    """SPEC 10 row 18: every document cut or filled up with `end` to `context` tokens.
+
+    tokens: ids [N], documents divided by `end`. Returns ids [documents * context].
+    """
+    ends = np.flatnonzero(tokens == end)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    rows = np.full((len(ends), context), end, tokens.dtype)
+    for row, first, last in zip(rows, starts, ends, strict=True):
+        size = min(int(last - first), context)
+        row[:size] = tokens[first : first + size]
+    return rows.reshape(-1)
 
 
 class Windows:

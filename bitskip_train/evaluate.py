@@ -11,6 +11,7 @@ import torch
 from bitskip_ref.config import ConfigError
 from bitskip_ref.heldout import HeldOutLoss, windows
 from bitskip_train.losses import cross_entropy
+from bitskip_train.readings import shifted
 
 LOGIT_BUDGET = 1 << 25  # logits held at once (128 MB in float32)
 
@@ -34,13 +35,15 @@ def evaluate(
     batch: int = 8,
     bypass: str = "none",
     autocast: torch.dtype | None = None,
+    targets: str = "next",
 ) -> dict[int, HeldOutLoss]:
     """Exit -> loss over all tokens but the first, in order of depth.
 
     tokens: ids [N]. Windows of `context` inputs do not overlap (stride = context), the last may be
     shorter; the mean is over tokens, not windows. text_bytes: UTF-8 bytes of the text, for bits per
     byte; end-of-text tokens add to the loss but not to the bytes. bypass: none, weights, or
-    activations (weights too). Raises ConfigError for a wrong exit, ValueError below two tokens.
+    activations (weights too). targets: see `readings.shifted`. Raises ConfigError for a wrong exit,
+    ValueError below two tokens.
     """
     exits = check_exits(exits, model.config.num_hidden_layers)
     if len(tokens) < 2:
@@ -58,7 +61,7 @@ def evaluate(
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             hidden = model(ids[:, :-1], exit_layer=max(exits), collect=exits, bypass=bypass)
             for n in exits:
-                for row, target in zip(hidden[n], ids[:, 1:], strict=True):
+                for row, target in zip(hidden[n], shifted(ids, targets), strict=True):
                     sums[n].append(_row_loss(model, row, target, n))
     model.train(was_training)
     return {n: HeldOutLoss(np.array(s), np.array(sizes), text_bytes) for n, s in sums.items()}

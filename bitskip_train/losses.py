@@ -36,17 +36,17 @@ def exit_weights(train: TrainConfig, layers: int) -> dict[int, float]:
     return {n: raw(n) / total for n in sorted(exits)}
 
 
-def exit_subset(weights: dict[int, float], count: int, turn: int) -> dict[int, float]:
-    """The exits used in one pass, with their weights there.
+def exit_subset(weights: dict[int, float], count: int, step: int) -> dict[int, float]:
+    """The exits used in one step, with their weights there.
 
-    `count` exits at even distances, moved by one each turn: in as many turns as there are exits
+    `count` exits at even distances, moved by one each step: in as many steps as there are exits
     each is used `count` times, and weights are raised by exits / count, so the mean over a round is
-    the full loss. Even distances keep a pass's total weight near 1. 0: all exits.
+    the full loss. Even distances keep a step's total weight near 1. 0: all exits.
     """
     exits = list(weights)
     if count == 0 or count >= len(exits):
         return weights
-    chosen = [exits[(turn + j * len(exits) // count) % len(exits)] for j in range(count)]
+    chosen = [exits[(step + j * len(exits) // count) % len(exits)] for j in range(count)]
     return {n: weights[n] * len(exits) / count for n in sorted(chosen)}
 
 
@@ -65,23 +65,20 @@ def distillation(logits: Tensor, teacher: Tensor) -> Tensor:
     )
 
 
-def sample_exits(probability: Tensor, generator: torch.Generator) -> Tensor:
+def sample_exits(probability: Tensor, uniform: Tensor) -> Tensor:
     """Bernoulli decisions, 0 or 1, whose gradient is that of the probability (straight-through).
 
-    The draw is made on the CPU, so that it is the same on every device.
+    uniform: draws from [0, 1) of the same shape, on any device.
     """
-    uniform = torch.rand(probability.shape, generator=generator).to(probability.device)
-    decision = (uniform < probability.detach()).to(probability.dtype)
+    decision = (uniform.to(probability.device) < probability.detach()).to(probability.dtype)
     return decision + (probability - probability.detach())
 
 
-def route_loss(gates: Sequence[Tensor], leftover: str) -> Tensor:
-    """v2 Eq. 9: squared distance of the mean exit layer from L / 2; a scalar.
+def mean_exit_layer(gates: Sequence[Tensor], leftover: str) -> Tensor:
+    """The mean over tokens of the layer where they stop, counted from 0 as in v2; a scalar.
 
-    gates: for each of the L blocks, exit decisions or probabilities [B, T]. Layers are counted
-    from 0, as in the paper. The exit layer is averaged over tokens before squaring: the model is
-    to exit at the target on average, not with each token. What never exits counts as layer L - 1
-    (`last`) or adds nothing (`zero`).
+    gates: for each of the L blocks, exit decisions or probabilities [B, T]. What never exits counts
+    as layer L - 1 (`last`) or adds nothing (`zero`).
     """
     stay = torch.ones_like(gates[0])
     mean_layer = torch.zeros_like(gates[0])
@@ -90,7 +87,16 @@ def route_loss(gates: Sequence[Tensor], leftover: str) -> Tensor:
         stay = stay * (1 - gate)
     if leftover == "last":
         mean_layer = mean_layer + (len(gates) - 1) * stay
-    return (mean_layer.mean() - len(gates) / 2) ** 2
+    return mean_layer.mean()
+
+
+def route_loss(mean_layer: Tensor, layers: int) -> Tensor:
+    """v2 Eq. 9: squared distance of the mean exit layer from L / 2; a scalar.
+
+    The exit layer is averaged over the tokens of a pass before squaring: the model is to exit at
+    the target on average, not with each token.
+    """
+    return (mean_layer - layers / 2) ** 2
 
 
 def quant_loss(weights: Iterable[Tensor], reduction: str) -> Tensor:

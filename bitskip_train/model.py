@@ -17,6 +17,7 @@ from bitskip_train.exact import ExactOps
 from bitskip_train.fast import FastOps
 from bitskip_train.functions import PassThrough
 from bitskip_train.layers import BYPASSES, Block, Cache, Norm, Pass, TensorTrace, Weight
+from bitskip_train.readings import FORMS
 
 Bypass = Literal["none", "weights", "activations"]
 INIT_STD = 0.02
@@ -51,6 +52,7 @@ class BitskipModel(nn.Module):
         super().__init__()
         self.config = config
         self.arithmetic: Literal["fast", "exact"] = "fast"
+        self.hadamard_form = "definition"  # of fast arithmetic (SPEC 10 row 5)
         self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
         if config.embedding_norm:
             self.embedding_norm = Norm(config.hidden_size, config.norm, config.norm_eps)
@@ -85,7 +87,8 @@ class BitskipModel(nn.Module):
             return ExactOps()
         device = self.rope_cos.device.type
         enabled = torch.is_autocast_enabled(device)
-        return FastOps(torch.get_autocast_dtype(device) if enabled else torch.float32)
+        dtype = torch.get_autocast_dtype(device) if enabled else torch.float32
+        return FORMS[self.hadamard_form](dtype)
 
     @contextmanager
     def region(self, ops: FastOps) -> Iterator[None]:
@@ -162,7 +165,7 @@ class BitskipModel(nn.Module):
         if keep is not None and not bool(keep.all()):
             chosen = keep.nonzero().squeeze(1).to(x.device)
             if not len(chosen):
-                return PassThrough.apply(x, *block.parameters())
+                return PassThrough.apply(x, *block.own_parameters())
             return x.index_copy(0, chosen, call(x.index_select(0, chosen), run))
         remember = report = None
         if cache is not None:

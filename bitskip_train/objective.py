@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from bitskip_train import losses
+from bitskip_train.draws import Draws
 from bitskip_train.evaluate import LOGIT_BUDGET
 from bitskip_train.model import BitskipModel
+from bitskip_train.readings import shifted
 from bitskip_train.schedule import dropout_probabilities, ramp
 from bitskip_train.settings import TrainConfig
 
@@ -29,20 +31,18 @@ class Objective:
         if train.exit_lambda:
             self.exits = losses.exit_weights(train, self.depth)
 
-    def backward(
-        self, ids: Tensor, step: int, turn: int, generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def backward(self, ids: Tensor, step: int, draws: Draws) -> dict[str, Tensor]:
         """Add the gradient of the mean loss over ids [B, T + 1] to the parameters'.
 
-        `turn` counts passes, for the rotation of exits; `generator` draws layer dropout and gate
-        decisions. The gradient is divided by `accumulation`; the terms returned, detached, are
-        not: `loss` of the last layer, and where they are on `exit_loss`, the weighted mean of this
-        pass's exits, and `route_loss`.
+        Exits rotate with `step`; `draws`, of the B samples, decide layer dropout and gates. The
+        gradient is divided by `accumulation`; the terms returned, detached, are not: `loss` of the
+        last layer, and where they are on `exit_loss`, the weighted mean of the step's exits, and
+        `route_loss`.
         """
         train = self.train
-        exits = losses.exit_subset(self.exits, train.exit_subset, turn)
+        exits = losses.exit_subset(self.exits, train.exit_subset, step)
         collect = set(range(1, self.depth + 1)) if train.route_lambda else {*exits, self.depth}
-        keep = self.keep(ids.shape[0], step, generator)
+        keep = self.keep(step, draws)
         with self.autocast():
             hidden = self.model(ids[:, :-1], keep=keep, collect=collect)
         leaves = {n: hidden[n].detach().requires_grad_() for n in sorted(collect)}
@@ -51,10 +51,12 @@ class Objective:
         )
         if train.route_lambda:
             with self.autocast():
-                gates = [
-                    losses.sample_exits(self.model.gate(h, n), generator) for n, h in leaves.items()
-                ]
-            terms["route_loss"] = losses.route_loss(gates, train.route_leftover)
+                gates = [self.model.gate(h, n) for n, h in leaves.items()]
+            mean_layer = losses.mean_exit_layer(
+                [losses.sample_exits(p, draws.uniform(p.shape[1])) for p in gates],
+                train.route_leftover,
+            )
+            terms["route_loss"] = losses.route_loss(mean_layer, self.depth)
             (train.route_lambda * terms["route_loss"] / train.accumulation).backward()
         torch.autograd.backward([hidden[n] for n in leaves], [h.grad for h in leaves.values()])
         return {name: term.detach() for name, term in terms.items()}
@@ -65,8 +67,8 @@ class Objective:
         """Loss of the last layer and of the exits, with their gradients left in the leaves."""
         train, depth = self.train, self.depth
         flat = {n: leaf.flatten(0, 1) for n, leaf in leaves.items()}  # [B * T, D]
-        targets = ids[:, 1:].flatten()
-        exit_targets = targets if train.exit_targets == "next" else ids[:, :-1].flatten()
+        targets = shifted(ids, train.targets).flatten()
+        exit_targets = shifted(ids, train.exit_targets).flatten()
         scale = 1 / (len(targets) * train.accumulation)
         main = exit_total = torch.zeros((), device=self.device)
         rows = max(1, LOGIT_BUDGET // self.model.config.vocab_size)
@@ -86,7 +88,7 @@ class Objective:
                 exit_total = exit_total + weight * loss.detach()
         terms = {"loss": main / len(targets)}
         if exits:
-            # A subset's weights do not add up to 1; divided by their sum, passes can be compared.
+            # A subset's weights do not add up to 1; divided by their sum, steps can be compared.
             terms["exit_loss"] = exit_total / (len(targets) * sum(exits.values()))
         return terms
 
@@ -102,12 +104,12 @@ class Objective:
         with self.autocast():
             return self.model.logits(hidden, n)
 
-    def keep(self, batch: int, step: int, generator: torch.Generator) -> Tensor | None:
+    def keep(self, step: int, draws: Draws) -> Tensor | None:
         """Which samples each block runs for: bool [L, B] on the CPU, or None for all."""
         p = dropout_probabilities(self.train, self.depth, step)
         if not any(p):
             return None
-        return torch.rand((len(p), batch), generator=generator) >= torch.tensor(p)[:, None]
+        return (draws.uniform(len(p)) >= torch.tensor(p)).t()
 
     def autocast(self) -> torch.autocast:
         """The region in which products run in the chosen dtype."""

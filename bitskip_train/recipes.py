@@ -12,7 +12,7 @@ from bitskip_ref.config import PRESETS, ConfigError, ModelConfig
 from bitskip_train.settings import TrainConfig
 
 # The papers compute every exit's loss in every step. With 50,257 words that costs more than the
-# model itself, so recipes use a few exits a pass, in rotation; exit_subset = 0 takes all.
+# model itself, so recipes use a few exits a step, in rotation; exit_subset = 0 takes all.
 
 # v1 Table 1; phase 1 has neither the early-exit loss nor layer dropout (SPEC 10 row 16).
 _V1_PHASE1 = TrainConfig(

@@ -17,6 +17,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dropout_form": ("v1", "v2"),
     "route_leftover": ("last", "zero"),
     "quant_reduction": ("mean", "sum"),
+    "targets": ("next", "same"),
+    "hadamard_form": ("definition", "unscaled", "after"),
 }
 
 # Closed ranges of the numbers; fields that are not named must be 0 or more.
@@ -72,7 +74,7 @@ class TrainConfig:
     exit_first: int = 1
     exit_last: int = -1  # 0 or less: counted from L (v1: -1, v2: 0)
     exit_layers: tuple[int, ...] = ()  # these exits in place of exit_first .. exit_last
-    exit_subset: int = 0  # exits used by one pass, in rotation; 0: all
+    exit_subset: int = 0  # exits used in a step, in rotation; 0: all
     exit_targets: str = "next"  # "same": the unshifted reading
     exit_distill: float = 0.0  # weight of KL(last layer || exit) beside the cross-entropy
     exit_ramp: int = 0  # steps over which exit_lambda grows from 0 (a curriculum)
@@ -86,6 +88,10 @@ class TrainConfig:
     route_leftover: str = "last"
     quant_lambda: float = 0.0
     quant_reduction: str = "mean"
+    # other readings of the papers, for comparison (SPEC 10 rows 5, 18 and 21)
+    hadamard_form: str = "definition"  # unscaled: entries +-1 | after: the quantized values turn
+    pad_documents: bool = False  # each document filled up with end-of-text, which is scored too
+    targets: str = "next"  # "same": the last layer is to name the token it is given
     # evaluation, reports, files
     eval_every: int = 0  # steps; 0: only at the end
     eval_tokens: int = 0  # at most so many of the validation tokens; 0: all

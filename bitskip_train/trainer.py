@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.files import remove_leftovers
 from bitskip_train import losses
 from bitskip_train.checkpoint import Checkpoint, save_checkpoint
 from bitskip_train.data import Split, Windows
+from bitskip_train.draws import Draws
 from bitskip_train.errors import CheckpointError, TrainingError
 from bitskip_train.evaluate import check_exits, evaluate
 from bitskip_train.model import BitskipModel
@@ -31,7 +33,8 @@ _COMPILERS = ("torch._dynamo", "torch._inductor")  # modules whose errors compil
 
 
 class Trainer:
-    """One run. All randomness is a function of (seed, step), so a resumed run repeats the bits."""
+    """One run. All randomness is a function of the seed and of how many windows have been used, so
+    a resumed run repeats the bits, and several processes draw what one draws."""
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Trainer:
         self.windows = Windows(data.tokens, train.context, train.seed)
         torch.manual_seed(train.seed)
         self.model = BitskipModel(config).to(self.device)
+        self.model.hadamard_form = train.hadamard_form
         self.optimizer = make_optimizer(self.model, train)
         self.objective = Objective(self.model, train, self.device)
         self.step = self.position = 0
@@ -89,21 +93,22 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, self.step)
         totals: dict[str, Tensor] = {}
-        for part in range(train.accumulation):
+        for _ in range(train.accumulation):
             first = self.position + world.rank * train.batch
             ids = torch.from_numpy(self.windows.batch(first, train.batch)).to(self.device)
             self.position += world.size * train.batch
-            turn = self.step * train.accumulation + part
-            generator = torch.Generator().manual_seed(mix(train.seed, turn, world.rank))
-            for name, value in self.objective.backward(ids, self.step, turn, generator).items():
+            draws = Draws(train.seed, first, train.batch)
+            with self._separate_pass():
+                terms = self.objective.backward(ids, self.step, draws)
+            for name, value in terms.items():
                 totals[name] = totals.get(name, 0) + value / train.accumulation
+        world.average([p.grad for p in self.model.parameters() if p.grad is not None])
+        world.average(list(totals.values()))
         if train.quant_lambda:
             weights = (weight for _, weight in self.model.quantized_weights())
             term = losses.quant_loss(weights, train.quant_reduction)
             (train.quant_lambda * term).backward()
             totals["quant_loss"] = term.detach()
-        world.average([p.grad for p in self.model.parameters() if p.grad is not None])
-        world.average(list(totals.values()))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
         values = {name: float(value) for name, value in totals.items()}
         values["grad_norm"] = float(norm)
@@ -117,12 +122,25 @@ class Trainer:
         self.step += 1
         return values
 
+    @contextmanager
+    def _separate_pass(self) -> Iterator[None]:
+        """Adds up a pass's gradients by themselves, then adds those of earlier passes: in the order
+        in which two processes with a pass each would, so that they give the same bits."""
+        earlier = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+        self.optimizer.zero_grad(set_to_none=True)
+        yield
+        for parameter, gradient in earlier.items():
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
     def run(self, tensorboard: bool | None = None) -> bool:
         """Train to the end. Returns False if Ctrl-C stopped it, after writing last.pt.
 
         The first Ctrl-C lets the step finish; a second one stops at once. Writes last.pt, best.pt
         (at each record of the validation loss, without optimizer state) and history.jsonl.
         """
+        if self.world.main:
+            for name in ("last.pt", "best.pt", "history.jsonl"):
+                remove_leftovers(self.out / name)
         report = Report(
             self.out if self.world.main else None, self.train.steps, self.step, self.history,
             tensorboard,
@@ -185,7 +203,7 @@ class Trainer:
             results = evaluate(
                 self.model, tokens[: train.eval_tokens + 1] if train.eval_tokens else tokens,
                 self.valid.bytes, context=train.context, batch=train.batch, exits=exits,
-                autocast=self.objective.dtype,
+                autocast=self.objective.dtype, targets=self.train.targets,
             )  # fmt: skip
             found = [results[n].loss for n in exits]
         found = self.world.share(found)
@@ -228,6 +246,8 @@ def check_settings(config: ModelConfig, train: TrainConfig) -> None:
         )
     if train.route_lambda and not config.gates:
         raise ConfigError("route_lambda above 0: needs model.gates = true")
+    if train.hadamard_form != "definition" and not config.hadamard:
+        raise ConfigError(f"hadamard_form = {train.hadamard_form!r}: needs model.hadamard = true")
     if train.quant_lambda and config.linear != "ternary":
         raise ConfigError("quant_lambda above 0: needs model.linear = 'ternary'")
 
@@ -254,11 +274,6 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device = {name!r}: no CUDA device here; use auto or cpu")
     return device
-
-
-def mix(*numbers: int) -> int:
-    """A generator's seed from numbers of 0 or more: neighbours give unrelated draws."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from bitskip_cpu.isa import PATH
-from bitskip_cpu.kernels.floats import dot_tree, relu2, widen
+from bitskip_cpu.kernels.floats import dot_tree, relu2
+from bitskip_cpu.kernels.halfs import widen
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.lanes import scaled_sums
 from bitskip_cpu.kernels.layout import BAND, FLOAT16, INT4, INT6, INT8, LANES

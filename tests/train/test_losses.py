@@ -80,20 +80,23 @@ def test_cross_entropy_and_distillation() -> None:
 def test_route_loss_by_hand() -> None:
     # Layers 0, 1, 2 with p = 1/2: mean layer 0.25 + 2 * 0.125, and 1/8 never exits. Target 1.5.
     gates = [torch.full((1, 1), 0.5) for _ in range(3)]
-    assert losses.route_loss(gates, "zero").item() == pytest.approx(1.0)
-    assert losses.route_loss(gates, "last").item() == pytest.approx(0.75**2)
+    for leftover, mean_layer in (("zero", 0.5), ("last", 0.75)):
+        found = losses.mean_exit_layer(gates, leftover)
+        assert found.item() == pytest.approx(mean_layer)
+        assert losses.route_loss(found, 3).item() == pytest.approx((1.5 - mean_layer) ** 2)
 
 
 def test_route_loss_averages_before_it_squares() -> None:
     always, never = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
     # One token leaves at layer 0, the other counts as layer 3: on average 1.5, the target is 2.
     gates = [always, never, never, never]
-    assert losses.route_loss(gates, "last").item() == pytest.approx(0.25)
+    mean_layer = losses.mean_exit_layer(gates, "last")
+    assert losses.route_loss(mean_layer, 4).item() == pytest.approx(0.25)
 
 
 def test_sampled_exits_are_decisions_with_the_probability_s_gradient() -> None:
     p = torch.full((2000,), 0.3, requires_grad=True)
-    d = losses.sample_exits(p, torch.Generator().manual_seed(0))
+    d = losses.sample_exits(p, torch.rand(2000, generator=torch.Generator().manual_seed(0)))
     assert set(d.detach().round(decimals=5).unique().tolist()) == {0.0, 1.0}
     assert d.mean().item() == pytest.approx(0.3, abs=0.05)
     d.sum().backward()

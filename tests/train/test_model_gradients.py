@@ -65,7 +65,7 @@ def test_rotation_and_its_gradient(width: int) -> None:
     ops = FastOps()
     n = 1 << (width - 1).bit_length()
     rotations = ops.rotations([width], torch.device("cpu"))
-    assert len(rotations[n]) == (1 if n <= 1024 else 2)
+    assert len(rotations[n]) == (1 if n < 1024 else 2)
     x = seeded(7, width).requires_grad_()
     y = ops.rotate(x, rotations)
     padded = np.pad(x.detach().numpy(), [(0, 0), (0, n - width)])

@@ -13,6 +13,7 @@ import torch
 from bitskip_ref.config import ConfigError
 from bitskip_train import losses, objective, trainer
 from bitskip_train.checkpoint import load_checkpoint
+from bitskip_train.draws import Draws
 from bitskip_train.errors import CheckpointError, TrainingError
 from bitskip_train.trainer import Trainer, make_optimizer
 from tests.train.conftest import small_config, small_split, small_train, small_trainer
@@ -40,13 +41,16 @@ def plain_loss(run: Trainer, ids: torch.Tensor, keep: torch.Tensor | None) -> to
         kl = losses.distillation(model.logits(hidden[n], n).flatten(0, 1), teacher) / len(targets)
         total = total + train.exit_lambda * weight * (mean_loss(n) + train.exit_distill * kl)
     if train.route_lambda:
-        generator = torch.Generator().manual_seed(0)
+        draws = Draws(0, 0, len(ids))
         if keep is not None:
-            torch.rand(keep.shape, generator=generator)
+            draws.uniform(depth)
+        tokens = ids.shape[1] - 1
         gates = [
-            losses.sample_exits(model.gate(hidden[n], n), generator) for n in range(1, depth + 1)
+            losses.sample_exits(model.gate(hidden[n], n), draws.uniform(tokens))
+            for n in range(1, depth + 1)
         ]
-        total = total + train.route_lambda * losses.route_loss(gates, train.route_leftover)
+        mean_layer = losses.mean_exit_layer(gates, train.route_leftover)
+        total = total + train.route_lambda * losses.route_loss(mean_layer, depth)
     return total
 
 
@@ -62,10 +66,10 @@ def test_gradients_are_those_of_the_whole_loss(
         **(EVERYTHING | {"accumulation": 1, "exit_subset": 0, "quant_lambda": 0.0}),
     )
     ids = torch.from_numpy(run.windows.batch(0, 3))
-    run.objective.backward(ids, 0, 0, torch.Generator().manual_seed(0))
+    run.objective.backward(ids, 0, Draws(0, 0, 3))
     found = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
     run.model.zero_grad()
-    keep = run.objective.keep(3, 0, torch.Generator().manual_seed(0))
+    keep = run.objective.keep(0, Draws(0, 0, 3))
     plain_loss(run, ids, keep).backward()
     for name, p in run.model.named_parameters():
         if p.grad is not None:
@@ -79,7 +83,7 @@ def test_unshifted_exit_targets_are_the_inputs(tmp_path: Path) -> None:
             tmp_path, exit_targets=reading, exit_layers=[3], exit_subset=0, dropout_max=0.0
         )
         ids = torch.from_numpy(run.windows.batch(0, 3))
-        terms = run.objective.backward(ids, 0, 0, torch.Generator())
+        terms = run.objective.backward(ids, 0, Draws(0, 0, 3))
         results.append(terms["exit_loss"].item())
         with torch.no_grad():
             logits = run.model.logits(run.model(ids[:, :-1], exit_layer=3)[3], 3)
@@ -94,7 +98,7 @@ def test_the_reported_exit_loss_is_the_weighted_mean_of_the_exits_used(tmp_path:
     ids = torch.from_numpy(run.windows.batch(0, 3))
     weights = losses.exit_subset(run.objective.exits, 2, 1)
     assert list(weights) == [2, 3]
-    terms = run.objective.backward(ids, 0, 1, torch.Generator())
+    terms = run.objective.backward(ids, 1, Draws(0, 0, 3))
     want = 0.0
     for n, weight in weights.items():
         with torch.no_grad():
@@ -112,7 +116,7 @@ def test_detached_exits_leave_what_they_share_alone(tmp_path: Path, own: str) ->
     for changes in ({"exit_lambda": 0.0}, {}, {"exit_detach": True}):
         run = small_trainer(tmp_path, config, dropout_max=0.0, exit_subset=0, **changes)
         ids = torch.from_numpy(run.windows.batch(0, 3))
-        run.objective.backward(ids, 0, 0, torch.Generator())
+        run.objective.backward(ids, 0, Draws(0, 0, 3))
         gradients.append({name: p.grad for name, p in run.model.named_parameters()})
     without, attached, detached = gradients
     for name, found in detached.items():
@@ -127,7 +131,7 @@ def test_the_exit_loss_is_phased_in(tmp_path: Path) -> None:
     def gradient(step: int, **changes: Any) -> torch.Tensor:
         run = small_trainer(tmp_path, dropout_max=0.0, exit_subset=0, **changes)
         ids = torch.from_numpy(run.windows.batch(0, 3))
-        run.objective.backward(ids, step, 0, torch.Generator())
+        run.objective.backward(ids, step, Draws(0, 0, 3))
         return run.model.lm_head.weight.grad
 
     for step, part in ((0, 0.0), (5, 0.5), (10, 1.0), (99, 1.0)):
@@ -137,14 +141,14 @@ def test_the_exit_loss_is_phased_in(tmp_path: Path) -> None:
 
 def test_blocks_are_skipped_with_their_probabilities(tmp_path: Path) -> None:
     run = small_trainer(tmp_path, dropout_max=0.9)  # v2: 0, 0.9 / 16, 0.9 * 4 / 16, last 0
-    keep = run.objective.keep(4000, 0, torch.Generator().manual_seed(0))
+    keep = run.objective.keep(0, Draws(0, 0, 4000))
     assert keep.shape == (4, 4000)
     skipped = 1 - keep.float().mean(1)
     assert skipped.tolist() == pytest.approx([0, 0.05625, 0.225, 0], abs=0.02)
     assert keep[0].all()
     assert keep[3].all()
     run = small_trainer(tmp_path, dropout_max=0.0)
-    assert run.objective.keep(3, 0, torch.Generator()) is None
+    assert run.objective.keep(0, Draws(0, 0, 3)) is None
 
 
 def test_weight_decay_is_on_matrices_only() -> None:
