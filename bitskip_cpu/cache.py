@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from bitskip_cpu.aligned import aligned
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_ref.cache import CacheFill
 from bitskip_ref.config import ModelConfig
@@ -33,8 +34,8 @@ class KVCache(CacheFill):
         heads = config.num_hidden_layers, config.num_key_value_heads
         self.config = config
         self.capacity = groups * LANES
-        self.keys = np.zeros((*heads, groups, padded, LANES), kv_cache)
-        self.values = np.zeros((*heads, self.capacity, width), kv_cache)
+        self.keys = aligned((*heads, groups, padded, LANES), kv_cache)
+        self.values = aligned((*heads, self.capacity, width), kv_cache)
         self.keys_at, self.values_at = self.keys.ctypes.data, self.values.ctypes.data
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:

@@ -201,7 +201,7 @@ def exits_of(engine: Any, ids: Sequence[int], layers: int) -> Stages:
 def in_parts(engine: Any, ids: Sequence[int]) -> np.ndarray:
     """The ids in several calls, so that each way of multiplying tokens is used."""
     cache, parts, start = engine.new_cache(), [], 0
-    for size in (1, 2, 3, 4, 1, len(ids)):
+    for size in (1, 2, 3, 7, len(ids)):
         if ids[start : start + size]:
             parts.append(engine.extend(ids[start : start + size], cache))
         start += size

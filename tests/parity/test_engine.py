@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import bitskip_ref.model
+from bitskip_cpu.engine import Engine
 from bitskip_ref.config import PRESETS
 from bitskip_ref.hadamard import rotate
-from tests.helpers import OPTIONS
+from tests.helpers import OPTIONS, random_tensors, twin
 from tests.parity.engine_check import SIZES, check, check_named, config_of, tensors_of
 
 # Presets that differ in size alone have the same twin.
@@ -61,3 +62,11 @@ def test_a_wrong_norm_of_one_exit_is_seen() -> None:
     problems = check(config_of("per-layer-exits"), wrong, [1], against=right)
     assert any("exit 2" in line for line in problems)
     assert not any(part in line for line in problems for part in ("exit 1", "exit 3", "whole"))
+
+
+def test_what_kernels_stream_starts_at_a_cache_line() -> None:
+    config = twin("bitskip-v1").replace(head_format="int4")
+    engine = Engine(config, random_tensors(config, 0))
+    cache, (head, _, _) = engine.new_cache(), engine.weights.head("lm_head")
+    for array in (engine.weights.linear, head, cache.keys, cache.values):
+        assert array.ctypes.data % 64 == 0
