@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,7 +29,8 @@ import torch
 from bitskip_cpu.machine import fingerprint
 from bitskip_cpu.tables import table
 from bitskip_ref.config import PRESETS, ModelConfig
-from bitskip_train.data import Split
+from bitskip_train.data import Split, Windows
+from bitskip_train.draws import Draws
 from bitskip_train.memory import keep_freed_memory
 from bitskip_train.settings import TrainConfig
 from bitskip_train.trainer import Trainer, make_optimizer
@@ -74,6 +76,11 @@ LLAMA = "transformers Llama"
 TERMS: dict[str, Any] = {
     "exit_lambda": 0.3, "exit_subset": 2, "dropout_max": 0.5, "quant_lambda": 0.05,
 }  # fmt: skip
+
+
+def twin(config: ModelConfig) -> ModelConfig:
+    """The same model in full precision."""
+    return config.replace(linear="float32", hadamard=False)
 
 
 def trainer(config: ModelConfig, shape: Shape, given: argparse.Namespace) -> Trainer:
@@ -137,9 +144,8 @@ def runners(shape: Shape, given: argparse.Namespace) -> dict[str, Step]:
         if not any(wanted in name for wanted in given.models.split(",")):
             continue
         config = shape.model(preset)
-        twin = config.replace(linear="float32", hadamard=False)
         found[name] = trainer(config, shape, given).train_step
-        found[f"{name} twin"] = trainer(twin, shape, given).train_step
+        found[f"{name} twin"] = trainer(twin(config), shape, given).train_step
     if not given.no_llama:
         found[LLAMA] = llama(shape, given)
     return found
@@ -163,6 +169,20 @@ def measure(steps: dict[str, Step], rounds: int, seconds: float) -> dict[str, li
                 step()
             found[name].append((time.perf_counter() - begin) / counts[name])
     return found
+
+
+def loading(shape: Shape, steps: int = 50) -> float:
+    """Seconds in which a step's tokens and random numbers are ready, from mapped ids."""
+    with tempfile.NamedTemporaryFile() as file:
+        text = random_text(shape)
+        file.write(text.tokens.tobytes())
+        file.flush()
+        windows = Windows(np.memmap(file.name, text.tokens.dtype, mode="r"), shape.context, 0)
+        begin = time.perf_counter()
+        for step in range(steps):
+            windows.batch(step * shape.batch, shape.batch)
+            Draws(0, step * shape.batch, shape.batch).uniform(shape.num_hidden_layers)
+        return (time.perf_counter() - begin) / steps
 
 
 def ratio(found: dict[str, list[float]], name: str, other: str) -> str:
@@ -215,6 +235,9 @@ def main() -> None:
             f"{shape.context} tokens, {how}, {given.threads} thread(s), {given.rounds} rounds\n"
         )
         print(show(found, shape.tokens), flush=True)
+        least = min(statistics.median(times) for times in found.values())
+        data = loading(shape)
+        print(f"\ndata and draws: {1e3 * data:.2f} ms a step, {data / least:.2%} of the fastest")
     if given.out:
         given.out.write_text(json.dumps(facts, indent=1) + "\n")
 
