@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ SMALL = train.Shape(32, 2, 2, 1, 16, 48, vocab_size=64, batch=2, context=8)
 
 def test_models_take_turns() -> None:
     calls: list[str] = []
-    found = train.measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, 0.0)
-    assert "".join(calls) == "aaabbb" + "ab" * 3
+    steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    found = train.measure(steps, 3, 0.0, time.process_time)
+    assert "".join(calls) == "aabb" + "ab" * 3
     assert {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3}
 
 
