@@ -14,11 +14,16 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(model: str | os.PathLike[str] | None = None, threads: int | None = None) -> Model:
+def load(
+    model: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    kv_cache: str = "float32",
+) -> Model:
     """Load a model folder, or a model that comes with the package (None: the default one).
 
-    threads: None takes what suits the machine. Raises bitskip_ref.folder.FormatError if the
-    folder is not a whole model, ValueError if there is none or threads are out of range.
+    threads: None takes what suits the machine. kv_cache: float32, or float16, which halves the
+    memory of keys and values and rounds them (SPEC 6.5). Raises bitskip_ref.folder.FormatError if
+    the folder is not a whole model, ValueError if there is none or an argument is out of range.
     """
     from bitskip_cpu import models
     from bitskip_cpu.engine import Engine
@@ -26,4 +31,4 @@ def load(model: str | os.PathLike[str] | None = None, threads: int | None = None
     from bitskip_ref.folder import read_folder
 
     folder = read_folder(models.resolve(None if model is None else os.fspath(model)))
-    return Model(Engine(folder.config, folder.tensors, threads, folder), folder)
+    return Model(Engine(folder.config, folder.tensors, threads, folder, kv_cache), folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from bitskip_cpu.aligned import aligned
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_ref.cache import CacheFill
 from bitskip_ref.config import ModelConfig
@@ -23,21 +24,22 @@ class KVCache(CacheFill):
     """Keys and values of `length` positions; memory is taken as positions are first used.
 
     A smaller `length` forgets the positions from there on (what lies behind is overwritten).
+    kv_cache: `float32`, or `float16` in half the memory (SPEC 6.5).
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
+        super().__init__(config, kv_cache)
         groups = -(-config.max_position_embeddings // LANES)
         padded, width = padded_keys(config.head_dim), padded_values(config.head_dim)
         heads = config.num_hidden_layers, config.num_key_value_heads
         self.config = config
         self.capacity = groups * LANES
-        self.keys = np.zeros((*heads, groups, padded, LANES), np.float32)
-        self.values = np.zeros((*heads, self.capacity, width), np.float32)
+        self.keys = aligned((*heads, groups, padded, LANES), kv_cache)
+        self.values = aligned((*heads, self.capacity, width), kv_cache)
         self.keys_at, self.values_at = self.keys.ctypes.data, self.values.ctypes.data
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Block i's keys (turned) and values as SPEC 6.4 has them: copies, f32 [S, K, E]."""
+        """Block i's keys (turned) and values: copies, f32 or f16 [S, K, E] (SPEC 6.4, 6.5)."""
         keys = self.keys[i].transpose(1, 3, 0, 2).reshape(self.capacity, *self.keys.shape[1::2])
         values = self.values[i].transpose(1, 0, 2)
         part = slice(self.length), slice(None), slice(self.config.head_dim)

@@ -11,7 +11,18 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from bitskip_cpu.heldout.verbs import calibrate, exits, perplexity
-from bitskip_cpu.options import MODEL, THREADS, NumberOrWord, Numbers, Pair, Verbs, load_model
+from bitskip_cpu.options import (
+    KV_CACHE,
+    KV_CACHES,
+    MODEL,
+    THREADS,
+    Choices,
+    NumberOrWord,
+    Numbers,
+    Pair,
+    Verbs,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from bitskip_cpu.generate import Piece, TextStream
@@ -75,6 +86,7 @@ def main() -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="End before this string. Repeatable.")
 @click.option("--ctx", type=int, help="Positions to use. Default: the model's context.")
+@KV_CACHE
 @THREADS
 @click.option(
     "--show-exits", is_flag=True,
@@ -89,15 +101,15 @@ def main() -> None:
 @click.pass_context
 def generate(
     click_context: click.Context, model: str | None, prompt: str | None,
-    prompt_file: IO[bytes] | None, threads: int | None, ctx: int | None, quiet: bool,
-    as_json: bool, show_exits: bool, html: Path | None, **options: Any,
+    prompt_file: IO[bytes] | None, threads: int | None, kv_cache: str, ctx: int | None,
+    quiet: bool, as_json: bool, show_exits: bool, html: Path | None, **options: Any,
 ) -> None:  # fmt: skip
     """Continue a prompt. The text streams to standard output, statistics go to standard error.
 
     Ctrl-C ends the text, keeps what was said, and exits with 130.
     """
     text = _prompt(prompt, prompt_file)
-    loaded = load_model(model, threads, quiet)
+    loaded = load_model(model, threads, quiet, kv_cache)
     if text is None:
         from bitskip_cpu import models
 
@@ -178,6 +190,7 @@ def _generation(stream: TextStream, model: Model, prompt: str, seed: int) -> dic
         "stop_reason": g.stop_reason,
         "seed": seed,
         "threads": model.threads,
+        "kv_cache": model.kv_cache,
         "ttft_s": g.ttft_s,
         "prefill_tokens_per_s": g.prefill_tokens_per_s,
         "decode_tokens_per_s": g.decode_tokens_per_s,
@@ -215,6 +228,8 @@ def _statistics(stream: TextStream, model: Model) -> str:
               help="Tokens in the cache before the timed part.")  # fmt: skip
 @click.option("-t", "threads", type=Numbers(1), help="Default: what `generate` takes.")
 @click.option("--exit-layer", "--exit", "exits", type=Numbers(1), help="Default: all blocks.")
+@click.option("--kv-cache", "kv_caches", type=Choices(KV_CACHES), default="float32",
+              show_default=True, help="Keys and values: float32, float16, or both.")  # fmt: skip
 @click.option("-r", "repetitions", type=click.IntRange(1), default=5, show_default=True)
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md",
               show_default=True)  # fmt: skip

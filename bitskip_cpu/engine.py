@@ -21,7 +21,7 @@ from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, 
 from bitskip_cpu.threads import Team, default_threads
 from bitskip_cpu.weights import Tensors, Weights, random_tensors
 from bitskip_cpu.workspace import Workspace
-from bitskip_ref.cache import check_input
+from bitskip_ref.cache import check_input, check_kv_cache
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.draft import Choose, Draft
 from bitskip_ref.engine import ExitRule, Trace, Visit
@@ -46,18 +46,21 @@ class Engine:
         tensors: Tensors | Weights,
         threads: int | None = None,
         folder: Folder | None = None,
+        kv_cache: str = "float32",
     ) -> None:
         """`tensors` as in a model folder, already checked, or another engine's `weights`.
 
         Tensors must not change afterwards.
 
         `threads`: None for every physical core, or one where the weights are so few that waking a
-        helper costs more than it saves. Interpreted kernels always have one. Raises ValueError for
-        less than one.
+        helper costs more than it saves. Interpreted kernels always have one. `kv_cache`: what new
+        caches hold, float32 or float16 (SPEC 6.5). Raises ValueError for less than one thread or
+        another word.
         """
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads}: must be at least 1")
         self.config, self.folder = config, folder
+        self.kv_cache = check_kv_cache(kv_cache)
         self.weights = tensors if isinstance(tensors, Weights) else Weights(config, tensors)
         if self.weights.config != config:
             raise ValueError("the weights are another model's: take its config, too")
@@ -74,7 +77,7 @@ class Engine:
     # ---- the engine protocol --------------------------------------------------------
 
     def new_cache(self) -> KVCache:
-        return KVCache(self.config)
+        return KVCache(self.config, self.kv_cache)
 
     def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
         return self.extend(token_ids, self.new_cache(), exit_layer=exit_layer)
@@ -298,10 +301,12 @@ class _Record:
                 self._trace(name, np.concatenate(parts))
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None) -> Engine:
+def load(
+    path: str | os.PathLike[str], threads: int | None = None, kv_cache: str = "float32"
+) -> Engine:
     """Load a model folder. Raises bitskip_ref.folder.FormatError if it is not a whole one."""
     folder = read_folder(path)
-    return Engine(folder.config, folder.tensors, threads, folder)
+    return Engine(folder.config, folder.tensors, threads, folder, kv_cache)
 
 
 def random_model(config: ModelConfig, seed: int = 0, threads: int | None = None) -> Engine:

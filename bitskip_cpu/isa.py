@@ -34,7 +34,7 @@ NEEDS = {
 }
 
 # What a CPU name given in NUMBA_CPU_NAME implies beyond the feature list; others imply nothing.
-_AVX2 = {"avx2"}
+_AVX2 = {"avx2", "f16c"}
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl"}
 _IMPLIED = {
     "haswell": _AVX2,
@@ -74,6 +74,11 @@ def cpu_features() -> frozenset[str]:
         named = os.environ.get("NUMBA_CPU_NAME", "")
         listed = "" if named.lower() == "generic" else _host_features()
     return _features(cpu_name(), listed)
+
+
+def converts_halfs() -> bool:
+    """Whether the CPU that Numba compiles for turns float16 into float32 by an instruction."""
+    return ARM64 or "f16c" in cpu_features()
 
 
 def _host_features() -> str:

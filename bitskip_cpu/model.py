@@ -44,6 +44,11 @@ class Model:
         """Threads of the engine."""
         return getattr(self.engine, "threads", 1)
 
+    @property
+    def kv_cache(self) -> str:
+        """What its caches hold, float32 or float16 (SPEC 6.5)."""
+        return getattr(self.engine, "kv_cache", "float32")
+
     def exit_rule(
         self,
         exit_layer: int | str | None = None,
@@ -138,7 +143,7 @@ class Model:
             from bitskip_cpu.engine import Engine as CpuEngine
 
             weights = getattr(self.engine, "weights", self.folder.tensors)
-            self.engine = CpuEngine(self.config, weights, threads, self.folder)
+            self.engine = CpuEngine(self.config, weights, threads, self.folder, self.kv_cache)
         ids = self.tokenizer.encode(prompt)
         if not ids:
             raise ValueError("the prompt is empty: give at least one character")

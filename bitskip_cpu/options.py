@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,14 +16,22 @@ THREADS = click.option(
     "--threads", "-t", type=click.IntRange(1), help="Default: the physical cores."
 )
 
+KV_CACHES = ["float32", "float16"]  # bitskip_ref.cache has them, with NumPy, which takes long
+KV_CACHE = click.option(
+    "--kv-cache", type=click.Choice(KV_CACHES), default="float32", show_default=True,
+    help="Keys and values: float16 takes half the memory and rounds them.",
+)  # fmt: skip
 
-def load_model(model: str | None, threads: int | None, quiet: bool = False) -> Model:
+
+def load_model(
+    model: str | None, threads: int | None, quiet: bool = False, kv_cache: str = "float32"
+) -> Model:
     """Load a MODEL argument, compiling the kernels first if this machine never has."""
     import bitskip_cpu
     from bitskip_cpu.progress import prepare
 
     prepare(quiet)
-    return bitskip_cpu.load(model, threads)
+    return bitskip_cpu.load(model, threads, kv_cache=kv_cache)
 
 
 class ErrorLine(click.ClickException):
@@ -94,6 +103,23 @@ class Numbers(click.ParamType):
         if min(numbers) < self.least:
             self.fail(f"{min(numbers)} is below {self.least}", param, ctx)
         return numbers
+
+
+class Choices(click.ParamType):
+    """Some of the allowed words, separated by commas."""
+
+    name = "WORD,..."
+
+    def __init__(self, allowed: Sequence[str]) -> None:
+        self.allowed = allowed
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[str]:
+        """The words in the order given, without repeats."""
+        words = list(dict.fromkeys(part.strip() for part in str(value).split(",")))
+        for word in words:
+            if word not in self.allowed:
+                self.fail(f"{word!r} is not one of {', '.join(self.allowed)}", param, ctx)
+        return words
 
 
 class Pair(click.ParamType):

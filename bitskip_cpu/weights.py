@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from bitskip_cpu.aligned import aligned
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.kernels import narrow, tiles
 from bitskip_cpu.kernels.layout import ACTIVATION_OFFSET, DOWN, OUT, PRODUCT, PRODUCTS, QKV, UP
@@ -74,7 +75,7 @@ class Weights:
 
     def _tiles(self, blocks: Sequence[Sequence[Sequence[np.ndarray]]]) -> np.ndarray:
         """Every block's packed rows as tiles, uint8 [L * layer_bytes]."""
-        result = np.empty(len(blocks) * self.layer_bytes, np.uint8)
+        result = aligned((len(blocks) * self.layer_bytes,), np.uint8, zeros=False)
         widest = max(
             max(int(p["padded"]), 4 * packed_width(int(p["width"]))) for p in self.products
         )
@@ -203,7 +204,7 @@ def random_tensors(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
             values = pool[start : start + sizes[name]].view(kind).reshape(shape)
             start += sizes[name]
         else:
-            values = np.empty(shape, kind)
+            values = aligned(shape, kind, zeros=False)  # as in a file
         flat = values.reshape(-1)
         if kind is np.uint8:
             np.take(translate, rng.integers(0, 256, flat.size, np.uint8), out=flat)

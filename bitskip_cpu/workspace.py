@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bitskip_cpu.aligned import aligned
 from bitskip_cpu.cache import KVCache, padded_keys, padded_values
 from bitskip_cpu.kernels.layout import (
     BAND,
@@ -41,14 +42,6 @@ WORTH = 1 << 16  # bytes of weights below which a job is not worth sharing
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-def _aligned(shape: tuple[int, ...], kind: type) -> np.ndarray:
-    """Zeros that start at a cache line."""
-    size = int(np.prod(shape)) * np.dtype(kind).itemsize
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(kind).reshape(shape)
 
 
 class Workspace:
@@ -102,14 +95,14 @@ class Workspace:
         wide = max(*p["width"], c.hidden_size + c.gate_width)
 
         def floats(width: int) -> np.ndarray:
-            return _aligned((CHUNK, width), np.float32)
+            return aligned((CHUNK, width), np.float32)
 
         self.ids = np.zeros(CHUNK, np.int32)
         self.x, self.mid, self.y = (floats(c.hidden_size) for _ in range(3))
         self.qkv, self.attended = floats(int(p["rows"][QKV])), floats(c.attention_size)
         self.up, self.act = floats(int(p["rows"][UP])), floats(c.intermediate_size)
         self.row = floats(int(wide))
-        codes = _aligned((CHUNK, int(max(*p["padded"], -(-c.hidden_size // 64) * 64))), np.int8)
+        codes = aligned((CHUNK, int(max(*p["padded"], -(-c.hidden_size // 64) * 64))), np.int8)
         for name, array in {
             "ids": self.ids, "x": self.x, "mid": self.mid, "y": self.y, "qkv": self.qkv,
             "attended": self.attended, "up": self.up, "act": self.act, "row": self.row,
@@ -136,9 +129,9 @@ class Workspace:
         unpacked = -(-4 * floats // 64) * 64
         acc = unpacked + max(BAND * int(p["padded"].max()), LEAST_ROOM)
         stride = acc + (CHUNK + 8) * BAND * 4  # a kernel may write tokens behind the last
-        s["scratch"] = self._keep(_aligned((threads * stride,), np.uint8))
+        s["scratch"] = self._keep(aligned((threads * stride,), np.uint8))
         s["scratch_stride"], s["unpacked"], s["acc"] = stride, unpacked, acc
-        self.sync = _aligned((sync_words(threads),), np.int64)
+        self.sync = aligned((sync_words(threads),), np.int64)
         s["sync"] = self._keep(self.sync)
         s["helpers"], s["worth"] = threads - 1, WORTH
 
@@ -155,7 +148,7 @@ class Workspace:
         self.ids[: len(ids)] = ids
         s["tokens"], s["position"] = len(ids), cache.length + past
         s["keys"], s["values"] = cache.keys_at, cache.values_at
-        s["capacity"] = cache.capacity
+        s["cache_size"], s["capacity"] = cache.keys.itemsize, cache.capacity
 
     def set_exit(self, n: int, logits: np.ndarray, first: int = 0) -> None:
         """Logits after n blocks go to `logits` f32 [T - first, V]: those of tokens from `first`."""

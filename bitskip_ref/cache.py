@@ -8,6 +8,19 @@ import numpy as np
 
 from bitskip_ref.config import ModelConfig
 
+KV_CACHES = ("float32", "float16")
+"""What the numbers of a cache may be (SPEC 6.5)."""
+
+LARGEST_HALF = 65504.0
+"""A float16 cache holds nothing larger: float16's largest finite number."""
+
+
+def check_kv_cache(kv_cache: str) -> str:
+    """One of KV_CACHES. Raises ValueError for another word."""
+    if kv_cache not in KV_CACHES:
+        raise ValueError(f"KV cache {kv_cache!r}: must be {' or '.join(KV_CACHES)}")
+    return kv_cache
+
 
 class CacheFill:
     """How far a KV cache is filled (SPEC 8.2); every engine's cache is one.
@@ -15,7 +28,8 @@ class CacheFill:
     `length` counts positions. It may be lowered, to forget the positions from there on.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
+        self.kv_cache = check_kv_cache(kv_cache)
         self.length = 0
         self._filled = [0] * config.num_hidden_layers  # positions that each block has run
         self._known, self._depth = 0, config.num_hidden_layers  # a length, and its whole blocks

@@ -62,7 +62,10 @@ class Engine(Protocol):
     config: ModelConfig
 
     def new_cache(self) -> Any:
-        """An empty KV cache, a CacheFill, for `config.max_position_embeddings` positions."""
+        """An empty KV cache, a CacheFill, for `config.max_position_embeddings` positions.
+
+        Its numbers are float32 or float16 as the engine was made (`kv_cache`, SPEC 6.5).
+        """
 
     def extend(
         self,

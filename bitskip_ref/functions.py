@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from bitskip_ref.cache import LARGEST_HALF
+
 f32 = np.float32
 
 EXP_MIN, EXP_MAX = f32(-87.0), f32(88.0)
@@ -69,3 +71,8 @@ def relu2(x: np.ndarray) -> np.ndarray:
     """SPEC 2.8: the squared ReLU. f32 -> f32."""
     r = relu(x)
     return r * r
+
+
+def half(x: np.ndarray) -> np.ndarray:
+    """SPEC 6.5: what a float16 cache holds of f32, f16 of the same shape."""
+    return np.clip(x, f32(-LARGEST_HALF), f32(LARGEST_HALF)).astype(np.float16)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bitskip_ref.attention import attention
-from bitskip_ref.cache import CacheFill, check_input
+from bitskip_ref.cache import CacheFill, check_input, check_kv_cache
 from bitskip_ref.confidence import confidence
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.draft import Choose, Draft
@@ -16,7 +16,7 @@ from bitskip_ref.engine import ExitRule, Trace, Visit
 from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
 from bitskip_ref.ffn import ffn_activation
 from bitskip_ref.folder import read_folder
-from bitskip_ref.functions import relu, relu2, sigmoid
+from bitskip_ref.functions import half, relu, relu2, sigmoid
 from bitskip_ref.hadamard import rotate
 from bitskip_ref.norms import layer_norm, rms_norm
 from bitskip_ref.packing import unpack_ternary
@@ -27,25 +27,36 @@ f32 = np.float32
 
 
 class KVCache(CacheFill):
-    """Keys (turned) and values per block, f32 [S, K, E] (SPEC 6.4)."""
+    """Keys (turned) and values per block, f32 or f16 [S, K, E] (SPEC 6.4, 6.5)."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        empty = np.zeros((0, config.num_key_value_heads, config.head_dim), f32)
+    def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
+        super().__init__(config, kv_cache)
+        empty = np.zeros((0, config.num_key_value_heads, config.head_dim), kv_cache)
         self.keys = [empty] * config.num_hidden_layers
         self.values = [empty] * config.num_hidden_layers
 
     def append(self, layer: int, k: np.ndarray, v: np.ndarray) -> None:
-        self.keys[layer] = np.concatenate([self.keys[layer][: self.length], k])
-        self.values[layer] = np.concatenate([self.values[layer][: self.length], v])
+        for kept, new in ((self.keys, k), (self.values, v)):
+            if self.kv_cache == "float16":
+                new = half(new)
+            kept[layer] = np.concatenate([kept[layer][: self.length], new])
+
+    def read(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of one block as attention takes them, f32 [S, K, E]."""
+        return self.keys[layer].astype(f32), self.values[layer].astype(f32)
 
 
 class ReferenceModel:
     """`bitskip_ref.engine.Engine` in NumPy. Slow and plain: this is the definition."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> None:
-        """`tensors` as in a model folder (FORMAT 3); ternary weights are unpacked here."""
-        self.config = config
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, np.ndarray], kv_cache: str = "float32"
+    ) -> None:
+        """`tensors` as in a model folder (FORMAT 3); ternary weights are unpacked here.
+
+        kv_cache: what new caches hold, float32 or float16 (SPEC 6.5).
+        """
+        self.config, self.kv_cache = config, check_kv_cache(kv_cache)
         self.tensors = dict(tensors)
         if config.linear == "ternary":
             for i in range(config.num_hidden_layers):
@@ -76,7 +87,7 @@ class ReferenceModel:
         cache.append(i, k, v)
         for name, value in (("q", q), ("k", k), ("v", v)):
             trace(f"{at}.{name}", value)
-        a = attention(q, cache.keys[i], cache.values[i])  # [T, H * E]
+        a = attention(q, *cache.read(i))  # [T, H * E]
         trace(f"{at}.attn", a)
         if c.sub_norm:
             a = self.norm(f"{at}.attn_sub_norm", a)
@@ -155,7 +166,7 @@ class ReferenceModel:
     # ---- the engine protocol --------------------------------------------------------
 
     def new_cache(self) -> KVCache:
-        return KVCache(self.config)
+        return KVCache(self.config, self.kv_cache)
 
     def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
         return self.extend(token_ids, self.new_cache(), exit_layer=exit_layer)
@@ -262,7 +273,7 @@ class ReferenceProbe:
         return confidence(self.model.exit(self.x, self.n)[0])[measure]
 
 
-def load(path: str | os.PathLike[str]) -> ReferenceModel:
+def load(path: str | os.PathLike[str], kv_cache: str = "float32") -> ReferenceModel:
     """Load a model folder. Raises bitskip_ref.folder.FormatError if it is not a whole one."""
     folder = read_folder(path)
-    return ReferenceModel(folder.config, folder.tensors)
+    return ReferenceModel(folder.config, folder.tensors, kv_cache)

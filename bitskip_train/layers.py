@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitskip_ref.cache import CacheFill
+from bitskip_ref.cache import LARGEST_HALF, CacheFill
 from bitskip_ref.config import ModelConfig
 from bitskip_train.fast import FastOps, Prepared, Rotations
 
@@ -84,25 +84,31 @@ class Gate(nn.Module):
 
 
 class Cache(CacheFill):
-    """Keys (turned) and values of past positions (SPEC 6.4): f32 [L, B, S, K, E], S the context."""
+    """Keys (turned) and values of past positions (SPEC 6.4): [L, B, S, K, E], S the context.
 
-    def __init__(self, config: ModelConfig, batch: int = 1) -> None:
-        super().__init__(config)
+    f32, or f16 (SPEC 6.5).
+    """
+
+    def __init__(self, config: ModelConfig, batch: int = 1, kv_cache: str = "float32") -> None:
+        super().__init__(config, kv_cache)
         shape = (
             config.num_hidden_layers, batch, config.max_position_embeddings,
             config.num_key_value_heads, config.head_dim,
         )  # fmt: skip
-        self.keys, self.values = torch.zeros(shape), torch.zeros(shape)
+        dtype = getattr(torch, kv_cache)
+        self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [B, T, K, E] for one block; returns all its keys and values [B, S, K, E].
+        """Append f32 [B, T, K, E] for one block; returns all its keys and values f32 [B, S, K, E].
 
         `length` is advanced by the model, once all blocks have written.
         """
         end = self.length + keys.shape[1]
-        self.keys[layer, :, self.length : end] = keys
-        self.values[layer, :, self.length : end] = values
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            if self.kv_cache == "float16":
+                new = new.clamp(-LARGEST_HALF, LARGEST_HALF)  # rounded when it is stored
+            kept[layer, :, self.length : end] = new
+        return self.keys[layer, :, :end].float(), self.values[layer, :, :end].float()
 
 
 class Block(nn.Module):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitskip_ref.cache import check_input
+from bitskip_ref.cache import check_input, check_kv_cache
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.draft import Choose, Draft
 from bitskip_ref.engine import ExitRule, Trace, Visit
@@ -21,18 +21,23 @@ from bitskip_train.layers import Cache, TensorTrace
 from bitskip_train.model import BitskipModel
 
 
-def load_exported(path: str | os.PathLike[str]) -> TorchEngine:
+def load_exported(path: str | os.PathLike[str], kv_cache: str = "float32") -> TorchEngine:
     """Load a model folder. Raises `bitskip_ref.folder.FormatError` if it is not a whole one."""
     folder = read_folder(path)
-    return TorchEngine(folder.config, folder.tensors)
+    return TorchEngine(folder.config, folder.tensors, kv_cache)
 
 
 class TorchEngine:
     """`bitskip_ref.engine.Engine` over `BitskipModel` in exact arithmetic, on CPU."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> None:
-        """`tensors` as in a model folder (FORMAT 3); codes stay int8 until they are multiplied."""
-        self.config = config
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, np.ndarray], kv_cache: str = "float32"
+    ) -> None:
+        """`tensors` as in a model folder (FORMAT 3); codes stay int8 until they are multiplied.
+
+        kv_cache: what new caches hold, float32 or float16 (SPEC 6.5).
+        """
+        self.config, self.kv_cache = config, check_kv_cache(kv_cache)
         with torch.device("meta"):  # shapes only: the random weights are not wanted
             self.model = BitskipModel(config)
         self.model.arithmetic = "exact"
@@ -46,7 +51,7 @@ class TorchEngine:
             setattr(owner, leaf, tensor if leaf == "scale" else nn.Parameter(tensor, False))
 
     def new_cache(self) -> Cache:
-        return Cache(self.config)
+        return Cache(self.config, kv_cache=self.kv_cache)
 
     def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
         return self.extend(token_ids, self.new_cache(), exit_layer=exit_layer)

@@ -82,7 +82,7 @@ def reproduce(
     from experiments import definitions, reproduce
 
     if name is None:
-        reproduce.list_experiments(scale, seeds, data, work)
+        reproduce.list_experiments(scale, seeds, data, work, results)
         return
     chosen = definitions.names() if name == "all" else [name]
     experiments = [definitions.load(n, scale) for n in chosen]
@@ -95,6 +95,6 @@ def reproduce(
     pool = reproduce.train(experiments, seeds, data, work, results, jobs, nproc, storage)
     if pool.stopping.is_set():
         sys.exit(130)
+    reproduce.render(experiments, seeds, results, strict=name != "all" and not pool.failed)
     if pool.failed:
         raise click.ClickException(f"failed: {', '.join(pool.failed)}")
-    reproduce.render(experiments, seeds, results, strict=name != "all")

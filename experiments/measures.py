@@ -62,7 +62,10 @@ class Subject:
     def losses(
         self, split: str, exits: tuple[int, ...] = (), bypass: str = "none"
     ) -> dict[int, HeldOutLoss]:
-        """Loss of a split's first tokens (the scale's number) in float32 products, per exit."""
+        """Loss of a split's first tokens (the scale's number), products in float32, per exit.
+
+        The text's bytes are taken in proportion to the tokens.
+        """
         from bitskip_train.evaluate import evaluate
 
         text, limit = self.split(split), self.experiment.tokens

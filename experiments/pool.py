@@ -29,7 +29,7 @@ CHILD_ENVIRONMENT = {
 
 @dataclass
 class Pool:
-    """Runs children; `jobs` at once, each on its own GPU where there are any."""
+    """Runs children; `jobs` at once, each on GPUs of its own where there are any."""
 
     jobs: int
     processes: int = 1  # of one run, under torchrun
@@ -82,8 +82,10 @@ class Pool:
         """Start the child, wait, note time and end."""
         threads = str(run.point.train.threads or 1)
         environment = os.environ | CHILD_ENVIRONMENT | {"OMP_NUM_THREADS": threads}
-        if self.gpus and self.processes == 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.gpus)
+        if self.gpus:
+            first = slot * self.processes
+            mine = [str(i % self.gpus) for i in range(first, first + self.processes)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         self.running[run.digest] = run
         run.note(identity=run.identity, commit=run.about.get("commit") or commit())
         started = time.monotonic()

@@ -44,7 +44,7 @@ def train(
     return pool
 
 
-SPEED_ROUNDS = 5
+SPEED_ROUNDS = 3
 
 Needs = list[tuple[int, Experiment, list[Run]]]
 """(index of the seed, experiment, its runs of that seed)."""
@@ -136,7 +136,9 @@ def render(
         except ExperimentError as error:
             if strict:
                 raise
-            Console(stderr=True).print(f"{experiment.name}: {error}", highlight=False)
+            Console(stderr=True).print(
+                f"{experiment.name}: {error}", highlight=False, soft_wrap=True, markup=False
+            )
             continue
         texts = {
             "table.md": tables.markdown(experiment, found),
@@ -167,15 +169,19 @@ def _jobs(experiments: list[Experiment], gpus: int, processes: int) -> int:
 
 
 def list_experiments(
-    scale: str, seeds: tuple[int, ...] | None, data: Path | None, work: Path
+    scale: str, seeds: tuple[int, ...] | None, data: Path | None, work: Path, results: Path
 ) -> None:
-    """All experiments with how many of their runs are trained."""
+    """All experiments with how many of their runs are trained, and how many are measured."""
     from rich.table import Table
 
-    table = Table("experiment", "what", "source", "runs trained")
+    table = Table("experiment", "what", "source", "trained", "measured")
     for name in names():
         experiment = load(name, scale)
         runs = runs_of(experiment.points, seeds or experiment.seeds, data, work)
-        done = sum(run.trained for run in runs)
-        table.add_row(name, experiment.title, experiment.source, f"{done} of {len(runs)}")
+        trained = sum(run.trained for run in runs)
+        measured = sum(
+            result_path(results, experiment, run.point.label, run.seed).exists() for run in runs
+        )
+        counts = [f"{count} of {len(runs)}" for count in (trained, measured)]
+        table.add_row(name, experiment.title, experiment.source, *counts)
     Console(width=None if os.isatty(1) else 120).print(table)

@@ -19,7 +19,6 @@ from bitskip_ref.config import preset
 from bitskip_ref.files import replace_file
 from experiments.definitions import Experiment
 from experiments.environment import commit, environment
-from experiments.errors import ExperimentError
 from experiments.results import speed_path
 from experiments.runs import Run
 from experiments.tables import number
@@ -104,7 +103,8 @@ def _twins(runs: list[Run], threads: int, say: Say) -> Iterator[Contestant]:
 
     for run in runs:
         if not run.trained:
-            raise ExperimentError(f"{run.name}: is not trained; run `reproduce` first")
+            say(f"{run.name}: not trained yet, left out")
+            continue
         folder = run.folder / "exported"
         export_checkpoint(run.folder / "last.pt", folder, force=True)
         model = read_folder(folder)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.definitions import Experiment
 from experiments.errors import ExperimentError
@@ -46,14 +45,37 @@ def sweep(
             if pool.stopping.is_set():
                 trial.study.stop()
             raise optuna.TrialPruned
-        return [e["valid_loss"] for e in run.history() if "valid_loss" in e][-1]
+        return _final_loss(run)
 
-    done = sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials)
-    left = math.prod(len(values) for values in grid.values()) - done
+    left = len(runs) - len(_complete(study, grid))
     if left > 0:
         study.optimize(objective, n_trials=left, n_jobs=pool.jobs)
-    # Points of trials that another machine, or an older sweep, has told but that lie elsewhere.
+    # What Optuna calls visited but is not: points that failed, or were stopped, in an older sweep.
     pool.train_all(runs)
+    choices: dict[str, optuna.distributions.BaseDistribution] = {
+        name: optuna.distributions.CategoricalDistribution(values) for name, values in grid.items()
+    }
+    for point, run in by_point.items():
+        if run.trained and point not in _complete(study, grid):
+            parameters = dict(zip(grid, point, strict=True))
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=parameters, distributions=choices, value=_final_loss(run)
+                )
+            )
+
+
+def _complete(study: optuna.Study, grid: dict[str, list[Any]]) -> set[tuple[Any, ...]]:
+    """The points whose value the study knows."""
+    from optuna.trial import TrialState
+
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return {tuple(trial.params[name] for name in grid) for trial in trials}
+
+
+def _final_loss(run: Run) -> float:
+    """The last validation loss of a trained run."""
+    return float([e["valid_loss"] for e in run.history() if "valid_loss" in e][-1])
 
 
 def _study_name(experiment: Experiment, runs: list[Run]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from bitskip_ref.cache import CacheFill, check_input
+from bitskip_ref.cache import CacheFill, check_input, check_kv_cache
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import ExitRule, Trace, Visit
 from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
@@ -25,11 +25,11 @@ OpenSession = Callable[[int, bool], ort.InferenceSession]
 
 
 class OnnxCache(CacheFill):
-    """Keys (turned) and values of each block, f32 [S, K, E] (SPEC 6.4)."""
+    """Keys (turned) and values of each block, f32 or f16 [S, K, E] (SPEC 6.4, 6.5)."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        empty = np.zeros((0, config.num_key_value_heads, config.head_dim), np.float32)
+    def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
+        super().__init__(config, kv_cache)
+        empty = np.zeros((0, config.num_key_value_heads, config.head_dim), kv_cache)
         self.keys = [empty] * config.num_hidden_layers
         self.values = [empty] * config.num_hidden_layers
 
@@ -37,8 +37,10 @@ class OnnxCache(CacheFill):
 class OnnxModel:
     """`bitskip_ref.engine.Engine` with one session for each exit, opened when first used."""
 
-    def __init__(self, config: ModelConfig, open_session: OpenSession) -> None:
-        self.config = config
+    def __init__(
+        self, config: ModelConfig, open_session: OpenSession, kv_cache: str = "float32"
+    ) -> None:
+        self.config, self.kv_cache = config, kv_cache
         self._open = open_session
         self._sessions: dict[tuple[int, bool], ort.InferenceSession] = {}
 
@@ -50,7 +52,7 @@ class OnnxModel:
         return self._sessions[key]
 
     def new_cache(self) -> OnnxCache:
-        return OnnxCache(self.config)
+        return OnnxCache(self.config, self.kv_cache)
 
     def extend(
         self,
@@ -117,12 +119,17 @@ class OnnxModel:
 
 
 def load_onnx(
-    path: str | os.PathLike[str], *, threads: int = 0, optimization: int = 99
+    path: str | os.PathLike[str],
+    *,
+    threads: int = 0,
+    optimization: int = 99,
+    kv_cache: str | None = None,
 ) -> OnnxModel:
     """Load a model folder (graphs are built in memory), an .onnx file or a folder of them.
 
     threads: 0 leaves the number to ONNX Runtime. optimization: a GraphOptimizationLevel; it does
-    not change a bit. Raises FormatError for what is neither.
+    not change a bit. kv_cache: float32 or float16 (SPEC 6.5); None: float32, or what the files were
+    written for. Raises FormatError for what is neither, ValueError for files of another cache.
     """
 
     def options() -> ort.SessionOptions:
@@ -133,10 +140,10 @@ def load_onnx(
 
     root = Path(path)
     if (root / CONFIG).is_file():
-        folder = read_folder(root)
+        folder, kind = read_folder(root), check_kv_cache(kv_cache or "float32")
 
         def build(exit_layer: int, trace: bool) -> ort.InferenceSession:
-            graph = ExitGraph(folder.config, folder.tensors, exit_layer, trace)
+            graph = ExitGraph(folder.config, folder.tensors, exit_layer, trace, kind)
             offsets, size = lay_out(graph.g.weights)
             data = b"".join(weight_bytes(graph.g.weights))
             chosen = options()
@@ -144,9 +151,13 @@ def load_onnx(
             model = graph.model((DATA, offsets)).SerializeToString()
             return ort.InferenceSession(model, chosen)
 
-        return OnnxModel(folder.config, build)
+        return OnnxModel(folder.config, build, kind)
 
-    config, graphs = find_graphs(root)
+    config, kind, graphs = find_graphs(root)
+    if kv_cache not in (None, kind):
+        raise ValueError(
+            f"{root} was written for a {kind} KV cache: export with --kv-cache {kv_cache}"
+        )
 
     def read(exit_layer: int, trace: bool) -> ort.InferenceSession:
         if trace:
@@ -158,4 +169,4 @@ def load_onnx(
             )
         return ort.InferenceSession(graphs[exit_layer], options())
 
-    return OnnxModel(config, read)
+    return OnnxModel(config, read, kind)

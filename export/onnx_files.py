@@ -15,25 +15,26 @@ from bitskip_ref.config import ModelConfig
 from bitskip_ref.files import replace_file
 from bitskip_ref.folder import Folder, FormatError, read_folder
 from export.onnx_builder import Weight, lay_out
-from export.onnx_graph import CONFIG_KEY, EXIT_KEY, ExitGraph
+from export.onnx_graph import CACHE_KEY, CONFIG_KEY, EXIT_KEY, ExitGraph
 
 
 def write_onnx(
     folder: str | os.PathLike[str] | Folder,
     out_dir: str | os.PathLike[str],
     exits: Sequence[int] | None = None,
+    kv_cache: str = "float32",
 ) -> list[Path]:
     """Write `exit-N.onnx` for each exit (None: the full depth) and the `weights-*.data` they need.
 
     The weights' file is named after its content, so that graphs written earlier keep theirs. Each
-    file appears whole or not at all, the graphs last. Returns the paths of the graphs. Raises
-    ValueError for an exit out of range.
+    file appears whole or not at all, the graphs last. kv_cache: type of keys and values, float32 or
+    float16 (SPEC 6.5). Returns the paths of the graphs. Raises ValueError for an exit out of range.
     """
     model = folder if isinstance(folder, Folder) else read_folder(folder)
     shared: dict[str, Weight] = {}
     graphs = []
     for n in sorted(set(exits or [model.config.num_hidden_layers])):
-        graph = ExitGraph(model.config, model.tensors, n)
+        graph = ExitGraph(model.config, model.tensors, n, kv_cache=kv_cache)
         for name, weight in graph.g.weights.items():
             graph.g.weights[name] = shared.setdefault(name, weight)
         graphs.append(graph)
@@ -67,8 +68,8 @@ def weight_bytes(weights: Mapping[str, Weight]) -> Iterator[memoryview | bytes]:
         yield bytes(after - start - weight.data.size)
 
 
-def find_graphs(path: Path) -> tuple[ModelConfig, dict[int, Path]]:
-    """The configuration, and exit layer -> file, of an .onnx file or a folder of them.
+def find_graphs(path: Path) -> tuple[ModelConfig, str, dict[int, Path]]:
+    """Configuration, KV cache, and exit layer -> file, of an .onnx file or a folder of them.
 
     Raises FormatError if there are none, or they are not ours, or not of one model.
     """
@@ -86,7 +87,8 @@ def find_graphs(path: Path) -> tuple[ModelConfig, dict[int, Path]]:
         if not {CONFIG_KEY, EXIT_KEY} <= metadata.keys():
             raise FormatError(f"{file}: not written by this project's export")
         graphs[int(metadata[EXIT_KEY])] = file
-        configs.add(metadata[CONFIG_KEY])
+        configs.add((metadata[CONFIG_KEY], metadata.get(CACHE_KEY, "float32")))
     if len(configs) > 1:
-        raise FormatError(f"{path}: holds graphs of different models; give one .onnx file")
-    return ModelConfig.from_dict(json.loads(configs.pop())), graphs
+        raise FormatError(f"{path}: holds graphs of different models or caches: give one file")
+    config, kv_cache = configs.pop()
+    return ModelConfig.from_dict(json.loads(config)), kv_cache, graphs

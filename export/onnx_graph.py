@@ -1,7 +1,8 @@
 """A model as an ONNX graph, one for each exit layer; reads as `bitskip_ref.model` does.
 
-Inputs: token_ids int64 [T]; past.{i}.key and past.{i}.value f32 [S, K, E] of each block, S >= 0.
-Outputs: logits f32 [T, V]; present.{i}.key and present.{i}.value f32 [S + T, K, E].
+Inputs: token_ids int64 [T]; past.{i}.key and past.{i}.value [S, K, E] of each block, S >= 0.
+Outputs: logits f32 [T, V]; present.{i}.key and present.{i}.value [S + T, K, E]. Keys and values are
+f32, or f16 (SPEC 6.5).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
+from bitskip_ref.cache import check_kv_cache
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.packing import unpack_ternary
@@ -23,7 +25,9 @@ f32 = np.float32
 LARGEST_FILE = 2_000_000_000  # protobuf cannot hold 2 GiB
 
 # Keys of the file's metadata.
-EXIT_KEY, ARITHMETIC_KEY, CONFIG_KEY = (f"bitskip.{k}" for k in ("exit", "arithmetic", "config"))
+EXIT_KEY, ARITHMETIC_KEY, CONFIG_KEY, CACHE_KEY = (
+    f"bitskip.{k}" for k in ("exit", "arithmetic", "config", "kv_cache")
+)
 
 
 def build_graph(
@@ -57,8 +61,10 @@ class ExitGraph:
         tensors: Mapping[str, np.ndarray],
         exit_layer: int | None = None,
         trace: bool = False,
+        kv_cache: str = "float32",
     ) -> None:
         self.config, self.tensors, self.trace = config, tensors, trace
+        self.kv_cache = check_kv_cache(kv_cache)
         self.exit_layer = check_exit_layer(exit_layer, config)
         self.g = GraphBuilder()
         self.inputs = [value_info("token_ids", np.int64, ["T"])]
@@ -81,6 +87,7 @@ class ExitGraph:
             EXIT_KEY: str(self.exit_layer),
             ARITHMETIC_KEY: "exact" if self.config.linear == "ternary" else "tolerance",
             CONFIG_KEY: json.dumps(self.config.to_dict()),
+            CACHE_KEY: self.kv_cache,
         }
         outputs = self.outputs + self.stages
         return self.g.model("bitskip", self.inputs, outputs, metadata, external)
@@ -199,11 +206,16 @@ class ExitGraph:
         return self.g.weight(f"{name}.scale", self.tensors[f"{name}.scale"])
 
     def cached(self, name: str, new: str) -> str:
-        """past.{name} with new [T, K, E] after it, which is present.{name}."""
+        """f32: past.{name} with new [T, K, E] after it, which is present.{name} (SPEC 6.4, 6.5)."""
+        g, half = self.g, self.kv_cache == "float16"
+        kind = np.float16 if half else f32
         tail: list[Dim] = [self.config.num_key_value_heads, self.config.head_dim]
-        self.inputs.append(value_info(f"past.{name}", f32, ["S", *tail]))
-        self.outputs.append(value_info(f"present.{name}", f32, ["S+T", *tail]))
-        return self.g.op("Concat", f"past.{name}", new, axis=0, name=f"present.{name}")
+        self.inputs.append(value_info(f"past.{name}", kind, ["S", *tail]))
+        self.outputs.append(value_info(f"present.{name}", kind, ["S+T", *tail]))
+        if half:
+            new = ops.half(g, new)
+        x = g.op("Concat", f"past.{name}", new, axis=0, name=f"present.{name}")
+        return g.cast(x, f32) if half else x
 
     def report(self, stage: str, x: str, *shape: int) -> None:
         """Make x [T, *shape] an output of a tracing graph."""

@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from bitskip_ref import functions
+from bitskip_ref.cache import LARGEST_HALF
 from bitskip_ref.quant import SCALE_FLOOR
 from export.onnx_builder import GraphBuilder, value_info
 
@@ -69,7 +70,7 @@ def neighbour_sum(g: GraphBuilder, x: str, width: int, levels: int) -> str:
     return x
 
 
-# ---- functions (SPEC 2.6 to 2.8) ------------------------------------------------------
+# ---- functions (SPEC 2.6 to 2.8, 6.5) -------------------------------------------------
 
 
 def exp(g: GraphBuilder, x: str) -> str:
@@ -99,6 +100,12 @@ def relu2(g: GraphBuilder, x: str) -> str:
     """SPEC 2.8; the square hides the sign that Relu may give a zero."""
     r = g.op("Relu", x)
     return g.op("Mul", r, r)
+
+
+def half(g: GraphBuilder, x: str) -> str:
+    """SPEC 6.5: f32 -> what a float16 cache holds of it."""
+    x = g.op("Clip", x, g.const(f32(-LARGEST_HALF)), g.const(f32(LARGEST_HALF)))
+    return g.cast(x, np.float16)
 
 
 # ---- norms (SPEC 3) -------------------------------------------------------------------

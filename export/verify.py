@@ -15,33 +15,33 @@ from bitskip_ref.engine import Engine
 from export import load_onnx
 
 Stages = dict[str, np.ndarray]  # stage -> values, in forward order
-BOUND = 1e-5  # SPEC 4.5, of the largest logit of a row
+BOUNDS = {"float32": 1e-5, "float16": 1e-3}  # KV cache -> SPEC 4.5, 6.5: of a row's largest logit
 
 
-def _load_reference(path: Path, threads: int) -> Engine:
-    return bitskip_ref.load(path)
+def _load_reference(path: Path, threads: int, kv_cache: str) -> Engine:
+    return bitskip_ref.load(path, kv_cache)
 
 
-def _load_torch(path: Path, threads: int) -> Engine:
+def _load_torch(path: Path, threads: int, kv_cache: str) -> Engine:
     import torch
 
     from bitskip_train import load_exported
 
     torch.set_num_threads(threads)
-    return load_exported(path)
+    return load_exported(path, kv_cache)
 
 
-def _load_numba(path: Path, threads: int) -> Engine:
+def _load_numba(path: Path, threads: int, kv_cache: str) -> Engine:
     import bitskip_cpu
 
-    return bitskip_cpu.load(path, threads=threads)
+    return bitskip_cpu.load(path, threads=threads, kv_cache=kv_cache)
 
 
-def _load_onnx(path: Path, threads: int) -> Engine:
-    return load_onnx(path, threads=threads)
+def _load_onnx(path: Path, threads: int, kv_cache: str) -> Engine:
+    return load_onnx(path, threads=threads, kv_cache=kv_cache)
 
 
-ENGINES: dict[str, Callable[[Path, int], Engine]] = {
+ENGINES: dict[str, Callable[[Path, int, str], Engine]] = {
     "ref": _load_reference,
     "torch": _load_torch,
     "numba": _load_numba,
@@ -58,7 +58,7 @@ class Check:
     threads: int
     exit_layer: int
     mode: str
-    exact: bool  # bits were compared; False: logits, with the bound
+    bound: float | None  # None: bits were compared; else logits, up to so much (SPEC 4.5)
     problem: str | None
 
 
@@ -68,20 +68,21 @@ class NotInstalled(RuntimeError):
 
 def verify(
     path: Path, ids: Sequence[int], exits: Sequence[int], engines: Sequence[str],
-    threads: Sequence[int], skipped: Callable[[str], None] | None = None,
+    threads: Sequence[int], kv_cache: str = "float32",
+    skipped: Callable[[str], None] | None = None,
 ) -> Iterator[Check]:  # fmt: skip
-    """Compare engines (names in ENGINES) with the reference on the same tokens.
+    """Compare engines (names in ENGINES) with the reference on the same tokens and kind of cache.
 
     skipped: told of an engine that is not installed; None: raise NotInstalled instead.
     Raises bitskip_ref.FormatError for what is no model folder, ValueError for ids or exits out of
     range.
     """
-    reference = bitskip_ref.load(path)
+    reference = bitskip_ref.load(path, kv_cache)
     expected = {n: whole(reference, ids, n) for n in exits}
     for name in engines:
         for count in threads if name != "ref" else [1]:
             try:
-                engine = ENGINES[name](path, count)
+                engine = ENGINES[name](path, count, kv_cache)
             except ImportError as error:
                 reason = f"engine {name} is not installed ({error})"
                 if skipped is None:
@@ -89,11 +90,15 @@ def verify(
                 skipped(reason)
                 break
             exact = reference.config.linear == "ternary" or name not in LIBRARY_PRODUCTS
-            compare = first_difference if exact else beyond_bound
+            bound = None if exact else BOUNDS[kv_cache]
             for n in exits:
                 for mode, run in (("whole", whole), ("token by token", singly)):
-                    problem = compare(reference.config, expected[n], run(engine, ids, n))
-                    yield Check(name, count, n, mode, exact, problem)
+                    found = run(engine, ids, n)
+                    if bound is None:
+                        problem = first_difference(reference.config, expected[n], found)
+                    else:
+                        problem = beyond_bound(bound, expected[n], found)
+                    yield Check(name, count, n, mode, bound, problem)
 
 
 def whole(engine: Engine, ids: Sequence[int], exit_layer: int) -> Stages:
@@ -133,10 +138,10 @@ def first_difference(config: ModelConfig, expected: Stages, actual: Stages) -> s
     return None
 
 
-def beyond_bound(config: ModelConfig, expected: Stages, actual: Stages) -> str | None:
-    """Whether logits leave the bound of SPEC 4.5."""
+def beyond_bound(bound: float, expected: Stages, actual: Stages) -> str | None:
+    """Whether logits leave the bound of SPEC 4.5 or 6.5."""
     z = expected["logits"]
     gap = np.abs(actual["logits"] - z).max(axis=1) / np.abs(z).max(axis=1)
-    if (gap <= BOUND).all():
+    if (gap <= bound).all():
         return None
-    return f"logits: off by {gap.max():.3g} of the row's largest, the bound is {BOUND:g}"
+    return f"logits: off by {gap.max():.3g} of the row's largest, the bound is {bound:g}"

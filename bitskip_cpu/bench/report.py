@@ -22,6 +22,7 @@ COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("depth", "depth", lambda depth: str(depth or "")),
     ("exit", "exit_layer", str),
     ("threads", "threads", str),
+    ("KV cache", "kv_cache", lambda kind: "" if kind == "float32" else kind),
     ("tokens/s", "tokens_per_s.median", _number(".1f")),
     ("mean ± sd", "tokens_per_s", lambda speed: "{mean:.1f} ± {sd:.1f}".format(**speed)),
     ("gain %", "gain_percent", _number(".1f")),

@@ -41,8 +41,8 @@ def limit_figures(limits: Limits) -> list[dict[str, Any]]:
 def rows_of(cases: Sequence[Case], limits: Limits) -> list[dict[str, Any]]:
     """The rows of measured cases; an early exit's gain is over the same test at full depth."""
     layers = cases[0].engine.config.num_hidden_layers
-    full = {(c.task, c.threads): c for c in cases if c.exit_layer == layers}
-    return [_row(c, limits, full.get((c.task, c.threads))) for c in cases]
+    full = {(c.task, c.threads, c.kv_cache): c for c in cases if c.exit_layer == layers}
+    return [_row(c, limits, full.get((c.task, c.threads, c.kv_cache))) for c in cases]
 
 
 def _row(case: Case, limits: Limits, full: Case | None) -> dict[str, Any]:
@@ -65,6 +65,7 @@ def _row(case: Case, limits: Limits, full: Case | None) -> dict[str, Any]:
         "depth": task.depth,
         "exit_layer": case.exit_layer,
         "threads": case.threads,
+        "kv_cache": case.kv_cache,
         "tokens_per_s": speed,
         "gain_percent": gain,
         "first_token_ms": 1e3 * statistics.median(firsts) if firsts else None,

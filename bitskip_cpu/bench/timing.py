@@ -76,10 +76,16 @@ class Case:
         return getattr(self.engine, "threads", 1)
 
     @property
+    def kv_cache(self) -> str:
+        """Of the engine: float32 or float16."""
+        return getattr(self.engine, "kv_cache", "float32")
+
+    @property
     def name(self) -> str:
         """The row in words."""
         depth = f" at depth {self.task.depth}" if self.task.depth else ""
-        return f"{self.task.name}{depth}, exit {self.exit_layer}, threads {self.threads}"
+        half = ", float16 KV cache" if self.kv_cache == "float16" else ""
+        return f"{self.task.name}{depth}, exit {self.exit_layer}, threads {self.threads}{half}"
 
     def tokens_per_s(self) -> list[float]:
         """Of each sample."""
@@ -149,15 +155,16 @@ def measure(
     longest = max(case.task.depth + case.task.tokens for case in cases)
     ids = rng.integers(0, vocab, longest).tolist()
     deepest = max(case.exit_layer for case in cases)
-    caches: dict[int, Any] = {}  # depth -> a cache with that many tokens, for every exit
+    caches: dict[tuple[int, str], Any] = {}  # with so many tokens, for every exit
 
     def run(case: Case) -> Sample:
         depth = case.task.depth
-        if depth not in caches:
-            caches[depth] = case.engine.new_cache()
+        key = depth, case.kv_cache
+        if key not in caches:
+            caches[key] = case.engine.new_cache()
             if depth:
-                case.engine.extend(ids[:depth], caches[depth], exit_layer=deepest, last_only=True)
-        return case.run(caches[depth], ids[depth : depth + case.task.tokens])
+                case.engine.extend(ids[:depth], caches[key], exit_layer=deepest, last_only=True)
+        return case.run(caches[key], ids[depth : depth + case.task.tokens])
 
     for case in cases:
         progress(f"warm-up: {case.name}")

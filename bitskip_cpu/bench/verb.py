@@ -28,12 +28,13 @@ def bench(
     exits: Sequence[int] | None,
     repetitions: int,
     seed: int,
+    kv_caches: Sequence[str] = ("float32",),
 ) -> tuple[Report, bool]:
     """Measure a model, or random weights of a preset's shape; a progress bar on a terminal.
 
-    threads: None for what `generate` takes. exits: None for the full depth. A preset's context
-    grows to what the tasks need. Returns the report and whether Ctrl-C ended it early, which
-    passes once every row has a sample. Raises ValueError.
+    threads: None for what `generate` takes. exits: None for the full depth. kv_caches: float32,
+    float16 or both. A preset's context grows to what the tasks need. Returns the report and whether
+    Ctrl-C ended it early, which passes once every row has a sample. Raises ValueError.
     """
     machine = {**fingerprint(), "isa": isa.PATH}
     compiled, start = KERNELS.compiled, time.perf_counter()
@@ -50,9 +51,11 @@ def bench(
         config = config.replace(max_position_embeddings=context)
         name, tensors = f"{preset} (random weights, seed {seed})", random_tensors(config, seed)
         start = time.perf_counter()
-    engines = [Engine(config, tensors, threads[0] if threads else None)]
+    counts: Sequence[int | None] = threads or [None]
+    kinds = [(count, kind) for count in counts for kind in kv_caches]
+    engines = [Engine(config, tensors, kinds[0][0], None, kinds[0][1])]
     load_s = time.perf_counter() - start
-    engines += [Engine(config, engines[0].weights, count) for count in (threads or [])[1:]]
+    engines += [Engine(config, engines[0].weights, n, None, kind) for n, kind in kinds[1:]]
     exits = exits or [config.num_hidden_layers]
     cases = plan(engines, tasks, exits)
     limits = Limits(engines[0].weight_bytes(max(exits)))

@@ -45,6 +45,7 @@ def report(
             "text": str(path),
             "context": context,
             "stride": stride,
+            "kv_cache": model.kv_cache,
             "documents": text.documents,
             "bytes": text.bytes,
             "exits": [facts(rule, config, value, depth) for rule, value, depth in found],
@@ -64,5 +65,6 @@ def report(
     counted = (
         f"{found[0][1].tokens} tokens predicted, {text.documents} documents, {text.bytes} bytes; "
         f"context {context}, stride {stride}"
+        f"{', float16 KV cache' if model.kv_cache == 'float16' else ''}"
     )
     return f"{table(header, rows)}\n{counted}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitskip_cpu.options import MODEL, THREADS, Numbers, load_model
+from bitskip_cpu.options import KV_CACHE, MODEL, THREADS, Numbers, load_model
 
 if TYPE_CHECKING:
     from bitskip_cpu.model import Model
@@ -78,12 +78,13 @@ def _rules(model: Model, exits: list[int | str], *beside: Any) -> list[ExitRule]
 @click.option(
     "--tokens", type=click.IntRange(1), help="Read documents up to so many. Default: all."
 )
+@KV_CACHE
 @THREADS
 @click.option("--json", "as_json", is_flag=True)
 def perplexity(
     model: str | None, text_file: Path, exits: list[int | str] | None, threshold: float | None,
     looks: list[int] | None, last: int | None, ctx: int | None, stride: int | None,
-    tokens: int | None, threads: int | None, as_json: bool,
+    tokens: int | None, kv_cache: str, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Loss of a text at each exit, over all its tokens but the first.
 
@@ -92,7 +93,7 @@ def perplexity(
     """
     from bitskip_cpu.heldout.perplexity import report
 
-    loaded = load_model(model, threads)
+    loaded = load_model(model, threads, kv_cache=kv_cache)
     rules = _rules(loaded, exits or [loaded.config.num_hidden_layers], threshold, looks, last)
     click.echo(report(loaded, text_file, rules, ctx, stride, tokens, as_json))
 

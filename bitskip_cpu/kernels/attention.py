@@ -7,8 +7,9 @@ Cache of one block (`keys_at`, `values_at`), LANES positions to a group:
                                       does not see)
     values [K, S, W]                  W = E padded to a multiple of LANES
 
-so that a score's tree over E runs on LANES positions at once, and values stream by rows. Query
-heads that share a key-value head pass over it together.
+of `size` bytes a number, FULL or HALF (SPEC 6.5), so that a score's tree over E runs on LANES
+positions at once, and values stream by rows. Query heads that share a key-value head pass over it
+together.
 """
 
 from __future__ import annotations
@@ -17,25 +18,17 @@ import math
 
 import numpy as np
 
+from bitskip_cpu.kernels.cached import eight_products, weighed
 from bitskip_cpu.kernels.exponential import exp_differences
 from bitskip_cpu.kernels.floats import ZERO, copy, fill_zero
+from bitskip_cpu.kernels.halfs import half, narrow
 from bitskip_cpu.kernels.inner import inner
-from bitskip_cpu.kernels.lanes import (
-    LANE_BYTES,
-    add,
-    eight_products,
-    eight_sum,
-    larger,
-    scale,
-    weighed,
-)
-from bitskip_cpu.kernels.layout import LANES, LEVELS
-from bitskip_cpu.kernels.memory import floats
+from bitskip_cpu.kernels.lanes import LANE_BYTES, add, eight_sum, larger, scale
+from bitskip_cpu.kernels.layout import HALF, LANES, LEVELS
+from bitskip_cpu.kernels.memory import floats, halfs
 
 f32 = np.float32
 
-products_4, products_2, products_1 = eight_products(4), eight_products(2), eight_products(1)
-weighed_4, weighed_2, weighed_1 = weighed(4), weighed(2), weighed(1)
 LOWEST = f32(-np.inf)
 
 
@@ -52,17 +45,34 @@ def turn(x_at, cos_at, sin_at, head_dim):
 
 
 @inner
-def store_key(key_at, keys_at, padded, head_dim, position):
+def store_key(key_at, keys_at, size, padded, head_dim, position):
     """Put one head's turned key at its position; `keys_at` is the head's part of the cache."""
     group, lane = position // LANES, position % LANES
-    key = floats(key_at, head_dim)
-    column = floats(keys_at + 4 * group * padded * LANES, padded * LANES)
-    for i in range(head_dim):
-        column[i * LANES + lane] = key[i]
+    key, column_at = floats(key_at, head_dim), keys_at + size * group * padded * LANES
+    if size == HALF:
+        rounded = halfs(column_at, padded * LANES)
+        for i in range(head_dim):
+            rounded[i * LANES + lane] = half(key[i])
+    else:
+        column = floats(column_at, padded * LANES)
+        for i in range(head_dim):
+            column[i * LANES + lane] = key[i]
 
 
 @inner
-def score_groups(queries, q_at, q_stride, keys_at, padded, seen, out_at, out_stride, scratch_at):
+def store_value(value_at, values_at, size, value_width, head_dim, position):
+    """The same of one head's value."""
+    row_at = values_at + size * position * value_width
+    if size == HALF:
+        narrow(value_at, row_at, head_dim)
+    else:
+        copy(value_at, row_at, head_dim)
+
+
+@inner
+def score_groups(
+    queries, q_at, q_stride, keys_at, size, padded, seen, out_at, out_stride, scratch_at
+):
     """out[i, s] = sum 2.2 of q[i] * k[s], for s < seen and `queries` queries (SPEC 6.2).
 
     A query has E' floats, zeros behind E; out holds whole groups. Scratch: E' / 8 * LANES floats
@@ -71,15 +81,10 @@ def score_groups(queries, q_at, q_stride, keys_at, padded, seen, out_at, out_str
     m = padded >> 3
     stride = m * LANE_BYTES
     for start in range(0, seen, LANES):
-        k_at = keys_at + 4 * start * padded
+        k_at = keys_at + size * start * padded
         for i in range(m):
-            q, k, to = q_at + 4 * i, k_at + i * LANE_BYTES, scratch_at + i * LANE_BYTES
-            if queries == 4:
-                products_4(q, q_stride, k, m, to, stride)
-            elif queries == 2:
-                products_2(q, q_stride, k, m, to, stride)
-            else:
-                products_1(q, q_stride, k, m, to, stride)
+            k, to = k_at + size * i * LANES, scratch_at + i * LANE_BYTES
+            eight_products(queries, size, q_at + 4 * i, q_stride, k, m, to, stride)
         for query in range(queries):
             at, n = scratch_at + query * stride, m
             while n >= 8:
@@ -117,16 +122,12 @@ def softmax_weights(e_at, head_dim, seen):
 
 
 @inner
-def weigh_group(queries, e_at, e_stride, values_at, value_width, out_at, out_stride):
+def weigh_group(queries, e_at, e_stride, values_at, size, value_width, out_at, out_stride):
     """Per query sum 2.3 over LANES positions of e * v, and behind it of e itself."""
+    row = size * value_width
     for i in range(0, value_width, LANES):
-        v, to = values_at + 4 * i, out_at + 4 * i
-        if queries == 4:
-            weighed_4(e_at, e_stride, v, 4 * value_width, to, out_stride)
-        elif queries == 2:
-            weighed_2(e_at, e_stride, v, 4 * value_width, to, out_stride)
-        else:
-            weighed_1(e_at, e_stride, v, 4 * value_width, to, out_stride)
+        v, to = values_at + size * i, out_at + 4 * i
+        weighed(queries, size, e_at, e_stride, v, row, to, out_stride)
     for query in range(queries):
         e = floats(e_at + query * e_stride, LANES)
         low = ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]))
@@ -143,7 +144,7 @@ def add_to(a_at, target_at, n):
 
 @inner
 def attend(
-    queries, q_at, keys_at, values_at, padded, head_dim, value_width, seen, out_at, scratch_at
+    queries, q_at, keys_at, values_at, size, padded, head_dim, value_width, seen, out_at, scratch_at
 ):
     """`queries` (4, 2 or 1) turned query heads over `seen` positions -> out (SPEC 6.2, 6.3).
 
@@ -159,7 +160,7 @@ def attend(
         copy(q_at + 4 * i * head_dim, query_at + 4 * i * padded, head_dim)
         fill_zero(query_at + 4 * (i * padded + head_dim), padded - head_dim)
     score_groups(
-        queries, query_at, 4 * padded, keys_at, padded, seen, scratch_at, e_stride, parts_at
+        queries, query_at, 4 * padded, keys_at, size, padded, seen, scratch_at, e_stride, parts_at
     )
     for i in range(queries):
         softmax_weights(scratch_at + i * e_stride, head_dim, seen)
@@ -172,8 +173,10 @@ def attend(
     for group in range(groups):
         first = group * LANES
         to = now_at if group & 1 else parts_at  # part 0 is free after every second group
-        weigh_group(queries, scratch_at + 4 * first, e_stride, values_at + 4 * first * value_width,
-                    value_width, to, 4 * width)  # fmt: skip
+        v_at = values_at + size * first * value_width
+        weigh_group(
+            queries, scratch_at + 4 * first, e_stride, v_at, size, value_width, to, 4 * width
+        )
         level = 0
         while (group >> level) & 1:
             add_to(parts_at + 4 * level * whole, now_at, whole)
@@ -187,6 +190,6 @@ def attend(
     for query in range(queries):
         at = now_at + 4 * query * width
         total = floats(at + 4 * value_width, 1)[0] + ZERO
-        weighed, out = floats(at, head_dim), floats(out_at + 4 * query * head_dim, head_dim)
+        sums, out = floats(at, head_dim), floats(out_at + 4 * query * head_dim, head_dim)
         for i in range(head_dim):
-            out[i] = (weighed[i] + ZERO) / total
+            out[i] = (sums[i] + ZERO) / total

@@ -23,7 +23,7 @@ from bitskip_cpu.kernels.exponential import (
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.lanes import butterflies
 from bitskip_cpu.kernels.layout import LANES, RELU2, SWIGLU
-from bitskip_cpu.kernels.memory import floats, halfs, int8s, int32s
+from bitskip_cpu.kernels.memory import floats, int8s, int32s
 
 f32, i32 = np.float32, np.int32
 
@@ -36,7 +36,6 @@ HALF, SQRT_HALF = f32(0.5), f32(0.707106781)
 MAGNITUDE = i32(0x7FFFFFFF)
 FRACTION, HALF_BITS = i32(0x007FFFFF), i32(0x3F000000)  # of a float; of 0.5
 LOWEST = f32(np.finfo(np.float32).min)
-HALF_SCALE = f32(2.0**112)  # moves float16's exponent to float32's
 
 
 @inner
@@ -149,18 +148,6 @@ def ffn_activation(kind, squared, source_at, target_at, n):
         for i in range(n):
             r = relu(gate[i])
             target[i] = (r * r) * up[i]
-
-
-@inner
-def widen(source_at, target_at, n):
-    """float16 bits -> float32, exactly, subnormals included; finite values only."""
-    source, target = halfs(source_at, n), int32s(target_at, n)
-    for i in range(n):
-        h = i32(source[i])
-        target[i] = i32((h & i32(0x7FFF)) << i32(13)) | i32((h & i32(0x8000)) << i32(16))
-    x = floats(target_at, n)
-    for i in range(n):
-        x[i] = x[i] * HALF_SCALE
 
 
 # ---- norms (SPEC 3) -----------------------------------------------------------------

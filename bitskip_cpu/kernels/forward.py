@@ -14,8 +14,8 @@ from bitskip_cpu.kernels.floats import (
     relu,
     sigmoid,
     two_largest,
-    widen,
 )
+from bitskip_cpu.kernels.halfs import widen
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.jobs import (
     ATTEND,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitskip_cpu.kernels.attention import attend, store_key, turn
+from bitskip_cpu.kernels.attention import attend, store_key, store_value, turn
 from bitskip_cpu.kernels.floats import (
     copy,
     ffn_activation,
@@ -149,27 +149,29 @@ def exit_in(s, x, t, scratch):
 
 @inner
 def store(s, t):
-    """Turn token t's keys; keys and values into the cache (SPEC 6.1, 6.4)."""
+    """Turn token t's keys; keys and values into the cache (SPEC 6.1, 6.4, 6.5)."""
     position, e = s.position + t, 4 * s.head_dim
     half = e >> 1
     key = s.qkv + t * 4 * (s.attention + 2 * s.kv) + 4 * s.attention
     value = key + 4 * s.kv
     for h in range(s.kv_heads):
         turn(key + h * e, s.cos + position * half, s.sin + position * half, s.head_dim)
-        store_key(key + h * e, keys_of(s, h), s.head_padded, s.head_dim, position)
-        copy(value + h * e, values_of(s, h) + position * 4 * s.value_width, s.head_dim)
+        store_key(key + h * e, keys_of(s, h), s.cache_size, s.head_padded, s.head_dim, position)
+        store_value(
+            value + h * e, values_of(s, h), s.cache_size, s.value_width, s.head_dim, position
+        )
 
 
 @inner
 def keys_of(s, h):
     """Where the block's cache holds key-value head h's keys."""
-    return s.keys + 4 * (s.layer * s.kv_heads + h) * s.capacity * s.head_padded
+    return s.keys + s.cache_size * (s.layer * s.kv_heads + h) * s.capacity * s.head_padded
 
 
 @inner
 def values_of(s, h):
     """Where the block's cache holds key-value head h's values."""
-    return s.values + 4 * (s.layer * s.kv_heads + h) * s.capacity * s.value_width
+    return s.values + s.cache_size * (s.layer * s.kv_heads + h) * s.capacity * s.value_width
 
 
 @inner
@@ -185,8 +187,9 @@ def attention_part(s, scratch, part):
     while h < end:
         left = end - h
         queries = QUERIES if left >= QUERIES else (2 if left >= 2 else 1)
-        attend(queries, q_at + h * e, keys_of(s, kv_head), values_of(s, kv_head), s.head_padded,
-               s.head_dim, s.value_width, position + 1, out_at + h * e, scratch)  # fmt: skip
+        attend(queries, q_at + h * e, keys_of(s, kv_head), values_of(s, kv_head), s.cache_size,
+               s.head_padded, s.head_dim, s.value_width, position + 1, out_at + h * e,
+               scratch)  # fmt: skip
         h += queries
 
 

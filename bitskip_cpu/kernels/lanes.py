@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,22 +22,20 @@ from bitskip_cpu.kernels.memory import floats, int32s, vector_pointer
 Add = Callable[[Any, Any], Any]
 LONG = ir.IntType(64)
 FLOATS = ir.VectorType(ir.FloatType(), LANES)
-
-
 LANE_BYTES = 4 * LANES
 
 
-def _halved(x: Sequence[Any], add: Add = operator.add) -> Any:
+def halved(x: Sequence[Any], add: Add = operator.add) -> Any:
     """Sum by halving (SPEC 2.2), one branch after the other."""
     if len(x) == 1:
         return x[0]
-    return add(_halved(x[0::2], add), _halved(x[1::2], add))
+    return add(halved(x[0::2], add), halved(x[1::2], add))
 
 
-def _paired(x: Sequence[Any], add: Add = operator.add) -> Any:
+def paired(x: Sequence[Any], add: Add = operator.add) -> Any:
     """Sum of neighbours (SPEC 2.3), one branch after the other."""
     half = len(x) // 2
-    return x[0] if not half else add(_paired(x[:half], add), _paired(x[half:], add))
+    return x[0] if not half else add(paired(x[:half], add), paired(x[half:], add))
 
 
 def load_lanes(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -51,7 +48,7 @@ def store_lanes(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> No
     builder.store(value, vector_pointer(builder, address, FLOATS), align=4)
 
 
-def _number(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+def load_splat(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """The float there, in every lane."""
     at = builder.inttoptr(address, ir.FloatType().as_pointer())
     return splat(builder, builder.load(at, align=4))
@@ -65,27 +62,9 @@ def splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return builder.shuffle_vector(first, nothing, mask)
 
 
-def _eight_products(
-    queries: int, q_at: int, q_stride: int, k_at: int, m: int, out_at: int, out_stride: int
-) -> None:
-    for i in range(queries):
-        q = floats(q_at + i * q_stride, 7 * m + 1)
-        p = [q[j * m] * floats(k_at + j * m * LANE_BYTES, LANES) for j in range(8)]
-        floats(out_at + i * out_stride, LANES)[:] = _halved(p)
-
-
 def _eight_sum(at: int, m: int) -> None:
     """The vectors at, at + m, ..., at + 7 m summed as SPEC 2.2 does, into the first."""
-    floats(at, LANES)[:] = _halved([floats(at + j * m * LANE_BYTES, LANES) for j in range(8)])
-
-
-def _weighed(
-    queries: int, e_at: int, e_stride: int, v_at: int, row: int, out_at: int, out_stride: int
-) -> None:
-    for i in range(queries):
-        e = floats(e_at + i * e_stride, LANES)
-        parts = [e[j] * floats(v_at + j * row, LANES) for j in range(LANES)]
-        floats(out_at + i * out_stride, LANES)[:] = _paired(parts)
+    floats(at, LANES)[:] = halved([floats(at + j * m * LANE_BYTES, LANES) for j in range(8)])
 
 
 def _add(a_at: int, b_at: int, out_at: int) -> None:
@@ -120,73 +99,6 @@ def _butterflies(at: int) -> None:
         h //= 2
 
 
-Kernel = Callable[..., None]
-
-
-def eight_products(queries: int) -> Kernel:
-    """(q, q stride, k, m, out, out stride): for each query, eight leaves of the tree over E.
-
-    out = sum 2.2 over j < 8 of q[j m] * k[j m], where k holds LANES floats for every feature.
-    """
-    if INTERPRETED:
-        return partial(_eight_products, queries)
-
-    @intrinsic
-    def kernel(
-        typing: Any, q: Any, q_stride: Any, k: Any, m: Any, out: Any, out_stride: Any
-    ) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            q, q_stride, k, m, out, out_stride = args
-            keys = []
-            for j in range(8):
-                offset = builder.mul(m, LONG(j * LANE_BYTES))
-                keys.append(load_lanes(builder, builder.add(k, offset)))
-            for _ in range(queries):
-                products = []
-                for j, key in enumerate(keys):
-                    x = _number(builder, builder.add(q, builder.mul(m, LONG(4 * j))))
-                    products.append(builder.fmul(x, key))
-                store_lanes(builder, _halved(products, builder.fadd), out)
-                q, out = builder.add(q, q_stride), builder.add(out, out_stride)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 6), codegen
-
-    return kernel  # type: ignore[no-any-return]
-
-
-def weighed(queries: int) -> Kernel:
-    """(e, e stride, v, row, out, out stride): for each query sum 2.3 over LANES positions of e * v.
-
-    v's positions lie `row` bytes apart; LANES features.
-    """
-    if INTERPRETED:
-        return partial(_weighed, queries)
-
-    @intrinsic
-    def kernel(
-        typing: Any, e: Any, e_stride: Any, v: Any, row: Any, out: Any, out_stride: Any
-    ) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            e, e_stride, v, row, out, out_stride = args
-            values = []
-            for _ in range(LANES):
-                values.append(load_lanes(builder, v))
-                v = builder.add(v, row)
-            for _ in range(queries):
-                products = []
-                for j, value in enumerate(values):
-                    x = _number(builder, builder.add(e, LONG(4 * j)))
-                    products.append(builder.fmul(x, value))
-                store_lanes(builder, _paired(products, builder.fadd), out)
-                e, out = builder.add(e, e_stride), builder.add(out, out_stride)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 6), codegen
-
-    return kernel  # type: ignore[no-any-return]
-
-
 if INTERPRETED:
     add, scale, larger, eight_sum = _add, _scale, _larger, _eight_sum
     scaled_sums, butterflies = _scaled_sums, _butterflies
@@ -200,7 +112,7 @@ else:
             for j in range(8):
                 offset = builder.mul(m, LONG(j * LANE_BYTES))
                 parts.append(load_lanes(builder, builder.add(at, offset)))
-            store_lanes(builder, _halved(parts, builder.fadd), at)
+            store_lanes(builder, halved(parts, builder.fadd), at)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), codegen

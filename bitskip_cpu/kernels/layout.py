@@ -24,7 +24,7 @@ _STATE = """
     ids x mid qkv attended y up act row row_stride codes codes_stride steps sums
     scratch scratch_stride unpacked acc
 
-    keys values capacity tokens position logits exit_from draft_vocab least_lead
+    keys values cache_size capacity tokens position logits exit_from draft_vocab least_lead
     gate_probability confidence_max confidence_margin confidence_entropy
 
     helpers worth sync job layer product first_row last_row grain
@@ -51,6 +51,7 @@ have `units` and `tail` (kernels.tiles); `row_bytes` of a packed row: a tile's o
 QKV, OUT, UP, DOWN, HEAD = 0, 1, 2, 3, 4
 PRODUCTS = 4  # of a block
 INT8, FLOAT32, FLOAT16, INT6, INT4 = range(5)  # head_kind
+FULL, HALF = 4, 2  # cache_size: bytes of a number in the cache
 SWIGLU, GATED_RELU2, RELU2 = 0, 1, 2  # ffn_kind
 ACTIVATION_OFFSET = 128 if PATH in ("amx512", "vbmi512", "vnni512", "vnni256") else 0
 """What the kernels of int8 heads expect to be added to each activation code (`dot_simd`)."""

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from bitskip_cpu.isa import PATH
-from bitskip_cpu.kernels.floats import dot_tree, relu2, widen
+from bitskip_cpu.kernels.floats import dot_tree, relu2
+from bitskip_cpu.kernels.halfs import widen
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.lanes import scaled_sums
 from bitskip_cpu.kernels.layout import BAND, FLOAT16, INT4, INT6, INT8, LANES
@@ -32,10 +33,11 @@ blocks: Any
 if PATH == "amx512":
     from bitskip_cpu.kernels import ternary_amx as blocks
 
-    FEW_ABOVE = 4  # tokens; measured
+    FEW_ABOVE, FEW_ABOVE_SHORT = 2, 4  # tokens, of rows of LONG units or shorter ones; measured
 else:
     blocks = ternary
-    FEW_ABOVE = UNPACK_ABOVE
+    FEW_ABOVE = FEW_ABOVE_SHORT = UNPACK_ABOVE
+LONG = 8
 begin_blocks, bytes_block, end_blocks = blocks.begin_blocks, blocks.bytes_block, blocks.end_blocks
 few_block = blocks.few_block
 BLOCK_TILES, BLOCK_TOKENS = blocks.BLOCK_TILES, blocks.BLOCK_TOKENS
@@ -67,7 +69,7 @@ def ternary_sums(s, p, tiles_at, tiles, acc_at, unpacked_at):
                             to, ACC_STRIDE)  # fmt: skip
         end_blocks()
         return
-    if tokens > FEW_ABOVE:
+    if tokens > (FEW_ABOVE if units >= LONG else FEW_ABOVE_SHORT):
         few_block(tokens, tiles_at, tiles, size, units, tail, s.codes, stride, acc_at, ACC_STRIDE,
                   unpacked_at)  # fmt: skip
         return

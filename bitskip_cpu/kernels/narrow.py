@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from bitskip_cpu.aligned import aligned
 from bitskip_cpu.kernels.tiles import COLUMNS, LINE, TILE_ROWS
 
 GROUP = 16  # columns
@@ -27,7 +28,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """int8 [V, D] -> tiles, uint8 [ceil(V / 16) * 16, row_bytes]; missing codes are 0."""
     vocabulary, width = codes.shape
     groups, size = -(-width // GROUP), row_bytes(width, bits)
-    result = np.empty((-(-vocabulary // TILE_ROWS) * TILE_ROWS, size), np.uint8)
+    result = aligned((-(-vocabulary // TILE_ROWS) * TILE_ROWS, size), np.uint8, zeros=False)
     for first in range(0, len(result), 1024):  # bounded scratch
         part = codes[first : first + 1024]
         count = min(1024, len(result) - first)

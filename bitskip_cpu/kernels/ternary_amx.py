@@ -15,8 +15,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bitskip_cpu.kernels.dot_simd import BYTE, LONG
+from bitskip_cpu.kernels.dot_simd import BYTE, INTS, LONG
 from bitskip_cpu.kernels.inner import inner
+from bitskip_cpu.kernels.memory import vector_pointer
 from bitskip_cpu.kernels.ternary_simd import unpack_tile
 from bitskip_cpu.kernels.tiles import LINE, LINE_COLUMNS, TILE_ROWS, UNIT_COLUMNS, UNIT_LINES
 
@@ -55,6 +56,7 @@ def settings(name: str, rows: Sequence[int]) -> Any:
 
 
 begin_blocks = settings("bitskip_tiles_of_blocks", [16] * 8)
+begin_4 = settings("bitskip_tiles_of_4_tokens", [4] * 5 + [16] * 3)
 begin_8 = settings("bitskip_tiles_of_8_tokens", [8] * 5 + [16] * 3)
 
 
@@ -128,12 +130,20 @@ def bytes_block(
     return types.void(*[types.int64] * 9), codegen
 
 
+CHAINS = 3  # accumulators of a tile: a product's result is there after three others
+FEW_UNITS = 2  # unpacked at a time, while those before them are multiplied
+FEW_COLUMNS = FEW_UNITS * UNIT_COLUMNS
+FEW_STEPS = 4  # at most: so many units and a tail
+FEW_BYTES = FEW_STEPS * STEP * TILE_ROWS
+SUMS_BYTES = 1024 * CHAINS  # of a tile
+
+
 @intrinsic
 def clear(typing: Any) -> Any:
-    """Four accumulators of zeros, before `few_steps`."""
+    """Accumulators of zeros, before `few_steps`."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        for i in range(4):
+        for i in range(CHAINS):
             call(builder, "tilezero", BYTE(i))
         return context.get_dummy_value()
 
@@ -141,65 +151,90 @@ def clear(typing: Any) -> Any:
 
 
 @intrinsic
-def few_steps(typing: Any, tiles: Any, stride: Any, steps: Any, codes: Any, row: Any) -> Any:
-    """Add `steps` times 64 columns of four unpacked tiles with up to 8 or 16 tokens (`begin_*`).
+def few_steps(typing: Any, tile: Any, steps: Any, codes: Any, row: Any) -> Any:
+    """Add 1..FEW_STEPS times 64 columns of an unpacked tile with few tokens (`begin_*`).
 
-    tiles, `stride` bytes apart; codes, `row` bytes a token.
+    codes: `row` bytes a token.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        tiles, stride, steps, codes, row = args
-        with cgutils.for_range(builder, steps) as loop:
-            source = address(builder, codes, builder.mul(loop.index, LONG(STEP)))
-            call(builder, "tileloadd64", BYTE(4), source, row)
-            for j in range(4):
-                at = builder.mul(loop.index, LONG(16 * LINE))
-                at = builder.add(at, builder.mul(stride, LONG(j)))
-                operand = BYTE(5 + j % 3)
-                call(builder, "tileloadd64", operand, address(builder, tiles, at), LONG(64))
-                call(builder, "tdpbsud", BYTE(j), BYTE(4), operand)
+        tile, steps, codes, row = args
+        for i in range(FEW_STEPS):
+            with builder.if_then(builder.icmp_signed(">", steps, LONG(i)), likely=True):
+                a, b = BYTE(CHAINS + i % 2), BYTE(CHAINS + 2 + i % 3)
+                call(builder, "tileloadd64", a, address(builder, codes, i * STEP), row)
+                call(builder, "tileloadd64", b, address(builder, tile, i * 16 * LINE), LONG(64))
+                call(builder, "tdpbsud", BYTE(i % CHAINS), a, b)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), codegen
+    return types.void(*[types.int64] * 4), codegen
 
 
 @intrinsic
-def store_few(typing: Any, out: Any, out_stride: Any) -> Any:
-    """The sums of four tiles, side by side for each token; 8 or 16 tokens are written."""
+def store_few(typing: Any, out: Any) -> Any:
+    """The accumulators, one behind the other, 1 KiB each."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        out, out_stride = args
-        for j in range(4):
-            call(builder, "tilestored64", BYTE(j), address(builder, out, 64 * j), out_stride)
+        for i in range(CHAINS):
+            call(builder, "tilestored64", BYTE(i), address(builder, args[0], 1024 * i), LONG(64))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), codegen
+    return types.void(types.int64), codegen
 
 
-FEW_UNITS = 4  # unpacked at a time: 384 columns of four tiles, which stay in the first cache
-FEW_COLUMNS = FEW_UNITS * UNIT_COLUMNS
-FEW_BYTES = TILE_ROWS * FEW_COLUMNS
+@intrinsic
+def add_chains(typing: Any, sums: Any, tokens: Any, out: Any, out_stride: Any) -> Any:
+    """What `store_few` stored, added up: a tile's rows side by side for each token."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        sums, tokens, out, out_stride = args
+        with cgutils.for_range(builder, tokens) as loop:
+            at = builder.add(sums, builder.mul(loop.index, LONG(64)))
+            total: ir.Value = ir.Constant(INTS, [0] * TILE_ROWS)
+            for i in range(CHAINS):
+                pointer = vector_pointer(builder, builder.add(at, LONG(1024 * i)), INTS)
+                total = builder.add(total, builder.load(pointer, align=4))
+            to = builder.add(out, builder.mul(loop.index, out_stride))
+            builder.store(total, vector_pointer(builder, to, INTS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
 
 
 @inner
 def few_block(tokens, tiles_at, tiles, size, units, tail, codes_at, row, out_at, out_stride, room):
-    """Sums of up to four packed tiles of `size` bytes with up to 16 tokens.
+    """Sums of up to four packed tiles of `size` bytes with up to 16 tokens, one tile after another.
 
-    `room` holds 4 * FEW_BYTES; four tiles and 8 or 16 tokens are written.
+    Memory is read in order. The matrix unit can only load what has left the store buffer, so a
+    piece of a tile is unpacked before the piece ahead of it is multiplied, and sums are added when
+    all are stored. `room` holds 2 * FEW_BYTES + 4 * SUMS_BYTES.
     """
-    if tokens <= 8:
+    if tokens <= 4:
+        begin_4()
+    elif tokens <= 8:
         begin_8()
     else:
         begin_blocks()
+    pieces = max(1, (units + FEW_UNITS - 1) // FEW_UNITS)
+    last_units = units - (pieces - 1) * FEW_UNITS
+    last_steps = (last_units * UNIT_COLUMNS + tail * LINE_COLUMNS + STEP - 1) // STEP
+    sums_at, slot = room + 2 * FEW_BYTES, 0
     clear()
-    for first in range(0, units + (tail > 0), FEW_UNITS):
-        count = min(FEW_UNITS, units - first)
-        rest = tail if first + FEW_UNITS > units else 0
-        for i in range(tiles):
-            at = tiles_at + i * size + first * UNIT_LINES * LINE
-            unpack_tile(at, count, rest, room + i * FEW_BYTES)
-        columns = count * UNIT_COLUMNS + rest * LINE_COLUMNS
-        steps = (columns + STEP - 1) // STEP
-        few_steps(room, FEW_BYTES, steps, codes_at + first * UNIT_COLUMNS, row)
-    store_few(out_at, out_stride)
+    for tile in range(tiles + 1):
+        at = tiles_at + tile * size
+        for p in range(pieces if tile < tiles else 1):
+            to, waiting = room + slot, room + FEW_BYTES - slot
+            if tile < tiles:
+                last = p == pieces - 1
+                unpack_tile(at, last_units if last else FEW_UNITS, tail if last else 0, to)
+            if p:
+                few_steps(waiting, FEW_COLUMNS // STEP, codes_at + (p - 1) * FEW_COLUMNS, row)
+            elif tile:  # what waits is the last piece of the tile before
+                few_steps(waiting, last_steps, codes_at + (pieces - 1) * FEW_COLUMNS, row)
+                store_few(sums_at + (tile - 1) * SUMS_BYTES)
+                clear()
+            at += FEW_UNITS * UNIT_LINES * LINE
+            slot = FEW_BYTES - slot
     end_blocks()
+    for tile in range(tiles):
+        add_chains(sums_at + tile * SUMS_BYTES, tokens, out_at + 4 * TILE_ROWS * tile, out_stride)

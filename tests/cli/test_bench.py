@@ -295,9 +295,22 @@ def test_markdown_leaves_out_empty_columns(folder: Path) -> None:
 
     usual = ["test", "exit", "threads", "tokens/s", "mean ± sd"]
     assert header("-p", 4, "-n", 0)[:6] == [*usual, "first ms"]
+    assert header("-p", 4, "-n", 0, "--kv-cache", "float16")[3] == "KV cache"
     found = header("-p", 0, "-n", 2, "-d", 3, "--exit-layer", "2,4")
     assert found[:7] == ["test", "depth", *usual[1:], "gain %"]
     assert found[7:] == ["p50 ms", "p95 ms", "roofline", "read GB/s", "of limit %", "peak memory"]
+
+
+def test_both_kinds_of_cache_take_turns(folder: Path) -> None:
+    options = folder, "-p", 0, "-n", 2, "-d", 20, "-t", 1, "--kv-cache", "float32,float16"
+    rows = rows_in_json(*options, "-r", 1, "--exit-layer", "2,4")["rows"]
+    assert [(row["kv_cache"], row["exit_layer"]) for row in rows] == [
+        ("float32", 2), ("float32", 4), ("float16", 2), ("float16", 4),
+    ]  # fmt: skip
+    for full, half in zip(rows[:2], rows[2:], strict=True):
+        cached = costs.cache_bytes(CONFIG, full["exit_layer"], 21.5, 4)
+        assert full["read_bytes_per_token"] - half["read_bytes_per_token"] == cached / 2
+        assert (full["gain_percent"] is None) == (half["gain_percent"] is None)
 
 
 def test_a_preset_has_random_weights_and_the_context_it_needs() -> None:
@@ -321,6 +334,7 @@ def test_a_preset_has_random_weights_and_the_context_it_needs() -> None:
         (["-r", "0"], "-r"),
         (["-t", "0"], "below 1"),
         (["-p", "1;2"], "whole numbers"),
+        (["--kv-cache", "float32,int8"], "'int8' is not one of float32, float16"),
         (["-o", "xml"], "'md', 'json', 'jsonl', 'csv'"),
         (["--preset", "tiny"], "exclude each other"),
     ],

@@ -17,15 +17,18 @@ import pytest
 from click.testing import CliRunner
 
 import bitskip_cpu
+import bitskip_ref
 from bitskip_cpu.cli import main
 from bitskip_cpu.model import Model
-from bitskip_ref.exits import ConfidenceExit
+from bitskip_ref.exits import ConfidenceExit, FixedExit
 from bitskip_ref.folder import read_folder, write_auto_exit, write_tensors
+from bitskip_ref.generate import stream
+from bitskip_ref.sampling import Sampler
 from tests.cli.conftest import CONFIG, ScriptEngine, command, write_model
 
 SCHEMA = {
     "model", "prompt", "text", "token_ids", "prompt_tokens", "generated_tokens", "exit_layers",
-    "mean_exit_layer", "speculation", "stop_reason", "seed", "threads", "ttft_s",
+    "mean_exit_layer", "speculation", "stop_reason", "seed", "threads", "kv_cache", "ttft_s",
     "prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_bytes",
 }  # fmt: skip
 
@@ -48,6 +51,7 @@ def test_json_holds_all_that_scripts_read(folder: Path) -> None:
     assert got.keys() == SCHEMA
     assert got["generated_tokens"] == len(got["token_ids"]) == len(got["exit_layers"]) == 8
     assert set(got["exit_layers"]) == {3} and got["mean_exit_layer"] == 3
+    assert got["kv_cache"] == "float32"
     assert got["stop_reason"] == "max_tokens"
     assert (got["seed"], got["prompt"]) == (5, "Once")
     assert got["peak_rss_bytes"] > 1 << 20
@@ -312,3 +316,18 @@ def test_a_damaged_folder_in_a_process_of_its_own(folder: Path, tmp_path: Path) 
     result = command("generate", copy, "-p", "Once")
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_float16_cache_gives_the_reference_s_text(folder: Path) -> None:
+    got = facts(folder, "-p", "Once", "-n", 12, "--kv-cache", "float16", "--threads", 2)
+    assert got["kv_cache"] == "float16"
+    reference = bitskip_ref.load(folder, "float16")
+    prompt = bitskip_cpu.load(folder).tokenizer.encode("Once")
+    expected = stream(reference, prompt, FixedExit(), Sampler(), 12, 0)
+    assert got["token_ids"] == [token.id for token in expected]
+    model = bitskip_cpu.load(folder, 1, "float16")
+    assert model.new_cache().keys.dtype == "float16"
+    model.generate("Once", max_tokens=1, threads=2)  # makes a new engine
+    assert model.new_cache().keys.dtype == "float16"
+    result = generate(folder, "-p", "Once", "--kv-cache", "int8")
+    assert result.exit_code == 2 and "'float32', 'float16'" in result.stderr

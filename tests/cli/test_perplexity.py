@@ -59,9 +59,14 @@ def test_a_uniform_model_has_the_vocabulary_as_perplexity() -> None:
         assert result.loss_se == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize(("context", "stride"), [(64, 64), (10, 10), (10, 4)])
-def test_it_is_the_loss_of_the_reference(folder: Path, context: int, stride: int) -> None:
-    model, text, mine = bitskip_ref.load(folder), text_of(28), bitskip_cpu.load(folder)
+@pytest.mark.parametrize(("context", "stride", "kv_cache"), [
+    (64, 64, "float32"), (10, 10, "float16"), (10, 4, "float32"),
+])  # fmt: skip
+def test_it_is_the_loss_of_the_reference(
+    folder: Path, context: int, stride: int, kv_cache: str
+) -> None:
+    model, text = bitskip_ref.load(folder, kv_cache), text_of(28)
+    mine = bitskip_cpu.load(folder, kv_cache=kv_cache)
     results = exit_losses(mine, text, [4, 2, 2], context=context, stride=stride)
     assert list(results) == [2, 4]
     for exit_layer, result in results.items():
@@ -201,6 +206,8 @@ def test_table(folder: Path, text_file: Path) -> None:
     said = run(folder, "--text", text_file, "--exit-layer", "2,entropy", "--exit-looks", "1,2,3")
     assert "entropy > 0.9 at 1, 2, 3, else 4" in said and "| 2 " in said
     assert "tokens predicted, 5 documents" in said
+    found = run(folder, "--text", text_file, "--kv-cache", "float16", "--exit-layer", 4)
+    assert "float16 KV cache" in found and "float16" not in said
     assert "4 |    4" in run(folder, "--text", text_file).replace("   4 |", "4 |")
 
 

@@ -89,9 +89,14 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_verify_says_ok(tmp_path: Path) -> None:
     folder = random_folder(tmp_path / "m", twin("bitskip-v3"))
-    result = run_verify(folder, "--engines", "ref,torch,onnx", "--exit-layer", "1,4", "--tokens", 5)
+    options = [folder, "--engines", "ref,torch,onnx", "--exit-layer", "1,4", "--tokens", 5]
+    result = run_verify(*options)
     assert result.exit_code == 0, result.output
     assert result.output.count(" OK\n") == 2 * 2 + 2 * 2 * 2 * 2  # exits, modes; threads, engines
+    result = run_verify(*options, "--engines", "ref,torch,onnx,numba", "--kv-cache", "float16")
+    assert result.exit_code == 0, result.output
+    assert result.output.count(" OK\n") == 2 * 2 + 3 * 2 * 2 * 2
+    assert "reference, float16 KV cache" in result.output
 
 
 def test_verify_holds_float32_models_to_the_bound(
@@ -102,11 +107,13 @@ def test_verify_holds_float32_models_to_the_bound(
     result = run_verify(*arguments)
     assert result.exit_code == 0 and "OK" not in result.output, result.output
     assert result.output.count("within 1e-05\n") == 2 * 3 * 2  # engines, exits, modes
+    result = run_verify(*arguments, "--kv-cache", "float16")
+    assert result.output.count("within 0.001\n") == 2 * 3 * 2, result.output
     tensors = random_tensors(twin("layerskip"))
     tensors["layers.0.o_proj.weight"][5] *= np.float32(1.001)
     write_folder(tmp_path / "other", twin("layerskip"), tensors)
     load = checks.ENGINES["onnx"]
-    monkeypatch.setitem(checks.ENGINES, "onnx", lambda _, n: load(tmp_path / "other", n))
+    monkeypatch.setitem(checks.ENGINES, "onnx", lambda _, *a: load(tmp_path / "other", *a))
     result = run_verify(*arguments)
     assert result.exit_code == 1 and "the bound is 1e-05" in result.output
 
@@ -151,7 +158,7 @@ def test_verify_names_the_stage_of_a_planted_mistake(
     folder = random_folder(tmp_path / "m", config)
     other = tampered(tmp_path / "other", config, name)
     load = checks.ENGINES["onnx"]
-    monkeypatch.setitem(checks.ENGINES, "onnx", lambda path, threads: load(other, threads))
+    monkeypatch.setitem(checks.ENGINES, "onnx", lambda _, *rest: load(other, *rest))
     arguments = [folder, "--engines", "onnx", "--exit-layer", "4", "--threads", "1"]
     result = run_verify(*arguments, "--tokens", 4)
     assert result.exit_code == 1
@@ -170,7 +177,7 @@ def test_verify_sees_a_stage_that_is_not_reported(tmp_path: Path) -> None:
 def test_a_missing_engine_is_skipped_or_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def absent(path: Path, threads: int) -> Engine:
+    def absent(path: Path, threads: int, kv_cache: str) -> Engine:
         raise ImportError("No module named 'x'")
 
     folder = random_folder(tmp_path / "m", twin("tiny"))

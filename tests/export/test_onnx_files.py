@@ -9,13 +9,16 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from bitskip_ref import functions
 from bitskip_ref.compare import difference
 from bitskip_ref.exits import ConfidenceExit
 from bitskip_ref.folder import FormatError
 from bitskip_ref.model import ReferenceModel, load
 from export import load_onnx
+from export.onnx_builder import GraphBuilder, value_info
 from export.onnx_files import write_onnx
 from export.onnx_graph import build_graph
+from export.onnx_ops import half
 from tests.helpers import random_folder, random_tensors, random_tokens, twin
 
 CONFIG = twin("bitskip-v1")
@@ -77,6 +80,39 @@ def test_the_engine_on_files(model: Path, tmp_path: Path) -> None:
         engine.logits(ids, 3)
     with pytest.raises(ValueError, match="no stages to trace"):
         engine.extend(ids, engine.new_cache(), trace=lambda *_: None)
+
+
+def test_a_float16_cache(model: Path, tmp_path: Path) -> None:
+    """The type is in the file; a session holds half the bytes; ties and what is too large."""
+    out, ids = tmp_path / "onnx", random_tokens(CONFIG, 5)
+    write_onnx(model, out, [4], "float16")
+    for engine in (load_onnx(out), load_onnx(out, kv_cache="float16")):
+        cache = engine.new_cache()
+        expected = load(model, "float16").logits(ids)
+        assert difference("logits", expected, engine.extend(ids, cache)) is None
+        assert {x.dtype for x in cache.keys + cache.values} == {np.dtype(np.float16)}
+    with pytest.raises(ValueError, match="was written for a float16 KV cache: export with"):
+        load_onnx(out, kv_cache="float32")
+    write_onnx(model, out, [2])
+    with pytest.raises(FormatError, match="different models or caches"):
+        load_onnx(out)
+    with pytest.raises(ValueError, match="KV cache 'int8'"):
+        load_onnx(model, kv_cache="int8")
+
+
+def test_rounding_to_float16_in_onnxruntime(model: Path) -> None:
+    """SPEC 6.5: the Cast of this library on ties, subnormals and what is too large."""
+    rng = np.random.default_rng(0)
+    wide = rng.standard_normal(4096) * 2.0 ** rng.integers(-30, 30, 4096)
+    ties = (np.arange(4096) + 0.5) * 2.0**-24 * 2.0 ** (np.arange(4096) % 3)
+    x = np.concatenate([wide, ties, -ties, [65519.0, 65520.0, 1e30, -1e30, 0.0, -0.0]])
+    g = GraphBuilder()
+    y = half(g, "x")
+    outputs = [value_info(y, np.float16, ["N"])]
+    made = g.model("half", [value_info("x", np.float32, ["N"])], outputs, {})
+    session = ort.InferenceSession(made.SerializeToString())
+    found = session.run(None, {"x": x.astype(np.float32)})[0]
+    assert difference("halves", functions.half(x.astype(np.float32)), found) is None
 
 
 def test_misuse_is_refused(model: Path) -> None:

@@ -60,3 +60,16 @@ def test_a_wish_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         isa.choose_path("vnni512")
     with pytest.raises(isa.IsaError, match="BITSKIP_ISA=sse9: unknown"):
         isa.choose_path("sse9")
+
+
+@pytest.mark.parametrize(("name", "features", "converts"), [
+    ("haswell", "", True), ("x86-64", "", False), ("x86-64", "+f16c", True),
+    ("haswell", "-f16c", False), ("znver5", "", True),
+])  # fmt: skip
+def test_float16_instructions(
+    monkeypatch: pytest.MonkeyPatch, name: str, features: str, converts: bool
+) -> None:
+    pretend(monkeypatch, name, features)
+    assert isa.converts_halfs() == converts
+    monkeypatch.setattr(isa, "ARM64", True)
+    assert isa.converts_halfs()

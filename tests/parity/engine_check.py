@@ -1,7 +1,8 @@
 """The compiled engine against the reference, bit for bit: one call per configuration.
 
 Also a script, so that a process with another instruction-set path can run the same comparison:
-`python -m tests.parity.engine_check NAME ...` prints one JSON object, name -> problems.
+`python -m tests.parity.engine_check NAME ...` prints one JSON object, name -> problems. A name
+may end in `:float16`, which is the kind of cache (SPEC 6.5).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ Stages = dict[str, np.ndarray]
 
 
 def config_of(name: str) -> ModelConfig:
+    name, _, _ = name.partition(":")
     return SIZES[name] if name in SIZES else twin(name)
 
 
@@ -54,7 +56,7 @@ def tensors_of(name: str) -> dict[str, np.ndarray]:
     """Random tensors; for `extreme`, those that make every sum as large as it can become."""
     config = config_of(name)
     tensors = random_tensors(config)
-    if name == "extreme":
+    if name.startswith("extreme"):
         for key, t in tensors.items():
             if t.dtype == np.uint8:
                 width = config.linear_shapes()[key.split(".")[2]][1]
@@ -121,10 +123,11 @@ def check(
     tensors: Mapping[str, np.ndarray],
     threads: Sequence[int] = (1, 2),
     against: Mapping[str, np.ndarray] | None = None,
+    kv_cache: str = "float32",
 ) -> list[str]:
     """All differences between engines on `tensors` and the reference on them, or on `against`."""
-    reference = ReferenceModel(config, against or tensors)
-    engines = {f"{n} threads, ": Engine(config, tensors, n) for n in threads}
+    reference = ReferenceModel(config, against or tensors, kv_cache)
+    engines = {f"{n} threads, ": Engine(config, tensors, n, None, kv_cache) for n in threads}
     for engine in engines.values():
         engine._space.state["worth"] = 0  # share even the smallest job
     layers, room = config.num_hidden_layers, config.max_position_embeddings
@@ -164,6 +167,12 @@ def check(
     return problems
 
 
+def check_named(name: str) -> list[str]:
+    """`check` of a configuration with its cache's kind: NAME or NAME:float16."""
+    kind = name.partition(":")[2] or "float32"
+    return check(config_of(name), tensors_of(name), kv_cache=kind)
+
+
 def rounds_of(engine: Any, prompt: Sequence[int]) -> Stages:
     """Drafts and logits of rounds of speculation after a prompt, of 1 to 4 positions."""
     cache, found = engine.new_cache(), {}
@@ -192,7 +201,7 @@ def exits_of(engine: Any, ids: Sequence[int], layers: int) -> Stages:
 def in_parts(engine: Any, ids: Sequence[int]) -> np.ndarray:
     """The ids in several calls, so that each way of multiplying tokens is used."""
     cache, parts, start = engine.new_cache(), [], 0
-    for size in (1, 2, 3, 4, 1, len(ids)):
+    for size in (1, 2, 3, 7, len(ids)):
         if ids[start : start + size]:
             parts.append(engine.extend(ids[start : start + size], cache))
         start += size
@@ -202,5 +211,5 @@ def in_parts(engine: Any, ids: Sequence[int]) -> np.ndarray:
 if __name__ == "__main__":
     from bitskip_cpu.isa import PATH
 
-    found = {name: check(config_of(name), tensors_of(name)) for name in sys.argv[1:]}
+    found = {name: check_named(name) for name in sys.argv[1:]}
     print(json.dumps({"path": PATH, "problems": found}))

@@ -6,18 +6,32 @@ import numpy as np
 import pytest
 
 import bitskip_ref.model
+from bitskip_cpu.engine import Engine
 from bitskip_ref.config import PRESETS
 from bitskip_ref.hadamard import rotate
-from tests.helpers import OPTIONS
-from tests.parity.engine_check import SIZES, check, config_of, tensors_of
+from tests.helpers import OPTIONS, random_tensors, twin
+from tests.parity.engine_check import SIZES, check, check_named, config_of, tensors_of
 
 # Presets that differ in size alone have the same twin.
 NAMES = list({config_of(name): name for name in [*PRESETS, *OPTIONS, *SIZES]}.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Heads of every size, several groups of positions, heads that share keys and that do not.
+HALVES = [f"{name}:float16" for name in ("extreme", "long", "wide", "smallest", "wt2-bitskip")]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *HALVES])
 def test_bits_equal_the_reference(name: str) -> None:
-    assert check(config_of(name), tensors_of(name)) == []
+    assert check_named(name) == []
+
+
+def test_another_kind_of_cache_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether something was rounded must show: in the cache, and behind it, not before."""
+    monkeypatch.setattr(bitskip_ref.model, "half", lambda x: x)
+    problems = check(config_of("bitskip-v1"), tensors_of("bitskip-v1"), [1], kv_cache="float16")
+    assert any("cache 0: keys" in line for line in problems)
+    assert any("layers.0.attn" in line for line in problems)
+    assert not any("layers.0.k" in line or "layers.0.v" in line for line in problems)
 
 
 def test_a_flipped_weight_code_is_seen() -> None:
@@ -48,3 +62,11 @@ def test_a_wrong_norm_of_one_exit_is_seen() -> None:
     problems = check(config_of("per-layer-exits"), wrong, [1], against=right)
     assert any("exit 2" in line for line in problems)
     assert not any(part in line for line in problems for part in ("exit 1", "exit 3", "whole"))
+
+
+def test_what_kernels_stream_starts_at_a_cache_line() -> None:
+    config = twin("bitskip-v1").replace(head_format="int4")
+    engine = Engine(config, random_tensors(config, 0))
+    cache, (head, _, _) = engine.new_cache(), engine.weights.head("lm_head")
+    for array in (engine.weights.linear, head, cache.keys, cache.values):
+        assert array.ctypes.data % 64 == 0

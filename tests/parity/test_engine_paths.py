@@ -22,8 +22,9 @@ X86 = {
     "vnni256": {"BITSKIP_ISA": "vnni256"},
 }
 COMPILED = ["extreme", "wide", "wide-hadamard", "wt2-bitskip", "bitskip-v2", "bitnet-2b4t",
-            "layerskip", "float16-head", "per-layer-exits", "smallest"]  # fmt: skip
-INTERPRETED = ["smallest"]
+            "layerskip", "float16-head", "per-layer-exits", "smallest", "long:float16",
+            "wide:float16", "bitnet-2b4t:float16"]  # fmt: skip
+INTERPRETED = ["smallest", "smallest:float16"]
 
 
 def start(environment: dict[str, str], names: list[str]) -> subprocess.Popen[str]:

@@ -19,15 +19,20 @@ from bitskip_ref.model import ReferenceModel
 from bitskip_ref.sampling import Sampler
 from tests.helpers import random_tensors, random_tokens, twin
 
-NAMES = ("per-layer-exits", "wt2-bitskip")  # pre-norm and post-norm, both with gates
+# Pre-norm and post-norm, both with gates, on caches of both kinds.
+NAMES = (("per-layer-exits", "float32"), ("wt2-bitskip", "float32"), ("wt2-bitskip", "float16"))
 STEPS = 6
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=NAMES, ids=" ".join)
 def engines(request: pytest.FixtureRequest) -> tuple[ReferenceModel, Engine]:
-    config = twin(request.param)
+    name, kv_cache = request.param
+    config = twin(name)
     tensors = random_tensors(config)
-    return ReferenceModel(config, tensors), Engine(config, tensors, 1)
+    return (
+        ReferenceModel(config, tensors, kv_cache),
+        Engine(config, tensors, 1, kv_cache=kv_cache),
+    )
 
 
 def rules(seen: dict[str, list[float]]) -> Iterator[ExitRule]:
@@ -66,7 +71,7 @@ def generate(engine: Any, prompt: list[int], rule: Any, seed: int) -> tuple[list
 
 
 def layers_of(cache: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Keys and values of each block, f32 [S, K, E]."""
+    """Keys and values of each block, f32 or f16 [S, K, E]."""
     if hasattr(cache, "layer"):
         yield from (cache.layer(i) for i in range(len(cache.keys)))
     else:
@@ -80,7 +85,7 @@ def test_200_prompts(engines: tuple[ReferenceModel, Engine]) -> None:
     generate(reference, random_tokens(reference.config, 20, 9), watch, 0)
     choices = list(rules(watch.seen))
     depths: dict[str, set[int]] = {}
-    for i in range(100):  # of each of two models
+    for i in range(100):  # of each of the models
         size = (1, context, context - 3)[i % 3] if i < 12 else 1 + i * 7 % (context // 2)
         prompt, rule = random_tokens(reference.config, size, 100 + i), choices[i % len(choices)]
         expected, cache = generate(reference, prompt, rule, i)
@@ -132,12 +137,13 @@ def test_a_wrong_look_is_seen(engines: tuple[ReferenceModel, Engine]) -> None:
     assert right[0] != wrong[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_pytorch(name: str) -> None:
+@pytest.mark.parametrize(("name", "kv_cache"), NAMES)
+def test_pytorch(name: str, kv_cache: str) -> None:
     loaded = pytest.importorskip("bitskip_train.loaded")
     config = twin(name)
     tensors = random_tensors(config)
-    reference, engine = ReferenceModel(config, tensors), loaded.TorchEngine(config, tensors)
+    reference = ReferenceModel(config, tensors, kv_cache)
+    engine = loaded.TorchEngine(config, tensors, kv_cache)
     watch = Watch(reference.config)
     generate(reference, random_tokens(config, 20, 9), watch, 0)
     for i, rule in enumerate([*rules(watch.seen)][2::6]):

@@ -24,6 +24,7 @@ Folder = Callable[[str], Path]
 LEVELS = {"none": 0, "basic": 1, "extended": 2, "layout": 3, "all": 99}
 # Presets that differ in size alone have one small twin.
 NAMES = list({twin(name): name for name in reversed([*QUANTIZED, *OPTIONS])}.values())
+HALVES = [(name, "float16") for name in ("bitskip-v3", "wt2-bitskip")]
 FLOAT32 = ["layerskip", "llama3"]
 CONTEXT = 64  # of the small twins
 
@@ -36,9 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 
 @functools.cache
-def stages(name: str, exit_layer: int, tokens: int = 7) -> list[tuple[str, np.ndarray]]:
+def stages(
+    name: str, exit_layer: int, tokens: int = 7, kv_cache: str = "float32"
+) -> list[tuple[str, np.ndarray]]:
     """What the reference reports for a prompt."""
-    model = ReferenceModel(twin(name), random_tensors(twin(name)))
+    model = ReferenceModel(twin(name), random_tensors(twin(name)), kv_cache)
     return traced(model, random_tokens(model.config, tokens), exit_layer)
 
 
@@ -59,11 +62,13 @@ def equal(name: str, expected: np.ndarray, actual: np.ndarray) -> None:
     assert (report := difference(name, expected, actual)) is None, report
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_stage_and_token_by_token(name: str, folder: Folder) -> None:
-    engine, ids = load_onnx(folder(name), threads=1), random_tokens(twin(name), 7)
+@pytest.mark.parametrize(("name", "kv_cache"), [*((n, "float32") for n in NAMES), *HALVES])
+def test_every_stage_and_token_by_token(name: str, kv_cache: str, folder: Folder) -> None:
+    engine = load_onnx(folder(name), threads=1, kv_cache=kv_cache)
+    ids = random_tokens(twin(name), 7)
     for exit_layer in (1, 4):
-        expected, found = stages(name, exit_layer), traced(engine, ids, exit_layer)
+        expected = stages(name, exit_layer, kv_cache=kv_cache)
+        found = traced(engine, ids, exit_layer)
         assert [stage for stage, _ in found] == [stage for stage, _ in expected]
         for (stage, values), (_, actual) in zip(expected, found, strict=True):
             equal(f"exit {exit_layer}, {stage}", values, actual)
@@ -75,11 +80,16 @@ def test_every_stage_and_token_by_token(name: str, folder: Folder) -> None:
             equal(f"exit {exit_layer}, token {t}", expected[-1][1][t], logits)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_optimization_level_and_thread_count(name: str, folder: Folder) -> None:
-    expected, ids = stages(name, 2)[-1][1], random_tokens(twin(name), 7)
+@pytest.mark.parametrize(("name", "kv_cache"), [*((n, "float32") for n in NAMES), *HALVES])
+def test_every_optimization_level_and_thread_count(
+    name: str, kv_cache: str, folder: Folder
+) -> None:
+    expected = stages(name, 2, kv_cache=kv_cache)[-1][1]
+    ids = random_tokens(twin(name), 7)
     for level, threads in [("none", 1), ("basic", 2), ("extended", 1), ("layout", 2), ("all", 2)]:
-        engine = load_onnx(folder(name), threads=threads, optimization=LEVELS[level])
+        engine = load_onnx(
+            folder(name), threads=threads, optimization=LEVELS[level], kv_cache=kv_cache
+        )
         equal(f"logits at level {level!r}", expected, engine.logits(ids, 2))
 
 

@@ -26,7 +26,7 @@ PROMPTS = 200 // len(NAMES) + 1
 
 
 def layers_of(cache: Any, depth: int = 4) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Keys and values f32 [S, K, E] of the first blocks, from the cache of any engine."""
+    """Keys and values [S, K, E] of the first blocks, from the cache of any engine."""
     for i in range(depth):
         if hasattr(cache, "layer"):
             yield cache.layer(i)
@@ -73,10 +73,13 @@ def settings(config: Any, seed: int) -> tuple[Speculation, Sampler]:
     return speculation, Sampler(1.0, 30, 0.9, 0.01, 1.1 if seed % 5 == 4 else 1.0, seed)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_200_prompts(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kv_cache"), [*((n, "float32") for n in NAMES), ("wt2-bitskip", "float16")]
+)
+def test_200_prompts(name: str, kv_cache: str) -> None:
     config, tensors = twin(name), random_tensors(twin(name))
-    reference, engine = ReferenceModel(config, tensors), Engine(config, tensors, 1)
+    reference = ReferenceModel(config, tensors, kv_cache)
+    engine = Engine(config, tensors, 1, kv_cache=kv_cache)
     for seed in range(PROMPTS):
         prompt = random_tokens(config, 1 + seed % 7, seed)
         made = []
@@ -113,8 +116,8 @@ def test_two_threads() -> None:
 def test_pytorch(name: str) -> None:
     config, tensors = twin(name), random_tensors(twin(name))
     for seed in range(5):
-        made = []
-        for engine in (ReferenceModel(config, tensors), TorchEngine(config, tensors)):
+        made, kind = [], ("float32", "float16")[seed % 2]
+        for engine in (ReferenceModel(config, tensors, kind), TorchEngine(config, tensors, kind)):
             speculation, sampler = settings(config, seed)
             made.append(generate(engine, lambda e: speculate(e, [5, 7], speculation, sampler, 8)))  # noqa: B023
         same(*made, speculation.exit_layer)

@@ -155,3 +155,18 @@ def test_rope_products_depend_on_distance_alone() -> None:
         return float(np.sum(a * apply_rope(k, cos[j : j + 1], sin[j : j + 1])))
 
     assert product(7, 3) == pytest.approx(product(37, 33), abs=1e-5)
+
+
+def test_half_by_hand() -> None:
+    """SPEC 6.5: ties to even, subnormals kept, nothing infinite."""
+    pairs = {
+        1.0: 1.0, 1 + 2**-11: 1.0, 1 + 3 * 2**-11: 1 + 2**-9, 1 + 2**-11 + 2**-20: 1 + 2**-10,
+        2048.0: 2048.0, 2049.0: 2048.0, 2051.0: 2052.0,
+        2**-24: 2**-24, 2**-25: 0.0, 3 * 2**-25: 2**-23, 2**-14 - 2**-25: 2**-14, 1e-9: 0.0,
+        65504.0: 65504.0, 65519.0: 65504.0, 65520.0: 65504.0, 1e30: 65504.0,
+    }  # fmt: skip
+    for sign in (1, -1):
+        found = functions.half(np.array([sign * x for x in pairs], f32))
+        assert found.dtype == np.float16
+        equal = np.array([sign * y for y in pairs.values()], np.float16)
+        assert found.tobytes() == equal.tobytes()  # with the signs of zeros

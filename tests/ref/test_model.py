@@ -11,6 +11,7 @@ from bitskip_ref.attention import attention
 from bitskip_ref.compare import difference
 from bitskip_ref.config import PRESETS, ConfigError, ModelConfig, preset, small_twin
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
+from bitskip_ref.functions import half
 from bitskip_ref.generate import stream
 from bitskip_ref.model import ReferenceModel
 from bitskip_ref.sampling import Sampler, splitmix64, uniform
@@ -20,17 +21,18 @@ f32 = np.float32
 NAMES = [*PRESETS, *OPTIONS]
 
 
-def model(name: str) -> ReferenceModel:
-    return ReferenceModel(twin(name), random_tensors(twin(name)))
+def model(name: str, kv_cache: str = "float32") -> ReferenceModel:
+    return ReferenceModel(twin(name), random_tensors(twin(name)), kv_cache)
 
 
 def equal(expected: np.ndarray, actual: np.ndarray) -> None:
     assert (report := difference("values", expected, actual)) is None, report
 
 
+@pytest.mark.parametrize("kv_cache", ["float32", "float16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_whole_prompt_equals_token_by_token(name: str) -> None:
-    m, ids = model(name), random_tokens(twin(name), 7)
+def test_whole_prompt_equals_token_by_token(name: str, kv_cache: str) -> None:
+    m, ids = model(name, kv_cache), random_tokens(twin(name), 7)
     for exit_layer in (1, 3, None):
         whole = m.logits(ids, exit_layer)
         assert whole.shape == (7, m.config.vocab_size) and whole.dtype == f32
@@ -46,6 +48,33 @@ def test_no_token_sees_the_future(name: str) -> None:
     before, after = m.logits(ids), m.logits(changed)
     equal(before[:4], after[:4])
     assert (before[4] != after[4]).any()
+
+
+def test_a_float16_cache_rounds_what_is_cached_and_nothing_else() -> None:
+    """SPEC 6.5, by way of a float32 cache whose content is rounded from outside."""
+    config, tensors = twin("bitskip-v1"), random_tensors(twin("bitskip-v1"))
+    tensors["layers.1.attn_norm.weight"][:] *= 1e7  # beyond float16
+    plain, small = ReferenceModel(config, tensors), ReferenceModel(config, tensors, "float16")
+    ids = random_tokens(config, 6)
+    seen: list[dict[str, np.ndarray]] = [{}, {}]
+    for m, stages in zip((plain, small), seen, strict=True):
+        m.extend(ids[:1], m.new_cache(), trace=lambda n, x, s=stages: s.update({n: x}))
+    for stage in ("embed", "layers.0.q", "layers.0.k", "layers.0.v"):
+        equal(seen[0][stage], seen[1][stage])  # traced before rounding
+    equal(half(seen[0]["layers.0.v"]).astype(f32).ravel()[:16], seen[1]["layers.0.attn"][0, :16])
+    caches = plain.new_cache(), small.new_cache()
+    for t in ids:
+        for m, cache in zip((plain, small), caches, strict=True):
+            m.extend([t], cache)
+        kept = caches[1].keys + caches[1].values
+        assert all(x.dtype == np.float16 and np.isfinite(x).all() for x in kept)
+    assert max(np.abs(x).max() for x in kept) == 65504
+    assert (small.logits(ids) != plain.logits(ids)).any()
+
+
+def test_an_unknown_kind_of_cache_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"KV cache 'bfloat16': must be float32 or float16"):
+        ReferenceModel(twin("tiny"), random_tensors(twin("tiny")), "bfloat16")
 
 
 def test_every_exit_differs() -> None:

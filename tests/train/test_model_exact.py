@@ -18,6 +18,7 @@ from bitskip_ref.hadamard import rotate
 from bitskip_ref.model import ReferenceModel
 from bitskip_ref.sums import feature_sum, position_sum
 from bitskip_train import exact, load_exported
+from bitskip_train.layers import Cache
 from bitskip_train.loaded import TorchEngine
 from bitskip_train.model import BitskipModel
 from tests.helpers import (
@@ -33,16 +34,17 @@ from tests.parity.engine_check import exits_of
 
 f32 = np.float32
 NAMES = [*QUANTIZED, *OPTIONS]
+HALVES = [(name, "float16") for name in ("bitskip-v1", "wt2-bitskip")]
 
 
 def equal(expected: np.ndarray, actual: np.ndarray | torch.Tensor, name: str = "values") -> None:
     assert (report := difference(name, expected, np.asarray(actual))) is None, report
 
 
-def engines(name: str) -> tuple[ReferenceModel, TorchEngine]:
+def engines(name: str, kv_cache: str = "float32") -> tuple[ReferenceModel, TorchEngine]:
     config = twin(name)
     tensors = random_tensors(config)
-    return ReferenceModel(config, tensors), TorchEngine(config, tensors)
+    return ReferenceModel(config, tensors, kv_cache), TorchEngine(config, tensors, kv_cache)
 
 
 def stages(
@@ -82,6 +84,14 @@ def test_functions(numbers: np.ndarray) -> None:
     ops = exact.ExactOps()
     wide = np.random.default_rng(0).uniform(-100, 100, 1 << 16).astype(f32)
     equal(functions.exp(wide), exact.exp(torch.from_numpy(wide)))
+    cache = Cache(twin("bitskip-v1"), kv_cache="float16")
+    shape = (2, -1, *cache.keys.shape[-2:])  # tests 6.5 with ties, subnormals and what is too large
+    near = np.concatenate([np.ldexp(wide, -30), wide * 1e4, np.rint(wide * 64) + 0.5]).astype(f32)
+    near = near[: near.size // 4096 * 4096].reshape(shape)
+    cache.keys = cache.values = torch.zeros(1, 1, near.shape[1], *shape[2:], dtype=torch.float16)
+    for part in near:
+        kept, _ = cache.write(0, *[torch.from_numpy(part)[None]] * 2)
+        equal(functions.half(part).astype(f32), kept[0])
     equal(functions.log(abs(wide)), exact.log(torch.from_numpy(abs(wide))))
     for row in (*numbers, numbers[0, :1], wide):
         for name, value in confidence(row).items():
@@ -111,9 +121,9 @@ def test_quantizers(numbers: np.ndarray) -> None:
         equal(np.full(len(w), alpha), made.alpha)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_stage_equals_the_reference(name: str, threads: int) -> None:
-    reference, engine = engines(name)
+@pytest.mark.parametrize(("name", "kv_cache"), [*((n, "float32") for n in NAMES), *HALVES])
+def test_every_stage_equals_the_reference(name: str, kv_cache: str, threads: int) -> None:
+    reference, engine = engines(name, kv_cache)
     ids = random_tokens(reference.config, 19)
     for exit_layer in (2, None):
         expected = stages(reference, ids, exit_layer)
@@ -123,9 +133,9 @@ def test_every_stage_equals_the_reference(name: str, threads: int) -> None:
             equal(x, actual[stage], stage)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_token_by_token(name: str) -> None:
-    reference, engine = engines(name)
+@pytest.mark.parametrize(("name", "kv_cache"), [*((n, "float32") for n in NAMES), *HALVES])
+def test_token_by_token(name: str, kv_cache: str) -> None:
+    reference, engine = engines(name, kv_cache)
     ids = random_tokens(reference.config, 9)
     whole = reference.logits(ids)
     cache = engine.new_cache()

@@ -1,0 +1,129 @@
+"""What attention does with cached keys and values, float32 or float16 (SPEC 6.2, 6.3, 6.5).
+
+Both functions take (queries, size, query, query stride, cached, step, out, out stride): 4, 2 or 1
+queries, whose arrays of floats and whose results lie `stride` bytes apart; cached numbers of `size`
+bytes, FULL or HALF. They are read and converted once for all queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from bitskip_cpu.isa import INTERPRETED
+from bitskip_cpu.kernels.halfs import load_halfs
+from bitskip_cpu.kernels.lanes import LONG, halved, load_lanes, load_splat, paired, store_lanes
+from bitskip_cpu.kernels.layout import FULL, HALF, LANES
+from bitskip_cpu.kernels.memory import floats, halfs
+
+Kernel = Callable[..., None]
+Body = Callable[..., None]
+COUNTS, SIZES = (4, 2, 1), (FULL, HALF)
+
+
+def _eight_products(
+    queries: int, size: int,
+    q_at: int, q_stride: int, k_at: int, m: int, out_at: int, out_stride: int,
+) -> None:  # fmt: skip
+    """out = sum 2.2 over j < 8 of q[j m] * k[j m], where k holds LANES numbers a feature.
+
+    Eight leaves of the tree over E; `m` is the step.
+    """
+    for i in range(queries):
+        q = floats(q_at + i * q_stride, 7 * m + 1)
+        p = [q[j * m] * _numbers(size, k_at + j * m * LANES * size) for j in range(8)]
+        floats(out_at + i * out_stride, LANES)[:] = halved(p)
+
+
+def _weighed(
+    queries: int, size: int,
+    e_at: int, e_stride: int, v_at: int, row: int, out_at: int, out_stride: int,
+) -> None:  # fmt: skip
+    """out = sum 2.3 over LANES positions of e * v, of LANES features.
+
+    `row` is the step: bytes from a position of v to the next.
+    """
+    for i in range(queries):
+        e = floats(e_at + i * e_stride, LANES)
+        parts = [e[j] * _numbers(size, v_at + j * row) for j in range(LANES)]
+        floats(out_at + i * out_stride, LANES)[:] = paired(parts)
+
+
+def _numbers(size: int, at: int) -> Any:
+    """LANES cached numbers as floats."""
+    if size == HALF:
+        return halfs(at, LANES).view(np.float16).astype(np.float32)
+    return floats(at, LANES)
+
+
+def _emit_eight_products(
+    builder: ir.IRBuilder, queries: int, size: int, arguments: Sequence[ir.Value]
+) -> None:
+    q, q_stride, k, m, out, out_stride = arguments
+    keys = []
+    for j in range(8):
+        offset = builder.mul(m, LONG(j * LANES * size))
+        keys.append(_load(builder, size, builder.add(k, offset)))
+    for _ in range(queries):
+        products = []
+        for j, key in enumerate(keys):
+            x = load_splat(builder, builder.add(q, builder.mul(m, LONG(4 * j))))
+            products.append(builder.fmul(x, key))
+        store_lanes(builder, halved(products, builder.fadd), out)
+        q, out = builder.add(q, q_stride), builder.add(out, out_stride)
+
+
+def _emit_weighed(
+    builder: ir.IRBuilder, queries: int, size: int, arguments: Sequence[ir.Value]
+) -> None:
+    e, e_stride, v, row, out, out_stride = arguments
+    values = []
+    for _ in range(LANES):
+        values.append(_load(builder, size, v))
+        v = builder.add(v, row)
+    for _ in range(queries):
+        products = []
+        for j, value in enumerate(values):
+            x = load_splat(builder, builder.add(e, LONG(4 * j)))
+            products.append(builder.fmul(x, value))
+        store_lanes(builder, paired(products, builder.fadd), out)
+        e, out = builder.add(e, e_stride), builder.add(out, out_stride)
+
+
+def _load(builder: ir.IRBuilder, size: int, at: ir.Value) -> ir.Value:
+    return (load_halfs if size == HALF else load_lanes)(builder, at)
+
+
+def _compiled(emit: Callable[..., None]) -> Kernel:
+    """Code for each number of queries and each size, and a branch to it."""
+
+    @intrinsic
+    def kernel(
+        typing: Any, queries: Any, size: Any,
+        query: Any, stride: Any, cached: Any, step: Any, out: Any, out_stride: Any,
+    ) -> Any:  # fmt: skip
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            end = builder.append_basic_block("end")
+            chosen = builder.switch(builder.or_(args[0], builder.shl(args[1], LONG(8))), end)
+            for count in COUNTS:
+                for size in SIZES:
+                    block = builder.append_basic_block(f"{count}_queries_{size}_bytes")
+                    chosen.add_case(LONG(count | size << 8), block)
+                    builder.position_at_end(block)
+                    emit(builder, count, size, args[2:])
+                    builder.branch(end)
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), codegen
+
+    return kernel  # type: ignore[no-any-return]
+
+
+eight_products = _eight_products if INTERPRETED else _compiled(_emit_eight_products)
+weighed = _weighed if INTERPRETED else _compiled(_emit_weighed)

@@ -1,0 +1,68 @@
+"""float16: every number exactly to float32, and every kind of rounding back (SPEC 6.5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numba import types
+from numba.extending import intrinsic
+
+from bitskip_cpu import isa
+from bitskip_cpu.kernels import halfs as kernels
+from bitskip_cpu.kernels.inner import inner
+from bitskip_cpu.kernels.lanes import store_lanes
+from bitskip_cpu.kernels.layout import LANES
+from bitskip_ref.functions import half
+from tests.kernels.calling import call, same_bits
+
+f32 = np.float32
+FINITE = np.arange(1 << 16, dtype=np.uint16)
+FINITE = FINITE[np.isfinite(FINITE.view(np.float16))]
+
+
+def test_widen_every_finite_half() -> None:
+    out = np.zeros(len(FINITE), f32)
+    call(kernels.widen, FINITE, out, len(FINITE))
+    assert same_bits(FINITE.view(np.float16).astype(f32), out)
+
+
+@pytest.mark.skipif(isa.INTERPRETED, reason="nothing is compiled")
+@pytest.mark.parametrize("hardware", [True, False])
+def test_lanes_of_every_finite_half(hardware: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the CPU's instruction, if it has one, and by the way for CPUs without."""
+    if hardware and not isa.converts_halfs():
+        pytest.skip("this CPU has no such instruction")
+    monkeypatch.setattr(isa, "converts_halfs", lambda: hardware)
+
+    @intrinsic
+    def widen(typing: Any, source: Any, target: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            store_lanes(builder, kernels.load_halfs(builder, args[0]), args[1])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
+
+    def widen_all(source: int, target: int, n: int) -> None:
+        for i in range(0, n, LANES):
+            widen(source + 2 * i, target + 4 * i)
+
+    assert len(FINITE) % LANES == 0
+    out = np.zeros(len(FINITE), f32)
+    call(inner(widen_all), FINITE, out, len(FINITE))
+    assert same_bits(FINITE.view(np.float16).astype(f32), out)
+
+
+def test_every_kind_of_rounding() -> None:
+    exact = np.sort(FINITE.view(np.float16).astype(f32))
+    ties = (exact[1:] + exact[:-1]) / 2  # exact in float32
+    rng = np.random.default_rng(0)
+    wide = rng.standard_normal(1 << 16) * 2.0 ** rng.integers(-40, 40, 1 << 16)
+    large = np.array([65504, 65519.996, 65520, 65536, 1e30, 3e38, np.inf], f32)
+    tiny = np.array([0.0, 1e-45, 1e-40, 2.0**-25, 2.0**-24], f32)
+    near = [np.nextafter(x, f32(s), dtype=f32) for x in (exact, ties) for s in (-np.inf, np.inf)]
+    x = np.concatenate([exact, ties, *near, wide.astype(f32), large, -large, tiny, -tiny])
+    out = np.zeros(len(x), np.uint16)
+    call(kernels.narrow, x, out, len(x))
+    assert same_bits(half(x), out.view(np.float16))
