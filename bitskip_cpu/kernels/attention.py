@@ -79,9 +79,10 @@ def fetch_bytes(at, count):
 
 @inner
 def score_groups(
-    queries, q_at, q_stride, keys_at, next_at, size, padded, seen, out_at, out_stride, scratch_at
-):
-    """out[i, s] = sum 2.2 of q[i] * k[s], for s < seen and `queries` queries (SPEC 6.2).
+    queries, q_at, q_stride, keys_at, next_at, size, padded, seen, factor, out_at, out_stride,
+    scratch_at,
+):  # fmt: skip
+    """out[i, s] = factor * sum 2.2 of q[i] * k[s], for s < seen and `queries` queries (SPEC 6.2).
 
     A query has E' floats, zeros behind E; out holds whole groups. Scratch: E' / 8 * LANES floats
     a query. `next_at`: what is read after these keys, to be fetched with them; 0: nothing is.
@@ -109,13 +110,12 @@ def score_groups(
                 n >>= 1
                 for i in range(n):
                     add(at + i * LANE_BYTES, at + (i + n) * LANE_BYTES, at + i * LANE_BYTES)
-            copy(at, out_at + query * out_stride + 4 * start, LANES)
+            scale(at, factor, out_at + query * out_stride + 4 * start)
 
 
 @inner
-def softmax_weights(e_at, head_dim, seen):
-    """Scores -> exp(score * scale - largest); zeros behind `seen` to the group's end (SPEC 6.3)."""
-    factor = f32(1.0 / math.sqrt(float(head_dim)))
+def softmax_weights(e_at, seen):
+    """Scores -> exp(score - largest); zeros behind `seen` to the group's end (SPEC 6.3)."""
     padded = (seen + LANES - 1) // LANES * LANES
     e = floats(e_at, padded)
     lanes_at = e_at + 4 * padded
@@ -125,7 +125,6 @@ def softmax_weights(e_at, head_dim, seen):
     for s in range(seen, padded):
         e[s] = LOWEST
     for start in range(0, padded, LANES):
-        scale(e_at + 4 * start, factor, e_at + 4 * start)
         larger(e_at + 4 * start, lanes_at, lanes_at)
     top = largest[0]
     for lane in range(1, LANES):
@@ -174,11 +173,11 @@ def attend(
     for i in range(queries):
         copy(q_at + 4 * i * head_dim, query_at + 4 * i * padded, head_dim)
         fill_zero(query_at + 4 * (i * padded + head_dim), padded - head_dim)
-    next_at = values_at if cold else 0
-    score_groups(queries, query_at, 4 * padded, keys_at, next_at, size, padded, seen, scratch_at,
-                 e_stride, parts_at)  # fmt: skip
+    next_at, factor = values_at if cold else 0, f32(1.0 / math.sqrt(float(head_dim)))
+    score_groups(queries, query_at, 4 * padded, keys_at, next_at, size, padded, seen, factor,
+                 scratch_at, e_stride, parts_at)  # fmt: skip
     for i in range(queries):
-        softmax_weights(scratch_at + i * e_stride, head_dim, seen)
+        softmax_weights(scratch_at + i * e_stride, seen)
     # A binary counter of partial sums: part i covers 2^i groups, as in the tree of SPEC 2.3.
     width = value_width + LANES
     whole = queries * width
