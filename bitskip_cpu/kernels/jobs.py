@@ -188,7 +188,7 @@ def attention_part(s, scratch, part):
         left = end - h
         queries = QUERIES if left >= QUERIES else (2 if left >= 2 else 1)
         attend(queries, q_at + h * e, keys_of(s, kv_head), values_of(s, kv_head), s.cache_size,
-               s.head_padded, s.head_dim, s.value_width, position + 1, out_at + h * e,
+               s.head_padded, s.head_dim, s.value_width, position + 1, t == 0, out_at + h * e,
                scratch)  # fmt: skip
         h += queries
 
