@@ -18,7 +18,7 @@ import math
 
 import numpy as np
 
-from bitskip_cpu.kernels.cached import eight_products, weighed
+from bitskip_cpu.kernels.cached import eight_products, prefetch, weighed
 from bitskip_cpu.kernels.exponential import exp_differences
 from bitskip_cpu.kernels.floats import ZERO, copy, fill_zero
 from bitskip_cpu.kernels.halfs import half, narrow
@@ -71,7 +71,7 @@ def store_value(value_at, values_at, size, value_width, head_dim, position):
 
 @inner
 def score_groups(
-    queries, q_at, q_stride, keys_at, size, padded, seen, out_at, out_stride, scratch_at
+    queries, q_at, q_stride, keys_at, size, padded, seen, ahead, out_at, out_stride, scratch_at
 ):
     """out[i, s] = sum 2.2 of q[i] * k[s], for s < seen and `queries` queries (SPEC 6.2).
 
@@ -84,6 +84,8 @@ def score_groups(
         k_at = keys_at + size * start * padded
         for i in range(m):
             k, to = k_at + size * i * LANES, scratch_at + i * LANE_BYTES
+            if ahead:
+                prefetch(k_at + ahead + i * 8 * LANES * size, 8 * LANES * size)
             eight_products(queries, size, q_at + 4 * i, q_stride, k, m, to, stride)
         for query in range(queries):
             at, n = scratch_at + query * stride, m
@@ -122,11 +124,13 @@ def softmax_weights(e_at, head_dim, seen):
 
 
 @inner
-def weigh_group(queries, e_at, e_stride, values_at, size, value_width, out_at, out_stride):
+def weigh_group(queries, e_at, e_stride, values_at, size, value_width, ahead, out_at, out_stride):
     """Per query sum 2.3 over LANES positions of e * v, and behind it of e itself."""
     row = size * value_width
     for i in range(0, value_width, LANES):
         v, to = values_at + size * i, out_at + 4 * i
+        if ahead:
+            prefetch(values_at + ahead + i * LANES * size, LANES * LANES * size)
         weighed(queries, size, e_at, e_stride, v, row, to, out_stride)
     for query in range(queries):
         e = floats(e_at + query * e_stride, LANES)
@@ -144,9 +148,12 @@ def add_to(a_at, target_at, n):
 
 @inner
 def attend(
-    queries, q_at, keys_at, values_at, size, padded, head_dim, value_width, seen, out_at, scratch_at
-):
+    queries, q_at, keys_at, values_at, size, padded, head_dim, value_width, seen, ahead, out_at,
+    scratch_at,
+):  # fmt: skip
     """`queries` (4, 2 or 1) turned query heads over `seen` positions -> out (SPEC 6.2, 6.3).
+
+    `ahead`: bytes between what is read and what memory is asked for; 0 does not ask.
 
     q and out: [queries, E]. Scratch (floats): scores, whole groups and one more, per query |
     queries, E' each | first sums, 4 * E' / 8 * LANES; in their place later LEVELS + 1 partial sums
@@ -160,8 +167,9 @@ def attend(
         copy(q_at + 4 * i * head_dim, query_at + 4 * i * padded, head_dim)
         fill_zero(query_at + 4 * (i * padded + head_dim), padded - head_dim)
     score_groups(
-        queries, query_at, 4 * padded, keys_at, size, padded, seen, scratch_at, e_stride, parts_at
-    )
+        queries, query_at, 4 * padded, keys_at, size, padded, seen, ahead,
+        scratch_at, e_stride, parts_at,
+    )  # fmt: skip
     for i in range(queries):
         softmax_weights(scratch_at + i * e_stride, head_dim, seen)
     # A binary counter of partial sums: part i covers 2^i groups, as in the tree of SPEC 2.3.
@@ -175,7 +183,7 @@ def attend(
         to = now_at if group & 1 else parts_at  # part 0 is free after every second group
         v_at = values_at + size * first * value_width
         weigh_group(
-            queries, scratch_at + 4 * first, e_stride, v_at, size, value_width, to, 4 * width
+            queries, scratch_at + 4 * first, e_stride, v_at, size, value_width, ahead, to, 4 * width
         )
         level = 0
         while (group >> level) & 1:
