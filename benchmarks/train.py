@@ -6,8 +6,9 @@ Every model of a shape does a few steps in turn, round by round; medians over th
 printed, and the median over the rounds of the ratios. A step is everything between two batches:
 forward, backward, clipping, AdamW. `twin` is the same model with float32 weights and activations
 and without Hadamard transform. The Llama, of v1's shape, is driven the plain way: autocast,
-its own loss, the same clipping and optimizer. Early-exit loss, layer dropout, gates and
-quantization loss are off unless `--terms` is given; the Llama has none of them.
+its own loss, the same clipping and optimizer. On one thread the process's own CPU time is counted,
+which other processes disturb less than the clock on the wall. Early-exit loss, layer dropout, gates
+and quantization loss are off unless `--terms` is given; the Llama has none of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,7 +30,8 @@ import torch
 from bitskip_cpu.machine import fingerprint
 from bitskip_cpu.tables import table
 from bitskip_ref.config import PRESETS, ModelConfig
-from bitskip_train.data import Split
+from bitskip_train.data import Split, Windows
+from bitskip_train.draws import Draws
 from bitskip_train.memory import keep_freed_memory
 from bitskip_train.settings import TrainConfig
 from bitskip_train.trainer import Trainer, make_optimizer
@@ -74,6 +77,11 @@ LLAMA = "transformers Llama"
 TERMS: dict[str, Any] = {
     "exit_lambda": 0.3, "exit_subset": 2, "dropout_max": 0.5, "quant_lambda": 0.05,
 }  # fmt: skip
+
+
+def twin(config: ModelConfig) -> ModelConfig:
+    """The same model in full precision."""
+    return config.replace(linear="float32", hadamard=False)
 
 
 def trainer(config: ModelConfig, shape: Shape, given: argparse.Namespace) -> Trainer:
@@ -137,32 +145,46 @@ def runners(shape: Shape, given: argparse.Namespace) -> dict[str, Step]:
         if not any(wanted in name for wanted in given.models.split(",")):
             continue
         config = shape.model(preset)
-        twin = config.replace(linear="float32", hadamard=False)
         found[name] = trainer(config, shape, given).train_step
-        found[f"{name} twin"] = trainer(twin, shape, given).train_step
+        found[f"{name} twin"] = trainer(twin(config), shape, given).train_step
     if not given.no_llama:
         found[LLAMA] = llama(shape, given)
     return found
 
 
-def measure(steps: dict[str, Step], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds a step of each, round by round; a turn takes about so many seconds."""
+def measure(
+    steps: dict[str, Step], rounds: int, seconds: float, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds a step of each by the clock, round by round; a turn takes about so many seconds."""
     counts: dict[str, int] = {}
     for name, step in steps.items():
         step()  # compiles
+        begin = clock()
         step()
-        begin = time.perf_counter()
-        step()
-        counts[name] = max(1, round(seconds / (time.perf_counter() - begin)))
+        counts[name] = max(1, round(seconds / (clock() - begin)))
         print(f"  {name}: {counts[name]} steps a turn", file=sys.stderr, flush=True)
     found: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(counts[name]):
                 step()
-            found[name].append((time.perf_counter() - begin) / counts[name])
+            found[name].append((clock() - begin) / counts[name])
     return found
+
+
+def loading(shape: Shape, steps: int = 50) -> float:
+    """Seconds in which a step's tokens and random numbers are ready, from mapped ids."""
+    with tempfile.NamedTemporaryFile() as file:
+        text = random_text(shape)
+        file.write(text.tokens.tobytes())
+        file.flush()
+        windows = Windows(np.memmap(file.name, text.tokens.dtype, mode="r"), shape.context, 0)
+        begin = time.perf_counter()
+        for step in range(steps):
+            windows.batch(step * shape.batch, shape.batch)
+            Draws(0, step * shape.batch, shape.batch).uniform(shape.num_hidden_layers)
+        return (time.perf_counter() - begin) / steps
 
 
 def ratio(found: dict[str, list[float]], name: str, other: str) -> str:
@@ -205,9 +227,10 @@ def main() -> None:
         "machine": fingerprint(), "torch": torch.__version__,
         "options": {k: v for k, v in vars(given).items() if k != "out"}, "shapes": {},
     }  # fmt: skip
+    clock = time.process_time if given.threads == 1 else time.perf_counter
     for name in given.shape.split(","):
         shape = SHAPES[name]
-        found = measure(runners(shape, given), given.rounds, given.turn)
+        found = measure(runners(shape, given), given.rounds, given.turn, clock)
         facts["shapes"][name] = {**asdict(shape), "seconds": found}
         how = f"{given.dtype}{', compiled' if given.compile else ''}"
         print(
@@ -215,6 +238,9 @@ def main() -> None:
             f"{shape.context} tokens, {how}, {given.threads} thread(s), {given.rounds} rounds\n"
         )
         print(show(found, shape.tokens), flush=True)
+        least = min(statistics.median(times) for times in found.values())
+        data = loading(shape)
+        print(f"\ndata and draws: {1e3 * data:.2f} ms a step, {data / least:.2%} of the fastest")
     if given.out:
         given.out.write_text(json.dumps(facts, indent=1) + "\n")
 

@@ -122,7 +122,9 @@ def _points(values: dict[str, Any], scale: str) -> list[Point]:
         for combination in itertools.product(*grid["values"].values()):
             parameters = dict(zip(grid["values"], combination, strict=True))
             train = grid.get("train", {}) | parameters
-            runs[grid["label"].format(**parameters)] = {"train": train, "parameters": parameters}
+            runs[grid["label"].format(**parameters)] = {
+                "train": train, "parameters": parameters, "scales": grid.get("scales", []),
+            }  # fmt: skip
     else:
         runs = group["runs"]
     labels = values.get("runs", list(runs))
@@ -136,7 +138,7 @@ def _point(label: str, group: dict[str, Any], run: dict[str, Any], scale: str) -
     settings = recipe(run.get("preset", group.get("preset", "")))
     for changes in (group, run):
         settings = apply(settings, changes)
-    for part in group.get("scales", ()):
+    for part in [*group.get("scales", ()), *run.get("scales", ())]:
         changes = _read(HERE / "scales.toml")[scale].get(part, {})
         factors = changes.get("times", {})
         scaled = {name: getattr(settings[1], name) * factor for name, factor in factors.items()}

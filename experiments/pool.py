@@ -25,6 +25,7 @@ CHILD_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "268435456",
 }
+WAIT_S = 2.0  # between looks at a run that another process trains
 
 
 @dataclass
@@ -48,19 +49,26 @@ class Pool:
             self._slots.put(slot)
 
     def train_all(self, runs: Sequence[Run]) -> None:
-        """Train what is not trained, then measure. Failures are noted; the others go on."""
-        unique = {run.folder: run for run in runs}
-        with ThreadPoolExecutor(self.jobs) as threads:
-            for done in [threads.submit(self.train, run) for run in unique.values()]:
-                done.result()
+        """Train what is not trained, then measure. Failures are noted; the others go on.
 
-    def train(self, run: Run) -> bool:
-        """Train one run to its end in a child and measure it; False if it failed or was stopped."""
+        What another process trains is waited for when all else is done.
+        """
+        unique = list({run.folder: run for run in runs}.values())
+        for wait in (False, True):
+            with ThreadPoolExecutor(self.jobs) as threads:
+                list(threads.map(lambda run, wait=wait: self.train(run, wait), unique))
+            unique = [run for run in unique if not run.trained and run.name not in self.failed]
+
+    def train(self, run: Run, wait: bool = False) -> bool:
+        """Train one run to its end in a child and measure it; False if it failed or was stopped.
+
+        wait: until nobody else trains it; otherwise that is an end, too.
+        """
         slot = self._slots.get()
         try:
-            if self.stopping.is_set():
-                return False
-            with _locked(run.folder) as lock:
+            with _locked(run.folder, lambda: wait and not self.stopping.wait(WAIT_S)) as lock:
+                if self.stopping.is_set():
+                    return False
                 if lock is None:
                     self.say(f"{run.name}: another process trains it")
                     return False
@@ -69,7 +77,7 @@ class Pool:
             if run.trained:
                 with self._measuring:
                     self.measure(run)
-        except (OSError, ValueError) as error:  # those of all our packages among them
+        except (OSError, ValueError, RuntimeError) as error:  # those of our packages among them
             self.failed[run.name] = str(error)
         finally:
             self._slots.put(slot)
@@ -148,19 +156,27 @@ def _in_foreground() -> bool:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[int | None]:
-    """A descriptor whose lock on the folder lasts as long as anyone holds it; None: taken."""
+def _locked(folder: Path, again: Callable[[], bool]) -> Iterator[int | None]:
+    """A descriptor whose lock on the folder lasts as long as anyone holds it; None: it is taken.
+
+    `again` says whether to try once more, after a pause of its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        yield handle
+        while not (free := _try_lock(handle)) and again():
+            pass
+        yield handle if free else None
     finally:
         os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _last_line(log: Path) -> str:

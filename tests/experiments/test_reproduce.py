@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 from bitskip_train.checkpoint import load_checkpoint
 from experiments import definitions
+from experiments import pool as pool_module
 from experiments.definitions import load
 from experiments.pool import Pool
 from experiments.runs import Run, runs_of
@@ -96,10 +98,31 @@ def test_a_killed_child_is_reported_and_goes_on_to_the_same_weights(mini: Path) 
     assert all((states[0][name] == states[1][name]).all() for name in states[0])
 
 
+def test_what_another_process_trains_is_left_and_then_waited_for(
+    mini: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "WAIT_S", 0.01)
+    run = runs(mini, "v2-table1")[0]
+    run.folder.mkdir(parents=True)
+    said: list[str] = []
+    measured: list[Run] = []
+    pool = Pool(jobs=1, say=said.append, measure=measured.append)
+    with (run.folder / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert not pool.train(run)
+        assert said == ["With exits, seed 0: another process trains it"]
+        end = threading.Timer(0.1, lambda: (run.note(finished=True), other.close()))
+        end.start()
+        pool.train_all([run])
+        end.join()
+    assert measured == [run] and not pool.failed
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
 from experiments import definitions
+from experiments import pool as pool_module
 definitions.HERE = Path(sys.argv.pop(1))
 import cli
 cli.main()

@@ -21,7 +21,7 @@ class FakePool(Pool):
         super().__init__(jobs=2, say=lambda text: None)
         self.bad, self.trained = bad, []  # type: ignore[var-annotated]
 
-    def train(self, run: Run) -> bool:
+    def train(self, run: Run, wait: bool = False) -> bool:
         """As the real one."""
         if run.point.label in self.bad:
             self.failed[run.name] = "bad"
