@@ -18,18 +18,19 @@ import math
 
 import numpy as np
 
-from bitskip_cpu.kernels.cached import eight_products, prefetch, weighed
+from bitskip_cpu.kernels.cached import eight_products, weighed
 from bitskip_cpu.kernels.exponential import exp_differences
 from bitskip_cpu.kernels.floats import ZERO, copy, fill_zero
 from bitskip_cpu.kernels.halfs import half, narrow
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.lanes import LANE_BYTES, add, eight_sum, larger, scale
 from bitskip_cpu.kernels.layout import HALF, LANES, LEVELS
-from bitskip_cpu.kernels.memory import floats, halfs
+from bitskip_cpu.kernels.memory import fetch, floats, halfs
 
 f32 = np.float32
 
 LOWEST = f32(-np.inf)
+AHEAD = 3  # groups between asking for one and its use
 
 
 @inner
@@ -70,22 +71,34 @@ def store_value(value_at, values_at, size, value_width, head_dim, position):
 
 
 @inner
+def fetch_bytes(at, count):
+    """`fetch` so many bytes."""
+    for i in range(0, count, 64):
+        fetch(at + i)
+
+
+@inner
 def score_groups(
-    queries, q_at, q_stride, keys_at, size, padded, seen, ahead, out_at, out_stride, scratch_at
-):
-    """out[i, s] = sum 2.2 of q[i] * k[s], for s < seen and `queries` queries (SPEC 6.2).
+    queries, q_at, q_stride, keys_at, next_at, size, padded, seen, factor, out_at, out_stride,
+    scratch_at,
+):  # fmt: skip
+    """out[i, s] = factor * sum 2.2 of q[i] * k[s], for s < seen and `queries` queries (SPEC 6.2).
 
     A query has E' floats, zeros behind E; out holds whole groups. Scratch: E' / 8 * LANES floats
-    a query.
+    a query. `next_at`: what is read after these keys, to be fetched with them; 0: nothing is.
     """
     m = padded >> 3
     stride = m * LANE_BYTES
+    end = (seen + LANES - 1) // LANES * LANES
     for start in range(0, seen, LANES):
-        k_at = keys_at + size * start * padded
+        k_at, later = keys_at + size * start * padded, start + AHEAD * LANES
+        soon_at = keys_at + size * later * padded
+        if later >= end:
+            soon_at = next_at + size * (later - end) * padded
         for i in range(m):
+            if next_at:
+                fetch_bytes(soon_at + 8 * i * size * LANES, 8 * size * LANES)
             k, to = k_at + size * i * LANES, scratch_at + i * LANE_BYTES
-            if ahead:
-                prefetch(k_at + ahead + i * 8 * LANES * size, 8 * LANES * size)
             eight_products(queries, size, q_at + 4 * i, q_stride, k, m, to, stride)
         for query in range(queries):
             at, n = scratch_at + query * stride, m
@@ -97,13 +110,12 @@ def score_groups(
                 n >>= 1
                 for i in range(n):
                     add(at + i * LANE_BYTES, at + (i + n) * LANE_BYTES, at + i * LANE_BYTES)
-            copy(at, out_at + query * out_stride + 4 * start, LANES)
+            scale(at, factor, out_at + query * out_stride + 4 * start)
 
 
 @inner
-def softmax_weights(e_at, head_dim, seen):
-    """Scores -> exp(score * scale - largest); zeros behind `seen` to the group's end (SPEC 6.3)."""
-    factor = f32(1.0 / math.sqrt(float(head_dim)))
+def softmax_weights(e_at, seen):
+    """Scores -> exp(score - largest); zeros behind `seen` to the group's end (SPEC 6.3)."""
     padded = (seen + LANES - 1) // LANES * LANES
     e = floats(e_at, padded)
     lanes_at = e_at + 4 * padded
@@ -113,7 +125,6 @@ def softmax_weights(e_at, head_dim, seen):
     for s in range(seen, padded):
         e[s] = LOWEST
     for start in range(0, padded, LANES):
-        scale(e_at + 4 * start, factor, e_at + 4 * start)
         larger(e_at + 4 * start, lanes_at, lanes_at)
     top = largest[0]
     for lane in range(1, LANES):
@@ -124,13 +135,11 @@ def softmax_weights(e_at, head_dim, seen):
 
 
 @inner
-def weigh_group(queries, e_at, e_stride, values_at, size, value_width, ahead, out_at, out_stride):
+def weigh_group(queries, e_at, e_stride, values_at, size, value_width, out_at, out_stride):
     """Per query sum 2.3 over LANES positions of e * v, and behind it of e itself."""
     row = size * value_width
     for i in range(0, value_width, LANES):
         v, to = values_at + size * i, out_at + 4 * i
-        if ahead:
-            prefetch(values_at + ahead + i * LANES * size, LANES * LANES * size)
         weighed(queries, size, e_at, e_stride, v, row, to, out_stride)
     for query in range(queries):
         e = floats(e_at + query * e_stride, LANES)
@@ -148,16 +157,14 @@ def add_to(a_at, target_at, n):
 
 @inner
 def attend(
-    queries, q_at, keys_at, values_at, size, padded, head_dim, value_width, seen, ahead, out_at,
+    queries, q_at, keys_at, values_at, size, padded, head_dim, value_width, seen, cold, out_at,
     scratch_at,
 ):  # fmt: skip
     """`queries` (4, 2 or 1) turned query heads over `seen` positions -> out (SPEC 6.2, 6.3).
 
-    `ahead`: bytes between what is read and what memory is asked for; 0 does not ask.
-
-    q and out: [queries, E]. Scratch (floats): scores, whole groups and one more, per query |
-    queries, E' each | first sums, 4 * E' / 8 * LANES; in their place later LEVELS + 1 partial sums
-    of value_width + LANES floats per query.
+    q and out: [queries, E]. `cold`: keys and values have to come from memory. Scratch (floats):
+    scores, whole groups and one more, per query | queries, E' each | first sums, 4 * E' / 8 *
+    LANES; in their place later LEVELS + 1 partial sums of value_width + LANES floats per query.
     """
     groups = (seen + LANES - 1) // LANES
     e_stride = 4 * (groups + 1) * LANES
@@ -166,12 +173,11 @@ def attend(
     for i in range(queries):
         copy(q_at + 4 * i * head_dim, query_at + 4 * i * padded, head_dim)
         fill_zero(query_at + 4 * (i * padded + head_dim), padded - head_dim)
-    score_groups(
-        queries, query_at, 4 * padded, keys_at, size, padded, seen, ahead,
-        scratch_at, e_stride, parts_at,
-    )  # fmt: skip
+    next_at, factor = values_at if cold else 0, f32(1.0 / math.sqrt(float(head_dim)))
+    score_groups(queries, query_at, 4 * padded, keys_at, next_at, size, padded, seen, factor,
+                 scratch_at, e_stride, parts_at)  # fmt: skip
     for i in range(queries):
-        softmax_weights(scratch_at + i * e_stride, head_dim, seen)
+        softmax_weights(scratch_at + i * e_stride, seen)
     # A binary counter of partial sums: part i covers 2^i groups, as in the tree of SPEC 2.3.
     width = value_width + LANES
     whole = queries * width
@@ -182,8 +188,11 @@ def attend(
         first = group * LANES
         to = now_at if group & 1 else parts_at  # part 0 is free after every second group
         v_at = values_at + size * first * value_width
+        if cold:
+            bytes_of = size * LANES * value_width
+            fetch_bytes(v_at + AHEAD * bytes_of, bytes_of)
         weigh_group(
-            queries, scratch_at + 4 * first, e_stride, v_at, size, value_width, ahead, to, 4 * width
+            queries, scratch_at + 4 * first, e_stride, v_at, size, value_width, to, 4 * width
         )
         level = 0
         while (group >> level) & 1:

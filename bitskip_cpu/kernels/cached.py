@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.halfs import load_halfs
-from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.lanes import LONG, halved, load_lanes, load_splat, paired, store_lanes
 from bitskip_cpu.kernels.layout import FULL, HALF, LANES
 from bitskip_cpu.kernels.memory import floats, halfs
@@ -26,7 +24,6 @@ from bitskip_cpu.kernels.memory import floats, halfs
 Kernel = Callable[..., None]
 Body = Callable[..., None]
 COUNTS, SIZES = (4, 2, 1), (FULL, HALF)
-LINE = 64  # bytes that memory gives at a time
 
 
 def _eight_products(
@@ -130,30 +127,3 @@ def _compiled(emit: Callable[..., None]) -> Kernel:
 
 eight_products = _eight_products if INTERPRETED else _compiled(_emit_eight_products)
 weighed = _weighed if INTERPRETED else _compiled(_emit_weighed)
-
-
-if INTERPRETED:
-
-    def _ask(at: int) -> None:
-        pass
-
-else:
-
-    @intrinsic
-    def _ask(typing: Any, at: Any) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            word, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-            kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
-            ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-            at = builder.inttoptr(args[0], pointer)
-            builder.call(ask, [at, word(0), word(3), word(1)])  # read, keep, data
-            return context.get_dummy_value()
-
-        return types.void(types.int64), codegen
-
-
-@inner
-def prefetch(at, n):
-    """Ask for n bytes; they need not exist."""
-    for i in range(0, n, LINE):
-        _ask(at + i)

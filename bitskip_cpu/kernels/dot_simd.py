@@ -27,7 +27,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from bitskip_cpu.isa import PATH
-from bitskip_cpu.kernels.memory import vector_pointer
+from bitskip_cpu.kernels.memory import emit_prefetch, vector_pointer
 
 FAR, NEAR = 8192, 1280  # bytes; measured
 WIDTH = {"vnni256": 32, "avx2": 32, "dotprod": 16}.get(PATH, 64)  # bytes in a register
@@ -137,10 +137,7 @@ def prefetch(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:
     """
     at = builder.add(base, offset)
     for distance, level in ((FAR, 2), (NEAR, 3)):
-        pointer = builder.inttoptr(builder.add(at, LONG(distance)), BYTE.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, INT(0), INT(level), INT(1)])  # read, level, data
+        emit_prefetch(builder, builder.add(at, LONG(distance)), level)
 
 
 def add_to(builder: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> None:

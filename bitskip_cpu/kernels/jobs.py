@@ -36,8 +36,6 @@ from bitskip_cpu.kernels.memory import floats, int8s, int32s, uint8s
 
 ATTENTION_IN, STORE, ATTEND, OUT_IN, FFN_IN, DOWN_IN, BLOCK_OUT, EXIT_IN, ROWS = range(9)
 EIGHT_BITS = np.float32(127.0)
-AHEAD = 8192  # bytes: memory answers by the time they are read
-AT_HAND = 3 << 19  # bytes of keys and values that a second cache keeps from pass to pass
 
 
 @inner
@@ -183,8 +181,6 @@ def attention_part(s, scratch, part):
     position, e, group = s.position + t, 4 * s.head_dim, s.heads // s.kv_heads
     half = e >> 1
     h, end = kv_head * group, (kv_head + 1) * group
-    cached = position * (s.head_padded + s.value_width) * s.cache_size
-    ahead = AHEAD if t == 0 or cached >= AT_HAND else 0
     q_at, out_at = s.qkv + t * 4 * (s.attention + 2 * s.kv), s.attended + t * 4 * s.attention
     for i in range(h, end):
         turn(q_at + i * e, s.cos + position * half, s.sin + position * half, s.head_dim)
@@ -192,10 +188,8 @@ def attention_part(s, scratch, part):
         left = end - h
         queries = QUERIES if left >= QUERIES else (2 if left >= 2 else 1)
         attend(queries, q_at + h * e, keys_of(s, kv_head), values_of(s, kv_head), s.cache_size,
-               s.head_padded, s.head_dim, s.value_width, position + 1, ahead, out_at + h * e,
+               s.head_padded, s.head_dim, s.value_width, position + 1, t == 0, out_at + h * e,
                scratch)  # fmt: skip
-        if cached < AT_HAND:
-            ahead = 0
         h += queries
 
 

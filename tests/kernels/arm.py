@@ -22,7 +22,7 @@ WIDTH, ROWS, TOKENS = 300, 29, 8  # one unit of columns and a tail; two tiles; a
 TERNARY = {"packed_1": 1, "packed_2": 2, "packed_4": 4, "packed_8": 8}  # tokens of a call
 HEADS = {"head_1x4": 1, "head_2x4": 2, "head_4x4": 4}
 NARROW = {"int4_1": (4, 1), "int4_4": (4, 4), "int6_1": (6, 1), "int6_4": (6, 4)}
-FLOATS = {"silu_products": 4, "dot_tree": 4, "turn": 4, "weigh_group": 9}  # number of arguments
+FLOATS = {"silu_products": 4, "dot_tree": 4, "turn": 4, "weigh_group": 8}  # number of arguments
 
 
 def for_arm(module: llvm.ModuleRef, folder: Path, name: str) -> None:

@@ -57,10 +57,14 @@ def value_memory(values: np.ndarray, capacity: int, behind: float, kind: str) ->
 def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: int) -> np.ndarray:
     """q [queries, E], memory as in the cache -> [queries, E]."""
     queries, head_dim = q.shape
-    out, scratch = np.zeros(q.shape, f32), np.full(1 << 16, np.nan, f32)
-    call(kernels.attend, queries, q, keys, values, keys.itemsize, keys.shape[1], head_dim,
-         values.shape[1], seen, 8192, out, scratch)  # fmt: skip
-    return out
+    outs = []
+    for cold in (False, True):
+        out, scratch = np.zeros(q.shape, f32), np.full(1 << 16, np.nan, f32)
+        call(kernels.attend, queries, q, keys, values, keys.itemsize, keys.shape[1], head_dim,
+             values.shape[1], seen, cold, out, scratch)  # fmt: skip
+        outs.append(out)
+    assert same_bits(*outs)
+    return outs[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
