@@ -64,9 +64,6 @@ def bars(figure: Any, experiment: Experiment, results: Results) -> None:
         axes.set_title(name, fontsize=9)
         axes.tick_params(axis="x", labelsize=8)
         axes.set_ylabel(column["name"])
-        low, high = axes.get_ylim()
-        heights = [patch.get_height() for patch in axes.patches]
-        axes.set_ylim(min(heights) * 0.8 if min(heights) > 0 else low, high)
 
 
 def depth(figure: Any, experiment: Experiment, results: Results) -> None:

@@ -16,6 +16,7 @@ from bitskip_ref.files import replace_file
 from bitskip_train.settings import TrainConfig
 from experiments.corpora import Corpus
 from experiments.definitions import Point
+from experiments.errors import ExperimentError
 
 # Settings that say where and how often, not what: they are no part of a run's identity.
 _ELSEWHERE = ("data", "valid", "tokenizer", "device", "threads", "save_every", "log_every")
@@ -96,19 +97,36 @@ class Run:
         return entries[-1]["step"] if entries else 0
 
     def command(self, processes: int = 1) -> list[str]:
-        """What trains it, or goes on; under torchrun for several processes."""
+        """What trains it, or goes on; under torchrun for several processes, which share each step.
+
+        Raises ExperimentError if a step cannot be divided among them.
+        """
         start = [sys.executable]
         if processes > 1:
             start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
             start += [str(processes)]
         common = ["--out", str(self.folder), "--token-cache", str(self.work / "tokens")]
         common += ["--no-tensorboard"]
+        for name, value in self._share(processes).items():
+            common += ["--set", f"train.{name}={value}"]
         if self.last.exists():
             return [*start, str(ROOT / "cli.py"), "train", "--resume", *common]
         return [
             *start, str(ROOT / "cli.py"), "train", "--preset", "tiny", "--config",
             str(self._write_settings()), *common,
         ]  # fmt: skip
+
+    def _share(self, processes: int) -> dict[str, int]:
+        """One process's part of a step: the step's windows stay as many as the settings say."""
+        train = self.point.train
+        parts = {"batch": train.batch, "accumulation": train.accumulation}
+        for name in ("accumulation", "batch"):
+            if parts[name] % processes == 0:
+                return parts | {name: parts[name] // processes}
+        raise ExperimentError(
+            f"--nproc {processes}: divides neither accumulation = {train.accumulation} nor batch = "
+            f"{train.batch} of {self.name}"
+        )
 
     def _write_settings(self) -> Path:
         """All settings as TOML: nothing is left to the preset that the command has to name."""

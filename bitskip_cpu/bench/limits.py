@@ -20,6 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from bitskip_cpu import isa
+from bitskip_cpu.kernels.memory import emit_prefetch
 
 LONG, INT, BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(8)
 LINE = 64  # bytes
@@ -51,7 +52,7 @@ def _reader() -> Compiled:
                 for i, total in enumerate(sums):
                     start = builder.mul(stream, LONG(i // LINES))
                     at = builder.add(builder.add(offset, start), LONG(i % LINES * LINE))
-                    _prefetch(builder, builder.add(at, LONG(AHEAD)))
+                    emit_prefetch(builder, builder.add(at, LONG(AHEAD)), 3)
                     value = builder.load(builder.inttoptr(at, vector.as_pointer()), align=8)
                     builder.store(builder.xor(builder.load(total), value), total)
             return _fold(builder, [builder.load(total) for total in sums])
@@ -117,13 +118,6 @@ def _matrix_multiplier() -> Compiled:
         return 0
 
     return _compile(run)
-
-
-def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    pointer = builder.inttoptr(address, BYTE.as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer, INT(0), INT(3), INT(1)])  # read, keep, data
 
 
 def _fold(builder: ir.IRBuilder, vectors: Sequence[ir.Value]) -> ir.Value:

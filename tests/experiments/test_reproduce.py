@@ -18,6 +18,7 @@ from bitskip_train.checkpoint import load_checkpoint
 from experiments import definitions
 from experiments import pool as pool_module
 from experiments.definitions import load
+from experiments.errors import ExperimentError
 from experiments.pool import Pool
 from experiments.runs import Run, runs_of
 from tests.experiments.conftest import reproduce
@@ -116,6 +117,16 @@ def test_what_another_process_trains_is_left_and_then_waited_for(
         pool.train_all([run])
         end.join()
     assert measured == [run] and not pool.failed
+
+
+def test_processes_share_a_step(mini: Path) -> None:
+    run = runs(mini, "v2-table1")[0]
+    for processes, batch in ((1, 2), (2, 1)):
+        words = run.command(processes)
+        assert f"train.batch={batch}" in words and "train.accumulation=1" in words
+        assert ("torch.distributed.run" in words) == (processes > 1)
+    with pytest.raises(ExperimentError, match="--nproc 3: divides neither accumulation = 1 nor"):
+        run.command(3)
 
 
 SCRIPT = """
