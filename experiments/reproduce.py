@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from rich.console import Console
@@ -36,9 +36,12 @@ def train(
     with (
         stopping_on_signals(pool),
         Progress(console, list(runs.values()), pool),
-        ThreadPoolExecutor(1) as threads,  # so that this one sees signals
+        ThreadPoolExecutor(1) as threads,
     ):
-        threads.submit(_train, everything, pool, storage, work).result()
+        training = threads.submit(_train, everything, pool, storage, work)
+        while not wait([training], timeout=0.5).done:
+            pass  # Python sees to signals here, whichever thread the system gave them to
+        training.result()
     if pool.stopping.is_set():
         console.print("stopped; the same command goes on")
     return pool
