@@ -197,9 +197,7 @@ def evaluate(
         )
     tokenizer = parse_tokenizer(loaded.tokenizer_json, str(checkpoint))
     split = load_split(TextSource(text, "validation"), tokenizer, token_cache)
-    model = BitskipModel(loaded.config)
-    model.hadamard_form = TrainConfig.from_dict(loaded.train).hadamard_form
-    model.load_state_dict(loaded.state)
+    model = BitskipModel.restored(loaded)
     results = evaluation.evaluate(
         model.to(pick_device(device)), split.tokens, split.bytes, context=context, batch=batch,
         exits=exits or [loaded.config.num_hidden_layers], bypass=bypass,

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.rope import rope_table
+from bitskip_train.checkpoint import Checkpoint
 from bitskip_train.exact import ExactOps
 from bitskip_train.fast import FastOps
 from bitskip_train.functions import PassThrough
 from bitskip_train.layers import BYPASSES, Block, Cache, Norm, Pass, TensorTrace, Weight
 from bitskip_train.readings import FORMS
+from bitskip_train.settings import TrainConfig
 
 Bypass = Literal["none", "weights", "activations"]
 INIT_STD = 0.02
@@ -78,6 +80,14 @@ class BitskipModel(nn.Module):
                 nn.init.ones_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    @classmethod
+    def restored(cls, checkpoint: Checkpoint) -> BitskipModel:
+        """The model of a checkpoint, in the reading of the transform that it was trained with."""
+        model = cls(checkpoint.config)
+        model.hadamard_form = TrainConfig.from_dict(checkpoint.train).hadamard_form
+        model.load_state_dict(checkpoint.state)
+        return model
 
     # ---- forward --------------------------------------------------------------------
 

@@ -39,11 +39,8 @@ class Subject:
         from bitskip_train.trainer import pick_device
 
         loaded = load_checkpoint(self.run.folder / f"{self.experiment.checkpoint}.pt")
-        model = BitskipModel(loaded.config)
-        model.hadamard_form = self.run.point.train.hadamard_form
-        model.load_state_dict(loaded.state)
         assert loaded.tokenizer_json is not None  # the trainer always writes it
-        return model.to(pick_device("auto")).eval(), loaded.tokenizer_json
+        return BitskipModel.restored(loaded).to(pick_device("auto")).eval(), loaded.tokenizer_json
 
     @property
     def model(self) -> BitskipModel:

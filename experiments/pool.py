@@ -18,13 +18,6 @@ from queue import Queue
 from experiments.environment import commit
 from experiments.runs import Run
 
-# One thread for each run unless it asks for more, and a glibc that keeps freed memory: a step of a
-# small model otherwise gives its pages back and faults them in again (15 % of its time).
-CHILD_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "4294967296",
-    "MALLOC_TOP_PAD_": "268435456",
-}
 WAIT_S = 2.0  # between looks at a run that another process trains
 
 
@@ -89,7 +82,7 @@ class Pool:
     def _train(self, run: Run, slot: int, lock: int) -> None:
         """Start the child, wait, note time and end."""
         threads = str(run.point.train.threads or 1)
-        environment = os.environ | CHILD_ENVIRONMENT | {"OMP_NUM_THREADS": threads}
+        environment = os.environ | {"OMP_NUM_THREADS": threads}
         if self.gpus:
             first = slot * self.processes
             mine = [str(i % self.gpus) for i in range(first, first + self.processes)]
