@@ -74,7 +74,11 @@ def main() -> None:
     "stays the same.",
 )  # fmt: skip
 @click.option("--draft-exit", type=int, help="Blocks that draft. Default: a quarter.")
-@click.option("--draft-vocab", type=int, help="Draft among so many first ids. Default: all.")
+@click.option(
+    "--draft-vocab",
+    type=int,
+    help="Draft among so many first ids. Default: the folder's, else all.",
+)
 @click.option(
     "--temperature", type=float, default=0.0, show_default=True,
     help="0 always takes the likeliest token; the next three then change nothing.",

@@ -7,10 +7,10 @@ from typing import Any
 
 from bitskip_cpu import isa, models
 from bitskip_cpu.compiling import KERNELS
+from bitskip_cpu.cores import default_threads
 from bitskip_cpu.machine import fingerprint
 from bitskip_cpu.models import DEFAULT
 from bitskip_cpu.tables import size
-from bitskip_cpu.threads import default_threads
 from bitskip_cpu.tokenizer import Tokenizer
 from bitskip_ref.folder import FormatError, read_folder
 

@@ -16,9 +16,10 @@ import numpy as np
 
 from bitskip_cpu.cache import KVCache
 from bitskip_cpu.compiling import KERNELS
+from bitskip_cpu.cores import default_threads
 from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, GATE, MEASURE
-from bitskip_cpu.threads import Team, default_threads
+from bitskip_cpu.threads import Team
 from bitskip_cpu.weights import Tensors, Weights, random_tensors
 from bitskip_cpu.workspace import Workspace
 from bitskip_ref.cache import check_input, check_kv_cache

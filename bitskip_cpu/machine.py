@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bitskip_cpu.cores import usable_cores
+
 PACKAGES = ("bitskip", "numpy", "numba", "llvmlite", "tokenizers", "click")
 
 
@@ -32,13 +34,6 @@ def cpu_name() -> str:
             if key.strip() in ("model name", "Model", "Hardware") and value.strip():
                 return value.strip()
     return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Logical cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def fingerprint() -> dict[str, Any]:

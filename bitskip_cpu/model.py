@@ -88,8 +88,9 @@ class Model:
         """How one text is drafted and verified; None without `speculate`.
 
         speculate: drafts of a round, 1..16, or `auto`. draft_exit: where they come from; None: a
-        quarter of the blocks that verify. draft_vocab: draft among that many first ids; None: all.
-        Raises ValueError, also for what does not combine with `rule`.
+        quarter of the blocks that verify. draft_vocab: draft among that many first ids; None: as
+        the folder recommends, else all. Raises ValueError, also for what does not combine with
+        `rule`.
         """
         if speculate is None:
             if draft_exit is not None or draft_vocab is not None:
@@ -98,6 +99,7 @@ class Model:
         if isinstance(speculate, str) and speculate != "auto":
             raise ValueError(f"speculate {speculate!r}: must be a number of drafts, or auto")
         count = None if isinstance(speculate, str) else speculate
+        draft_vocab = self.folder.draft_vocab if draft_vocab is None else draft_vocab
         return Speculation(self.config, rule, draft_exit, count, draft_vocab)
 
     # ---- text -----------------------------------------------------------------------

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitskip_cpu import isa, models
+from bitskip_cpu.cores import default_threads
 from bitskip_cpu.engine import Engine
 from bitskip_cpu.heldout.watch import Watch
-from bitskip_cpu.threads import default_threads
 from bitskip_cpu.weights import Weights
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig

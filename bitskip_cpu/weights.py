@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from bitskip_cpu.aligned import aligned
 from bitskip_cpu.compiling import KERNELS
+from bitskip_cpu.cores import default_threads
 from bitskip_cpu.kernels import narrow, tiles
 from bitskip_cpu.kernels.layout import ACTIVATION_OFFSET, DOWN, OUT, PRODUCT, PRODUCTS, QKV, UP
 from bitskip_ref.config import HEAD_BITS, ModelConfig
@@ -21,6 +23,7 @@ from bitskip_ref.packing import packed_width
 
 Tensors = Mapping[str, np.ndarray]
 
+LARGE = 16 << 20  # bytes of tiles that take more time to make than threads to start
 SCALES = 8  # floats kept for the weight scales of a block
 
 
@@ -74,14 +77,15 @@ class Weights:
         }
 
     def _tiles(self, blocks: Sequence[Sequence[Sequence[np.ndarray]]]) -> np.ndarray:
-        """Every block's packed rows as tiles, uint8 [L * layer_bytes]."""
+        """Every block's packed rows as tiles, uint8 [L * layer_bytes]; made on all cores."""
         result = aligned((len(blocks) * self.layer_bytes,), np.uint8, zeros=False)
         widest = max(
             max(int(p["padded"]), 4 * packed_width(int(p["width"]))) for p in self.products
         )
-        scratch = np.empty(32 * (widest + 64) + 512, np.uint8)
-        for i, block in enumerate(blocks):
-            for p, members in zip(self.products, block, strict=True):
+
+        def repack(i: int) -> None:
+            scratch = np.empty(32 * (widest + 64) + 512, np.uint8)
+            for p, members in zip(self.products, blocks[i], strict=True):
                 packed = in_a_row(members)
                 to = result.ctypes.data + i * self.layer_bytes + int(p["weights"])
                 KERNELS.repack(
@@ -90,6 +94,13 @@ class Weights:
                 )  # fmt: skip
                 for t in members:
                     give_back(t)
+
+        if result.nbytes < LARGE:
+            for i in range(len(blocks)):
+                repack(i)
+        else:
+            with ThreadPoolExecutor(default_threads()) as pool:
+                list(pool.map(repack, range(len(blocks))))
         return result
 
     def _products(self) -> np.ndarray:

@@ -50,6 +50,7 @@ class Folder:
     eos_token_id: int | None = None
     bos_token_id: int | None = None
     exit_layer: int | None = None  # where it stops unless told otherwise; None: at full depth
+    draft_vocab: int | None = None  # speculation drafts among so many first ids; None: all
     auto_exit: ExitRule | None = None  # what `--exit-layer auto` means; None: not calibrated
 
 
@@ -198,6 +199,7 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
         ("eos_token_id", config.vocab_size - 1),
         ("bos_token_id", config.vocab_size - 1),
         ("exit_layer", config.num_hidden_layers),
+        ("draft_vocab", config.vocab_size),
     ):
         value = extra.get(name)
         if value is not None and (type(value) is not int or not 0 <= value <= limit):
@@ -301,6 +303,7 @@ def write_folder(
     eos_token_id: int | None = None,
     bos_token_id: int | None = None,
     exit_layer: int | None = None,
+    draft_vocab: int | None = None,
 ) -> None:
     """Write a model folder; each file appears whole or not at all, config.json last.
 
@@ -317,6 +320,7 @@ def write_folder(
         "eos_token_id": eos_token_id,
         "bos_token_id": bos_token_id,
         "exit_layer": exit_layer,
+        "draft_vocab": draft_vocab,
     }
     _write_text(root / GENERATION, json.dumps(generation, indent=2) + "\n")
     stored = {

@@ -13,7 +13,7 @@ from bitskip_ref.engine import Engine, ExitRule
 from bitskip_ref.generate import Token
 from bitskip_ref.sampling import Sampler, pick, splitmix64, uniform
 
-LEAD, RETRY = 0.7, 8  # SPEC 11.4
+LEAD, RETRY = 0.5, 8  # SPEC 11.4
 ACCEPT, RESIDUAL = 0xA0761D6478BD642F, 0xE7037ED1A0B428DB  # SPEC 11.3
 
 
@@ -48,7 +48,7 @@ class Speculation:
         self.rounds = 0  # passes of the blocks above the draft exit
         self.drafted = 0  # tokens that were drafted and verified
         self.accepted = 0  # those that became text
-        self._fixed, self._cost = count, draft_exit / depth + 0.25
+        self._fixed, self._cost = count, draft_exit / depth + 0.125
         self._judged, self._right, self._idle = 4.0, 3.0, 0
 
     def statistics(self) -> dict[str, int | float | None]:

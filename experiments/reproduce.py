@@ -111,7 +111,7 @@ def measure_speeds(
     results: Path,
 ) -> None:  # fmt: skip
     """Measure what the experiments' speed columns need. Raises ExperimentError if none has any."""
-    from bitskip_cpu.machine import usable_cores
+    from bitskip_cpu.cores import usable_cores
     from experiments.speed import measure_speed
 
     wanted = {e.speed: e for e in experiments if e.speed}
@@ -166,7 +166,7 @@ def _jobs(experiments: list[Experiment], gpus: int, processes: int) -> int:
     threads = max(p.train.threads or 1 for e in experiments for p in e.points)
     if gpus:
         return max(1, gpus // processes)
-    from bitskip_cpu.machine import usable_cores
+    from bitskip_cpu.cores import usable_cores
 
     return max(1, usable_cores() // (threads * processes))
 

@@ -56,6 +56,10 @@ def _numbers(
     "--default-exit", type=click.IntRange(1), metavar="N",
     help="Exit layer that the folder recommends to `generate`. Default: full depth.",
 )  # fmt: skip
+@click.option(
+    "--by-frequency", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="TEXT",
+    help="Number tokens by how common they are in a text: for `generate --draft-vocab`.",
+)  # fmt: skip
 @click.option("--onnx", is_flag=True, help="Write ONNX graphs too, into OUT/onnx.")
 @click.option(
     "--exit-layer", "exits", callback=_numbers, metavar="N,N,...",
@@ -69,7 +73,8 @@ def _numbers(
 @_one_line_errors
 def export(
     model: Path, out: Path | None, head: str | None, ternary: bool, default_exit: int | None,
-    onnx: bool, exits: list[int] | None, kv_cache: str | None, force: bool,
+    by_frequency: Path | None, onnx: bool, exits: list[int] | None, kv_cache: str | None,
+    force: bool,
 ) -> None:  # fmt: skip
     """Pack a checkpoint MODEL.pt into a model folder; with --onnx write graphs, also of a folder.
 
@@ -82,8 +87,10 @@ def export(
     if model.is_dir():
         if not onnx:
             raise click.UsageError(f"{model} is a folder, not a checkpoint: add --onnx")
-        if head or ternary or default_exit:
-            raise click.UsageError("--head, --ternary and --default-exit are for checkpoints")
+        if head or ternary or default_exit or by_frequency:
+            raise click.UsageError(
+                "--head, --ternary, --default-exit and --by-frequency are for checkpoints"
+            )
         _write_graphs(read_folder(model), out or model / "onnx", exits, kv_cache)
         return
     from export.pack import export_checkpoint
@@ -93,7 +100,7 @@ def export(
         raise click.UsageError(f"{model} has no suffix to leave out: give a folder with -o")
     root = export_checkpoint(
         model, out or model.with_suffix(""), head_format=head, ternary=ternary,
-        exit_layer=default_exit, force=force,
+        exit_layer=default_exit, by_frequency=by_frequency, force=force,
     )  # fmt: skip
     click.echo(f"{root}\n\n{summary(root)}")
     if onnx:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bitskip_ref.config import HEAD_BITS, ModelConfig
-from bitskip_ref.documents import END_OF_TEXT
+from bitskip_ref.documents import END_OF_TEXT, read_documents
 from bitskip_ref.folder import (
     CONFIG,
     TOKENIZER,
@@ -20,7 +20,9 @@ from bitskip_ref.folder import (
 )
 from bitskip_ref.packing import pack_ternary
 from bitskip_ref.quant import SCALE_FLOOR, quantize_activations, quantize_weights
+from export.renumber import frequent_first, reorder
 
+DRAFTS = 8  # one in so many ids: a trained vocabulary's commonest eighth covers most of a text
 CHUNK = 4096  # rows of an embedding that are quantized at a time, for bounded scratch
 
 
@@ -35,12 +37,15 @@ def export_checkpoint(
     head_format: str | None = None,
     ternary: bool = False,
     exit_layer: int | None = None,
+    by_frequency: Path | None = None,
     force: bool = False,
 ) -> Path:
     """Write the model folder of a training checkpoint, which is only read; returns its path.
 
     head_format: int8, int6, int4, float32 or float16 instead of the configuration's. ternary: the
     linear weights are -a, 0 and a already; keep that. exit_layer: what the folder recommends.
+    by_frequency: a text; tokens are numbered by how common they are in it (renumber.py), and the
+    folder recommends to draft among the first eighth.
     force: write into a folder that holds something else. The end-of-text id is the tokenizer's.
     Raises ExportError, or bitskip_train's CheckpointError; nothing is written then.
     """
@@ -56,21 +61,30 @@ def export_checkpoint(
     config = loaded.config.replace(head_format=head_format or loaded.config.head_format)
     if exit_layer is not None and not 1 <= exit_layer <= config.num_hidden_layers:
         raise ExportError(f"exit layer {exit_layer}: must be in 1..{config.num_hidden_layers}")
-    end = None
-    if loaded.tokenizer_json is not None:
-        tokenizer = parse_tokenizer(loaded.tokenizer_json, f"{checkpoint}: its tokenizer")
-        end = tokenizer.token_to_id(END_OF_TEXT)
     state = {name: tensor.numpy() for name, tensor in loaded.state.items()}
+    tokenizer_json, end, draft_vocab = loaded.tokenizer_json, None, None
+    if by_frequency is not None:
+        if tokenizer_json is None:
+            raise ExportError(f"{checkpoint} has no tokenizer that could be renumbered")
+        tokenizer_json, order = frequent_first(
+            tokenizer_json, read_documents(by_frequency), config.vocab_size
+        )
+        state = reorder(state, order)
+        draft_vocab = -(-config.vocab_size // DRAFTS)
+    if tokenizer_json is not None:
+        tokenizer = parse_tokenizer(tokenizer_json, f"{checkpoint}: its tokenizer")
+        end = tokenizer.token_to_id(END_OF_TEXT)
     tensors = pack(config, state, ternary=ternary)
-    if loaded.tokenizer_json is None:
+    if tokenizer_json is None:
         (root / TOKENIZER).unlink(missing_ok=True)  # an older model's
     write_folder(
         root,
         config,
         tensors,
-        tokenizer_json=loaded.tokenizer_json,
+        tokenizer_json=tokenizer_json,
         eos_token_id=end,
         exit_layer=exit_layer,
+        draft_vocab=draft_vocab,
     )
     return root
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bitskip_cpu.cores import default_threads
 from bitskip_cpu.engine import Engine, load, random_model
-from bitskip_cpu.threads import default_threads
 from bitskip_ref.config import preset, small_twin
 from bitskip_ref.exits import ConfidenceExit, FixedExit
 from bitskip_ref.folder import WEIGHTS, read_folder
