@@ -109,7 +109,7 @@ def _ours(cell: Cell, form: str) -> str:
     if not isinstance(cell.ours, Mean):
         return "not measured" if cell.ours is None else cell.ours
     text = number(cell.ours.value, form)
-    if cell.ours.error is None:
+    if not cell.ours.error:  # one seed; or the same for all: a limit reached, a speed taken once
         return text
     return f"{text} ± {number(cell.ours.error, form.removeprefix('+') or _error_form(cell.ours))}"
 
