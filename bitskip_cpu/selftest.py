@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -49,7 +51,16 @@ def run(model: str | None, threads: int | None, echo: Callable[[str], None]) -> 
     reference = ReferenceModel(folder.config, folder.tensors)
     weights = Weights(folder.config, folder.tensors)
     same: dict[int, list[str]] = {}
-    for check in selftest(reference, lambda n: Engine(folder.config, weights, n, folder), counts):
+    halves = copy.copy(reference)  # on the same tensors
+    halves.kv_cache = "float16"
+
+    def engine(threads: int, kv_cache: str = "float32") -> Engine:
+        return Engine(folder.config, weights, threads, folder, kv_cache)
+
+    for check in chain(
+        selftest(reference, engine, counts),
+        half_cache(halves, lambda threads: engine(threads, "float16"), counts),
+    ):
         if check.problem:
             echo(f"DIFFERENT with {check.threads} thread(s), {check.name}: {check.problem}")
             return 1
@@ -71,10 +82,7 @@ def selftest(
 
     engine_for: makes the engine under test with that many threads. Tokens are random.
     """
-    config = reference.config
-    rng = np.random.default_rng(seed)
-    prompt = rng.integers(0, config.vocab_size, min(PROMPT, config.max_position_embeddings // 2))
-    ids = prompt.tolist()
+    config, ids = reference.config, random_prompt(reference.config, seed)
     stages = record(reference, ids)
     exits = {n: reference.logits(ids, n) for n in quarters(config)}
     rules = {rule: follow(reference, ids, rule) for rule in rules_for(reference, ids)}
@@ -102,6 +110,26 @@ def selftest(
         for expected, actual in zip(drafted, speculated(engine, ids), strict=True):
             problem = difference("logits after drafts", expected, actual)
             yield Check(count, "a round of speculation", problem)
+
+
+def half_cache(
+    reference: AnyEngine,
+    engine_for: Callable[[int], AnyEngine],
+    threads: Sequence[int],
+    seed: int = 0,
+) -> Iterator[Check]:
+    """Compare, for each number of threads, engines whose caches hold float16 (SPEC 6.5)."""
+    ids = random_prompt(reference.config, seed)
+    expected = singly(reference, ids)
+    for count in threads:
+        problem = difference("logits", expected, singly(engine_for(count), ids))
+        yield Check(count, "token by token with a float16 cache", problem)
+
+
+def random_prompt(config: ModelConfig, seed: int) -> list[int]:
+    """Token ids that every comparison runs."""
+    size = min(PROMPT, config.max_position_embeddings // 2)
+    return np.random.default_rng(seed).integers(0, config.vocab_size, size).tolist()
 
 
 def speculated(engine: AnyEngine, ids: Sequence[int]) -> list[np.ndarray]:
