@@ -37,6 +37,8 @@ from bitskip_ref.rope import rope_table
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
 HEAD_KINDS = {"int8": INT8, "int6": INT6, "int4": INT4, "float32": FLOAT32, "float16": FLOAT16}
 LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: ternary_amx.few_block takes so many
+TOKEN_FIELDS = ["tokens", "position", "keys", "values", "cache_size", "capacity"]
+EXIT_FIELDS = ["final_norm", "head", "head_row_bytes", "head_scale", "head_sums"]
 WORTH = 1 << 16  # bytes of weights below which a job is not worth sharing
 
 
@@ -54,7 +56,9 @@ class Workspace:
         self.state = states[0]
         self.structs = self._keep(states), self._keep(self.products)
         """Addresses of state and products, as `kernels.forward.run` takes them."""
-        self._exits: dict[int, dict[str, int]] = {}
+        # Views: writing fields one by one takes as long as some kernels.
+        self._tokens, self._exit = states[TOKEN_FIELDS], states[EXIT_FIELDS]
+        self._exits: dict[int, tuple[int, ...]] = {}  # what `_exit` holds for each
         self._shape()
         self._weights()
         self._buffers()
@@ -144,11 +148,11 @@ class Workspace:
 
     def set_tokens(self, ids: Sequence[int] | np.ndarray, cache: KVCache, past: int) -> None:
         """The tokens at hand, `past` positions behind the cache's length; no logits asked."""
-        s = self.state
         self.ids[: len(ids)] = ids
-        s["tokens"], s["position"] = len(ids), cache.length + past
-        s["keys"], s["values"] = cache.keys_at, cache.values_at
-        s["cache_size"], s["capacity"] = cache.keys.itemsize, cache.capacity
+        self._tokens[0] = (
+            len(ids), cache.length + past, cache.keys_at, cache.values_at, cache.keys.itemsize,
+            cache.capacity,
+        )  # fmt: skip
 
     def set_exit(self, n: int, logits: np.ndarray, first: int = 0) -> None:
         """Logits after n blocks go to `logits` f32 [T - first, V]: those of tokens from `first`."""
@@ -156,13 +160,11 @@ class Workspace:
         if n not in self._exits:
             norm, head = self.weights.exit(n)
             rows, scales, corrections = self.weights.head(head)
-            self._exits[n] = {
-                "final_norm": self.weights.norm(norm).ctypes.data, "head": rows.ctypes.data,
-                "head_row_bytes": rows.strides[0], "head_scale": scales.ctypes.data,
-                "head_sums": corrections.ctypes.data,
-            }  # fmt: skip
-        for name, value in self._exits[n].items():
-            s[name] = value
+            self._exits[n] = (
+                self.weights.norm(norm).ctypes.data, rows.ctypes.data, rows.strides[0],
+                scales.ctypes.data, corrections.ctypes.data,
+            )  # fmt: skip
+        self._exit[0] = self._exits[n]
         s["logits"], s["exit_from"] = logits.ctypes.data, first
 
     def set_draft(self, draft: Draft, count: int, least_lead: float) -> None:

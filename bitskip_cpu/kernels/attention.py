@@ -160,7 +160,7 @@ def attend(
     queries, q_at, keys_at, values_at, size, padded, head_dim, value_width, seen, cold, out_at,
     scratch_at,
 ):  # fmt: skip
-    """`queries` (4, 2 or 1) turned query heads over `seen` positions -> out (SPEC 6.2, 6.3).
+    """`queries` (1 to QUERIES) turned query heads over `seen` positions -> out (SPEC 6.2, 6.3).
 
     q and out: [queries, E]. `cold`: keys and values have to come from memory. Scratch (floats):
     scores, whole groups and one more, per query | queries, E' each | first sums, 4 * E' / 8 *

@@ -1,6 +1,6 @@
 """What attention does with cached keys and values, float32 or float16 (SPEC 6.2, 6.3, 6.5).
 
-Both functions take (queries, size, query, query stride, cached, step, out, out stride): 4, 2 or 1
+Both functions take (queries, size, query, query stride, cached, step, out, out stride): 1 to 4
 queries, whose arrays of floats and whose results lie `stride` bytes apart; cached numbers of `size`
 bytes, FULL or HALF. They are read and converted once for all queries.
 """
@@ -18,12 +18,12 @@ from numba.extending import intrinsic
 from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.halfs import load_halfs
 from bitskip_cpu.kernels.lanes import LONG, halved, load_lanes, load_splat, paired, store_lanes
-from bitskip_cpu.kernels.layout import FULL, HALF, LANES
+from bitskip_cpu.kernels.layout import FULL, HALF, LANES, QUERIES
 from bitskip_cpu.kernels.memory import floats, halfs
 
 Kernel = Callable[..., None]
 Body = Callable[..., None]
-COUNTS, SIZES = (4, 2, 1), (FULL, HALF)
+COUNTS, SIZES = range(1, QUERIES + 1), (FULL, HALF)
 
 
 def _eight_products(

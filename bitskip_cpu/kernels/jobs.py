@@ -185,8 +185,7 @@ def attention_part(s, scratch, part):
     for i in range(h, end):
         turn(q_at + i * e, s.cos + position * half, s.sin + position * half, s.head_dim)
     while h < end:
-        left = end - h
-        queries = QUERIES if left >= QUERIES else (2 if left >= 2 else 1)
+        queries = min(QUERIES, end - h)
         attend(queries, q_at + h * e, keys_of(s, kv_head), values_of(s, kv_head), s.cache_size,
                s.head_padded, s.head_dim, s.value_width, position + 1, t == 0, out_at + h * e,
                scratch)  # fmt: skip

@@ -251,7 +251,7 @@ def test_auto_drafts_more_where_drafts_are_right_and_hardly_where_not() -> None:
 
 
 def test_auto_does_not_run_unsure_drafts() -> None:
-    unsure = NEXT / 5 * 0.4
+    unsure = NEXT / 5 * 0.6
     engine = TableEngine(NEXT, unsure)
     found, speculation = run(engine, [3], None)
     assert speculation.drafted == 0 and found == plain(engine, [3])
