@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,17 @@ def _check_state(path: str | Path, checkpoint: Checkpoint) -> None:
                 f"{path}: the weights do not fit the configuration: {name} is {have}, "
                 f"the configuration asks for {want}"
             )
+
+
+def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """One with the mean of their weights, for use and not for resuming; the rest is the last one's.
+
+    Checkpoints of one run, or of runs that went on from the same one, lie near enough to each other
+    for that to help. Raises CheckpointError if they are of different models or tokenizers.
+    """
+    last = checkpoints[-1]
+    for other in checkpoints:
+        if (other.config, other.tokenizer_json) != (last.config, last.tokenizer_json):
+            raise CheckpointError("the checkpoints are of different models or tokenizers")
+    state = {name: torch.stack([c.state[name] for c in checkpoints]).mean(0) for name in last.state}
+    return replace(last, state=state, optimizer=None)

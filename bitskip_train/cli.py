@@ -215,6 +215,26 @@ def evaluate(
         click.echo(f"{n:>4} {loss:>16} {r.ppl:>12.4g} {r.bits_per_byte:>10.4f}")
 
 
+@click.command()
+@click.argument(
+    "checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CHECKPOINT..."
+)
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path, dir_okay=False),
+    help="Checkpoint to write.",
+)  # fmt: skip
+@_one_line_errors
+def average(checkpoints: tuple[Path, ...], out: Path) -> None:
+    """Write a checkpoint with the mean of the weights of several, of runs with a common start.
+
+    It can be evaluated, given gates and exported, not resumed.
+    """
+    from bitskip_train import checkpoint
+
+    loaded = [checkpoint.load_checkpoint(path) for path in checkpoints]
+    checkpoint.save_checkpoint(out, checkpoint.average(loaded))
+
+
 @click.command("fit-gates")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(

@@ -39,12 +39,14 @@ _WT2_EXITS: dict[str, Any] = {
 }  # fmt: skip
 
 # The shipped model in one run; its card (bitskip_cpu/models/stories-24/README.md) tells how it was
-# made in several. Exits are to be used: lambda above the papers', and the norm and head they share
-# learn from the last layer alone (docs/EXITS.md). Gates are fitted afterwards (`fit-gates`).
+# made in several. Exits are to be used: lambda above the papers', three of them in every step, and
+# the norm and head they share learn from the last layer alone (docs/EXITS.md). Gates are fitted
+# afterwards (`fit-gates`).
 _STORIES = TrainConfig(
     data=("tinystories",), tokenizer="bpe:4096", context=512, batch=8, steps=2900, lr=3e-3,
-    min_lr=1e-5, warmup=150, schedule="wsd", decay=0.276, weight_decay=0.1, seed=1, exit_subset=2,
-    **{**_PHASE2, "exit_lambda": 2.0}, exit_detach=True,
+    min_lr=1e-5, warmup=150, schedule="wsd", decay=0.276, weight_decay=0.1, seed=1,
+    **{**_PHASE2, "exit_lambda": 2.0, "exit_weights": "uniform"}, exit_layers=(6, 12, 18),
+    exit_detach=True,
     eval_every=400, eval_tokens=50_000, eval_exits=(6, 12, 18), save_every=100, log_every=20,
     dtype="bfloat16", threads=1, compile=True,
 )  # fmt: skip

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from bitskip_train import checkpoint as module
-from bitskip_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bitskip_train.checkpoint import Checkpoint, average, load_checkpoint, save_checkpoint
 from bitskip_train.errors import CheckpointError
 from bitskip_train.model import BitskipModel
+from cli import main
 from tests.train.conftest import small_config
 
 
@@ -127,3 +129,31 @@ def test_damaged_checkpoints(tmp_path: Path, values: dict[str, Any], message: st
     torch.save(values, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "a.pt")
+
+
+def test_the_mean_of_checkpoints() -> None:
+    weights = BitskipModel(small_config()).state_dict()
+    ones, threes = (
+        small_checkpoint(
+            state={name: torch.full_like(w, x) for name, w in weights.items()},
+            step=int(x), optimizer={},
+        )
+        for x in (1.0, 3.0)
+    )  # fmt: skip
+    mean = average([ones, threes])
+    assert all((w == 2).all() and w.dtype == torch.float32 for w in mean.state.values())
+    assert mean.step == 3 and mean.optimizer is None and threes.optimizer == {}
+    with pytest.raises(CheckpointError, match="different models or tokenizers"):
+        average([ones, small_checkpoint(tokenizer_json=None)])
+
+
+def test_the_verb_average(tmp_path: Path) -> None:
+    for name in "ab":
+        save_checkpoint(tmp_path / f"{name}.pt", small_checkpoint())
+    files = [str(tmp_path / f"{name}.pt") for name in "abc"]
+    result = CliRunner().invoke(main, ["average", *files[:2], "-o", files[2]])
+    assert result.exit_code == 0, result.output
+    a, b, c = (load_checkpoint(file).state["final_norm.weight"] for file in files)
+    assert torch.equal(c, (a + b) / 2)
+    result = CliRunner().invoke(main, ["average", "none.pt", "-o", files[2]])
+    assert result.exit_code == 1 and result.output == "Error: none.pt: no such file\n"
