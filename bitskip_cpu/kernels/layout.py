@@ -27,7 +27,7 @@ _STATE = """
     keys values cache_size capacity tokens position logits exit_from draft_vocab least_lead
     gate_probability confidence_max confidence_margin confidence_entropy
 
-    helpers worth alone sync job layer product first_row last_row grain
+    helpers worth sync job layer product first_row last_row grain
 """
 _FLOATS = {
     "norm_eps", "largest_code", "gate_probability", "confidence_max", "confidence_margin",

@@ -12,8 +12,7 @@ from its own range upwards, so that it reads memory in order, and when that is e
 of the others'. Whoever changes a range's word owns the part, and the state cannot change before
 PENDING is 0; the job's number in the word keeps a helper that was away from mistaking a later job
 for the one it saw. A helper that the operating system keeps waiting holds up at most the part in
-its hands; after a long wait for one, another process wants its core, and the leader works alone for
-about ten times as long before it shares again.
+its hands.
 """
 
 from __future__ import annotations
@@ -33,8 +32,6 @@ NUMBER = 0xFFFFFFFF
 SPINS = 2_000  # of some 40 ns: as long as the gaps within a token
 NAP = 100  # microseconds between looks after that
 NAPS = 300  # then the helper goes back to Python, to sleep until it is called
-STALL = 16  # naps of a leader, about 1 ms: a helper with a core of its own is never so late
-ALONE = 400_000_000  # bytes read before helpers are asked again: some 30 ms of one core
 
 
 @inner
@@ -57,14 +54,12 @@ def take_parts(s, products, thread):
 
 @inner
 def share(s, products, job, count, cost):
-    """Run `count` <= MOST_PARTS parts of a job.
+    """Run `count` <= MOST_PARTS parts of a job, alone if it is the only one or too cheap to share.
 
-    Alone if it is the only one, if helpers were late, or if it is too cheap: `cost` is in bytes to
-    read, about, and `worth` of them take as long as sharing.
+    `cost` is in bytes to read, about; SHARED of them take as long as waking somebody.
     """
     s.job = job
-    if s.helpers == 0 or count == 1 or cost < s.worth or s.alone > 0:
-        s.alone = max(0, s.alone - cost)
+    if s.helpers == 0 or count == 1 or cost < s.worth:
         for part in range(count):
             run_part(s, products, 0, part)
         return
@@ -81,8 +76,6 @@ def share(s, products, job, count, cost):
         spins += 1
         if spins > SPINS:
             sleep(1)
-    if spins > SPINS + STALL:
-        s.alone = ALONE
 
 
 @inner

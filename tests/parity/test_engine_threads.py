@@ -16,7 +16,6 @@ import pytest
 
 from bitskip_cpu.cores import default_threads
 from bitskip_cpu.engine import Engine, load, random_model
-from bitskip_cpu.kernels.layout import SYNC_JOB
 from bitskip_ref.config import preset, small_twin
 from bitskip_ref.exits import ConfidenceExit, FixedExit
 from bitskip_ref.folder import WEIGHTS, read_folder
@@ -100,19 +99,6 @@ def test_sleeping_helpers_come_back() -> None:
             time.sleep(0.01)
         assert team._parked == 1  # asleep in Python, burning nothing
         assert text(engine).tobytes() == expected.tobytes()
-
-
-def test_a_leader_works_alone_after_helpers_were_late() -> None:
-    engine = eager(2)
-    expected = text(engine)
-    space = engine._space
-    job = space.sync[SYNC_JOB // 8]
-    space.state["alone"] = 1 << 40  # what `share` sets, but longer
-    assert text(engine).tobytes() == expected.tobytes()
-    assert space.sync[SYNC_JOB // 8] == job and 0 < space.state["alone"] < 1 << 40
-    space.state["alone"] = 1
-    assert text(engine).tobytes() == expected.tobytes()
-    assert space.sync[SYNC_JOB // 8] != job
 
 
 def test_helpers_end_with_their_engine() -> None:
