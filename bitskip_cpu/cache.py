@@ -37,6 +37,7 @@ class KVCache(CacheFill):
         self.keys = aligned((*heads, groups, padded, LANES), kv_cache)
         self.values = aligned((*heads, self.capacity, width), kv_cache)
         self.keys_at, self.values_at = self.keys.ctypes.data, self.values.ctypes.data
+        self.itemsize = self.keys.itemsize
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Block i's keys (turned) and values: copies, f32 or f16 [S, K, E] (SPEC 6.4, 6.5)."""

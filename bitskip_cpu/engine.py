@@ -22,7 +22,7 @@ from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, 
 from bitskip_cpu.threads import Team
 from bitskip_cpu.weights import Tensors, Weights, random_tensors
 from bitskip_cpu.workspace import Workspace
-from bitskip_ref.cache import check_input, check_kv_cache
+from bitskip_ref.cache import check_input, check_kv_cache, check_token
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.draft import Choose, Draft
 from bitskip_ref.engine import ExitRule, Trace, Visit
@@ -122,7 +122,7 @@ class Engine:
                 self._space.set_tokens(part, cache, start)
                 done, actions = 0, EMBED
                 for n in exits:
-                    self._space.set_exit(n, z)
+                    self._space.set_exit(n, z.ctypes.data)
                     self._call(actions | BLOCKS | EXIT, done, n)
                     visit(n, start, z[: len(part)])
                     done, actions = n, 0
@@ -132,6 +132,8 @@ class Engine:
         self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
         looks, deepest = rule.looks(self.config), rule.deepest(self.config)
+        if not looks and trace is None:
+            return self._one(token_id, cache, deepest), deepest
         if not looks:
             return self.extend([token_id], cache, exit_layer=deepest, trace=trace)[0], deepest
         ids = self._checked([token_id], cache, deepest)
@@ -178,7 +180,7 @@ class Engine:
             else:
                 ids = self._draft_by(choose, token_id, cache, count, draft)
             z = np.empty((len(ids), self.config.vocab_size), f32)
-            space.set_exit(n, z)
+            space.set_exit(n, z.ctypes.data)
             self._call(BLOCKS | EXIT, draft.exit_layer, n)
             cache.advance(len(ids), n)
         return ids[1:], z
@@ -201,6 +203,18 @@ class Engine:
         self._own(cache)
         return check_input(token_ids, cache, blocks, self.config)
 
+    def _one(self, token_id: int, cache: KVCache, n: int) -> np.ndarray:
+        """Logits f32 [V] of one token after n blocks; a small model's token has no time to lose."""
+        self._own(cache)
+        token = check_token(token_id, cache, n, self.config)
+        with self._lock:
+            space = self._space
+            space.set_tokens((token,), cache, 0)
+            space.set_exit(n, space.logits_at)
+            self._call(EMBED | BLOCKS | EXIT, 0, n)
+            cache.advance(1, n)
+            return space.logits.copy()  # cheaper than asking a new array for its address
+
     def _draft_by(
         self, choose: Choose, token_id: int, cache: KVCache, count: int, draft: Draft
     ) -> list[int]:
@@ -213,7 +227,7 @@ class Engine:
             space.set_draft(draft, 1, np.inf)  # which no draft is sure enough for
             self._call(DRAFT, 0, draft.exit_layer)
             hidden.append(space.x[0].copy())
-            return space.draft_logits[0]
+            return space.logits
 
         ids = draft.ids(token_id, count, choose, run)
         space.x[: len(ids)] = hidden
@@ -225,7 +239,7 @@ class Engine:
     ) -> None:
         """n blocks on the tokens at hand; logits of those from `first` on into z, if given."""
         if z is not None:
-            self._space.set_exit(n, z, first)
+            self._space.set_exit(n, z.ctypes.data, first)
         if not record.wanted:
             self._call(EMBED | BLOCKS | (EXIT if z is not None else 0), 0, n)
             return
@@ -273,7 +287,7 @@ class CpuProbe:
         """Logits at this exit, f32 [1, V]; then `actions` on them."""
         if self._logits is None:
             self._logits = np.empty((1, self._engine.config.vocab_size), f32)
-            self._engine._space.set_exit(self._n, self._logits)
+            self._engine._space.set_exit(self._n, self._logits.ctypes.data)
             actions |= EXIT
         if actions:
             self._engine._call(actions)

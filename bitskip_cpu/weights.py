@@ -1,13 +1,14 @@
 """A model's tensors as the kernels read them.
 
-Ternary weights are copied into tiles (kernels.tiles) when a model is loaded, and what was mapped of
-them is given back; everything else stays where it is mapped.
+Ternary weights are copied into tiles (kernels.tiles) when a model is loaded, integer heads
+(kernels.heads) when first used, and what was mapped of them is given back; everything else stays
+where it is mapped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,14 +16,15 @@ import numpy as np
 from bitskip_cpu.aligned import aligned
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.cores import default_threads
-from bitskip_cpu.kernels import narrow, tiles
-from bitskip_cpu.kernels.layout import ACTIVATION_OFFSET, DOWN, OUT, PRODUCT, PRODUCTS, QKV, UP
+from bitskip_cpu.kernels import heads, tiles
+from bitskip_cpu.kernels.layout import DOWN, OUT, PRODUCT, PRODUCTS, QKV, UP
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.folder import expected_tensors, give_back
 from bitskip_ref.packing import packed_width
 
 Tensors = Mapping[str, np.ndarray]
 
+PART = 1024  # rows of a head that are packed together
 LARGE = 16 << 20  # bytes of tiles that take more time to make than threads to start
 SCALES = 8  # floats kept for the weight scales of a block
 
@@ -38,6 +40,16 @@ def in_a_row(tensors: Sequence[np.ndarray]) -> np.ndarray:
     base = tensors[0].reshape(-1).view(np.uint8)
     size = end - tensors[0].ctypes.data
     return np.lib.stride_tricks.as_strided(base, (size,), (1,), writeable=False)
+
+
+def in_parallel(work: Callable[[int], None], items: Iterable[int], size: int) -> None:
+    """work(item) for each, on all cores if `size` bytes are LARGE."""
+    if size < LARGE:
+        for item in items:
+            work(item)
+        return
+    with ThreadPoolExecutor(default_threads()) as pool:
+        list(pool.map(work, items))
 
 
 class Weights:
@@ -59,7 +71,7 @@ class Weights:
         linear = {id(t) for block in blocks for product in block for t in product}
         self.tensors = {name: t for name, t in tensors.items() if id(t) not in linear}
         self._norms: dict[str, np.ndarray] = {}
-        self._heads: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._heads: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.products = self._products()
         self.norm_offsets, self.params = self._params()
         if config.linear == "ternary":
@@ -95,12 +107,7 @@ class Weights:
                 for t in members:
                     give_back(t)
 
-        if result.nbytes < LARGE:
-            for i in range(len(blocks)):
-                repack(i)
-        else:
-            with ThreadPoolExecutor(default_threads()) as pool:
-                list(pool.map(repack, range(len(blocks))))
+        in_parallel(repack, range(len(blocks)), result.nbytes)
         return result
 
     def _products(self) -> np.ndarray:
@@ -154,33 +161,27 @@ class Weights:
             self._norms.setdefault(name, made)  # another engine's thread may have been faster
         return self._norms[name]
 
-    def head(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rows, scales f32 [V], corrections int32 [V]); what a format does not need is empty.
-
-        int6 and int4 rows are packed in tiles (kernels.narrow). int8 rows of a width that is no
-        multiple of 64 are padded with zeros (a copy), the others stay where they are mapped; their
-        correction undoes ACTIVATION_OFFSET: offset times the row's sum.
-        """
+    def head(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, scales f32 [V]): whole numbers in tiles (kernels.heads); floats as they are."""
         if name not in self._heads:
             self._heads.setdefault(name, self._head(name))
         return self._heads[name]
 
-    def _head(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _head(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         rows = self.tensors[f"{name}.weight"]
         if self.config.head_format not in HEAD_BITS:
-            return rows, np.zeros(0, np.float32), np.zeros(0, np.int32)
-        scales, bits = self.tensors[f"{name}.scale"], HEAD_BITS[self.config.head_format]
-        if bits < 8:
-            return narrow.pack(rows, bits), scales, np.zeros(0, np.int32)
-        missing = -rows.shape[1] % 64
-        if missing:
-            rows = np.pad(rows, ((0, 0), (0, missing)))
-        sums = np.zeros(len(rows), np.int32)
-        if ACTIVATION_OFFSET:
-            for start in range(0, len(rows), 4096):  # bounded scratch
-                part = rows[start : start + 4096]
-                sums[start : start + 4096] = part.sum(axis=1, dtype=np.int32)
-        return rows, scales, sums * np.int32(ACTIVATION_OFFSET)
+            return rows, np.zeros(0, np.float32)
+        bits = HEAD_BITS[self.config.head_format]
+        shape = heads.padded_rows(len(rows)), heads.row_bytes(rows.shape[1], bits)
+        result = aligned(shape, np.uint8, zeros=False)
+
+        def repack(first: int) -> None:
+            part = rows[first : first + PART]
+            heads.pack(part, bits, result[first : first + PART])
+            give_back(part)
+
+        in_parallel(repack, range(0, len(rows), PART), result.nbytes)
+        return result, self.tensors[f"{name}.scale"]
 
     def exit(self, n: int) -> tuple[str, str]:
         """Names of the norm and the head after n blocks (SPEC 8.1)."""

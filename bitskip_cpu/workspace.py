@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,8 +38,9 @@ from bitskip_ref.rope import rope_table
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
 HEAD_KINDS = {"int8": INT8, "int6": INT6, "int4": INT4, "float32": FLOAT32, "float16": FLOAT16}
 LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: ternary_amx.few_block takes so many
-TOKEN_FIELDS = ["tokens", "position", "keys", "values", "cache_size", "capacity"]
-EXIT_FIELDS = ["final_norm", "head", "head_row_bytes", "head_scale", "head_sums"]
+# Fields that lie in a row: writing them one by one takes as long as some kernels.
+CALL, CALL_AT = struct.Struct("=6q"), STATE.fields["keys"][1]  # type: ignore[index]
+EXIT, EXIT_AT = struct.Struct("=4q"), STATE.fields["final_norm"][1]  # type: ignore[index]
 WORTH = 1 << 16  # bytes of weights below which a job is not worth sharing
 
 
@@ -56,9 +58,8 @@ class Workspace:
         self.state = states[0]
         self.structs = self._keep(states), self._keep(self.products)
         """Addresses of state and products, as `kernels.forward.run` takes them."""
-        # Views: writing fields one by one takes as long as some kernels.
-        self._tokens, self._exit = states[TOKEN_FIELDS], states[EXIT_FIELDS]
-        self._exits: dict[int, tuple[int, ...]] = {}  # what `_exit` holds for each
+        self._bytes = states.view(np.uint8).data
+        self._exits: dict[int, tuple[int, ...]] = {}  # what EXIT is for each
         self._shape()
         self._weights()
         self._buffers()
@@ -114,7 +115,9 @@ class Workspace:
             "sums": np.zeros(CHUNK, np.int32),
         }.items():  # fmt: skip
             s[name] = self._keep(array)
-        self.draft_logits = np.empty((1, c.vocab_size), np.float32)
+        self.logits = np.empty(c.vocab_size, np.float32)
+        """Room for one token's."""
+        self.logits_at = self.logits.ctypes.data
         s["row_stride"], s["codes_stride"] = self.row.strides[0], codes.strides[0]
         for index, array in ((QKV, self.qkv), (OUT, self.y), (UP, self.up), (DOWN, self.y)):
             p[index]["out"], p[index]["out_stride"] = array.ctypes.data, array.strides[0]
@@ -147,29 +150,32 @@ class Workspace:
     # ---- what changes from call to call ---------------------------------------------
 
     def set_tokens(self, ids: Sequence[int] | np.ndarray, cache: KVCache, past: int) -> None:
-        """The tokens at hand, `past` positions behind the cache's length; no logits asked."""
-        self.ids[: len(ids)] = ids
-        self._tokens[0] = (
-            len(ids), cache.length + past, cache.keys_at, cache.values_at, cache.keys.itemsize,
-            cache.capacity,
+        """The tokens at hand, `past` positions behind the cache's length."""
+        if len(ids) == 1:
+            self.ids[0] = ids[0]
+        else:
+            self.ids[: len(ids)] = ids
+        CALL.pack_into(
+            self._bytes, CALL_AT, cache.keys_at, cache.values_at, cache.itemsize, cache.capacity,
+            len(ids), cache.length + past,
         )  # fmt: skip
 
-    def set_exit(self, n: int, logits: np.ndarray, first: int = 0) -> None:
-        """Logits after n blocks go to `logits` f32 [T - first, V]: those of tokens from `first`."""
+    def set_exit(self, n: int, logits_at: int, first: int = 0) -> None:
+        """Logits after n blocks of the tokens from `first` on go there, f32 [T - first, V]."""
         s = self.state
         if n not in self._exits:
             norm, head = self.weights.exit(n)
-            rows, scales, corrections = self.weights.head(head)
+            rows, scales = self.weights.head(head)
             self._exits[n] = (
                 self.weights.norm(norm).ctypes.data, rows.ctypes.data, rows.strides[0],
-                scales.ctypes.data, corrections.ctypes.data,
+                scales.ctypes.data,
             )  # fmt: skip
-        self._exit[0] = self._exits[n]
-        s["logits"], s["exit_from"] = logits.ctypes.data, first
+        EXIT.pack_into(self._bytes, EXIT_AT, *self._exits[n])
+        s["logits"], s["exit_from"] = logits_at, first
 
     def set_draft(self, draft: Draft, count: int, least_lead: float) -> None:
         """At most `count` drafts behind the one token at hand (SPEC 11.1)."""
-        self.set_exit(draft.exit_layer, self.draft_logits)
+        self.set_exit(draft.exit_layer, self.logits_at)
         s = self.state
         s["tokens"], s["least_lead"] = count + 1, least_lead
         s["draft_vocab"] = draft.vocab or self.weights.config.vocab_size

@@ -20,19 +20,17 @@ from bitskip_cpu.kernels.floats import (
 )
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.layout import (
-    ACTIVATION_OFFSET,
     DOWN,
     FLOAT16,
     FLOAT32,
     HEAD,
-    INT8,
     OUT,
     QKV,
     QUERIES,
     UP,
 )
 from bitskip_cpu.kernels.linear import float_rows, head_rows, ternary_rows
-from bitskip_cpu.kernels.memory import floats, int8s, int32s, uint8s
+from bitskip_cpu.kernels.memory import floats, int32s
 
 ATTENTION_IN, STORE, ATTEND, OUT_IN, FFN_IN, DOWN_IN, BLOCK_OUT, EXIT_IN, ROWS = range(9)
 EIGHT_BITS = np.float32(127.0)
@@ -131,7 +129,7 @@ def feed(s, p, t):
 
 @inner
 def exit_in(s, x, t, scratch):
-    """Final norm of one token, and its codes for an int8 head (SPEC 8.1, 4.4)."""
+    """Final norm of one token, and its codes for an integer head (SPEC 8.1, 4.4)."""
     row = s.row + t * s.row_stride
     norm(s, x, s.final_norm, row, s.hidden, scratch)
     if s.head_kind == FLOAT16 or s.head_kind == FLOAT32:
@@ -140,11 +138,6 @@ def exit_in(s, x, t, scratch):
     step, total = quantize(row, s.hidden, EIGHT_BITS, at, (s.hidden + 63) // 64 * 64)
     floats(s.steps, s.tokens)[t] = step
     int32s(s.sums, s.tokens)[t] = total
-    if s.head_kind != INT8:
-        return
-    codes, shifted = int8s(at, s.hidden), uint8s(at, s.hidden)
-    for i in range(s.hidden):
-        shifted[i] = np.uint8(np.int32(codes[i]) + np.int32(ACTIVATION_OFFSET))
 
 
 @inner

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitskip_cpu.isa import PATH
-
 _STATE = """
     hidden heads kv_heads head_dim head_padded value_width attention kv ffn vocab
     ternary hadamard layer_norm post_norm sub_norm embedding_norm ffn_kind squared
     norm_eps largest_code
 
     weights layer_bytes params params_stride attn_norm ffn_norm attn_sub_norm ffn_sub_norm
-    first_norm final_norm cos sin embedding embedding_scale
-    head_kind head_row_bytes head head_scale head_sums
+    first_norm cos sin embedding embedding_scale head_kind
+    final_norm head head_row_bytes head_scale
     gate_norm gate_fc1 gate_fc2 gate_width
 
     ids x mid qkv attended y up act row row_stride codes codes_stride steps sums
@@ -53,9 +51,6 @@ PRODUCTS = 4  # of a block
 INT8, FLOAT32, FLOAT16, INT6, INT4 = range(5)  # head_kind
 FULL, HALF = 4, 2  # cache_size: bytes of a number in the cache
 SWIGLU, GATED_RELU2, RELU2 = 0, 1, 2  # ffn_kind
-ACTIVATION_OFFSET = 128 if PATH in ("amx512", "vbmi512", "vnni512", "vnni256") else 0
-"""What the kernels of int8 heads expect to be added to each activation code (`dot_simd`)."""
-
 CHUNK = 128  # most tokens at a time
 LANES = 16  # positions in a group of cached keys
 QUERIES = 4  # most heads that share a pass over keys and values

@@ -9,20 +9,18 @@ import numpy as np
 from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.floats import dot_tree, relu2
 from bitskip_cpu.kernels.halfs import widen
+from bitskip_cpu.kernels.heads import GROUP, OFFSET
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.lanes import scaled_sums
-from bitskip_cpu.kernels.layout import BAND, FLOAT16, INT4, INT6, INT8, LANES
+from bitskip_cpu.kernels.layout import BAND, FLOAT16, FLOAT32, INT4, INT6, LANES
 from bitskip_cpu.kernels.memory import floats, int32s
-from bitskip_cpu.kernels.narrow import GROUP
-from bitskip_cpu.kernels.tiles import COLUMNS, TILE_ROWS
+from bitskip_cpu.kernels.tiles import COLUMNS, LINE, TILE_ROWS
 
 if PATH == "plain":
-    from bitskip_cpu.kernels import dot_plain as dot
-    from bitskip_cpu.kernels import narrow_plain as narrow
+    from bitskip_cpu.kernels import heads_plain as heads
     from bitskip_cpu.kernels import ternary_plain as ternary
 else:
-    from bitskip_cpu.kernels import dot_simd as dot  # type: ignore[no-redef]
-    from bitskip_cpu.kernels import narrow_simd as narrow  # type: ignore[no-redef]
+    from bitskip_cpu.kernels import heads_simd as heads  # type: ignore[no-redef]
     from bitskip_cpu.kernels import ternary_simd as ternary  # type: ignore[no-redef]
 
 packed_1, packed_2 = ternary.packed_1, ternary.packed_2
@@ -41,8 +39,11 @@ LONG = 8
 begin_blocks, bytes_block, end_blocks = blocks.begin_blocks, blocks.bytes_block, blocks.end_blocks
 few_block = blocks.few_block
 BLOCK_TILES, BLOCK_TOKENS = blocks.BLOCK_TILES, blocks.BLOCK_TOKENS
-head_1x4, head_2x4, head_4x4 = dot.head_1x4, dot.head_2x4, dot.head_4x4
-int4_1, int4_4, int6_1, int6_4 = narrow.int4_1, narrow.int4_4, narrow.int6_1, narrow.int6_4
+int4_1, int4_4, int6_1, int6_4 = heads.int4_1, heads.int4_4, heads.int6_1, heads.int6_4
+int8_1, int8_4 = heads.int8_1, heads.int8_4
+NEVER = 1 << 30
+BYTES_ABOVE = NEVER if PATH in ("plain", "avx2") else 4  # tokens of an int8 head; measured
+OFFSET4, OFFSET6, OFFSET8 = (np.int32(OFFSET[bits]) for bits in (4, 6, 8))
 
 f32 = np.float32
 ACC_STRIDE = 4 * BAND
@@ -135,11 +136,8 @@ def float_rows(s, p, first, last, scratch_at):
 @inner
 def head_rows(s, first, last, scratch_at, acc_at):
     """Logits of ids first..last-1 for every token (SPEC 4.4, 4.5)."""
-    if s.head_kind == INT8:
-        int8_head_rows(s, first, last, acc_at)
-        return
-    if s.head_kind == INT6 or s.head_kind == INT4:
-        narrow_head_rows(s, first, last, acc_at)
+    if s.head_kind != FLOAT16 and s.head_kind != FLOAT32:
+        integer_head_rows(s, first, last, acc_at)
         return
     widened_at = scratch_at + s.row_stride
     for row in range(first, last):
@@ -153,57 +151,52 @@ def head_rows(s, first, last, scratch_at, acc_at):
 
 
 @inner
-def int8_head_rows(s, first, last, acc_at):
-    """`head_rows` of int8 rows (SPEC 4.4)."""
-    size, codes, stride = s.head_row_bytes, s.codes, s.codes_stride
-    steps, scales = floats(s.steps, s.tokens), floats(s.head_scale, s.vocab)
-    corrections = int32s(s.head_sums, s.vocab)
-    for start in range(first, last, BAND):
-        stop = min(start + BAND, last)
-        for row in range(start, stop, 4):
-            at, to, above = s.head + row * size, acc_at + 4 * (row - start), stop - 1 - row
-            if s.tokens == 1:
-                head_1x4(codes, stride, 0, at, size, above, size // 64, to, ACC_STRIDE)
-            elif s.tokens == 2:
-                head_2x4(codes, stride, 1, at, size, above, size // 64, to, ACC_STRIDE)
+def integer_sums(s, tiles_at, tiles, acc_at):
+    """Sums of code products of a head's tiles: acc int32 [T, BAND]; weights with their offset."""
+    size, groups = TILE_ROWS * s.head_row_bytes, (s.hidden + GROUP - 1) // GROUP
+    tokens, stride, kind = s.tokens, s.codes_stride, s.head_kind
+    if kind != INT4 and kind != INT6 and tokens > BYTES_ABOVE:
+        begin_blocks()
+        for t in range(0, tokens, BLOCK_TOKENS):
+            for i in range(0, tiles, BLOCK_TILES):
+                bytes_block(tiles_at + i * size, size, tiles - 1 - i, size // LINE,
+                            s.codes + t * stride, stride, tokens - 1 - t,
+                            acc_at + t * ACC_STRIDE + 4 * TILE_ROWS * i, ACC_STRIDE)  # fmt: skip
+        end_blocks()
+        return
+    for i in range(tiles):
+        at = tiles_at + i * size
+        for t in range(0, tokens, 4):
+            codes, last = s.codes + t * stride, tokens - 1 - t
+            to = acc_at + t * ACC_STRIDE + 4 * TILE_ROWS * i
+            if kind == INT4:
+                if last:
+                    int4_4(at, groups, codes, stride, last, to, ACC_STRIDE)
+                else:
+                    int4_1(at, groups, codes, stride, 0, to, ACC_STRIDE)
+            elif kind == INT6:
+                if last:
+                    int6_4(at, groups, codes, stride, last, to, ACC_STRIDE)
+                else:
+                    int6_1(at, groups, codes, stride, 0, to, ACC_STRIDE)
+            elif last:
+                int8_4(at, groups, codes, stride, last, to, ACC_STRIDE)
             else:
-                for t in range(0, s.tokens, 4):
-                    head_4x4(codes + t * stride, stride, s.tokens - 1 - t, at, size, above,
-                             size // 64, to + t * ACC_STRIDE, ACC_STRIDE)  # fmt: skip
-        for t in range(s.tokens):
-            z = floats(s.logits + 4 * t * s.vocab, s.vocab)
-            acc = int32s(acc_at + t * ACC_STRIDE, stop - start)
-            step = steps[t]
-            for i in range(start, stop):
-                total = np.int32(acc[i - start] - corrections[i])
-                z[i] = f32(total) * (step * scales[i])
+                int8_1(at, groups, codes, stride, 0, to, ACC_STRIDE)
 
 
 @inner
-def narrow_head_rows(s, first, last, acc_at):
-    """`head_rows` of int6 and int4 rows in tiles (`narrow`); `first` is a multiple of TILE_ROWS."""
-    size, codes, stride = s.head_row_bytes, s.codes, s.codes_stride
+def integer_head_rows(s, first, last, acc_at):
+    """`head_rows` of integer rows in tiles (`heads`); `first` is a multiple of TILE_ROWS."""
     steps, sums = floats(s.steps, s.tokens), int32s(s.sums, s.tokens)
-    groups, wide = (s.hidden + GROUP - 1) // GROUP, s.head_kind == INT6
-    offset = np.int32(32 if wide else 8)
+    offset = OFFSET4 if s.head_kind == INT4 else (OFFSET6 if s.head_kind == INT6 else OFFSET8)
     for start in range(first, last, BAND):
-        stop = min(start + BAND, last)
-        for row in range(start, stop, TILE_ROWS):
-            at = s.head + row * size
-            for t in range(0, s.tokens, 4):
-                to, left = acc_at + t * ACC_STRIDE + 4 * (row - start), s.tokens - t
-                if left == 1 and wide:
-                    int6_1(at, groups, codes + t * stride, stride, 0, to, ACC_STRIDE)
-                elif left == 1:
-                    int4_1(at, groups, codes + t * stride, stride, 0, to, ACC_STRIDE)
-                elif wide:
-                    int6_4(at, groups, codes + t * stride, stride, left - 1, to, ACC_STRIDE)
-                else:
-                    int4_4(at, groups, codes + t * stride, stride, left - 1, to, ACC_STRIDE)
+        n = min(BAND, last - start)
+        integer_sums(s, s.head + start * s.head_row_bytes, -(-n // TILE_ROWS), acc_at)
+        scale = floats(s.head_scale + 4 * start, n)
         for t in range(s.tokens):
-            n, step, total = stop - start, steps[t], np.int32(offset * sums[t])
-            z_at = s.logits + 4 * (t * s.vocab + start)
-            z, acc = floats(z_at, n), int32s(acc_at + t * ACC_STRIDE, n)
-            scale = floats(s.head_scale + 4 * start, n)
+            step, total = steps[t], np.int32(offset * sums[t])
+            z = floats(s.logits + 4 * (t * s.vocab + start), n)
+            acc = int32s(acc_at + t * ACC_STRIDE, n)
             for i in range(n):
                 z[i] = f32(np.int32(acc[i] - total)) * (step * scale[i])

@@ -104,11 +104,11 @@ def test_shares_of_the_limits_of_the_same_run(facts: dict[str, Any]) -> None:
             entropy = n * weights * np.log2(3) / 8
             assert row["roofline"] == pytest.approx(speed * entropy / bandwidth)
             # A block's rows in tiles, as the path packs them; the int8 head of 48 padded to 64
-            # with a scale and a correction; keys and values of depth + (1 + 2 + 3 + 4) / 4 tokens.
+            # with a scale; keys and values of depth + (1 + 2 + 3 + 4) / 4 tokens.
             shapes = CONFIG.linear_shapes().values()
             packed = sum(rows * tile_bytes(width) // TILE_ROWS for rows, width in shapes)
             cache = 2 * n * CONFIG.kv_size * 4 * (row["depth"] + 2.5)
-            read = n * packed + CONFIG.vocab_size * (64 + 4 + 4) + cache
+            read = n * packed + CONFIG.vocab_size * (64 + 4) + cache
             assert row["read_bytes_per_token"] == read
             assert row["read_bytes_per_s"] == pytest.approx(read * speed)
             assert row["read_share"] == pytest.approx(read * speed / bandwidth)

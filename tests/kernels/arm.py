@@ -20,8 +20,7 @@ from bitskip_cpu import isa
 TRIPLE = "aarch64-unknown-linux-gnu"
 WIDTH, ROWS, TOKENS = 300, 29, 8  # one unit of columns and a tail; two tiles; all that a call takes
 TERNARY = {"packed_1": 1, "packed_2": 2, "packed_4": 4, "packed_8": 8}  # tokens of a call
-HEADS = {"head_1x4": 1, "head_2x4": 2, "head_4x4": 4}
-NARROW = {"int4_1": (4, 1), "int4_4": (4, 4), "int6_1": (6, 1), "int6_4": (6, 4)}
+HEADS = {f"int{bits}_{tokens}": (bits, tokens) for bits in (4, 6, 8) for tokens in (1, 4)}
 FLOATS = {"silu_products": 4, "dot_tree": 4, "turn": 4, "weigh_group": 8}  # number of arguments
 
 
@@ -124,26 +123,23 @@ def ternary(program: Program) -> None:
 
 
 def heads(program: Program) -> None:
-    """int8 rows, and those of 6 and 4 bits."""
-    from bitskip_cpu.kernels import narrow
+    """Rows of 8, 6 and 4 bits."""
+    from bitskip_cpu.kernels.heads import GROUP, OFFSET, pack, row_bytes
 
     rng = np.random.default_rng(1)
-    rows = rng.integers(-127, 128, (4, 192)).astype(np.int8)
+    rows = rng.integers(-127, 128, (16, 192)).astype(np.int8)
     codes = rng.integers(-127, 128, (4, 192)).astype(np.int8)
     rows[0], codes[0] = -127, 127
-    program.array("head", rows)
     program.array("head_codes", codes)
-    exact = codes.astype(np.int32) @ rows.T.astype(np.int32)
-    for kernel, tokens in HEADS.items():
-        program.call(kernel, "head_codes", 192, tokens - 1, "head", 192, 3, 3, "out", 256)
-        program.compare(kernel, "out", exact[:tokens], 64)
-    for kernel, (bits, tokens) in NARROW.items():
+    for kernel, (bits, tokens) in HEADS.items():
         top = 2 ** (bits - 1) - 1
-        narrow_rows = np.clip(np.tile(rows, (4, 1)), -top, top)
-        tile = program.array(f"{kernel}_rows", narrow.pack(narrow_rows, bits))
-        program.call(kernel, tile, 192 // narrow.GROUP, "head_codes", 192, tokens - 1, "out", 256)
-        shifted = narrow_rows.astype(np.int32) + 2 ** (bits - 1)
-        program.compare(kernel, "out", (codes.astype(np.int32) @ shifted.T)[:tokens], 64)
+        clipped = np.clip(rows, -top, top)
+        packed = np.zeros((16, row_bytes(192, bits)), np.uint8)
+        pack(clipped, bits, packed)
+        tile = program.array(f"{kernel}_rows", packed)
+        program.call(kernel, tile, 192 // GROUP, "head_codes", 192, tokens - 1, "out", 256)
+        exact = codes.astype(np.int32) @ (clipped.astype(np.int32) + OFFSET[bits]).T
+        program.compare(kernel, "out", exact[:tokens], 64)
 
 
 def outermost(kernel: Callable[..., None], arguments: int) -> Callable[..., None]:
@@ -163,8 +159,7 @@ def main(folder: Path) -> None:
     wanted["repack"] = objects.FUNCTIONS["repack"], 7
     wanted |= {name: (getattr(linear, name), 8) for name in TERNARY}
     wanted |= {"unpack_tile": (linear.unpack_tile, 4), "bytes_block": (linear.bytes_block, 9)}
-    wanted |= {name: (getattr(linear, name), 9) for name in HEADS}
-    wanted |= {name: (getattr(linear, name), 7) for name in NARROW}
+    wanted |= {name: (getattr(linear, name), 7) for name in HEADS}
     for name, arguments in FLOATS.items():
         found = (getattr(m, name, None) for m in (exponential, floats, attention))
         wanted[name] = next(f for f in found if f), arguments

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
-
 import numpy as np
 import pytest
 
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.isa import PATH
-from bitskip_cpu.kernels import dot_plain, linear, tiles
-from bitskip_cpu.kernels.layout import ACTIVATION_OFFSET
+from bitskip_cpu.kernels import linear, tiles
 from bitskip_cpu.workspace import LEAST_ROOM
 from bitskip_ref.packing import pack_ternary
 from tests.kernels.calling import at, call, same_bits
-
-MODULES = [dot_plain]
-if PATH != "plain":
-    from bitskip_cpu.kernels import dot_simd
-
-    MODULES.append(dot_simd)
-
-STRIDE = 16  # int32 from one token's sums to the next
-
-
-def tile(
-    kernel: Callable[..., None], rows: np.ndarray, columns: np.ndarray, steps: int, outer: int
-) -> np.ndarray:
-    """Sums [tokens, weight rows] of one tile; borders repeat the last row and column."""
-    out = np.full((4, STRIDE), 12345, np.int32)
-    call(kernel, rows, rows.strides[0], len(rows) - 1, columns, columns.strides[0],
-         len(columns) - 1, steps, out, 4 * STRIDE)  # fmt: skip
-    return out[:outer]
 
 
 def weights(kind: str, rows: int, width: int) -> np.ndarray:
@@ -107,23 +85,3 @@ def test_few_tokens_in_the_matrix_unit(width: int, tokens: int, count: int) -> N
     call(linear.few_block, tokens, tiled, count, size, units, tail, codes, padded, out, 256, room)
     exact = codes[:, :width].astype(np.int32) @ (values.T.astype(np.int32) + 1)
     assert same_bits(exact[:tokens], np.ascontiguousarray(out[:tokens, : len(values)]))
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__.split(".")[-1])
-@pytest.mark.parametrize("width", [64, 128, 2048])
-@pytest.mark.parametrize("w", ["random", "plus", "minus", "zero"])
-@pytest.mark.parametrize("x", ["random", "plus", "minus"])
-def test_head_tiles(module: ModuleType, width: int, w: str, x: str) -> None:
-    for name, tokens, rows in (
-        ("head_1x4", 1, 4), ("head_1x4", 1, 2), ("head_2x4", 2, 4), ("head_4x4", 4, 4),
-        ("head_4x4", 3, 1),
-    ):  # fmt: skip
-        codes = activations(x, tokens, width)
-        heads = activations("random", rows, width) if w == "random" else weights(w, rows, width)
-        heads = heads if w == "random" else (heads * 127).astype(np.int8)
-        offset = 0 if module is dot_plain else ACTIVATION_OFFSET
-        shifted = (codes.astype(np.int32) + offset).astype(np.uint8)
-        found = tile(getattr(module, name), shifted, heads, width // 64, tokens)[:, :rows]
-        correction = heads.astype(np.int32).sum(axis=1) * offset
-        exact = codes.astype(np.int32) @ heads.T.astype(np.int32)
-        assert same_bits(exact.astype(np.int32), (found - correction).astype(np.int32)), name

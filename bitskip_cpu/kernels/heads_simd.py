@@ -1,6 +1,7 @@
-"""Products of a head of 6 or 4 bits (layout: `narrow`) with activation codes, as LLVM IR.
+"""Products of a head of 8, 6 or 4 bits (layout: `heads`) with activation codes, as LLVM IR.
 
-As `ternary_simd.packed_tile`. On AVX2 two planes are summed in 16 bits: 2 * 2 * 63 * 127 = 32004.
+As `ternary_simd.packed_tile`. On AVX2 two planes are summed in 16 bits: 2 * 2 * 63 * 127 = 32004;
+of 8 bits one, signs moved to the activations: 2 * 127 * 127 = 32258.
 """
 
 from __future__ import annotations
@@ -12,8 +13,17 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bitskip_cpu.kernels.dot_simd import BYTES, LONG, Tile, prefetch, splat, starts
-from bitskip_cpu.kernels.narrow import GROUP, LINES
+from bitskip_cpu.isa import PATH
+from bitskip_cpu.kernels.dot_simd import (
+    BYTES,
+    LONG,
+    Tile,
+    call_llvm,
+    prefetch,
+    splat,
+    starts,
+)
+from bitskip_cpu.kernels.heads import GROUP, LINES
 from bitskip_cpu.kernels.ternary_simd import (
     HALVES,
     Line,
@@ -28,6 +38,8 @@ from bitskip_cpu.kernels.tiles import COLUMNS, LINE
 
 def planes(builder: ir.IRBuilder, bits: int, lines: list[Line], h: int) -> list[ir.Value]:
     """The four planes' codes in register h of a group's lines."""
+    if bits == 8:
+        return [line[h] for line in lines]
     mask = splat(BYTES, 2**bits - 1)
     low = [builder.and_(line[h], mask) for line in lines]
     if bits == 4:
@@ -37,7 +49,13 @@ def planes(builder: ir.IRBuilder, bits: int, lines: list[Line], h: int) -> list[
     return [*low, builder.and_(choose(builder, 3, a, choose(builder, 12, b, c)), mask)]
 
 
-def narrow_tile(bits: int, tokens: int, chains: int) -> Tile:
+def unsigned(builder: ir.IRBuilder, w: ir.Value, codes: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """|w| and codes * sign w, whose products are the same."""
+    sign = "llvm.x86.avx2.psign.b"
+    return call_llvm(builder, sign, BYTES, w, w), call_llvm(builder, sign, BYTES, codes, w)
+
+
+def head_tile(bits: int, tokens: int, chains: int) -> Tile:
     """(tile, groups, codes, codes stride, last, out, out stride): 16 rows x tokens."""
 
     @intrinsic
@@ -62,8 +80,11 @@ def narrow_tile(bits: int, tokens: int, chains: int) -> Tile:
                     for t in range(tokens):
                         four = broadcast(builder, token_at[t], column)
                         for h in range(HALVES):
-                            sums.add(t, h, weights[h][p], four, p)
-                    if p % 2:
+                            operands = weights[h][p], four
+                            if bits == 8 and PATH == "avx2":
+                                operands = unsigned(builder, *operands)
+                            sums.add(t, h, *operands, p)
+                    if p % 2 or bits == 8:
                         sums.flush()
             sums.store(out, out_stride)
             return context.get_dummy_value()
@@ -73,5 +94,6 @@ def narrow_tile(bits: int, tokens: int, chains: int) -> Tile:
     return kernel  # type: ignore[no-any-return]
 
 
-int4_1, int4_4 = narrow_tile(4, 1, 4), narrow_tile(4, 4, 4)
-int6_1, int6_4 = narrow_tile(6, 1, 4), narrow_tile(6, 4, 4)
+int4_1, int4_4 = head_tile(4, 1, 4), head_tile(4, 4, 4)
+int6_1, int6_4 = head_tile(6, 1, 4), head_tile(6, 4, 4)
+int8_1, int8_4 = head_tile(8, 1, 4), head_tile(8, 4, 4)

@@ -1,4 +1,4 @@
-"""The kernels of `narrow_simd` as plain loops, for every other CPU and for interpreted runs."""
+"""The kernels of `heads_simd` as plain loops, for every other CPU and for interpreted runs."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from collections.abc import Callable
 
 import numpy as np
 
+from bitskip_cpu.kernels.heads import GROUP, LINES
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.memory import int8s, int32s, uint8s
-from bitskip_cpu.kernels.narrow import GROUP, LINES
 from bitskip_cpu.kernels.tiles import COLUMNS, LINE, TILE_ROWS
 
 i32 = np.int32
 
 
-def narrow_tile(bits: int, tokens: int) -> Callable[..., None]:
-    """As `narrow_simd.narrow_tile`."""
+def head_tile(bits: int, tokens: int) -> Callable[..., None]:
+    """As `heads_simd.head_tile`."""
     lines = LINES[bits]
 
     @inner
     def plane_code(line, i, p):
         """Plane p's code in byte i of a group."""
+        if bits == 8:
+            return i32(line[p * LINE + i])
         if bits == 4:
             return i32((line[(p >> 1) * LINE + i] >> np.uint8(4 * (p & 1))) & 15)
         if p < 3:
@@ -46,5 +48,6 @@ def narrow_tile(bits: int, tokens: int) -> Callable[..., None]:
     return kernel
 
 
-int4_1, int4_4 = narrow_tile(4, 1), narrow_tile(4, 4)
-int6_1, int6_4 = narrow_tile(6, 1), narrow_tile(6, 4)
+int4_1, int4_4 = head_tile(4, 1), head_tile(4, 4)
+int6_1, int6_4 = head_tile(6, 1), head_tile(6, 4)
+int8_1, int8_4 = head_tile(8, 1), head_tile(8, 4)
