@@ -171,19 +171,24 @@ class Engine:
         self._own(cache)
         n = draft.check_round(token_id, cache, count, exit_layer, self.config)
         with self._lock:
-            space = self._space
-            if choose is None:
+            space, depth = self._space, draft.exit_layer
+            z, z_at = space.round_logits
+            actions = BLOCKS | EXIT
+            if choose is not None:
+                self._draft_by(choose, token_id, cache, count, draft)
+            else:
                 space.set_tokens([token_id], cache, 0)
                 space.set_draft(draft, count, draft.least_lead)
-                self._call(DRAFT, 0, draft.exit_layer)
-                ids = space.ids[: space.state["tokens"]].tolist()
-            else:
-                ids = self._draft_by(choose, token_id, cache, count, draft)
-            z = np.empty((len(ids), self.config.vocab_size), f32)
-            space.set_exit(n, z.ctypes.data)
-            self._call(BLOCKS | EXIT, draft.exit_layer, n)
-            cache.advance(len(ids), n)
-        return ids[1:], z
+                if self.config.exit_norm == self.config.exit_head == "shared":
+                    actions |= DRAFT  # one call for all
+                else:
+                    space.set_exit(depth, space.logits_at)
+                    self._call(DRAFT, depth)
+            space.set_exit(n, z_at)
+            self._call(actions, depth, n)
+            done = space.tokens
+            cache.advance(done, n)
+        return space.ids[1:done].tolist(), z[:done]
 
     def weight_bytes(self, exit_layer: int) -> int:
         """Bytes that a token run to that exit reads: its linear layers as packed here, the head."""
@@ -217,22 +222,22 @@ class Engine:
 
     def _draft_by(
         self, choose: Choose, token_id: int, cache: KVCache, count: int, draft: Draft
-    ) -> list[int]:
-        """SPEC 11.1 with drafts from outside: the ids run, their hidden states left at hand."""
+    ) -> None:
+        """SPEC 11.1 with drafts from outside; ids and hidden states are left at hand."""
         space = self._space
         hidden: list[np.ndarray] = []
 
         def run(token: int, _: bool) -> np.ndarray:
             space.set_tokens([token], cache, len(hidden))
+            space.set_exit(draft.exit_layer, space.logits_at)
             space.set_draft(draft, 1, np.inf)  # which no draft is sure enough for
-            self._call(DRAFT, 0, draft.exit_layer)
+            self._call(DRAFT, draft.exit_layer)
             hidden.append(space.x[0].copy())
             return space.logits
 
         ids = draft.ids(token_id, count, choose, run)
         space.x[: len(ids)] = hidden
         space.set_tokens(ids, cache, 0)
-        return ids
 
     def _forward(
         self, n: int, record: _Record, z: np.ndarray | None = None, first: int = 0

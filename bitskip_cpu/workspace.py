@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from bitskip_cpu.kernels.layout import (
 )
 from bitskip_cpu.weights import Weights
 from bitskip_ref.config import HEAD_BITS
-from bitskip_ref.draft import Draft
+from bitskip_ref.draft import MOST, Draft
 from bitskip_ref.rope import rope_table
 
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
@@ -41,6 +42,9 @@ LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: ternary_amx.few_block takes so
 # Fields that lie in a row: writing them one by one takes as long as some kernels.
 CALL, CALL_AT = struct.Struct("=6q"), STATE.fields["keys"][1]  # type: ignore[index]
 EXIT, EXIT_AT = struct.Struct("=4q"), STATE.fields["final_norm"][1]  # type: ignore[index]
+TOKENS = STATE.fields["tokens"][1] // 8  # type: ignore[index]
+DRAFT, DRAFT_AT = struct.Struct("=qf"), STATE.fields["draft_vocab"][1]  # type: ignore[index]
+LOGITS, LOGITS_AT = struct.Struct("=2q"), STATE.fields["logits"][1]  # type: ignore[index]
 WORTH = 1 << 16  # bytes of weights below which a job is not worth sharing
 
 
@@ -59,6 +63,7 @@ class Workspace:
         self.structs = self._keep(states), self._keep(self.products)
         """Addresses of state and products, as `kernels.forward.run` takes them."""
         self._bytes = states.view(np.uint8).data
+        self._words = self._bytes.cast("q")
         self._exits: dict[int, tuple[int, ...]] = {}  # what EXIT is for each
         self._shape()
         self._weights()
@@ -117,7 +122,7 @@ class Workspace:
             s[name] = self._keep(array)
         self.logits = np.empty(c.vocab_size, np.float32)
         """Room for one token's."""
-        self.logits_at = self.logits.ctypes.data
+        self.logits_at = s["draft_logits"] = self.logits.ctypes.data
         s["row_stride"], s["codes_stride"] = self.row.strides[0], codes.strides[0]
         for index, array in ((QKV, self.qkv), (OUT, self.y), (UP, self.up), (DOWN, self.y)):
             p[index]["out"], p[index]["out_stride"] = array.ctypes.data, array.strides[0]
@@ -160,9 +165,19 @@ class Workspace:
             len(ids), cache.length + past,
         )  # fmt: skip
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens are at hand."""
+        return self._words[TOKENS]
+
+    @cached_property
+    def round_logits(self) -> tuple[np.ndarray, int]:
+        """Room for those of a round of speculation, f32 [MOST + 1, V], and its address."""
+        room = np.empty((MOST + 1, self.weights.config.vocab_size), np.float32)
+        return room, room.ctypes.data
+
     def set_exit(self, n: int, logits_at: int, first: int = 0) -> None:
         """Logits after n blocks of the tokens from `first` on go there, f32 [T - first, V]."""
-        s = self.state
         if n not in self._exits:
             norm, head = self.weights.exit(n)
             rows, scales = self.weights.head(head)
@@ -171,14 +186,13 @@ class Workspace:
                 scales.ctypes.data,
             )  # fmt: skip
         EXIT.pack_into(self._bytes, EXIT_AT, *self._exits[n])
-        s["logits"], s["exit_from"] = logits_at, first
+        LOGITS.pack_into(self._bytes, LOGITS_AT, logits_at, first)
 
     def set_draft(self, draft: Draft, count: int, least_lead: float) -> None:
-        """At most `count` drafts behind the one token at hand (SPEC 11.1)."""
-        self.set_exit(draft.exit_layer, self.logits_at)
-        s = self.state
-        s["tokens"], s["least_lead"] = count + 1, least_lead
-        s["draft_vocab"] = draft.vocab or self.weights.config.vocab_size
+        """At most `count` drafts behind the one token at hand (SPEC 11.1), at the exit as set."""
+        self._words[TOKENS] = count + 1
+        vocab = draft.vocab or self.weights.config.vocab_size
+        DRAFT.pack_into(self._bytes, DRAFT_AT, vocab, least_lead)
 
     def set_gate(self, n: int) -> None:
         """The gate of block n, counted from 1."""

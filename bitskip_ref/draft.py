@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitskip_ref.cache import CacheFill, check_input
+from bitskip_ref.cache import CacheFill, check_token
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.exits.fixed import check_exit_layer
 
@@ -59,7 +59,7 @@ class Draft:
         self.check(n, config)
         if not 0 <= count <= MOST:
             raise ValueError(f"{count} drafts: a round takes 0..{MOST}")
-        check_input([token_id] * (count + 1), cache, n, config)
+        check_token(token_id, cache, n, config, count + 1)
         return n
 
     def ids(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bitskip_ref.engine import Engine, ExitRule
 from bitskip_ref.sampling import Sampler
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A generated token and the number of blocks whose logits chose it (SPEC 8.7)."""
 
     id: int

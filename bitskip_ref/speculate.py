@@ -13,7 +13,7 @@ from bitskip_ref.engine import Engine, ExitRule
 from bitskip_ref.generate import Token
 from bitskip_ref.sampling import Sampler, pick, splitmix64, uniform
 
-LEAD, RETRY = 0.7, 8  # SPEC 11.4
+LEAD, RETRY = 0.9, 8  # SPEC 11.4
 ACCEPT, RESIDUAL = 0xA0761D6478BD642F, 0xE7037ED1A0B428DB  # SPEC 11.3
 
 

@@ -127,7 +127,8 @@ def draft(s, products, last):
     `tokens` becomes how many were run: all, or up to the first after which a draft is unsure.
     """
     wanted, x, ids, position, vocab = s.tokens, s.x, s.ids, s.position, s.vocab
-    s.tokens, run = 1, 0
+    logits, exit_from = s.logits, s.exit_from
+    s.tokens, s.logits, s.exit_from, run = 1, s.draft_logits, 0, 0
     while True:
         embed(s, 0)
         for layer in range(last):
@@ -147,6 +148,7 @@ def draft(s, products, last):
         int32s(ids, wanted)[run] = drafted
         s.x, s.ids, s.position = x + run * 4 * s.hidden, ids + run * 4, position + run
     s.tokens, s.x, s.ids, s.position = run, x, ids, position
+    s.logits, s.exit_from = logits, exit_from
 
 
 @inner
@@ -161,9 +163,10 @@ def gate(s):
 
 
 def run(state_at, products_at, actions, first, last):
-    """Do `actions` (`layout`) on a state and its products; DRAFT, BLOCKS, FILL: first..last-1.
+    """Do `actions` (`layout`) on a state and its products; BLOCKS, FILL: first..last-1.
 
-    HELP: live as helper thread `first`. No argument is checked: `bitskip_cpu.engine` does.
+    DRAFT: through blocks 0..first-1. HELP: live as helper thread `first`. No argument is checked:
+    `bitskip_cpu.engine` does.
     """
     s, products = state_structs(state_at, 1)[0], product_structs(products_at, PRODUCTS)
     if actions & HELP:
@@ -173,7 +176,7 @@ def run(state_at, products_at, actions, first, last):
         for t in range(s.tokens):
             embed(s, t)
     if actions & DRAFT:
-        draft(s, products, last)
+        draft(s, products, first)
     if actions & BLOCKS:
         for layer in range(first, last):
             block(s, products, layer)

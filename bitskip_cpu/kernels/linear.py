@@ -23,7 +23,7 @@ else:
     from bitskip_cpu.kernels import heads_simd as heads  # type: ignore[no-redef]
     from bitskip_cpu.kernels import ternary_simd as ternary  # type: ignore[no-redef]
 
-packed_1, packed_2 = ternary.packed_1, ternary.packed_2
+packed_1, packed_2, packed_3 = ternary.packed_1, ternary.packed_2, ternary.packed_3
 packed_4, packed_8 = ternary.packed_4, ternary.packed_8
 unpack_tile = ternary.unpack_tile
 UNPACK_ABOVE = 16  # tokens; measured
@@ -83,6 +83,8 @@ def ternary_sums(s, p, tiles_at, tiles, acc_at, unpacked_at):
                 packed_1(at, units, tail, codes, stride, 0, to, ACC_STRIDE)
             elif left == 2:
                 packed_2(at, units, tail, codes, stride, 1, to, ACC_STRIDE)
+            elif left == 3:
+                packed_3(at, units, tail, codes, stride, 2, to, ACC_STRIDE)
             elif left <= 4:
                 packed_4(at, units, tail, codes, stride, left - 1, to, ACC_STRIDE)
             else:

@@ -84,7 +84,7 @@ def bytes_block(
             line_sums(tile_at + k * LINE, codes + k * COLUMNS, to)
 
 
-packed_1, packed_2, packed_4, packed_8 = (packed_tile(tokens) for tokens in (1, 2, 4, 8))
+packed_1, packed_2, packed_3, packed_4, packed_8 = (packed_tile(n) for n in (1, 2, 3, 4, 8))
 BLOCK_TILES, BLOCK_TOKENS = 1, 4
 
 

@@ -264,7 +264,7 @@ def bytes_tile(tiles: int, tokens: int, unroll: int) -> Tile:
 
 
 packed_1, packed_2 = packed_tile(1, 4), packed_tile(2, 4)
-packed_4 = packed_tile(4, 4)
+packed_3, packed_4 = packed_tile(3, 4), packed_tile(4, 4)
 if WIDTH > 16:
     packed_8 = packed_tile(8, 2)
 else:  # the sums of 8 tokens would not fit the registers

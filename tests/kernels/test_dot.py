@@ -47,8 +47,8 @@ def test_ternary_tiles(width: int, w: str, x: str) -> None:
         assert (codes_of[:, width:] <= 2).all()
     room = max(8, linear.BLOCK_TOKENS)
     for kernel, tokens in (
-        ("packed_1", 1), ("packed_2", 2), ("packed_4", 4), ("packed_4", 3), ("packed_8", 8),
-        ("packed_8", 5), ("bytes_block", linear.BLOCK_TOKENS), ("bytes_block", 1),
+        ("packed_1", 1), ("packed_2", 2), ("packed_3", 3), ("packed_4", 4), ("packed_4", 3),
+        ("packed_8", 8), ("packed_8", 5), ("bytes_block", linear.BLOCK_TOKENS), ("bytes_block", 1),
     ):  # fmt: skip
         codes = np.zeros((room, padded), np.int8)
         codes[:, :width] = activations(x, room, width)
