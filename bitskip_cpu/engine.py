@@ -188,7 +188,7 @@ class Engine:
             self._call(actions, depth, n)
             done = space.tokens
             cache.advance(done, n)
-        return space.ids[1:done].tolist(), z[:done]
+            return space.ids[1:done].tolist(), z[:done].copy()
 
     def weight_bytes(self, exit_layer: int) -> int:
         """Bytes that a token run to that exit reads: its linear layers as packed here, the head."""

@@ -110,8 +110,7 @@ class Engine(Protocol):
         """Run a round of at most `count` drafts after one token; advance the cache by k + 1.
 
         Returns the k drafts that were run and verified at `exit_layer` (None: L), and the logits
-        f32 [k + 1, V] after the token and after each of them (SPEC 11.1), which may be the
-        engine's own memory: copy what is kept beyond its next call. Drafts are greedy, or
+        f32 [k + 1, V] after the token and after each of them (SPEC 11.1). Drafts are greedy, or
         what `choose` makes of the draft logits of each position, the last one's too; it must not
         use this engine. Raises ValueError as `extend` does, and for what cannot draft.
         """
