@@ -36,7 +36,7 @@ def test_the_same_text_with_common_tokens_first(tmp_path: Path, text: Path) -> N
     old, new = plain.tokenizer.encode(TEXT), sorted_.tokenizer.encode(TEXT)
     assert old != new and plain.tokenizer.decode(old) == sorted_.tokenizer.decode(new) == TEXT
     assert max(new) < len(set(new)) + 1 < max(old)  # the text's tokens, and the end of text
-    assert sorted_.folder.draft_vocab == 40 and plain.folder.draft_vocab is None
+    assert sorted_.folder.draft_vocab == 80 and plain.folder.draft_vocab is None
     assert sorted_.speculation(FixedExit(), "auto").draft.vocab == 40
     z, sorted_z = plain.logits(old), sorted_.logits(new)
     order = np.argsort(sorted_z, kind="stable")[:, ::-1], np.argsort(z, kind="stable")[:, ::-1]
