@@ -132,9 +132,9 @@ class Engine:
         self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
         looks, deepest = rule.looks(self.config), rule.deepest(self.config)
-        if not looks and trace is None:
-            return self._one(token_id, cache, deepest), deepest
         if not looks:
+            if trace is None:
+                return self._one(token_id, cache, deepest), deepest
             return self.extend([token_id], cache, exit_layer=deepest, trace=trace)[0], deepest
         ids = self._checked([token_id], cache, deepest)
         with self._lock:
@@ -172,23 +172,22 @@ class Engine:
         n = draft.check_round(token_id, cache, count, exit_layer, self.config)
         with self._lock:
             space, depth = self._space, draft.exit_layer
-            z, z_at = space.round_logits
             actions = BLOCKS | EXIT
             if choose is not None:
                 self._draft_by(choose, token_id, cache, count, draft)
             else:
                 space.set_tokens([token_id], cache, 0)
                 space.set_draft(draft, count, draft.least_lead)
-                if self.config.exit_norm == self.config.exit_head == "shared":
+                if space.exit(depth) == space.exit(n):
                     actions |= DRAFT  # one call for all
                 else:
                     space.set_exit(depth, space.logits_at)
                     self._call(DRAFT, depth)
-            space.set_exit(n, z_at)
+            space.set_exit(n, space.logits_at)
             self._call(actions, depth, n)
             done = space.tokens
             cache.advance(done, n)
-            return space.ids[1:done].tolist(), z[:done].copy()
+            return space.ids[1:done].tolist(), space.logits[:done].copy()
 
     def weight_bytes(self, exit_layer: int) -> int:
         """Bytes that a token run to that exit reads: its linear layers as packed here, the head."""
@@ -218,7 +217,7 @@ class Engine:
             space.set_exit(n, space.logits_at)
             self._call(EMBED | BLOCKS | EXIT, 0, n)
             cache.advance(1, n)
-            return space.logits.copy()  # cheaper than asking a new array for its address
+            return space.logits[0].copy()  # cheaper than asking a new array for its address
 
     def _draft_by(
         self, choose: Choose, token_id: int, cache: KVCache, count: int, draft: Draft
@@ -233,7 +232,7 @@ class Engine:
             space.set_draft(draft, 1, np.inf)  # which no draft is sure enough for
             self._call(DRAFT, draft.exit_layer)
             hidden.append(space.x[0].copy())
-            return space.logits
+            return space.logits[0]
 
         ids = draft.ids(token_id, count, choose, run)
         space.x[: len(ids)] = hidden

@@ -129,7 +129,7 @@ class Weights:
             rows = int(p["rows"])
             if c.linear == "ternary":
                 p["row_bytes"] = tiles.tile_bytes(width) // tiles.TILE_ROWS
-                rows = -(-rows // tiles.TILE_ROWS) * tiles.TILE_ROWS
+                rows = tiles.padded_rows(rows)
             p["alphas"] = names.index(members[0])
             p["end0"], p["end1"] = ends[0], ends[min(1, len(ends) - 1)]
             offset += rows * int(p["row_bytes"])
@@ -172,7 +172,7 @@ class Weights:
         if self.config.head_format not in HEAD_BITS:
             return rows, np.zeros(0, np.float32)
         bits = HEAD_BITS[self.config.head_format]
-        shape = heads.padded_rows(len(rows)), heads.row_bytes(rows.shape[1], bits)
+        shape = tiles.padded_rows(len(rows)), heads.row_bytes(rows.shape[1], bits)
         result = aligned(shape, np.uint8, zeros=False)
 
         def repack(first: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 
@@ -120,9 +119,9 @@ class Workspace:
             "sums": np.zeros(CHUNK, np.int32),
         }.items():  # fmt: skip
             s[name] = self._keep(array)
-        self.logits = np.empty(c.vocab_size, np.float32)
-        """Room for one token's."""
-        self.logits_at = s["draft_logits"] = self.logits.ctypes.data
+        self.logits = np.empty((MOST + 1, c.vocab_size), np.float32)
+        """Room for those of one token, of a draft, or of a round of speculation."""
+        self.logits_at = self.logits.ctypes.data
         s["row_stride"], s["codes_stride"] = self.row.strides[0], codes.strides[0]
         for index, array in ((QKV, self.qkv), (OUT, self.y), (UP, self.up), (DOWN, self.y)):
             p[index]["out"], p[index]["out_stride"] = array.ctypes.data, array.strides[0]
@@ -170,14 +169,8 @@ class Workspace:
         """How many tokens are at hand."""
         return self._words[TOKENS]
 
-    @cached_property
-    def round_logits(self) -> tuple[np.ndarray, int]:
-        """Room for those of a round of speculation, f32 [MOST + 1, V], and its address."""
-        room = np.empty((MOST + 1, self.weights.config.vocab_size), np.float32)
-        return room, room.ctypes.data
-
-    def set_exit(self, n: int, logits_at: int, first: int = 0) -> None:
-        """Logits after n blocks of the tokens from `first` on go there, f32 [T - first, V]."""
+    def exit(self, n: int) -> tuple[int, ...]:
+        """What EXIT is after n blocks: the same for all that share norm and head."""
         if n not in self._exits:
             norm, head = self.weights.exit(n)
             rows, scales = self.weights.head(head)
@@ -185,7 +178,11 @@ class Workspace:
                 self.weights.norm(norm).ctypes.data, rows.ctypes.data, rows.strides[0],
                 scales.ctypes.data,
             )  # fmt: skip
-        EXIT.pack_into(self._bytes, EXIT_AT, *self._exits[n])
+        return self._exits[n]
+
+    def set_exit(self, n: int, logits_at: int, first: int = 0) -> None:
+        """Logits after n blocks of the tokens from `first` on go there, f32 [T - first, V]."""
+        EXIT.pack_into(self._bytes, EXIT_AT, *self.exit(n))
         LOGITS.pack_into(self._bytes, LOGITS_AT, logits_at, first)
 
     def set_draft(self, draft: Draft, count: int, least_lead: float) -> None:

@@ -127,8 +127,7 @@ def draft(s, products, last):
     `tokens` becomes how many were run: all, or up to the first after which a draft is unsure.
     """
     wanted, x, ids, position, vocab = s.tokens, s.x, s.ids, s.position, s.vocab
-    logits, exit_from = s.logits, s.exit_from
-    s.tokens, s.logits, s.exit_from, run = 1, s.draft_logits, 0, 0
+    s.tokens, run = 1, 0
     while True:
         embed(s, 0)
         for layer in range(last):
@@ -148,7 +147,6 @@ def draft(s, products, last):
         int32s(ids, wanted)[run] = drafted
         s.x, s.ids, s.position = x + run * 4 * s.hidden, ids + run * 4, position + run
     s.tokens, s.x, s.ids, s.position = run, x, ids, position
-    s.logits, s.exit_from = logits, exit_from
 
 
 @inner

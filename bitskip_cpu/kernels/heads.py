@@ -33,13 +33,8 @@ def row_bytes(width: int, bits: int) -> int:
     return padded_width(width, bits) // GROUP * LINES[bits] * LINE // TILE_ROWS
 
 
-def padded_rows(rows: int) -> int:
-    """Rows of whole tiles."""
-    return -(-rows // TILE_ROWS) * TILE_ROWS
-
-
 def pack(codes: np.ndarray, bits: int, out: np.ndarray) -> None:
-    """int8 [V, D] -> tiles, uint8 [padded_rows(V), row_bytes(D)]; codes that are missing are 0."""
+    """int8 [V, D] -> uint8 [tiles.padded_rows(V), row_bytes(D)]; codes that are missing are 0."""
     columns = padded_width(codes.shape[1], bits)
     padded = np.zeros((len(out), columns), np.int8)
     padded[: len(codes), : codes.shape[1]] = codes

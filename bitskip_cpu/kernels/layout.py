@@ -23,7 +23,7 @@ _STATE = """
     scratch scratch_stride unpacked acc
 
     keys values cache_size capacity tokens position logits exit_from draft_vocab least_lead
-    draft_logits gate_probability confidence_max confidence_margin confidence_entropy
+    gate_probability confidence_max confidence_margin confidence_entropy
 
     helpers worth sync job layer product first_row last_row grain
 """

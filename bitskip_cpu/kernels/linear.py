@@ -50,6 +50,20 @@ ACC_STRIDE = 4 * BAND
 
 
 @inner
+def bytes_sums(s, tiles_at, size, tiles, fours, acc_at):
+    """Sums of tiles of bytes, `size` of them each: acc int32 [T, BAND]."""
+    tokens, stride = s.tokens, s.codes_stride
+    begin_blocks()
+    for t in range(0, tokens, BLOCK_TOKENS):
+        codes, last = s.codes + t * stride, tokens - 1 - t
+        for i in range(0, tiles, BLOCK_TILES):
+            to = acc_at + t * ACC_STRIDE + 4 * TILE_ROWS * i
+            bytes_block(tiles_at + i * size, size, tiles - 1 - i, fours, codes, stride, last,
+                        to, ACC_STRIDE)  # fmt: skip
+    end_blocks()
+
+
+@inner
 def ternary_sums(s, p, tiles_at, tiles, acc_at, unpacked_at):
     """Sums of code products of `tiles` tiles: acc int32 [T, BAND]; weights count as w + 1.
 
@@ -61,14 +75,7 @@ def ternary_sums(s, p, tiles_at, tiles, acc_at, unpacked_at):
         fours, room = p.padded // COLUMNS, TILE_ROWS * p.padded
         for i in range(tiles):
             unpack_tile(tiles_at + i * size, units, tail, unpacked_at + i * room)
-        begin_blocks()
-        for t in range(0, tokens, BLOCK_TOKENS):
-            codes, last = s.codes + t * stride, tokens - 1 - t
-            for i in range(0, tiles, BLOCK_TILES):
-                to = acc_at + t * ACC_STRIDE + 4 * TILE_ROWS * i
-                bytes_block(unpacked_at + i * room, room, tiles - 1 - i, fours, codes, stride, last,
-                            to, ACC_STRIDE)  # fmt: skip
-        end_blocks()
+        bytes_sums(s, unpacked_at, room, tiles, fours, acc_at)
         return
     if tokens > (FEW_ABOVE if units >= LONG else FEW_ABOVE_SHORT):
         few_block(tokens, tiles_at, tiles, size, units, tail, s.codes, stride, acc_at, ACC_STRIDE,
@@ -158,13 +165,7 @@ def integer_sums(s, tiles_at, tiles, acc_at):
     size, groups = TILE_ROWS * s.head_row_bytes, (s.hidden + GROUP - 1) // GROUP
     tokens, stride, kind = s.tokens, s.codes_stride, s.head_kind
     if kind != INT4 and kind != INT6 and tokens > BYTES_ABOVE:
-        begin_blocks()
-        for t in range(0, tokens, BLOCK_TOKENS):
-            for i in range(0, tiles, BLOCK_TILES):
-                bytes_block(tiles_at + i * size, size, tiles - 1 - i, size // LINE,
-                            s.codes + t * stride, stride, tokens - 1 - t,
-                            acc_at + t * ACC_STRIDE + 4 * TILE_ROWS * i, ACC_STRIDE)  # fmt: skip
-        end_blocks()
+        bytes_sums(s, tiles_at, size, tiles, size // LINE, acc_at)
         return
     for i in range(tiles):
         at = tiles_at + i * size

@@ -27,6 +27,11 @@ LINE_COLUMNS = PLANES * COLUMNS
 UNIT_COLUMNS = UNIT_VALUE * LINE_COLUMNS
 
 
+def padded_rows(rows: int) -> int:
+    """Rows of whole tiles."""
+    return -(-rows // TILE_ROWS) * TILE_ROWS
+
+
 def units(width: int) -> int:
     """Whole units of a row of that many weights."""
     left = width % UNIT_COLUMNS

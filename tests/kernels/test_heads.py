@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
-from bitskip_cpu.kernels import heads, linear
-from bitskip_cpu.kernels.tiles import TILE_ROWS
+from bitskip_cpu.kernels import heads, heads_plain, linear
+from bitskip_cpu.kernels.tiles import TILE_ROWS, padded_rows
 from tests.kernels.calling import call, same_bits
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("width", [1, 15, 16, 48, 192, 2048])
-@pytest.mark.parametrize("kind", ["random", "largest", "smallest"])
+@pytest.mark.parametrize("kind", ["random", "largest", "smallest", "opposite", "zero"])
 def test_products(bits: int, width: int, kind: str) -> None:
     rng, top = np.random.default_rng(0), 2 ** (bits - 1) - 1
     rows = rng.integers(-top, top + 1, (TILE_ROWS + 3, width)).astype(np.int8)
     codes = np.zeros((4, heads.padded_width(width, bits)), np.int8)
     codes[:, :width] = rng.integers(-127, 128, (4, width))
     if kind != "random":
-        rows[:], codes[:, :width] = (top, 127) if kind == "largest" else (-top, -127)
-    packed = np.zeros((heads.padded_rows(len(rows)), heads.row_bytes(width, bits)), np.uint8)
+        rows[:], codes[:, :width] = {
+            "largest": (top, 127), "smallest": (-top, -127), "opposite": (-top, 127),
+            "zero": (0, 127),
+        }[kind]  # fmt: skip
+    packed = np.zeros((padded_rows(len(rows)), heads.row_bytes(width, bits)), np.uint8)
     heads.pack(rows, bits, packed)
     exact = codes[:, :width].astype(np.int32) @ rows.T.astype(np.int32)
     exact += heads.OFFSET[bits] * codes.sum(axis=1, keepdims=True, dtype=np.int32)
-    for tokens, present in ((1, 1), (4, 4), (4, 3)):
+    modules = [linear, heads_plain] if bits < 8 or heads.OFFSET[8] else [linear]
+    for module, (tokens, present) in itertools.product(modules, ((1, 1), (4, 4), (4, 3))):
         out = np.zeros((4, 2 * TILE_ROWS), np.int32)
         for i in range(2):
-            kernel, groups = getattr(linear, f"int{bits}_{tokens}"), codes.shape[1] // 16
+            kernel, groups = getattr(module, f"int{bits}_{tokens}"), codes.shape[1] // 16
             tile, to = packed[TILE_ROWS * i :], out.reshape(-1)[TILE_ROWS * i :]
             last = present - 1
             call(kernel, tile, groups, codes, codes.strides[0], last, to, out.strides[0])
