@@ -41,7 +41,7 @@ class Batch:
         engine, space = self.engine, self.engine._space
         layers = engine.config.num_hidden_layers
         space.set_tokens(self.ids, self.cache, 0)
-        space.set_exit(layers, self.logits)
+        space.set_exit(layers, self.logits.ctypes.data)
         engine._call(EMBED)
         rows, heads = space.products["rows"].copy(), space.state["kv_heads"]
         if part.endswith(PARTS[2:]):

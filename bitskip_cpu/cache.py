@@ -7,13 +7,13 @@ import math
 import numpy as np
 
 from bitskip_cpu.aligned import aligned
-from bitskip_cpu.kernels.layout import LANES
+from bitskip_cpu.kernels.layout import LANES, key_branches, key_slot
 from bitskip_ref.cache import CacheFill
 from bitskip_ref.config import ModelConfig
 
 
 def padded_keys(head_dim: int) -> int:
-    """Floats of a cached key: the tree of SPEC 2.2 over them starts with eight at a time."""
+    """Floats of a cached key: the tree of SPEC 2.2 over them has branches of 8 or 64 leaves."""
     return max(8, 1 << (head_dim - 1).bit_length())
 
 
@@ -46,7 +46,8 @@ class KVCache(CacheFill):
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Block i's keys (turned) and values: copies, f32 or f16 [S, K, E] (SPEC 6.4, 6.5)."""
-        keys = self.keys[i].transpose(1, 3, 0, 2).reshape(self.capacity, *self.keys.shape[1::2])
+        size, padded = self.config.head_dim, self.keys.shape[3]
+        keys = self.keys[i].transpose(1, 3, 0, 2).reshape(self.capacity, -1, padded)
         values = self.values[i].transpose(1, 0, 2)
-        part = slice(self.length), slice(None), slice(self.config.head_dim)
-        return keys[part].copy(), values[part].copy()
+        order = [key_slot(feature, padded, key_branches(padded)) for feature in range(size)]
+        return keys[: self.length, :, order], values[: self.length, :, :size].copy()

@@ -130,7 +130,7 @@ class Workspace:
         """Each thread's own: [floats | unpacked rows | int32 sums], each from a cache line on."""
         c, s, p = self.weights.config, self.state, self.products
         padded, seen = int(s["head_padded"]), -(-c.max_position_embeddings // LANES) * LANES
-        parts = max((LEVELS + 1) * (int(s["value_width"]) + LANES), padded // 8 * LANES)
+        parts = (LEVELS + 1) * (int(s["value_width"]) + LANES)
         longest = max(*p["width"], c.hidden_size, c.attention_size, c.intermediate_size)
         floats = max(
             _power_of_two(c.vocab_size),  # confidence

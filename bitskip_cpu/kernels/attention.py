@@ -4,7 +4,7 @@ Cache of one block (`keys_at`, `values_at`), LANES positions to a group:
 
     keys   [K, S / LANES, E', LANES]  turned; E' is E padded to a power of two, at least 8 (more
                                       zeros can change but the sign of a zero score, which exp
-                                      does not see)
+                                      does not see); features in the order of `key_slot`
     values [K, S, W]                  W = E padded to a multiple of LANES
 
 of `size` bytes a number, FULL or HALF (SPEC 6.5), so that a score's tree over E runs on LANES
@@ -18,12 +18,13 @@ import math
 
 import numpy as np
 
-from bitskip_cpu.kernels.cached import eight_products, weighed
+from bitskip_cpu.kernels import layout
+from bitskip_cpu.kernels.cached import products_8, products_64, weighed
 from bitskip_cpu.kernels.exponential import exp_differences
 from bitskip_cpu.kernels.floats import ZERO, copy, fill_zero
 from bitskip_cpu.kernels.halfs import half, narrow
 from bitskip_cpu.kernels.inner import inner
-from bitskip_cpu.kernels.lanes import LANE_BYTES, add, eight_sum, larger, scale
+from bitskip_cpu.kernels.lanes import LANE_BYTES, add, larger, largest, scale
 from bitskip_cpu.kernels.layout import HALF, LANES, LEVELS
 from bitskip_cpu.kernels.memory import fetch, floats, halfs
 
@@ -31,6 +32,9 @@ f32 = np.float32
 
 LOWEST = f32(-np.inf)
 AHEAD = 3  # groups between asking for one and its use
+
+
+key_branches = inner(layout.key_branches)
 
 
 @inner
@@ -49,15 +53,18 @@ def turn(x_at, cos_at, sin_at, head_dim):
 def store_key(key_at, keys_at, size, padded, head_dim, position):
     """Put one head's turned key at its position; `keys_at` is the head's part of the cache."""
     group, lane = position // LANES, position % LANES
+    branches = key_branches(padded)
+    leaves = padded // branches
     key, column_at = floats(key_at, head_dim), keys_at + size * group * padded * LANES
-    if size == HALF:
-        rounded = halfs(column_at, padded * LANES)
-        for i in range(head_dim):
-            rounded[i * LANES + lane] = half(key[i])
-    else:
-        column = floats(column_at, padded * LANES)
-        for i in range(head_dim):
-            column[i * LANES + lane] = key[i]
+    rounded, column = halfs(column_at, padded * LANES), floats(column_at, padded * LANES)
+    for branch in range(branches):  # `key_slot`, without its divisions
+        to = branch * leaves * LANES + lane
+        for feature in range(branch, head_dim, branches):
+            if size == HALF:
+                rounded[to] = half(key[feature])
+            else:
+                column[to] = key[feature]
+            to += LANES
 
 
 @inner
@@ -68,6 +75,22 @@ def store_value(value_at, values_at, size, value_width, head_dim, position):
         narrow(value_at, row_at, head_dim)
     else:
         copy(value_at, row_at, head_dim)
+
+
+@inner
+def lay_out(q_at, out_at, head_dim, padded):
+    """A query's features, and zeros behind them, where a cached key has them."""
+    branches = key_branches(padded)
+    if branches == 1:
+        copy(q_at, out_at, head_dim)
+        fill_zero(out_at + 4 * head_dim, padded - head_dim)
+        return
+    fill_zero(out_at, padded)
+    q, leaves = floats(q_at, head_dim), padded // branches
+    for branch in range(branches):
+        out = floats(out_at + 4 * branch * leaves, leaves)
+        for i in range((head_dim - branch + branches - 1) // branches):
+            out[i] = q[branch + i * branches]
 
 
 @inner
@@ -84,28 +107,28 @@ def score_groups(
 ):  # fmt: skip
     """out[i, s] = factor * sum 2.2 of q[i] * k[s], for s < seen and `queries` queries (SPEC 6.2).
 
-    A query has E' floats, zeros behind E; out holds whole groups. Scratch: E' / 8 * LANES floats
-    a query. `next_at`: what is read after these keys, to be fetched with them; 0: nothing is.
+    A query has E' floats, zeros behind E; out holds whole groups. Scratch: LANES floats a
+    branch and query. `next_at`: what is read next, to be fetched meanwhile; 0: nothing.
     """
-    m = padded >> 3
-    stride = m * LANE_BYTES
+    branches = key_branches(padded)
+    leaves, stride = padded // branches, branches * LANE_BYTES
     end = (seen + LANES - 1) // LANES * LANES
     for start in range(0, seen, LANES):
         k_at, later = keys_at + size * start * padded, start + AHEAD * LANES
-        soon_at = keys_at + size * later * padded
-        if later >= end:
-            soon_at = next_at + size * (later - end) * padded
-        for i in range(m):
-            if next_at:
-                fetch_bytes(soon_at + 8 * i * size * LANES, 8 * size * LANES)
-            k, to = k_at + size * i * LANES, scratch_at + i * LANE_BYTES
-            eight_products(queries, size, q_at + 4 * i, q_stride, k, m, to, stride)
+        if next_at:
+            soon_at = keys_at + size * later * padded
+            if later >= end:
+                soon_at = next_at + size * (later - end) * padded
+            fetch_bytes(soon_at, size * LANES * padded)
+        for i in range(branches):
+            q, k = q_at + 4 * leaves * i, k_at + size * leaves * LANES * i
+            to = scratch_at + i * LANE_BYTES
+            if leaves == 64:
+                products_64(queries, size, q, q_stride, k, LANES, to, stride)
+            else:
+                products_8(queries, size, q, q_stride, k, LANES, to, stride)
         for query in range(queries):
-            at, n = scratch_at + query * stride, m
-            while n >= 8:
-                n >>= 3
-                for i in range(n):
-                    eight_sum(at + i * LANE_BYTES, n)
+            at, n = scratch_at + query * stride, branches
             while n > 1:
                 n >>= 1
                 for i in range(n):
@@ -119,17 +142,14 @@ def softmax_weights(e_at, seen):
     padded = (seen + LANES - 1) // LANES * LANES
     e = floats(e_at, padded)
     lanes_at = e_at + 4 * padded
-    largest = floats(lanes_at, LANES)
+    lanes = floats(lanes_at, LANES)
     for lane in range(LANES):
-        largest[lane] = LOWEST
+        lanes[lane] = LOWEST
     for s in range(seen, padded):
         e[s] = LOWEST
     for start in range(0, padded, LANES):
         larger(e_at + 4 * start, lanes_at, lanes_at)
-    top = largest[0]
-    for lane in range(1, LANES):
-        top = largest[lane] if largest[lane] > top else top
-    exp_differences(e_at, top, e_at, padded)
+    exp_differences(e_at, largest(lanes_at), e_at, padded)
     for s in range(seen, padded):
         e[s] = ZERO
 
@@ -137,10 +157,9 @@ def softmax_weights(e_at, seen):
 @inner
 def weigh_group(queries, e_at, e_stride, values_at, size, value_width, out_at, out_stride):
     """Per query sum 2.3 over LANES positions of e * v, and behind it of e itself."""
-    row = size * value_width
     for i in range(0, value_width, LANES):
         v, to = values_at + size * i, out_at + 4 * i
-        weighed(queries, size, e_at, e_stride, v, row, to, out_stride)
+        weighed(queries, size, e_at, e_stride, v, value_width, to, out_stride)
     for query in range(queries):
         e = floats(e_at + query * e_stride, LANES)
         low = ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]))
@@ -163,16 +182,15 @@ def attend(
     """`queries` (1 to QUERIES) turned query heads over `seen` positions -> out (SPEC 6.2, 6.3).
 
     q and out: [queries, E]. `cold`: keys and values have to come from memory. Scratch (floats):
-    scores, whole groups and one more, per query | queries, E' each | first sums, 4 * E' / 8 *
-    LANES; in their place later LEVELS + 1 partial sums of value_width + LANES floats per query.
+    scores, whole groups and one more, per query | queries, E' each | LEVELS + 1 partial sums of
+    value_width + LANES floats per query, before them those of branches.
     """
     groups = (seen + LANES - 1) // LANES
     e_stride = 4 * (groups + 1) * LANES
     query_at = scratch_at + queries * e_stride
     parts_at = query_at + 4 * padded * queries
     for i in range(queries):
-        copy(q_at + 4 * i * head_dim, query_at + 4 * i * padded, head_dim)
-        fill_zero(query_at + 4 * (i * padded + head_dim), padded - head_dim)
+        lay_out(q_at + 4 * i * head_dim, query_at + 4 * i * padded, head_dim, padded)
     next_at, factor = values_at if cold else 0, f32(1.0 / math.sqrt(float(head_dim)))
     score_groups(queries, query_at, 4 * padded, keys_at, next_at, size, padded, seen, factor,
                  scratch_at, e_stride, parts_at)  # fmt: skip
@@ -188,7 +206,7 @@ def attend(
         first = group * LANES
         to = now_at if group & 1 else parts_at  # part 0 is free after every second group
         v_at = values_at + size * first * value_width
-        if cold:
+        if cold and group + AHEAD < groups:
             bytes_of = size * LANES * value_width
             fetch_bytes(v_at + AHEAD * bytes_of, bytes_of)
         weigh_group(

@@ -1,8 +1,9 @@
 """What attention does with cached keys and values, float32 or float16 (SPEC 6.2, 6.3, 6.5).
 
-Both functions take (queries, size, query, query stride, cached, step, out, out stride): 1 to 4
+The functions take (queries, size, query, query stride, cached, step, out, out stride): 1 to 4
 queries, whose arrays of floats and whose results lie `stride` bytes apart; cached numbers of `size`
-bytes, FULL or HALF. They are read and converted once for all queries.
+bytes, FULL or HALF, LANES of them at a time, the next ones `step` numbers further. They are read
+and converted once for all queries.
 """
 
 from __future__ import annotations
@@ -22,35 +23,31 @@ from bitskip_cpu.kernels.layout import FULL, HALF, LANES, QUERIES
 from bitskip_cpu.kernels.memory import floats, halfs
 
 Kernel = Callable[..., None]
-Body = Callable[..., None]
+Emit = Callable[[ir.IRBuilder, int, int, Sequence[ir.Value]], None]
 COUNTS, SIZES = range(1, QUERIES + 1), (FULL, HALF)
 
 
-def _eight_products(
-    queries: int, size: int,
-    q_at: int, q_stride: int, k_at: int, m: int, out_at: int, out_stride: int,
-) -> None:  # fmt: skip
-    """out = sum 2.2 over j < 8 of q[j m] * k[j m], where k holds LANES numbers a feature.
+def _products(leaves: int) -> Kernel:
+    def products(
+        queries: int, size: int,
+        q_at: int, q_stride: int, k_at: int, step: int, out_at: int, out_stride: int,
+    ) -> None:  # fmt: skip
+        for i in range(queries):
+            q = floats(q_at + i * q_stride, leaves)
+            p = [q[j] * _numbers(size, k_at + j * step * size) for j in range(leaves)]
+            floats(out_at + i * out_stride, LANES)[:] = halved(p)
 
-    Eight leaves of the tree over E; `m` is the step.
-    """
-    for i in range(queries):
-        q = floats(q_at + i * q_stride, 7 * m + 1)
-        p = [q[j * m] * _numbers(size, k_at + j * m * LANES * size) for j in range(8)]
-        floats(out_at + i * out_stride, LANES)[:] = halved(p)
+    return products
 
 
 def _weighed(
     queries: int, size: int,
-    e_at: int, e_stride: int, v_at: int, row: int, out_at: int, out_stride: int,
+    e_at: int, e_stride: int, v_at: int, step: int, out_at: int, out_stride: int,
 ) -> None:  # fmt: skip
-    """out = sum 2.3 over LANES positions of e * v, of LANES features.
-
-    `row` is the step: bytes from a position of v to the next.
-    """
+    """out = sum 2.3 over LANES positions of e * v, of LANES features."""
     for i in range(queries):
         e = floats(e_at + i * e_stride, LANES)
-        parts = [e[j] * _numbers(size, v_at + j * row) for j in range(LANES)]
+        parts = [e[j] * _numbers(size, v_at + j * step * size) for j in range(LANES)]
         floats(out_at + i * out_stride, LANES)[:] = paired(parts)
 
 
@@ -61,28 +58,40 @@ def _numbers(size: int, at: int) -> Any:
     return floats(at, LANES)
 
 
-def _emit_eight_products(
-    builder: ir.IRBuilder, queries: int, size: int, arguments: Sequence[ir.Value]
-) -> None:
-    q, q_stride, k, m, out, out_stride = arguments
-    keys = []
-    for j in range(8):
-        offset = builder.mul(m, LONG(j * LANES * size))
-        keys.append(_load(builder, size, builder.add(k, offset)))
-    for _ in range(queries):
-        products = []
-        for j, key in enumerate(keys):
-            x = load_splat(builder, builder.add(q, builder.mul(m, LONG(4 * j))))
-            products.append(builder.fmul(x, key))
-        store_lanes(builder, halved(products, builder.fadd), out)
-        q, out = builder.add(q, q_stride), builder.add(out, out_stride)
+def _emit_products(leaves: int) -> Emit:
+    def emit(builder: ir.IRBuilder, queries: int, size: int, args: Sequence[ir.Value]) -> None:
+        q, q_stride, k, step, out, out_stride = args
+        query_at = [q]
+        for _ in range(queries - 1):
+            query_at.append(builder.add(query_at[-1], q_stride))
+
+        def key(j: int) -> ir.Value:
+            return _load(builder, size, builder.add(k, builder.mul(step, LONG(j * size))))
+
+        def sums(first: int, every: int) -> list[ir.Value]:
+            """Per query the sum of some leaves; a branch is done before the next is begun."""
+            if every * 8 < leaves:
+                even, odd = sums(first, 2 * every), sums(first + every, 2 * every)
+                return [builder.fadd(a, b) for a, b in zip(even, odd, strict=True)]
+            places = range(first, leaves, every)
+            keys = [key(j) for j in places]
+            found = []
+            for base in query_at:
+                features = [load_splat(builder, builder.add(base, LONG(4 * j))) for j in places]
+                products = [builder.fmul(x, y) for x, y in zip(features, keys, strict=True)]
+                found.append(halved(products, builder.fadd))
+            return found
+
+        for total in sums(0, 1):
+            store_lanes(builder, total, out)
+            out = builder.add(out, out_stride)
+
+    return emit
 
 
-def _emit_weighed(
-    builder: ir.IRBuilder, queries: int, size: int, arguments: Sequence[ir.Value]
-) -> None:
-    e, e_stride, v, row, out, out_stride = arguments
-    values = []
+def _emit_weighed(builder: ir.IRBuilder, queries: int, size: int, args: Sequence[ir.Value]) -> None:
+    e, e_stride, v, step, out, out_stride = args
+    values, row = [], builder.mul(step, LONG(size))
     for _ in range(LANES):
         values.append(_load(builder, size, v))
         v = builder.add(v, row)
@@ -99,7 +108,7 @@ def _load(builder: ir.IRBuilder, size: int, at: ir.Value) -> ir.Value:
     return (load_halfs if size == HALF else load_lanes)(builder, at)
 
 
-def _compiled(emit: Callable[..., None]) -> Kernel:
+def _compiled(emit: Emit) -> Kernel:
     """Code for each number of queries and each size, and a branch to it."""
 
     @intrinsic
@@ -125,5 +134,8 @@ def _compiled(emit: Callable[..., None]) -> Kernel:
     return kernel  # type: ignore[no-any-return]
 
 
-eight_products = _eight_products if INTERPRETED else _compiled(_emit_eight_products)
+products_8, products_64 = (
+    _products(leaves) if INTERPRETED else _compiled(_emit_products(leaves)) for leaves in (8, 64)
+)
+"""out = sum 2.2 over 8 or 64 features of q * k, of LANES positions."""
 weighed = _weighed if INTERPRETED else _compiled(_emit_weighed)

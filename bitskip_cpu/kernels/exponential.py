@@ -6,6 +6,8 @@ operations in the same order. Arguments named `*_at` are addresses.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from numba.extending import intrinsic
 
 from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.inner import inner
-from bitskip_cpu.kernels.lanes import FLOATS, load_lanes, splat, store_lanes
+from bitskip_cpu.kernels.lanes import FLOATS, LANE_BYTES, LONG, load_lanes, splat, store_lanes
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_cpu.kernels.memory import floats
 
@@ -43,83 +45,128 @@ def exp(x):
     return ((p * (r * r) + r) + ONE) * power
 
 
-@inner
-def silu_products(gate_at, up_at, out_at, n):
-    """out = silu(gate) * up (SPEC 7.1)."""
-    whole = n // LANES * LANES
-    for i in range(0, whole, LANES):
-        silu_lanes(gate_at + 4 * i, up_at + 4 * i, out_at + 4 * i)
-    gate, up, out = floats(gate_at, n), floats(up_at, n), floats(out_at, n)
-    for i in range(whole, n):
-        out[i] = (gate[i] / (ONE + exp(-gate[i]))) * up[i]
-
-
-@inner
-def exp_differences(x_at, top, out_at, n):
-    """out = exp(x - top)."""
-    whole = n // LANES * LANES
-    for i in range(0, whole, LANES):
-        exp_lanes(x_at + 4 * i, top, out_at + 4 * i)
-    x, out = floats(x_at, n), floats(out_at, n)
-    for i in range(whole, n):
-        out[i] = exp(x[i] - top)
-
-
 INTS = ir.VectorType(ir.IntType(32), LANES)
+Vectors = list[ir.Value]
+FEW = 4  # vectors whose steps take turns: each is a chain, and a CPU sees only so far ahead
 
 
 def _constant(value: np.float32 | np.int32, kind: ir.VectorType = FLOATS) -> ir.Constant:
     return ir.Constant(kind, [value.item()] * LANES)
 
 
-def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """`exp` of LANES floats."""
-    low, high, rounder = _constant(EXP_MIN), _constant(EXP_MAX), _constant(ROUNDER)
-    x = builder.select(builder.fcmp_ordered(">", x, low), x, low)
-    x = builder.select(builder.fcmp_ordered("<", x, high), x, high)
-    k = builder.fmul(x, _constant(LOG2_E))
-    k = builder.fsub(builder.fadd(k, rounder), rounder)
-    r = builder.fsub(x, builder.fmul(k, _constant(LN2_HIGH)))
-    r = builder.fsub(r, builder.fmul(k, _constant(LN2_LOW)))
-    p: ir.Value = _constant(E0)
+def _exp(builder: ir.IRBuilder, x: Vectors) -> Vectors:
+    """`exp` of vectors, an operation on all before the next."""
+
+    def each(operation: Callable[..., ir.Value], *operands: Vectors | ir.Value) -> Vectors:
+        lists = [o if isinstance(o, list) else [o] * len(x) for o in operands]
+        return [operation(*values) for values in zip(*lists, strict=True)]
+
+    def bounded(order: str, value: ir.Value, bound: ir.Value) -> ir.Value:
+        return builder.select(builder.fcmp_ordered(order, value, bound), value, bound)
+
+    mul, add, sub = (partial(each, f) for f in (builder.fmul, builder.fadd, builder.fsub))
+    x = each(partial(bounded, ">"), x, _constant(EXP_MIN))
+    x = each(partial(bounded, "<"), x, _constant(EXP_MAX))
+    k = sub(add(mul(x, _constant(LOG2_E)), _constant(ROUNDER)), _constant(ROUNDER))
+    r = sub(x, mul(k, _constant(LN2_HIGH)))
+    r = sub(r, mul(k, _constant(LN2_LOW)))
+    p = [_constant(E0)] * len(x)
     for factor in (E1, E2, E3, E4, E5):
-        p = builder.fadd(builder.fmul(p, r), _constant(factor))
-    exponent = builder.add(builder.fptosi(k, INTS), _constant(BIAS, INTS))
-    power = builder.bitcast(builder.shl(exponent, _constant(MANTISSA, INTS)), FLOATS)
-    result = builder.fadd(builder.fmul(p, builder.fmul(r, r)), r)
-    return builder.fmul(builder.fadd(result, _constant(ONE)), power)
+        p = add(mul(p, r), _constant(factor))
+    exponent = each(lambda v: builder.add(builder.fptosi(v, INTS), _constant(BIAS, INTS)), k)
+    power = each(
+        lambda v: builder.bitcast(builder.shl(v, _constant(MANTISSA, INTS)), FLOATS), exponent
+    )
+    return mul(add(add(mul(p, mul(r, r)), r), _constant(ONE)), power)
 
 
-if INTERPRETED:
+def _vectors(builder: ir.IRBuilder, at: ir.Value, count: int) -> Vectors:
+    return [load_lanes(builder, builder.add(at, LONG(i * LANE_BYTES))) for i in range(count)]
 
-    def exp_lanes(x_at: int, top: Any, out_at: int) -> None:
-        out = floats(out_at, LANES)
-        out[:] = [exp(x - top) for x in floats(x_at, LANES)]
 
-    def silu_lanes(gate_at: int, up_at: int, out_at: int) -> None:
-        gate, up, out = floats(gate_at, LANES), floats(up_at, LANES), floats(out_at, LANES)
-        out[:] = [(g / (ONE + exp(-g))) * u for g, u in zip(gate, up, strict=True)]
+def _store(builder: ir.IRBuilder, vectors: Vectors, at: ir.Value) -> None:
+    for i, vector in enumerate(vectors):
+        store_lanes(builder, vector, builder.add(at, LONG(i * LANE_BYTES)))
 
-else:
+
+def _exp_lanes(count: int) -> Callable[..., None]:
+    """(x, top, out): out = exp(x - top) of so many vectors."""
+    if INTERPRETED:
+
+        def interpreted(x_at: int, top: Any, out_at: int) -> None:
+            n = count * LANES
+            floats(out_at, n)[:] = [exp(x - top) for x in floats(x_at, n)]
+
+        return interpreted
 
     @intrinsic
-    def exp_lanes(typing: Any, x_at: Any, top: Any, out_at: Any) -> Any:
+    def compiled(typing: Any, x_at: Any, top: Any, out_at: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             x_at, top, out_at = args
-            x = builder.fsub(load_lanes(builder, x_at), splat(builder, top))
-            store_lanes(builder, _exp(builder, x), out_at)
+            top = splat(builder, top)
+            x = [builder.fsub(v, top) for v in _vectors(builder, x_at, count)]
+            _store(builder, _exp(builder, x), out_at)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.float32, types.int64), codegen
 
+    return compiled  # type: ignore[no-any-return]
+
+
+def _silu_lanes(count: int) -> Callable[..., None]:
+    """(gate, up, out): out = silu(gate) * up of so many vectors."""
+    if INTERPRETED:
+
+        def interpreted(gate_at: int, up_at: int, out_at: int) -> None:
+            n = count * LANES
+            pairs = zip(floats(gate_at, n), floats(up_at, n), strict=True)
+            floats(out_at, n)[:] = [(g / (ONE + exp(-g))) * u for g, u in pairs]
+
+        return interpreted
+
     @intrinsic
-    def silu_lanes(typing: Any, gate_at: Any, up_at: Any, out_at: Any) -> Any:
+    def compiled(typing: Any, gate_at: Any, up_at: Any, out_at: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             gate_at, up_at, out_at = args
-            gate = load_lanes(builder, gate_at)
-            below = builder.fadd(_constant(ONE), _exp(builder, builder.fneg(gate)))
-            product = builder.fmul(builder.fdiv(gate, below), load_lanes(builder, up_at))
-            store_lanes(builder, product, out_at)
+            gates, ups = (_vectors(builder, at, count) for at in (gate_at, up_at))
+            products = []
+            below = _exp(builder, [builder.fneg(gate) for gate in gates])
+            for gate, up, e in zip(gates, ups, below, strict=True):
+                silu = builder.fdiv(gate, builder.fadd(_constant(ONE), e))
+                products.append(builder.fmul(silu, up))
+            _store(builder, products, out_at)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64), codegen
+
+    return compiled  # type: ignore[no-any-return]
+
+
+exp_few, exp_one = _exp_lanes(FEW), _exp_lanes(1)
+silu_few, silu_one = _silu_lanes(FEW), _silu_lanes(1)
+
+
+@inner
+def exp_differences(x_at, top, out_at, n):
+    """out = exp(x - top)."""
+    few, whole = n // (FEW * LANES) * FEW * LANES, n // LANES * LANES
+    for i in range(0, few, FEW * LANES):
+        exp_few(x_at + 4 * i, top, out_at + 4 * i)
+    for i in range(few, whole, LANES):
+        exp_one(x_at + 4 * i, top, out_at + 4 * i)
+    x, out = floats(x_at, n), floats(out_at, n)
+    for i in range(whole, n):
+        out[i] = exp(x[i] - top)
+
+
+@inner
+def silu_products(gate_at, up_at, out_at, n):
+    """out = silu(gate) * up (SPEC 7.1)."""
+    few, whole = n // (FEW * LANES) * FEW * LANES, n // LANES * LANES
+    for i in range(0, few, FEW * LANES):
+        silu_few(gate_at + 4 * i, up_at + 4 * i, out_at + 4 * i)
+    for i in range(few, whole, LANES):
+        silu_one(gate_at + 4 * i, up_at + 4 * i, out_at + 4 * i)
+    gate, up, out = floats(gate_at, n), floats(up_at, n), floats(out_at, n)
+    for i in range(whole, n):
+        out[i] = (gate[i] / (ONE + exp(-gate[i]))) * up[i]

@@ -62,9 +62,10 @@ def splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return builder.shuffle_vector(first, nothing, mask)
 
 
-def _eight_sum(at: int, m: int) -> None:
-    """The vectors at, at + m, ..., at + 7 m summed as SPEC 2.2 does, into the first."""
-    floats(at, LANES)[:] = halved([floats(at + j * m * LANE_BYTES, LANES) for j in range(8)])
+def swapped(builder: ir.IRBuilder, x: ir.Value, h: int) -> ir.Value:
+    """Lane i ^ h in lane i."""
+    lanes = ir.VectorType(ir.IntType(32), LANES)
+    return builder.shuffle_vector(x, x, ir.Constant(lanes, [i ^ h for i in range(LANES)]))
 
 
 def _add(a_at: int, b_at: int, out_at: int) -> None:
@@ -81,6 +82,11 @@ def _larger(a_at: int, b_at: int, out_at: int) -> None:
     """out = the larger of a and b."""
     a, b = floats(a_at, LANES), floats(b_at, LANES)
     floats(out_at, LANES)[:] = np.where(a > b, a, b)
+
+
+def _largest(at: int) -> Any:
+    """The largest of LANES floats."""
+    return floats(at, LANES).max()
 
 
 def _scaled_sums(acc_at: int, total: Any, x: Any, out_at: int) -> None:
@@ -100,22 +106,9 @@ def _butterflies(at: int) -> None:
 
 
 if INTERPRETED:
-    add, scale, larger, eight_sum = _add, _scale, _larger, _eight_sum
+    add, scale, larger, largest = _add, _scale, _larger, _largest
     scaled_sums, butterflies = _scaled_sums, _butterflies
 else:
-
-    @intrinsic
-    def eight_sum(typing: Any, at: Any, m: Any) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            at, m = args
-            parts = []
-            for j in range(8):
-                offset = builder.mul(m, LONG(j * LANE_BYTES))
-                parts.append(load_lanes(builder, builder.add(at, offset)))
-            store_lanes(builder, halved(parts, builder.fadd), at)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64), codegen
 
     @intrinsic
     def add(typing: Any, a_at: Any, b_at: Any, out_at: Any) -> Any:
@@ -146,6 +139,19 @@ else:
         return types.void(types.int64, types.int64, types.int64), codegen
 
     @intrinsic
+    def largest(typing: Any, at: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            x = load_lanes(builder, args[0])
+            h = LANES // 2
+            while h:
+                y = swapped(builder, x, h)
+                x = builder.select(builder.fcmp_ordered(">", x, y), x, y)
+                h //= 2
+            return builder.extract_element(x, ir.IntType(32)(0))
+
+        return types.float32(types.int64), codegen
+
+    @intrinsic
     def scaled_sums(typing: Any, acc_at: Any, total: Any, x: Any, out_at: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             acc_at, total, x, out_at = args
@@ -165,10 +171,7 @@ else:
             h = LANES // 2
             while h:
                 # Lane i meets lane i ^ h; the upper one of a pair becomes other - itself.
-                lanes = ir.VectorType(ir.IntType(32), LANES)
-                other = builder.shuffle_vector(
-                    x, x, ir.Constant(lanes, [i ^ h for i in range(LANES)])
-                )
+                other = swapped(builder, x, h)
                 signs = ir.Constant(FLOATS, [-1.0 if i & h else 1.0 for i in range(LANES)])
                 x = builder.fadd(other, builder.fmul(x, signs))
                 h //= 2

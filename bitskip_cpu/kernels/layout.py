@@ -57,6 +57,17 @@ QUERIES = 4  # most heads that share a pass over keys and values
 LEVELS = 24  # of the streamed tree: up to 2^24 groups of positions
 BAND = 64  # rows of a product whose int32 sums are converted together; whole tiles
 
+
+def key_branches(padded):  # type: ignore[no-untyped-def]  # compiled too (kernels.attention)
+    """Branches of a score's tree over E' features; each is summed in registers."""
+    return padded // 64 if padded >= 64 else padded // 8
+
+
+def key_slot(feature, padded, branches):  # type: ignore[no-untyped-def]
+    """Where a cached key holds a feature: a branch's leaves lie in a row."""
+    return feature % branches * (padded // branches) + feature // branches
+
+
 # What `kernels.forward.run` does, added up; in this order.
 EMBED, DRAFT, BLOCKS, FILL, EXIT, MEASURE, GATE, HELP = 1, 2, 4, 8, 16, 32, 64, 128
 

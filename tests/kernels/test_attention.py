@@ -7,7 +7,7 @@ import pytest
 
 from bitskip_cpu.cache import KVCache, padded_keys, padded_values
 from bitskip_cpu.kernels import attention as kernels
-from bitskip_cpu.kernels.layout import LANES
+from bitskip_cpu.kernels.layout import LANES, key_branches, key_slot
 from bitskip_ref.attention import attention
 from bitskip_ref.config import small_twin
 from bitskip_ref.functions import half
@@ -37,7 +37,8 @@ def key_memory(keys: np.ndarray, capacity: int, behind: float, kind: str) -> np.
     head_dim = keys.shape[1]
     padded = padded_keys(head_dim)
     memory = np.full((capacity // LANES, padded, LANES), behind, kind)
-    memory[:, head_dim:] = 0
+    branches = key_branches(padded)
+    memory[:, [key_slot(f, padded, branches) for f in range(head_dim, padded)]] = 0
     for position, key in enumerate(keys):
         row = np.ascontiguousarray(key)
         call(kernels.store_key, row, memory, memory.itemsize, padded, head_dim, position)
@@ -68,7 +69,7 @@ def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: int) -> np
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("head_dim", [2, 6, 16, 26, 64, 128, 256])
+@pytest.mark.parametrize("head_dim", [2, 6, 16, 26, 64, 80, 128, 256])
 @pytest.mark.parametrize("seen", [1, 2, 3, 15, 16, 17, 33, 48, 100, 129])
 def test_attend(head_dim: int, seen: int, kind: str) -> None:
     k, v = random(seen, head_dim, seed=1), random(seen, head_dim, seed=2)
