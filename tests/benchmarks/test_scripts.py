@@ -1,0 +1,65 @@
+"""The benchmark scripts that no other test runs: each, small, to its last line; never a speed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import batches, heads, onnx_graph, speculate, start
+from bitskip_cpu import isa
+from bitskip_ref.config import small_twin
+from tests.helpers import random_folder
+
+TEXT = "Once upon a time there was a little dog who liked to run and play in the park. " * 8
+
+
+def lines(
+    module: object, arguments: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> list[str]:  # fmt: skip
+    """What a script prints."""
+    monkeypatch.setattr(sys, "argv", ["script", *arguments.split()])
+    module.main()  # type: ignore[attr-defined]
+    return capsys.readouterr().out.strip().split("\n")
+
+
+def test_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = lines(batches, "tiny -t 1,2 -b 1,3 -d 5 -r 1", monkeypatch, capsys)
+    rows = [line.split("|")[1].strip() for line in out if line.startswith("| ")]
+    assert rows.count("1") == rows.count("3") == 2  # a table for one thread, one for two
+
+
+def test_heads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = lines(heads, "--preset tiny -t 1 -r 1", monkeypatch, capsys)
+    assert [line.split()[1] for line in out[-3:]] == ["int8", "int6", "int4"]
+
+
+def test_onnx_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = random_folder(tmp_path / "model", small_twin("bitskip-v1"))
+    out = lines(onnx_graph, f"{folder} -p 4 -n 2", monkeypatch, capsys)
+    assert {name for name, speed in json.loads(out[-1]).items() if speed > 0} == {"pp4", "tg2"}
+
+
+def test_speculate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("\n<|endoftext|>\n".join([TEXT] * 3))
+    arguments = f"--text {text} --prompts 2 --prompt-tokens 6 -n 8 --speculate 1,auto -r 1"
+    out = lines(speculate, f"{arguments} --draft-vocab 1024 --impose stories-24", monkeypatch, capsys)
+    same = [line.split("|")[-2].strip() for line in out if "| K " in line or "| plain" in line]
+    assert same[:3] == ["2", "2", "2"]  # texts of plain, K 1 and auto; then those imposed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(isa.INTERPRETED, reason="nothing is compiled")
+def test_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = lines(start, "-r 1", monkeypatch, capsys)
+    assert [line.split(":")[0] for line in out] == [
+        "cold, compiling", "warm", "import numba", "import numpy, llvmlite.binding",
+    ]  # fmt: skip
