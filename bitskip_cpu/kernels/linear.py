@@ -37,7 +37,8 @@ else:
     FEW_ABOVE = FEW_ABOVE_SHORT = UNPACK_ABOVE
 LONG = 8
 begin_blocks, bytes_block, end_blocks = blocks.begin_blocks, blocks.bytes_block, blocks.end_blocks
-few_block = blocks.few_block
+few_block, many_block = blocks.few_block, blocks.many_block
+IN_PIECES = PATH == "amx512"
 BLOCK_TILES, BLOCK_TOKENS = blocks.BLOCK_TILES, blocks.BLOCK_TOKENS
 int4_1, int4_4, int6_1, int6_4 = heads.int4_1, heads.int4_4, heads.int6_1, heads.int6_4
 int8_1, int8_4 = heads.int8_1, heads.int8_4
@@ -71,6 +72,10 @@ def ternary_sums(s, p, tiles_at, tiles, acc_at, unpacked_at):
     """
     size, units, tail = TILE_ROWS * p.row_bytes, p.units, p.tail
     tokens, stride = s.tokens, s.codes_stride
+    if tokens > UNPACK_ABOVE and IN_PIECES:
+        many_block(tokens, tiles_at, tiles, size, units, tail, p.padded, s.codes, stride, acc_at,
+                   ACC_STRIDE, unpacked_at)  # fmt: skip
+        return
     if tokens > UNPACK_ABOVE:
         fours, room = p.padded // COLUMNS, TILE_ROWS * p.padded
         for i in range(tiles):

@@ -15,11 +15,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bitskip_cpu.kernels.dot_simd import BYTE, INTS, LONG
+from bitskip_cpu.kernels.dot_simd import BYTE, INTS, LONG, Tile
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.memory import vector_pointer
 from bitskip_cpu.kernels.ternary_simd import unpack_tile
-from bitskip_cpu.kernels.tiles import LINE, LINE_COLUMNS, TILE_ROWS, UNIT_COLUMNS, UNIT_LINES
+from bitskip_cpu.kernels.tiles import (
+    COLUMNS,
+    LINE,
+    LINE_COLUMNS,
+    TILE_ROWS,
+    UNIT_COLUMNS,
+    UNIT_LINES,
+)
 
 BLOCK_TILES, BLOCK_TOKENS = 2, 32
 STEP = 64  # columns; activation codes and unpacked tiles are padded to it
@@ -71,63 +78,113 @@ def end_blocks(typing: Any) -> Any:
     return types.void(), codegen
 
 
-@intrinsic
-def bytes_block(
-    typing: Any, tile: Any, stride: Any, last_tile: Any, fours: Any, codes: Any,
-    codes_stride: Any, last: Any, out: Any, out_stride: Any,
-) -> Any:  # fmt: skip
+def bytes_kernel(adding: bool) -> Tile:
     """As `ternary_simd.bytes_block`; 32 tokens' codes must be readable, and sums writable.
 
-    A second half of tokens or tiles that is not wanted is left out.
+    A second half of tokens or tiles that is not wanted is left out. `adding`: to what is there.
     """
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        tile, stride, last_tile, fours, codes, codes_stride, last, out, out_stride = args
-        steps = builder.udiv(fours, LONG(STEP // 4))
-        half = builder.mul(codes_stride, LONG(16))
+    @intrinsic
+    def kernel(
+        typing: Any, tile: Any, stride: Any, last_tile: Any, fours: Any, codes: Any,
+        codes_stride: Any, last: Any, out: Any, out_stride: Any,
+    ) -> Any:  # fmt: skip
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            tile, stride, last_tile, fours, codes, codes_stride, last, out, out_stride = args
+            steps = builder.udiv(fours, LONG(STEP // 4))
+            half = builder.mul(codes_stride, LONG(16))
 
-        def block(tokens: int, tiles: int) -> None:
-            """`tokens` and `tiles`: groups of 16, 1 or 2."""
-            for i in range(tokens * tiles):
-                call(builder, "tilezero", BYTE(i))
-            with cgutils.for_range(builder, steps) as loop:
-                for i in range(tokens):
-                    at = builder.add(
-                        builder.mul(half, LONG(i)), builder.mul(loop.index, LONG(STEP))
-                    )
-                    source = address(builder, codes, at)
-                    call(builder, "tileloadd64", BYTE(4 + i), source, codes_stride)
-                for j in range(tiles):
-                    at = builder.add(
-                        builder.mul(stride, LONG(j)), builder.mul(loop.index, LONG(16 * LINE))
-                    )
-                    call(builder, "tileloadd64", BYTE(6 + j), address(builder, tile, at), LONG(64))
+            def block(tokens: int, tiles: int) -> None:
+                """`tokens` and `tiles`: groups of 16, 1 or 2."""
+                sums_at = []
                 for i in range(tokens):
                     for j in range(tiles):
-                        total = BYTE(i * tiles + j)
-                        call(builder, "tdpbsud", total, BYTE(4 + i), BYTE(6 + j))
-            for i in range(tokens):
-                for j in range(tiles):
-                    at = builder.add(builder.mul(out_stride, LONG(16 * i)), LONG(64 * j))
-                    target = address(builder, out, at)
-                    call(builder, "tilestored64", BYTE(i * tiles + j), target, out_stride)
+                        at = builder.add(builder.mul(out_stride, LONG(16 * i)), LONG(64 * j))
+                        sums_at.append(address(builder, out, at))
+                for total, at in enumerate(sums_at):
+                    if adding:
+                        call(builder, "tileloadd64", BYTE(total), at, out_stride)
+                    else:
+                        call(builder, "tilezero", BYTE(total))
+                with cgutils.for_range(builder, steps) as loop:
+                    for i in range(tokens):
+                        at = builder.add(
+                            builder.mul(half, LONG(i)), builder.mul(loop.index, LONG(STEP))
+                        )
+                        source = address(builder, codes, at)
+                        call(builder, "tileloadd64", BYTE(4 + i), source, codes_stride)
+                    for j in range(tiles):
+                        at = builder.add(
+                            builder.mul(stride, LONG(j)), builder.mul(loop.index, LONG(16 * LINE))
+                        )
+                        source = address(builder, tile, at)
+                        call(builder, "tileloadd64", BYTE(6 + j), source, LONG(64))
+                    for i in range(tokens):
+                        for j in range(tiles):
+                            total = BYTE(i * tiles + j)
+                            call(builder, "tdpbsud", total, BYTE(4 + i), BYTE(6 + j))
+                for total, at in enumerate(sums_at):
+                    call(builder, "tilestored64", BYTE(total), at, out_stride)
 
-        def by_tiles(tokens: int) -> None:
-            two = builder.icmp_signed(">", last_tile, LONG(0))
-            with builder.if_else(two) as (both, one):
+            def by_tiles(tokens: int) -> None:
+                two = builder.icmp_signed(">", last_tile, LONG(0))
+                with builder.if_else(two) as (both, one):
+                    with both:
+                        block(tokens, 2)
+                    with one:
+                        block(tokens, 1)
+
+            with builder.if_else(builder.icmp_signed(">=", last, LONG(16))) as (both, one):
                 with both:
-                    block(tokens, 2)
+                    by_tiles(2)
                 with one:
-                    block(tokens, 1)
+                    by_tiles(1)
+            return context.get_dummy_value()
 
-        with builder.if_else(builder.icmp_signed(">=", last, LONG(16))) as (both, one):
-            with both:
-                by_tiles(2)
-            with one:
-                by_tiles(1)
-        return context.get_dummy_value()
+        return types.void(*[types.int64] * 9), codegen
 
-    return types.void(*[types.int64] * 9), codegen
+    return kernel  # type: ignore[no-any-return]
+
+
+bytes_block, more_block = bytes_kernel(adding=False), bytes_kernel(adding=True)
+
+PIECE_UNITS = 4  # of two tiles, unpacked, they leave the first cache room for codes and sums
+PIECE_COLUMNS = PIECE_UNITS * UNIT_COLUMNS
+PIECE_BYTES = (PIECE_COLUMNS + STEP) * TILE_ROWS  # of one tile; the last piece has the tail
+
+
+@inner
+def many_block(
+    tokens, tiles_at, tiles, size, units, tail, padded, codes_at, row, out_at, out_stride, room
+):
+    """Sums of up to four packed tiles of `size` bytes with many tokens.
+
+    A piece of two tiles is unpacked and multiplied with all tokens before the next: it stays in the
+    first cache, where whole tiles would go through the second. `room` holds 2 * PIECE_BYTES.
+    """
+    pieces = max(1, (units + PIECE_UNITS - 1) // PIECE_UNITS)
+    begin_blocks()
+    for i in range(0, tiles, BLOCK_TILES):
+        count = min(BLOCK_TILES, tiles - i)
+        for p in range(pieces):
+            last, first = p == pieces - 1, p * PIECE_COLUMNS
+            whole = units - p * PIECE_UNITS if last else PIECE_UNITS
+            for j in range(count):
+                at = tiles_at + (i + j) * size + p * PIECE_UNITS * UNIT_LINES * LINE
+                unpack_tile(at, whole, tail if last else 0, room + j * PIECE_BYTES)
+            fours = (padded - first if last else PIECE_COLUMNS) // COLUMNS
+            for t in range(0, tokens, BLOCK_TOKENS):
+                codes, to = codes_at + t * row + first, out_at + t * out_stride + 4 * TILE_ROWS * i
+                left = tokens - 1 - t
+                if p:
+                    more_block(
+                        room, PIECE_BYTES, count - 1, fours, codes, row, left, to, out_stride
+                    )
+                else:
+                    bytes_block(
+                        room, PIECE_BYTES, count - 1, fours, codes, row, left, to, out_stride
+                    )
+    end_blocks()
 
 
 CHAINS = 3  # accumulators of a tile: a product's result is there after three others

@@ -290,5 +290,12 @@ end_blocks = begin_blocks
 
 
 @inner
+def many_block(
+    tokens, tiles_at, tiles, size, units, tail, padded, codes_at, row, out_at, out_stride, room
+):
+    """Only with a matrix unit (`ternary_amx`)."""
+
+
+@inner
 def few_block(tokens, tiles_at, tiles, size, units, tail, codes_at, row, out_at, out_stride, room):
     """Only with a matrix unit (`ternary_amx`)."""

@@ -70,18 +70,24 @@ def test_ternary_tiles(width: int, w: str, x: str) -> None:
 
 
 @pytest.mark.skipif(PATH != "amx512", reason="needs a matrix unit")
-@pytest.mark.parametrize("width", [1, 60, 96, 192, 252, 300, 440, 2048])
-@pytest.mark.parametrize("tokens", [1, 4, 5, 8, 9, 16])
-@pytest.mark.parametrize("count", [1, 4])
-def test_few_tokens_in_the_matrix_unit(width: int, tokens: int, count: int) -> None:
+@pytest.mark.parametrize("width", [1, 60, 96, 192, 252, 300, 384, 440, 2048])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 8, 9, 16, 17, 33, 64, 128])
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_packed_tiles_in_the_matrix_unit(width: int, tokens: int, count: int) -> None:
     values, padded = weights("random", count * tiles.TILE_ROWS, width), tiles.padded_width(width)
     units, tail, size = tiles.units(width), tiles.tail_lines(width), tiles.tile_bytes(width)
     packed, tiled = pack_ternary(values), np.zeros(count * size, np.uint8)
     scratch = np.zeros(2 * 16 * max(padded, 4 * packed.shape[1]) + 512, np.uint8)
     KERNELS.repack(at(packed), packed.shape[1], len(values), units, tail, at(tiled), at(scratch))
-    codes = np.zeros((16, padded), np.int8)
-    codes[:, :width] = activations("random", 16, width)
-    out, room = np.zeros((16, 64), np.int32), np.full(LEAST_ROOM, 99, np.uint8)
-    call(linear.few_block, tokens, tiled, count, size, units, tail, codes, padded, out, 256, room)
+    behind = tokens + 32  # may be read and written
+    codes = np.zeros((behind, padded), np.int8)
+    codes[:, :width] = activations("random", behind, width)
+    out, room = np.full((behind, 64), 7, np.int32), np.full(LEAST_ROOM + 64, 99, np.uint8)
+    shape = tokens, tiled, count, size, units, tail
+    if tokens <= linear.UNPACK_ABOVE:
+        call(linear.few_block, *shape, codes, padded, out, 256, room)
+    else:
+        call(linear.many_block, *shape, padded, codes, padded, out, 256, room)
     exact = codes[:, :width].astype(np.int32) @ (values.T.astype(np.int32) + 1)
     assert same_bits(exact[:tokens], np.ascontiguousarray(out[:tokens, : len(values)]))
+    assert (room[LEAST_ROOM:] == 99).all()
