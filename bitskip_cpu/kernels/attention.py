@@ -24,7 +24,7 @@ from bitskip_cpu.kernels.exponential import exp_differences
 from bitskip_cpu.kernels.floats import ZERO, copy, fill_zero
 from bitskip_cpu.kernels.halfs import half, narrow
 from bitskip_cpu.kernels.inner import inner
-from bitskip_cpu.kernels.lanes import LANE_BYTES, add, larger, largest, scale
+from bitskip_cpu.kernels.lanes import LANE_BYTES, add, interleave, larger, largest, scale
 from bitskip_cpu.kernels.layout import HALF, LANES, LEVELS
 from bitskip_cpu.kernels.memory import fetch, floats, halfs
 
@@ -34,7 +34,7 @@ LOWEST = f32(-np.inf)
 AHEAD = 3  # groups between asking for one and its use
 
 
-key_branches = inner(layout.key_branches)
+key_branches, leaf_slot = inner(layout.key_branches), inner(layout.leaf_slot)
 
 
 @inner
@@ -58,13 +58,12 @@ def store_key(key_at, keys_at, size, padded, head_dim, position):
     key, column_at = floats(key_at, head_dim), keys_at + size * group * padded * LANES
     rounded, column = halfs(column_at, padded * LANES), floats(column_at, padded * LANES)
     for branch in range(branches):  # `key_slot`, without its divisions
-        to = branch * leaves * LANES + lane
-        for feature in range(branch, head_dim, branches):
+        for leaf in range((head_dim - branch + branches - 1) // branches):
+            to = (branch * leaves + leaf_slot(leaf, leaves)) * LANES + lane
             if size == HALF:
-                rounded[to] = half(key[feature])
+                rounded[to] = half(key[branch + leaf * branches])
             else:
-                column[to] = key[feature]
-            to += LANES
+                column[to] = key[branch + leaf * branches]
 
 
 @inner
@@ -81,16 +80,16 @@ def store_value(value_at, values_at, size, value_width, head_dim, position):
 def lay_out(q_at, out_at, head_dim, padded):
     """A query's features, and zeros behind them, where a cached key has them."""
     branches = key_branches(padded)
-    if branches == 1:
-        copy(q_at, out_at, head_dim)
-        fill_zero(out_at + 4 * head_dim, padded - head_dim)
-        return
+    leaves = padded // branches
     fill_zero(out_at, padded)
-    q, leaves = floats(q_at, head_dim), padded // branches
+    q = floats(q_at, head_dim)
     for branch in range(branches):
-        out = floats(out_at + 4 * branch * leaves, leaves)
+        at = out_at + 4 * branch * leaves
+        out = floats(at, leaves)
         for i in range((head_dim - branch + branches - 1) // branches):
             out[i] = q[branch + i * branches]
+        if leaves == 64:
+            interleave(at)
 
 
 @inner

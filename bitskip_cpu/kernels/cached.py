@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.halfs import load_halfs
 from bitskip_cpu.kernels.lanes import LONG, halved, load_lanes, load_splat, paired, store_lanes
-from bitskip_cpu.kernels.layout import FULL, HALF, LANES, QUERIES
+from bitskip_cpu.kernels.layout import FULL, HALF, LANES, QUERIES, leaf_slot
 from bitskip_cpu.kernels.memory import floats, halfs
 
 Kernel = Callable[..., None]
@@ -35,7 +35,8 @@ def _products(leaves: int) -> Kernel:
         for i in range(queries):
             q = floats(q_at + i * q_stride, leaves)
             p = [q[j] * _numbers(size, k_at + j * step * size) for j in range(leaves)]
-            floats(out_at + i * out_stride, LANES)[:] = halved(p)
+            in_order = [p[leaf_slot(j, leaves)] for j in range(leaves)]
+            floats(out_at + i * out_stride, LANES)[:] = halved(in_order)
 
     return products
 
@@ -65,24 +66,24 @@ def _emit_products(leaves: int) -> Emit:
         for _ in range(queries - 1):
             query_at.append(builder.add(query_at[-1], q_stride))
 
-        def key(j: int) -> ir.Value:
-            return _load(builder, size, builder.add(k, builder.mul(step, LONG(j * size))))
-
-        def sums(first: int, every: int) -> list[ir.Value]:
-            """Per query the sum of some leaves; a branch is done before the next is begun."""
-            if every * 8 < leaves:
-                even, odd = sums(first, 2 * every), sums(first + every, 2 * every)
+        def sums(first: int, count: int) -> list[ir.Value]:
+            """Per query the sum of `count` leaves; a branch is done before the next is begun."""
+            if count > 8:
+                even, odd = sums(first, count // 2), sums(first + count // 2, count // 2)
                 return [builder.fadd(a, b) for a, b in zip(even, odd, strict=True)]
-            places = range(first, leaves, every)
-            keys = [key(j) for j in places]
-            found = []
+            keys, found = [], []
+            for j in range(first, first + count):
+                at = builder.add(k, builder.mul(step, LONG(j * size)))
+                keys.append(_load(builder, size, at))
             for base in query_at:
-                features = [load_splat(builder, builder.add(base, LONG(4 * j))) for j in places]
-                products = [builder.fmul(x, y) for x, y in zip(features, keys, strict=True)]
+                products = []
+                for j, key in enumerate(keys, first):
+                    x = load_splat(builder, builder.add(base, LONG(4 * j)))
+                    products.append(builder.fmul(x, key))
                 found.append(halved(products, builder.fadd))
             return found
 
-        for total in sums(0, 1):
+        for total in sums(0, leaves):
             store_lanes(builder, total, out)
             out = builder.add(out, out_stride)
 
@@ -137,5 +138,5 @@ def _compiled(emit: Emit) -> Kernel:
 products_8, products_64 = (
     _products(leaves) if INTERPRETED else _compiled(_emit_products(leaves)) for leaves in (8, 64)
 )
-"""out = sum 2.2 over 8 or 64 features of q * k, of LANES positions."""
+"""out = sum 2.2 over 8 or 64 features of q * k, in the order of `leaf_slot`; of LANES positions."""
 weighed = _weighed if INTERPRETED else _compiled(_emit_weighed)

@@ -16,7 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from bitskip_cpu.isa import INTERPRETED
-from bitskip_cpu.kernels.layout import LANES
+from bitskip_cpu.kernels.layout import LANES, leaf_slot
 from bitskip_cpu.kernels.memory import floats, int32s, vector_pointer
 
 Add = Callable[[Any, Any], Any]
@@ -89,6 +89,12 @@ def _largest(at: int) -> Any:
     return floats(at, LANES).max()
 
 
+def _interleave(at: int) -> None:
+    """64 floats into the order of `leaf_slot`, in place."""
+    x = floats(at, 64)
+    x[[leaf_slot(i, 64) for i in range(64)]] = x.copy()
+
+
 def _scaled_sums(acc_at: int, total: Any, x: Any, out_at: int) -> None:
     """out = f32(acc - total) * x."""
     exact = int32s(acc_at, LANES) - np.int32(total)
@@ -106,7 +112,7 @@ def _butterflies(at: int) -> None:
 
 
 if INTERPRETED:
-    add, scale, larger, largest = _add, _scale, _larger, _largest
+    add, scale, larger, largest, interleave = _add, _scale, _larger, _largest, _interleave
     scaled_sums, butterflies = _scaled_sums, _butterflies
 else:
 
@@ -150,6 +156,22 @@ else:
             return builder.extract_element(x, ir.IntType(32)(0))
 
         return types.float32(types.int64), codegen
+
+    @intrinsic
+    def interleave(typing: Any, at: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            kind = ir.VectorType(ir.FloatType(), 64)
+            x = builder.load(vector_pointer(builder, args[0], kind), align=4)
+            slots = [leaf_slot(i, 64) for i in range(64)]
+            order = ir.Constant(
+                ir.VectorType(ir.IntType(32), 64), [slots.index(i) for i in range(64)]
+            )
+            builder.store(
+                builder.shuffle_vector(x, x, order), vector_pointer(builder, args[0], kind), align=4
+            )
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen
 
     @intrinsic
     def scaled_sums(typing: Any, acc_at: Any, total: Any, x: Any, out_at: Any) -> Any:

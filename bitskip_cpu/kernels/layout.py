@@ -63,9 +63,18 @@ def key_branches(padded):  # type: ignore[no-untyped-def]  # compiled too (kerne
     return padded // 64 if padded >= 64 else padded // 8
 
 
+def leaf_slot(leaf, leaves):  # type: ignore[no-untyped-def]
+    """A branch's leaves lie in the order in which `kernels.cached` reads them."""
+    if leaves < 64:
+        return leaf
+    turn = leaf % 8  # every eighth leaf makes a branch of eight; of those, even ones come first
+    return 8 * (4 * (turn & 1) + (turn & 2) + (turn >> 2)) + leaf // 8
+
+
 def key_slot(feature, padded, branches):  # type: ignore[no-untyped-def]
-    """Where a cached key holds a feature: a branch's leaves lie in a row."""
-    return feature % branches * (padded // branches) + feature // branches
+    """Where a cached key holds a feature: branch by branch."""
+    leaves = padded // branches
+    return feature % branches * leaves + leaf_slot(feature // branches, leaves)
 
 
 # What `kernels.forward.run` does, added up; in this order.
