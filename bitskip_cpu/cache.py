@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from bitskip_cpu.aligned import aligned
-from bitskip_cpu.kernels.layout import LANES, key_branches, key_slot
+from bitskip_cpu.kernels.layout import LANES, key_slots
 from bitskip_ref.cache import CacheFill
 from bitskip_ref.config import ModelConfig
 
@@ -49,5 +49,6 @@ class KVCache(CacheFill):
         size, padded = self.config.head_dim, self.keys.shape[3]
         keys = self.keys[i].transpose(1, 3, 0, 2).reshape(self.capacity, -1, padded)
         values = self.values[i].transpose(1, 0, 2)
-        order = [key_slot(feature, padded, key_branches(padded)) for feature in range(size)]
-        return keys[: self.length, :, order], values[: self.length, :, :size].copy()
+        return keys[: self.length, :, key_slots(padded)[:size]], values[
+            : self.length, :, :size
+        ].copy()

@@ -28,6 +28,7 @@ from bitskip_cpu.kernels.layout import (
     STATE,
     SWIGLU,
     UP,
+    key_slots,
     sync_words,
 )
 from bitskip_cpu.weights import Weights
@@ -93,6 +94,7 @@ class Workspace:
         for name, offset in w.norm_offsets.items():
             s[name] = offset
         s["cos"], s["sin"] = (self._keep(table) for table in rope_table(w.config))
+        s["key_slots"] = self._keep(key_slots(padded_keys(w.config.head_dim)))
         s["embedding"] = self._keep(w.tensors["embed_tokens.weight"])
         if w.config.head_format in HEAD_BITS:
             s["embedding_scale"] = self._keep(w.tensors["embed_tokens.scale"])

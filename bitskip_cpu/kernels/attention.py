@@ -4,7 +4,7 @@ Cache of one block (`keys_at`, `values_at`), LANES positions to a group:
 
     keys   [K, S / LANES, E', LANES]  turned; E' is E padded to a power of two, at least 8 (more
                                       zeros can change but the sign of a zero score, which exp
-                                      does not see); features in the order of `key_slot`
+                                      does not see); features in the order of `key_slots`
     values [K, S, W]                  W = E padded to a multiple of LANES
 
 of `size` bytes a number, FULL or HALF (SPEC 6.5), so that a score's tree over E runs on LANES
@@ -18,23 +18,19 @@ import math
 
 import numpy as np
 
-from bitskip_cpu.kernels import layout
 from bitskip_cpu.kernels.cached import products_8, products_64, weighed
 from bitskip_cpu.kernels.exponential import exp_differences
 from bitskip_cpu.kernels.floats import ZERO, copy, fill_zero
 from bitskip_cpu.kernels.halfs import half, narrow
 from bitskip_cpu.kernels.inner import inner
-from bitskip_cpu.kernels.lanes import LANE_BYTES, add, interleave, larger, largest, scale
+from bitskip_cpu.kernels.lanes import LANE_BYTES, add, larger, largest, reverse_64, scale
 from bitskip_cpu.kernels.layout import HALF, LANES, LEVELS
-from bitskip_cpu.kernels.memory import fetch, floats, halfs
+from bitskip_cpu.kernels.memory import fetch, floats, halfs, int32s
 
 f32 = np.float32
 
 LOWEST = f32(-np.inf)
 AHEAD = 3  # groups between asking for one and its use
-
-
-key_branches, leaf_slot = inner(layout.key_branches), inner(layout.leaf_slot)
 
 
 @inner
@@ -50,20 +46,19 @@ def turn(x_at, cos_at, sin_at, head_dim):
 
 
 @inner
-def store_key(key_at, keys_at, size, padded, head_dim, position):
+def store_key(key_at, keys_at, size, padded, head_dim, slots_at, position):
     """Put one head's turned key at its position; `keys_at` is the head's part of the cache."""
     group, lane = position // LANES, position % LANES
-    branches = key_branches(padded)
-    leaves = padded // branches
     key, column_at = floats(key_at, head_dim), keys_at + size * group * padded * LANES
-    rounded, column = halfs(column_at, padded * LANES), floats(column_at, padded * LANES)
-    for branch in range(branches):  # `key_slot`, without its divisions
-        for leaf in range((head_dim - branch + branches - 1) // branches):
-            to = (branch * leaves + leaf_slot(leaf, leaves)) * LANES + lane
-            if size == HALF:
-                rounded[to] = half(key[branch + leaf * branches])
-            else:
-                column[to] = key[branch + leaf * branches]
+    slots = int32s(slots_at, head_dim)
+    if size == HALF:
+        rounded = halfs(column_at, padded * LANES)
+        for i in range(head_dim):
+            rounded[slots[i] * LANES + lane] = half(key[i])
+    else:
+        column = floats(column_at, padded * LANES)
+        for i in range(head_dim):
+            column[slots[i] * LANES + lane] = key[i]
 
 
 @inner
@@ -77,19 +72,15 @@ def store_value(value_at, values_at, size, value_width, head_dim, position):
 
 
 @inner
-def lay_out(q_at, out_at, head_dim, padded):
+def lay_out(q_at, out_at, head_dim, padded, slots_at):
     """A query's features, and zeros behind them, where a cached key has them."""
-    branches = key_branches(padded)
-    leaves = padded // branches
+    if head_dim == 64:
+        reverse_64(q_at, out_at)
+        return
     fill_zero(out_at, padded)
-    q = floats(q_at, head_dim)
-    for branch in range(branches):
-        at = out_at + 4 * branch * leaves
-        out = floats(at, leaves)
-        for i in range((head_dim - branch + branches - 1) // branches):
-            out[i] = q[branch + i * branches]
-        if leaves == 64:
-            interleave(at)
+    q, out, slots = floats(q_at, head_dim), floats(out_at, padded), int32s(slots_at, head_dim)
+    for i in range(head_dim):
+        out[slots[i]] = q[i]
 
 
 @inner
@@ -109,8 +100,9 @@ def score_groups(
     A query has E' floats, zeros behind E; out holds whole groups. Scratch: LANES floats a
     branch and query. `next_at`: what is read next, to be fetched meanwhile; 0: nothing.
     """
-    branches = key_branches(padded)
-    leaves, stride = padded // branches, branches * LANE_BYTES
+    leaves = 64 if padded >= 64 else 8
+    branches = padded // leaves
+    stride = branches * LANE_BYTES
     end = (seen + LANES - 1) // LANES * LANES
     for start in range(0, seen, LANES):
         k_at, later = keys_at + size * start * padded, start + AHEAD * LANES
@@ -131,7 +123,8 @@ def score_groups(
             while n > 1:
                 n >>= 1
                 for i in range(n):
-                    add(at + i * LANE_BYTES, at + (i + n) * LANE_BYTES, at + i * LANE_BYTES)
+                    two = at + 2 * i * LANE_BYTES
+                    add(two, two + LANE_BYTES, at + i * LANE_BYTES)
             scale(at, factor, out_at + query * out_stride + 4 * start)
 
 
@@ -175,8 +168,8 @@ def add_to(a_at, target_at, n):
 
 @inner
 def attend(
-    queries, q_at, keys_at, values_at, size, padded, head_dim, value_width, seen, cold, out_at,
-    scratch_at,
+    queries, q_at, keys_at, values_at, size, padded, head_dim, slots_at, value_width, seen, cold,
+    out_at, scratch_at,
 ):  # fmt: skip
     """`queries` (1 to QUERIES) turned query heads over `seen` positions -> out (SPEC 6.2, 6.3).
 
@@ -189,7 +182,7 @@ def attend(
     query_at = scratch_at + queries * e_stride
     parts_at = query_at + 4 * padded * queries
     for i in range(queries):
-        lay_out(q_at + 4 * i * head_dim, query_at + 4 * i * padded, head_dim, padded)
+        lay_out(q_at + 4 * i * head_dim, query_at + 4 * i * padded, head_dim, padded, slots_at)
     next_at, factor = values_at if cold else 0, f32(1.0 / math.sqrt(float(head_dim)))
     score_groups(queries, query_at, 4 * padded, keys_at, next_at, size, padded, seen, factor,
                  scratch_at, e_stride, parts_at)  # fmt: skip

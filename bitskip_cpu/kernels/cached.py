@@ -18,8 +18,8 @@ from numba.extending import intrinsic
 
 from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.halfs import load_halfs
-from bitskip_cpu.kernels.lanes import LONG, halved, load_lanes, load_splat, paired, store_lanes
-from bitskip_cpu.kernels.layout import FULL, HALF, LANES, QUERIES, leaf_slot
+from bitskip_cpu.kernels.lanes import LONG, load_lanes, load_splat, paired, store_lanes
+from bitskip_cpu.kernels.layout import FULL, HALF, LANES, QUERIES
 from bitskip_cpu.kernels.memory import floats, halfs
 
 Kernel = Callable[..., None]
@@ -35,8 +35,7 @@ def _products(leaves: int) -> Kernel:
         for i in range(queries):
             q = floats(q_at + i * q_stride, leaves)
             p = [q[j] * _numbers(size, k_at + j * step * size) for j in range(leaves)]
-            in_order = [p[leaf_slot(j, leaves)] for j in range(leaves)]
-            floats(out_at + i * out_stride, LANES)[:] = halved(in_order)
+            floats(out_at + i * out_stride, LANES)[:] = paired(p)
 
     return products
 
@@ -69,8 +68,8 @@ def _emit_products(leaves: int) -> Emit:
         def sums(first: int, count: int) -> list[ir.Value]:
             """Per query the sum of `count` leaves; a branch is done before the next is begun."""
             if count > 8:
-                even, odd = sums(first, count // 2), sums(first + count // 2, count // 2)
-                return [builder.fadd(a, b) for a, b in zip(even, odd, strict=True)]
+                left, right = sums(first, count // 2), sums(first + count // 2, count // 2)
+                return [builder.fadd(a, b) for a, b in zip(left, right, strict=True)]
             keys, found = [], []
             for j in range(first, first + count):
                 at = builder.add(k, builder.mul(step, LONG(j * size)))
@@ -80,7 +79,7 @@ def _emit_products(leaves: int) -> Emit:
                 for j, key in enumerate(keys, first):
                     x = load_splat(builder, builder.add(base, LONG(4 * j)))
                     products.append(builder.fmul(x, key))
-                found.append(halved(products, builder.fadd))
+                found.append(paired(products, builder.fadd))
             return found
 
         for total in sums(0, leaves):
@@ -138,5 +137,5 @@ def _compiled(emit: Emit) -> Kernel:
 products_8, products_64 = (
     _products(leaves) if INTERPRETED else _compiled(_emit_products(leaves)) for leaves in (8, 64)
 )
-"""out = sum 2.2 over 8 or 64 features of q * k, in the order of `leaf_slot`; of LANES positions."""
+"""out = sum 2.2 over 8 or 64 features of q * k, in the order of `key_slots`, of LANES positions."""
 weighed = _weighed if INTERPRETED else _compiled(_emit_weighed)

@@ -149,7 +149,8 @@ def store(s, t):
     value = key + 4 * s.kv
     for h in range(s.kv_heads):
         turn(key + h * e, s.cos + position * half, s.sin + position * half, s.head_dim)
-        store_key(key + h * e, keys_of(s, h), s.cache_size, s.head_padded, s.head_dim, position)
+        store_key(key + h * e, keys_of(s, h), s.cache_size, s.head_padded, s.head_dim, s.key_slots,
+                  position)  # fmt: skip
         store_value(
             value + h * e, values_of(s, h), s.cache_size, s.value_width, s.head_dim, position
         )
@@ -180,8 +181,8 @@ def attention_part(s, scratch, part):
     while h < end:
         queries = min(QUERIES, end - h)
         attend(queries, q_at + h * e, keys_of(s, kv_head), values_of(s, kv_head), s.cache_size,
-               s.head_padded, s.head_dim, s.value_width, position + 1, t == 0, out_at + h * e,
-               scratch)  # fmt: skip
+               s.head_padded, s.head_dim, s.key_slots, s.value_width, position + 1, t == 0,
+               out_at + h * e, scratch)  # fmt: skip
         h += queries
 
 

@@ -16,20 +16,13 @@ from numba import types
 from numba.extending import intrinsic
 
 from bitskip_cpu.isa import INTERPRETED
-from bitskip_cpu.kernels.layout import LANES, leaf_slot
+from bitskip_cpu.kernels.layout import LANES, key_slots
 from bitskip_cpu.kernels.memory import floats, int32s, vector_pointer
 
 Add = Callable[[Any, Any], Any]
 LONG = ir.IntType(64)
 FLOATS = ir.VectorType(ir.FloatType(), LANES)
 LANE_BYTES = 4 * LANES
-
-
-def halved(x: Sequence[Any], add: Add = operator.add) -> Any:
-    """Sum by halving (SPEC 2.2), one branch after the other."""
-    if len(x) == 1:
-        return x[0]
-    return add(halved(x[0::2], add), halved(x[1::2], add))
 
 
 def paired(x: Sequence[Any], add: Add = operator.add) -> Any:
@@ -89,10 +82,9 @@ def _largest(at: int) -> Any:
     return floats(at, LANES).max()
 
 
-def _interleave(at: int) -> None:
-    """64 floats into the order of `leaf_slot`, in place."""
-    x = floats(at, 64)
-    x[[leaf_slot(i, 64) for i in range(64)]] = x.copy()
+def _reverse_64(x_at: int, out_at: int) -> None:
+    """64 floats into the order of `key_slots`."""
+    floats(out_at, 64)[key_slots(64)] = floats(x_at, 64)
 
 
 def _scaled_sums(acc_at: int, total: Any, x: Any, out_at: int) -> None:
@@ -112,7 +104,7 @@ def _butterflies(at: int) -> None:
 
 
 if INTERPRETED:
-    add, scale, larger, largest, interleave = _add, _scale, _larger, _largest, _interleave
+    add, scale, larger, largest, reverse_64 = _add, _scale, _larger, _largest, _reverse_64
     scaled_sums, butterflies = _scaled_sums, _butterflies
 else:
 
@@ -158,20 +150,16 @@ else:
         return types.float32(types.int64), codegen
 
     @intrinsic
-    def interleave(typing: Any, at: Any) -> Any:
+    def reverse_64(typing: Any, x_at: Any, out_at: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            kind = ir.VectorType(ir.FloatType(), 64)
-            x = builder.load(vector_pointer(builder, args[0], kind), align=4)
-            slots = [leaf_slot(i, 64) for i in range(64)]
-            order = ir.Constant(
-                ir.VectorType(ir.IntType(32), 64), [slots.index(i) for i in range(64)]
-            )
-            builder.store(
-                builder.shuffle_vector(x, x, order), vector_pointer(builder, args[0], kind), align=4
-            )
+            kind, index = ir.VectorType(ir.FloatType(), 64), ir.VectorType(ir.IntType(32), 64)
+            x_at, out_at = (vector_pointer(builder, at, kind) for at in args)
+            x = builder.load(x_at, align=4)
+            order = ir.Constant(index, key_slots(64).tolist())  # its own inverse
+            builder.store(builder.shuffle_vector(x, x, order), out_at, align=4)
             return context.get_dummy_value()
 
-        return types.void(types.int64), codegen
+        return types.void(types.int64, types.int64), codegen
 
     @intrinsic
     def scaled_sums(typing: Any, acc_at: Any, total: Any, x: Any, out_at: Any) -> Any:

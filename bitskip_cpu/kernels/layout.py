@@ -15,7 +15,7 @@ _STATE = """
     norm_eps largest_code
 
     weights layer_bytes params params_stride attn_norm ffn_norm attn_sub_norm ffn_sub_norm
-    first_norm cos sin embedding embedding_scale head_kind
+    first_norm cos sin key_slots embedding embedding_scale head_kind
     final_norm head head_row_bytes head_scale
     gate_norm gate_fc1 gate_fc2 gate_width
 
@@ -58,23 +58,13 @@ LEVELS = 24  # of the streamed tree: up to 2^24 groups of positions
 BAND = 64  # rows of a product whose int32 sums are converted together; whole tiles
 
 
-def key_branches(padded):  # type: ignore[no-untyped-def]  # compiled too (kernels.attention)
-    """Branches of a score's tree over E' features; each is summed in registers."""
-    return padded // 64 if padded >= 64 else padded // 8
+def key_slots(padded: int) -> np.ndarray:
+    """Where a cached key of E' features holds each, int32 [E'].
 
-
-def leaf_slot(leaf, leaves):  # type: ignore[no-untyped-def]
-    """A branch's leaves lie in the order in which `kernels.cached` reads them."""
-    if leaves < 64:
-        return leaf
-    turn = leaf % 8  # every eighth leaf makes a branch of eight; of those, even ones come first
-    return 8 * (4 * (turn & 1) + (turn & 2) + (turn >> 2)) + leaf // 8
-
-
-def key_slot(feature, padded, branches):  # type: ignore[no-untyped-def]
-    """Where a cached key holds a feature: branch by branch."""
-    leaves = padded // branches
-    return feature % branches * leaves + leaf_slot(feature // branches, leaves)
+    Their numbers' bits are reversed: what the tree of SPEC 2.2 adds lies side by side.
+    """
+    bits = padded.bit_length() - 1
+    return np.array([int(f"{i:0{bits}b}"[::-1], 2) for i in range(padded)], np.int32)
 
 
 # What `kernels.forward.run` does, added up; in this order.

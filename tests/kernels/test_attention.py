@@ -7,7 +7,7 @@ import pytest
 
 from bitskip_cpu.cache import KVCache, padded_keys, padded_values
 from bitskip_cpu.kernels import attention as kernels
-from bitskip_cpu.kernels.layout import LANES, key_branches, key_slot
+from bitskip_cpu.kernels.layout import LANES, key_slots
 from bitskip_ref.attention import attention
 from bitskip_ref.config import small_twin
 from bitskip_ref.functions import half
@@ -37,11 +37,11 @@ def key_memory(keys: np.ndarray, capacity: int, behind: float, kind: str) -> np.
     head_dim = keys.shape[1]
     padded = padded_keys(head_dim)
     memory = np.full((capacity // LANES, padded, LANES), behind, kind)
-    branches = key_branches(padded)
-    memory[:, [key_slot(f, padded, branches) for f in range(head_dim, padded)]] = 0
+    slots = key_slots(padded)
+    memory[:, slots[head_dim:]] = 0
     for position, key in enumerate(keys):
         row = np.ascontiguousarray(key)
-        call(kernels.store_key, row, memory, memory.itemsize, padded, head_dim, position)
+        call(kernels.store_key, row, memory, memory.itemsize, padded, head_dim, slots, position)
     return memory
 
 
@@ -62,7 +62,7 @@ def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: int) -> np
     for cold in (False, True):
         out, scratch = np.zeros(q.shape, f32), np.full(1 << 16, np.nan, f32)
         call(kernels.attend, queries, q, keys, values, keys.itemsize, keys.shape[1], head_dim,
-             values.shape[1], seen, cold, out, scratch)  # fmt: skip
+             key_slots(keys.shape[1]), values.shape[1], seen, cold, out, scratch)  # fmt: skip
         outs.append(out)
     assert same_bits(*outs)
     return outs[0]
@@ -101,7 +101,16 @@ def test_cache_shows_what_was_stored(kind: str) -> None:
     for h in range(config.num_key_value_heads):
         for position in range(20):
             row = keys[position, h].copy()
-            call(kernels.store_key, row, cache.keys[2, h], cache.keys.itemsize, 8, 6, position)
+            call(
+                kernels.store_key,
+                row,
+                cache.keys[2, h],
+                cache.keys.itemsize,
+                8,
+                6,
+                key_slots(8),
+                position,
+            )
         cache.values[2, h, :20, :6] = keys[:, h]
     cache.length = 20
     for found in cache.layer(2):
