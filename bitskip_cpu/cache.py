@@ -49,6 +49,5 @@ class KVCache(CacheFill):
         size, padded = self.config.head_dim, self.keys.shape[3]
         keys = self.keys[i].transpose(1, 3, 0, 2).reshape(self.capacity, -1, padded)
         values = self.values[i].transpose(1, 0, 2)
-        return keys[: self.length, :, key_slots(padded)[:size]], values[
-            : self.length, :, :size
-        ].copy()
+        order = key_slots(padded)[:size]
+        return keys[: self.length, :, order], values[: self.length, :, :size].copy()
