@@ -18,7 +18,7 @@ def prepare(quiet: bool = False) -> None:
         warmup()
         return
     start = time.perf_counter()
-    click.echo("compiling kernels, once on this machine, for about 15 seconds ...", err=True)
+    click.echo("compiling kernels, once on this machine, for about 20 seconds ...", err=True)
     warmup(_count if sys.stderr.isatty() else None)
     kept = "" if KERNELS.directory else "; not kept, the cache folder cannot be written"
     click.echo(f"compiled in {time.perf_counter() - start:.0f} s{kept}", err=True)

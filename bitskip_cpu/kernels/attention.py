@@ -25,7 +25,7 @@ from bitskip_cpu.kernels.halfs import half, narrow
 from bitskip_cpu.kernels.inner import inner
 from bitskip_cpu.kernels.lanes import LANE_BYTES, add, larger, largest, reverse_64, scale
 from bitskip_cpu.kernels.layout import HALF, LANES, LEVELS
-from bitskip_cpu.kernels.memory import fetch, floats, halfs, int32s
+from bitskip_cpu.kernels.memory import floats, halfs, int32s
 
 f32 = np.float32
 
@@ -84,13 +84,6 @@ def lay_out(q_at, out_at, head_dim, padded, slots_at):
 
 
 @inner
-def fetch_bytes(at, count):
-    """`fetch` so many bytes."""
-    for i in range(0, count, 64):
-        fetch(at + i)
-
-
-@inner
 def score_groups(
     queries, q_at, q_stride, keys_at, next_at, size, padded, seen, factor, out_at, out_stride,
     scratch_at,
@@ -105,19 +98,20 @@ def score_groups(
     stride = branches * LANE_BYTES
     end = (seen + LANES - 1) // LANES * LANES
     for start in range(0, seen, LANES):
-        k_at, later = keys_at + size * start * padded, start + AHEAD * LANES
+        k_at, soon_at = keys_at + size * start * padded, 0
         if next_at:
+            later = start + AHEAD * LANES
             soon_at = keys_at + size * later * padded
             if later >= end:
                 soon_at = next_at + size * (later - end) * padded
-            fetch_bytes(soon_at, size * LANES * padded)
         for i in range(branches):
-            q, k = q_at + 4 * leaves * i, k_at + size * leaves * LANES * i
+            branch = size * leaves * LANES * i
+            q, k, soon = q_at + 4 * leaves * i, k_at + branch, soon_at + branch if soon_at else 0
             to = scratch_at + i * LANE_BYTES
             if leaves == 64:
-                products_64(queries, size, q, q_stride, k, LANES, to, stride)
+                products_64(queries, size, q, q_stride, k, LANES, soon, to, stride)
             else:
-                products_8(queries, size, q, q_stride, k, LANES, to, stride)
+                products_8(queries, size, q, q_stride, k, LANES, soon, to, stride)
         for query in range(queries):
             at, n = scratch_at + query * stride, branches
             while n > 1:
@@ -147,11 +141,11 @@ def softmax_weights(e_at, seen):
 
 
 @inner
-def weigh_group(queries, e_at, e_stride, values_at, size, value_width, out_at, out_stride):
+def weigh_group(queries, e_at, e_stride, values_at, soon_at, size, value_width, out_at, out_stride):
     """Per query sum 2.3 over LANES positions of e * v, and behind it of e itself."""
     for i in range(0, value_width, LANES):
-        v, to = values_at + size * i, out_at + 4 * i
-        weighed(queries, size, e_at, e_stride, v, value_width, to, out_stride)
+        v, soon, to = values_at + size * i, soon_at + size * i if soon_at else 0, out_at + 4 * i
+        weighed(queries, size, e_at, e_stride, v, value_width, soon, to, out_stride)
     for query in range(queries):
         e = floats(e_at + query * e_stride, LANES)
         low = ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]))
@@ -198,12 +192,11 @@ def attend(
         first = group * LANES
         to = now_at if group & 1 else parts_at  # part 0 is free after every second group
         v_at = values_at + size * first * value_width
+        soon_at = 0
         if cold and group + AHEAD < groups:
-            bytes_of = size * LANES * value_width
-            fetch_bytes(v_at + AHEAD * bytes_of, bytes_of)
-        weigh_group(
-            queries, scratch_at + 4 * first, e_stride, v_at, size, value_width, to, 4 * width
-        )
+            soon_at = v_at + AHEAD * size * LANES * value_width
+        weigh_group(queries, scratch_at + 4 * first, e_stride, v_at, soon_at, size, value_width,
+                    to, 4 * width)  # fmt: skip
         level = 0
         while (group >> level) & 1:
             add_to(parts_at + 4 * level * whole, now_at, whole)

@@ -1,13 +1,14 @@
 """What attention does with cached keys and values, float32 or float16 (SPEC 6.2, 6.3, 6.5).
 
-The functions take (queries, size, query, query stride, cached, step, out, out stride): 1 to 4
+The functions take (queries, size, query, query stride, cached, step, soon, out, out stride): 1 to 4
 queries, whose arrays of floats and whose results lie `stride` bytes apart; cached numbers of `size`
 bytes, FULL or HALF, LANES of them at a time, the next ones `step` numbers further. They are read
-and converted once for all queries.
+and converted once for all queries; between them those at `soon` are asked for (0: nothing is).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,17 +21,17 @@ from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.halfs import load_halfs
 from bitskip_cpu.kernels.lanes import LONG, load_lanes, load_splat, paired, store_lanes
 from bitskip_cpu.kernels.layout import FULL, HALF, LANES, QUERIES
-from bitskip_cpu.kernels.memory import floats, halfs
+from bitskip_cpu.kernels.memory import emit_prefetch, floats, halfs
 
 Kernel = Callable[..., None]
-Emit = Callable[[ir.IRBuilder, int, int, Sequence[ir.Value]], None]
-COUNTS, SIZES = range(1, QUERIES + 1), (FULL, HALF)
+Emit = Callable[[ir.IRBuilder, int, int, bool, Sequence[ir.Value]], None]
+CASES = tuple(itertools.product(range(1, QUERIES + 1), (FULL, HALF), (False, True)))
 
 
 def _products(leaves: int) -> Kernel:
     def products(
         queries: int, size: int,
-        q_at: int, q_stride: int, k_at: int, step: int, out_at: int, out_stride: int,
+        q_at: int, q_stride: int, k_at: int, step: int, soon: int, out_at: int, out_stride: int,
     ) -> None:  # fmt: skip
         for i in range(queries):
             q = floats(q_at + i * q_stride, leaves)
@@ -42,7 +43,7 @@ def _products(leaves: int) -> Kernel:
 
 def _weighed(
     queries: int, size: int,
-    e_at: int, e_stride: int, v_at: int, step: int, out_at: int, out_stride: int,
+    e_at: int, e_stride: int, v_at: int, step: int, soon: int, out_at: int, out_stride: int,
 ) -> None:  # fmt: skip
     """out = sum 2.3 over LANES positions of e * v, of LANES features."""
     for i in range(queries):
@@ -59,8 +60,10 @@ def _numbers(size: int, at: int) -> Any:
 
 
 def _emit_products(leaves: int) -> Emit:
-    def emit(builder: ir.IRBuilder, queries: int, size: int, args: Sequence[ir.Value]) -> None:
-        q, q_stride, k, step, out, out_stride = args
+    def emit(
+        builder: ir.IRBuilder, queries: int, size: int, cold: bool, args: Sequence[ir.Value]
+    ) -> None:
+        q, q_stride, k, step, soon, out, out_stride = args
         query_at = [q]
         for _ in range(queries - 1):
             query_at.append(builder.add(query_at[-1], q_stride))
@@ -72,8 +75,10 @@ def _emit_products(leaves: int) -> Emit:
                 return [builder.fadd(a, b) for a, b in zip(left, right, strict=True)]
             keys, found = [], []
             for j in range(first, first + count):
-                at = builder.add(k, builder.mul(step, LONG(j * size)))
-                keys.append(_load(builder, size, at))
+                offset = builder.mul(step, LONG(j * size))
+                if cold:
+                    emit_prefetch(builder, builder.add(soon, offset), 2)
+                keys.append(_load(builder, size, builder.add(k, offset)))
             for base in query_at:
                 products = []
                 for j, key in enumerate(keys, first):
@@ -89,12 +94,16 @@ def _emit_products(leaves: int) -> Emit:
     return emit
 
 
-def _emit_weighed(builder: ir.IRBuilder, queries: int, size: int, args: Sequence[ir.Value]) -> None:
-    e, e_stride, v, step, out, out_stride = args
-    values, row = [], builder.mul(step, LONG(size))
-    for _ in range(LANES):
-        values.append(_load(builder, size, v))
-        v = builder.add(v, row)
+def _emit_weighed(
+    builder: ir.IRBuilder, queries: int, size: int, cold: bool, args: Sequence[ir.Value]
+) -> None:
+    e, e_stride, v, step, soon, out, out_stride = args
+    values = []
+    for j in range(LANES):
+        offset = builder.mul(step, LONG(j * size))
+        if cold:
+            emit_prefetch(builder, builder.add(soon, offset), 2)
+        values.append(_load(builder, size, builder.add(v, offset)))
     for _ in range(queries):
         products = []
         for j, value in enumerate(values):
@@ -109,27 +118,29 @@ def _load(builder: ir.IRBuilder, size: int, at: ir.Value) -> ir.Value:
 
 
 def _compiled(emit: Emit) -> Kernel:
-    """Code for each number of queries and each size, and a branch to it."""
+    """Code for each of CASES, and a branch to it."""
 
     @intrinsic
     def kernel(
         typing: Any, queries: Any, size: Any,
-        query: Any, stride: Any, cached: Any, step: Any, out: Any, out_stride: Any,
+        query: Any, stride: Any, cached: Any, step: Any, soon: Any, out: Any, out_stride: Any,
     ) -> Any:  # fmt: skip
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            queries, size, soon = args[0], args[1], args[6]
             end = builder.append_basic_block("end")
-            chosen = builder.switch(builder.or_(args[0], builder.shl(args[1], LONG(8))), end)
-            for count in COUNTS:
-                for size in SIZES:
-                    block = builder.append_basic_block(f"{count}_queries_{size}_bytes")
-                    chosen.add_case(LONG(count | size << 8), block)
-                    builder.position_at_end(block)
-                    emit(builder, count, size, args[2:])
-                    builder.branch(end)
+            cold = builder.zext(builder.icmp_signed("!=", soon, LONG(0)), LONG)
+            case = builder.or_(queries, builder.shl(size, LONG(8)))
+            chosen = builder.switch(builder.or_(case, builder.shl(cold, LONG(16))), end)
+            for count, bytes_of, asks in CASES:
+                block = builder.append_basic_block(f"{count}_queries_{bytes_of}_bytes")
+                chosen.add_case(LONG(count | bytes_of << 8 | asks << 16), block)
+                builder.position_at_end(block)
+                emit(builder, count, bytes_of, asks, args[2:])
+                builder.branch(end)
             builder.position_at_end(end)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8), codegen
+        return types.void(*[types.int64] * 9), codegen
 
     return kernel  # type: ignore[no-any-return]
 

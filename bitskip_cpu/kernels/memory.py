@@ -79,24 +79,6 @@ def emit_prefetch(builder: ir.IRBuilder, address: ir.Value, level: int) -> None:
     builder.call(function, [pointer, number(0), number(level), number(1)])  # read, level, data
 
 
-if INTERPRETED:
-
-    def fetch(address: int) -> None:
-        """Nothing: only compiled code is fast enough to wait for memory."""
-
-else:
-
-    @intrinsic
-    def fetch(typing: Any, address: Any) -> Any:
-        """Have the 64 bytes there brought into the second cache; any address will do."""
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            emit_prefetch(builder, args[0], 2)
-            return context.get_dummy_value()
-
-        return types.void(types.int64), codegen
-
-
 def vector_pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.VectorType) -> ir.Value:
     """An address as a pointer to an LLVM vector."""
     return builder.inttoptr(address, kind.as_pointer())
