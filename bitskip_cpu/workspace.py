@@ -38,7 +38,7 @@ from bitskip_ref.rope import rope_table
 
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
 HEAD_KINDS = {"int8": INT8, "int6": INT6, "int4": INT4, "float32": FLOAT32, "float16": FLOAT16}
-LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: ternary_amx.few_block takes so many
+LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: no kernel of ternary_amx takes more
 # Fields that lie in a row: writing them one by one takes as long as some kernels.
 CALL, CALL_AT = struct.Struct("=6q"), STATE.fields["keys"][1]  # type: ignore[index]
 EXIT, EXIT_AT = struct.Struct("=4q"), STATE.fields["final_norm"][1]  # type: ignore[index]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bitskip_cpu.isa import PATH
+from bitskip_cpu.kernels import ternary_plain
 from bitskip_cpu.kernels.floats import dot_tree, relu2
 from bitskip_cpu.kernels.halfs import widen
 from bitskip_cpu.kernels.heads import GROUP, OFFSET
@@ -18,7 +19,8 @@ from bitskip_cpu.kernels.tiles import COLUMNS, LINE, TILE_ROWS
 
 if PATH == "plain":
     from bitskip_cpu.kernels import heads_plain as heads
-    from bitskip_cpu.kernels import ternary_plain as ternary
+
+    ternary: Any = ternary_plain
 else:
     from bitskip_cpu.kernels import heads_simd as heads  # type: ignore[no-redef]
     from bitskip_cpu.kernels import ternary_simd as ternary  # type: ignore[no-redef]
@@ -28,18 +30,20 @@ packed_4, packed_8 = ternary.packed_4, ternary.packed_8
 unpack_tile = ternary.unpack_tile
 UNPACK_ABOVE = 16  # tokens; measured
 blocks: Any
+matrix_unit: Any
 if PATH == "amx512":
-    from bitskip_cpu.kernels import ternary_amx as blocks
+    from bitskip_cpu.kernels import ternary_amx
 
+    blocks = matrix_unit = ternary_amx
     FEW_ABOVE, FEW_ABOVE_SHORT = 2, 4  # tokens, of rows of LONG units or shorter ones; measured
 else:
-    blocks = ternary
+    blocks, matrix_unit = ternary, ternary_plain
     FEW_ABOVE = FEW_ABOVE_SHORT = UNPACK_ABOVE
 LONG = 8
-begin_blocks, bytes_block, end_blocks = blocks.begin_blocks, blocks.bytes_block, blocks.end_blocks
-few_block, many_block = blocks.few_block, blocks.many_block
+bytes_block, BLOCK_TILES, BLOCK_TOKENS = blocks.bytes_block, blocks.BLOCK_TILES, blocks.BLOCK_TOKENS
+begin_blocks, end_blocks = matrix_unit.begin_blocks, matrix_unit.end_blocks
+few_block, many_block = matrix_unit.few_block, matrix_unit.many_block
 IN_PIECES = PATH == "amx512"
-BLOCK_TILES, BLOCK_TOKENS = blocks.BLOCK_TILES, blocks.BLOCK_TOKENS
 int4_1, int4_4, int6_1, int6_4 = heads.int4_1, heads.int4_4, heads.int6_1, heads.int6_4
 int8_1, int8_4 = heads.int8_1, heads.int8_4
 NEVER = 1 << 30

@@ -88,6 +88,9 @@ packed_1, packed_2, packed_3, packed_4, packed_8 = (packed_tile(n) for n in (1, 
 BLOCK_TILES, BLOCK_TOKENS = 1, 4
 
 
+# ---- what paths without a matrix unit have in place of `ternary_amx`'s ----------------------
+
+
 @inner
 def begin_blocks():
     """Before `bytes_block`s: nothing to be done."""
@@ -100,9 +103,9 @@ end_blocks = begin_blocks
 def many_block(
     tokens, tiles_at, tiles, size, units, tail, padded, codes_at, row, out_at, out_stride, room
 ):
-    """Only with a matrix unit (`ternary_amx`)."""
+    """Never called."""
 
 
 @inner
 def few_block(tokens, tiles_at, tiles, size, units, tail, codes_at, row, out_at, out_stride, room):
-    """Only with a matrix unit (`ternary_amx`)."""
+    """Never called."""

@@ -279,23 +279,3 @@ else:  # the sums of 8 tokens would not fit the registers
 
 BLOCK_TILES, BLOCK_TOKENS = {64: (4, 6), 32: (1, 4), 16: (1, 6)}[WIDTH]
 bytes_block = bytes_tile(BLOCK_TILES, BLOCK_TOKENS, 4 if PATH == "avx2" else 1)
-
-
-@inner
-def begin_blocks():
-    """Before `bytes_block`s: nothing to be done."""
-
-
-end_blocks = begin_blocks
-
-
-@inner
-def many_block(
-    tokens, tiles_at, tiles, size, units, tail, padded, codes_at, row, out_at, out_stride, room
-):
-    """Only with a matrix unit (`ternary_amx`)."""
-
-
-@inner
-def few_block(tokens, tiles_at, tiles, size, units, tail, codes_at, row, out_at, out_stride, room):
-    """Only with a matrix unit (`ternary_amx`)."""

@@ -101,16 +101,8 @@ def test_cache_shows_what_was_stored(kind: str) -> None:
     for h in range(config.num_key_value_heads):
         for position in range(20):
             row = keys[position, h].copy()
-            call(
-                kernels.store_key,
-                row,
-                cache.keys[2, h],
-                cache.keys.itemsize,
-                8,
-                6,
-                key_slots(8),
-                position,
-            )
+            shape = cache.keys.itemsize, 8, 6, key_slots(8)
+            call(kernels.store_key, row, cache.keys[2, h], *shape, position)
         cache.values[2, h, :20, :6] = keys[:, h]
     cache.length = 20
     for found in cache.layer(2):
