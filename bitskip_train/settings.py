@@ -19,6 +19,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "quant_reduction": ("mean", "sum"),
     "targets": ("next", "same"),
     "hadamard_form": ("definition", "unscaled", "after"),
+    "linear_form": ("definition", "public"),
+    "init": ("definition", "public"),
+    "mask": ("causal", "none"),
 }
 
 # Closed ranges of the numbers; fields that are not named must be 0 or more.
@@ -79,6 +82,7 @@ class TrainConfig:
     exit_distill: float = 0.0  # weight of KL(last layer || exit) beside the cross-entropy
     exit_ramp: int = 0  # steps over which exit_lambda grows from 0 (a curriculum)
     exit_detach: bool = False  # the exits' loss does not move the norm and head they share
+    exit_raw: bool = False  # the exits' loss reads hidden states without the final norm
     # layer dropout (SPEC 10 row 10)
     dropout_max: float = 0.0  # 0: none
     dropout_form: str = "v1"
@@ -88,8 +92,11 @@ class TrainConfig:
     route_leftover: str = "last"
     quant_lambda: float = 0.0
     quant_reduction: str = "mean"
-    # other readings of the papers, for comparison (SPEC 10 rows 5, 18 and 21)
+    # other readings of the papers, for comparison (SPEC 10 rows 5, 18, 19, 21, 23 and 24)
     hadamard_form: str = "definition"  # unscaled: entries +-1 | after: the quantized values turn
+    linear_form: str = "definition"  # public: the linear layers of the authors' public code
+    init: str = "definition"  # public: the linear layers' first weights, of that code
+    mask: str = "causal"  # none: every position sees the whole window, what it is to name too
     pad_documents: bool = False  # each document filled up with end-of-text, which is scored too
     targets: str = "next"  # "same": the last layer is to name the token it is given
     # evaluation, reports, files

@@ -25,6 +25,7 @@ from bitskip_train.evaluate import check_exits, evaluate
 from bitskip_train.model import BitskipModel
 from bitskip_train.objective import Objective
 from bitskip_train.progress import Report
+from bitskip_train.readings import public_init
 from bitskip_train.schedule import learning_rate
 from bitskip_train.settings import TrainConfig
 from bitskip_train.world import World
@@ -60,8 +61,11 @@ class Trainer:
         self.device = pick_device(train.device, world.local_rank)
         self.windows = Windows(data.tokens, train.context, train.seed)
         torch.manual_seed(train.seed)
-        self.model = BitskipModel(config).to(self.device)
-        self.model.hadamard_form = train.hadamard_form
+        self.model = BitskipModel(config)
+        if train.init == "public":
+            public_init(self.model, config.hadamard)
+        self.model.reading = train
+        self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, train)
         self.objective = Objective(self.model, train, self.device)
         self.step = self.position = 0
@@ -248,8 +252,24 @@ def check_settings(config: ModelConfig, train: TrainConfig) -> None:
         raise ConfigError("route_lambda above 0: needs model.gates = true")
     if train.hadamard_form != "definition" and not config.hadamard:
         raise ConfigError(f"hadamard_form = {train.hadamard_form!r}: needs model.hadamard = true")
+    if train.linear_form != "definition":
+        _check_public(config, train)
     if train.quant_lambda and config.linear != "ternary":
         raise ConfigError("quant_lambda above 0: needs model.linear = 'ternary'")
+
+
+def _check_public(config: ModelConfig, train: TrainConfig) -> None:
+    if config.linear != "ternary" or config.relu2_in_linear or train.hadamard_form != "definition":
+        raise ConfigError(
+            "linear_form = 'public': needs model.linear = 'ternary', relu2_in_linear = false and "
+            "hadamard_form = 'definition'"
+        )
+    widths = {out for out, _ in config.linear_shapes().values()}
+    if config.hadamard and any(n & (n - 1) for n in widths):
+        raise ConfigError(
+            "linear_form = 'public' with hadamard: transforms outputs, so their widths must be "
+            f"powers of two, and they are {', '.join(map(str, sorted(widths)))}"
+        )
 
 
 def make_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.AdamW:

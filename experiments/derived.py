@@ -76,6 +76,17 @@ def degradation(figures: Figures) -> float:
     return math.expm1(min(700.0, ternary_cost(figures)))
 
 
+def exit_cost_as_trained(figures: Figures) -> float:
+    """Loss at exit 18 less full depth's, each of the run's own task, in nats."""
+    found = [look_up(figures, f"as_trained.{n}.loss") for n in (18, 24)]
+    return float(found[0]) - float(found[1])
+
+
+def masked_over_unigram(figures: Figures) -> float:
+    """Loss of the next token under the causal mask less that of token frequencies, in nats."""
+    return float(look_up(figures, "masked.24.loss")) - float(look_up(figures, "unigram.loss"))
+
+
 def status(figures: Figures) -> str:
     """Whether a model knows more of held-out text than how common each token is."""
     best, unigram = look_up(figures, "training.best_loss"), look_up(figures, "unigram.loss")
@@ -86,4 +97,5 @@ DERIVED: dict[str, Callable[[Figures], float | str]] = {
     "ppl_increase": ppl_increase, "speed_gain": speed_gain, "status": status,
     "quality_speed_ratio": quality_speed_ratio, "optimal_exit": optimal_exit,
     "viability": viability, "ternary_cost": ternary_cost, "degradation": degradation,
+    "exit_cost_as_trained": exit_cost_as_trained, "masked_over_unigram": masked_over_unigram,
 }  # fmt: skip

@@ -45,7 +45,7 @@ def test_a_form_changes_the_model_and_trains(form):
     model = BitskipModel(small_twin("bitskip-v3"), torch.Generator().manual_seed(0))
     ids = torch.arange(12)[None]
     before = model(ids)[4]
-    model.hadamard_form = form
+    model.reading = TrainConfig(hadamard_form=form)
     after = model(ids)[4]
     assert not torch.equal(before, after)
     after.square().mean().backward()
