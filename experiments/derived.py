@@ -76,6 +76,17 @@ def degradation(figures: Figures) -> float:
     return math.expm1(min(700.0, ternary_cost(figures)))
 
 
+def cliff(figures: Figures) -> float:
+    """Bits a byte that the last of 12 blocks gains over the exit before it."""
+    before, last = (look_up(figures, f"exits.{n}.bits_per_byte") for n in (11, 12))
+    return float(before) - float(last)
+
+
+def log_mean_scale(figures: Figures) -> float:
+    """Logarithm of the mean ternary scale, so that differences are of ratios."""
+    return math.log(float(look_up(figures, "weights.mean_scale")))
+
+
 def exit_cost_as_trained(figures: Figures) -> float:
     """Loss at exit 18 less full depth's, each of the run's own task, in nats."""
     found = [look_up(figures, f"as_trained.{n}.loss") for n in (18, 24)]
@@ -97,5 +108,6 @@ DERIVED: dict[str, Callable[[Figures], float | str]] = {
     "ppl_increase": ppl_increase, "speed_gain": speed_gain, "status": status,
     "quality_speed_ratio": quality_speed_ratio, "optimal_exit": optimal_exit,
     "viability": viability, "ternary_cost": ternary_cost, "degradation": degradation,
+    "cliff": cliff, "log_mean_scale": log_mean_scale,
     "exit_cost_as_trained": exit_cost_as_trained, "masked_over_unigram": masked_over_unigram,
 }  # fmt: skip
