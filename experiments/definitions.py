@@ -23,7 +23,7 @@ _EXPERIMENT = {
     "title", "source", "group", "runs", "grid", "seeds", "checkpoint", "measures", "exits", "rows",
     "columns", "compare", "plot", "notes", "speed", "claims", "fits",
 }  # fmt: skip
-_COLUMN = {"name", "figure", "format", "paper", "text", "rank", "run", "optional"}
+_COLUMN = {"name", "figure", "format", "paper", "paper_ppl", "text", "rank", "run", "optional"}
 _GROUP = {"data", "scales", "preset", "model", "train", "runs"}
 
 

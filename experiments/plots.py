@@ -8,7 +8,7 @@ from typing import Any
 
 from bitskip_ref.files import replace_file
 from experiments.definitions import Experiment
-from experiments.statistics import Mean, mean
+from experiments.statistics import Mean, figure_mean
 from experiments.tables import Results, figure_of
 
 COLOURS = ("#0b6e99", "#c8553d", "#5b8c3a", "#7a5195")
@@ -38,7 +38,8 @@ def draw(experiment: Experiment, results: Results, path: Path) -> None:
 
 def _means(results: Results, label: str, figure: str, exits: Sequence[int | None]) -> list[Mean]:
     return [
-        mean([float(figure_of(r, figure, n)) for r in results[label].values()]) for n in exits
+        figure_mean(figure, [float(figure_of(r, figure, n)) for r in results[label].values()])
+        for n in exits
     ]  # fmt: skip
 
 

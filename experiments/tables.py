@@ -12,7 +12,10 @@ from experiments.definitions import Experiment
 from experiments.derived import look_up
 from experiments.errors import ExperimentError
 from experiments.results import Result
-from experiments.statistics import Mean, contrast, mean
+from experiments.statistics import Mean, contrast, figure_mean
+from experiments.units import bits_per_byte
+
+WIDE = 0.05  # a standard error above this part of the mean: each seed's figure is shown instead
 
 Results = dict[str, dict[int, Result]]
 """label -> seed -> result file."""
@@ -63,7 +66,8 @@ class Cell:
 
 def cells(experiment: Experiment, rows: list[Row]) -> list[list[Cell]]:
     """For each row a cell of each column. Raises ExperimentError for a figure that lacks."""
-    found = [[_cell(column, row) for column in experiment.columns] for row in rows]
+    data = experiment.points[0].data
+    found = [[_cell(column, row, data) for column in experiment.columns] for row in rows]
     for i, column in enumerate(experiment.columns):
         if order := column.get("rank"):
             values = [cell.ours.value if isinstance(cell.ours, Mean) else math.inf
@@ -74,8 +78,10 @@ def cells(experiment: Experiment, rows: list[Row]) -> list[list[Cell]]:
     return found
 
 
-def _cell(column: dict[str, Any], row: Row) -> Cell:
+def _cell(column: dict[str, Any], row: Row, data: str) -> Cell:
     paper = column.get("paper", {}).get(str(row.key))
+    if ppl := column.get("paper_ppl", {}).get(str(row.key)):
+        paper = bits_per_byte(math.log(ppl), data)
     if isinstance(paper, list):
         paper = paper[row.index] if row.index is not None and row.index < len(paper) else None
     if "text" in column:
@@ -91,7 +97,7 @@ def _cell(column: dict[str, Any], row: Row) -> Cell:
     words = sorted({value for value in values if isinstance(value, str)})
     if words:
         return Cell(" / ".join(words), paper)
-    return Cell(mean([float(value) for value in values]), paper)
+    return Cell(figure_mean(column["figure"], [float(value) for value in values]), paper)
 
 
 def number(value: float, form: str = "") -> str:
@@ -111,6 +117,8 @@ def _ours(cell: Cell, form: str) -> str:
     text = number(cell.ours.value, form)
     if not cell.ours.error:  # one seed; or the same for all: a limit reached, a speed taken once
         return text
+    if "%" not in form and cell.ours.error > WIDE * abs(cell.ours.value):
+        return f"{text} ({', '.join(number(v, form) for v in cell.ours.values)})"
     return f"{text} ± {number(cell.ours.error, form.removeprefix('+') or _error_form(cell.ours))}"
 
 
@@ -126,6 +134,10 @@ def _paper(cell: Cell, form: str) -> str:
     return cell.paper if isinstance(cell.paper, str) else number(cell.paper, form)
 
 
+def _has_paper(column: dict[str, Any]) -> bool:
+    return "paper" in column or "paper_ppl" in column
+
+
 def _heading(experiment: Experiment) -> str:
     return {"exit": "Exit (blocks run)"}.get(experiment.rows, "Configuration")
 
@@ -136,15 +148,14 @@ def markdown(experiment: Experiment, results: Results) -> str:
     lines = [f"# {experiment.title}", "", f"{experiment.source}, scale `{experiment.scale}`.", ""]
     head = [_heading(experiment)]
     for column in experiment.columns:
-        has_paper = "paper" in column
-        head += [column["name"]] + (["paper"] if has_paper else [])
+        head += [column["name"]] + (["paper"] if _has_paper(column) else [])
     lines += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row, line in zip(rows, cells(experiment, rows), strict=True):
         texts = [row.name]
         for column, cell in zip(experiment.columns, line, strict=True):
             form = column.get("format", "")
             texts.append(_ours(cell, form))
-            if "paper" in column:
+            if _has_paper(column):
                 texts.append(_paper(cell, form))
         lines.append("| " + " | ".join(texts) + " |")
     lines += ["", *_comparisons(experiment, results)]
@@ -154,11 +165,11 @@ def markdown(experiment: Experiment, results: Results) -> str:
 
 
 def comparison(item: dict[str, Any], results: Results) -> Mean:
-    """A stated difference of a loss between runs, paired at equal seeds, in nats."""
+    """A stated difference of a figure between runs, paired at equal seeds."""
     sides = [
         [
             {s: float(figure_of(r, item["figure"])) for s, r in results[label].items()}
-            for label in item[side]
+            for label in item.get(side, ())
         ]
         for side in ("plus", "minus")
     ]
@@ -169,8 +180,8 @@ def _comparisons(experiment: Experiment, results: Results) -> list[str]:
     if not experiment.compare:
         return []
     lines = [
-        "| difference | loss, nats | 95 % interval | in PPL | paper | |",
-        "|---|---:|---:|---:|---:|---|",
+        "| difference | loss, nats | 95 % interval | in PPL | bits/byte | paper, bits/byte | |",
+        "|---|---:|---:|---:|---:|---:|---|",
     ]
     for item in experiment.compare:
         found = comparison(item, results)
@@ -180,11 +191,22 @@ def _comparisons(experiment: Experiment, results: Results) -> list[str]:
             interval = f"{low:+.4f} to {high:+.4f}"
             verdict = "above 0" if low > 0 else "below 0" if high < 0 else "not told from 0"
         change = f"{math.expm1(found.value):+.1%}"
-        paper = f"{item['paper']:+.1%}" if "paper" in item else ""
+        data = experiment.points[0].data
+        paper = f"{bits_per_byte(math.log1p(item['paper']), data):+.4f}" if "paper" in item else ""
         lines.append(
-            f"| {item['name']} | {found.value:+.4f} | {interval} | {change} | {paper} | {verdict} |"
+            f"| {item['name']} | {found.value:+.4f} | {interval} | {change} | {_bits(item, results)} "
+            f"| {paper} | {verdict} |"
         )
     return [*lines, ""]
+
+
+def _bits(item: dict[str, Any], results: Results) -> str:
+    """The same difference in bits per byte, where the results have it."""
+    figure = item["figure"].removesuffix("loss") + "bits_per_byte"
+    try:
+        return f"{comparison(item | {'figure': figure}, results).value:+.4f}"
+    except ExperimentError:
+        return ""
 
 
 def _made(experiment: Experiment, results: Results) -> list[str]:
