@@ -1,13 +1,13 @@
 """What the papers claim, what our runs say of it, and the one rule that gives the word.
 
-A claim in an experiment's TOML names a figure (a mean over seeds, or a difference paired by seed) and
-a range. With `paper = [a, b]`, two perplexities of the paper (or two speeds), the range is all effects
-in the paper's direction of at least half of ln(a / b), in bits per byte if the figure is. Tested is
-whether the mean lies at the nearer end of the range: two-sided, Student's t over seeds, Holm's
-correction over all claims of all experiments, 5 %. Then the mean is inside ("reproduced") or outside
-("contradicted"); else it is "not settled". A figure measured once for all seeds (a speed) is held
-against the range as it is. `untested` gives the reason for which a claim is "not
-tested at this scale"; runs that lack make it "not run".
+A claim in an experiment's TOML names a figure (a mean over seeds, or a difference paired by seed)
+and a range. With `paper = [a, b]`, two perplexities of the paper (or two speeds), the range is all
+effects in the paper's direction of at least half of ln(a / b), in bits per byte if the figure is.
+Tested is whether the mean lies at the nearer end of the range: two-sided, Student's t over seeds,
+Holm's correction over all claims of all experiments, 5 %. Then the mean is inside ("reproduced")
+or outside ("contradicted"); else it is "not settled". A figure measured once for all seeds (a
+speed) is held against the range as it is. `untested` gives the reason for which a claim is "not
+tested at this scale"; where runs lack it is "not run".
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def _judge(claim: dict[str, Any], experiment: Experiment, results_of: Any) -> Ve
     pool: Results = {}
     for label in labels:
         name, own = _place(label, experiment)
-        if (known := results_of(name)) is None:
+        known = results_of(name)
+        if known is None or own not in known:
             return verdict
         pool[label] = known[own]
     found = comparison(claim, pool)
@@ -152,12 +153,12 @@ def page(results: Path) -> str:
         "",
         *table(found),
         "",
-        "- Differences of losses are in bits per byte of text, other figures in logarithms of ratios "
-        "unless their name says otherwise. Each claim, with the runs and the figure that decide it, "
-        "is in `experiments/NAME.toml` of the experiment named.",
-        "- The rule (`experiments/claims.py`): in the range is at least half the paper's effect, in "
-        "its direction. Two-sided t test over seeds of the mean against the nearer end of the range, "
-        f"Holm over the {tested} claims tested, 5 %: then inside is `reproduced`, outside "
-        "`contradicted`; else `not settled`.",
+        "- Differences of losses are in bits per byte of text, other figures in logarithms of "
+        "ratios, levels in nats. Each claim, with the runs and the figure that decide it, is in "
+        "`experiments/NAME.toml` of the experiment named.",
+        "- The rule (`experiments/claims.py`): in the range is at least half the paper's effect, "
+        "in its direction, or what the TOML says. Two-sided t test over seeds of the mean against "
+        f"the nearer end of the range, Holm over the {tested} claims tested, 5 %: then inside is "
+        "`reproduced`, outside `contradicted`; else `not settled`.",
     ]
     return "\n".join(lines) + "\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,8 +143,8 @@ def _heading(experiment: Experiment) -> str:
     return {"exit": "Exit (blocks run)"}.get(experiment.rows, "Configuration")
 
 
-def markdown(experiment: Experiment, results: Results) -> str:
-    """The whole page: table, differences, notes, how it was made."""
+def markdown(experiment: Experiment, results: Results, fits: Sequence[str] = ()) -> str:
+    """The whole page: table, differences, fits (of `fits.tables`), notes, how it was made."""
     rows = rows_of(experiment, results)
     lines = [f"# {experiment.title}", "", f"{experiment.source}, scale `{experiment.scale}`.", ""]
     head = [_heading(experiment)]
@@ -158,7 +159,7 @@ def markdown(experiment: Experiment, results: Results) -> str:
             if _has_paper(column):
                 texts.append(_paper(cell, form))
         lines.append("| " + " | ".join(texts) + " |")
-    lines += ["", *_comparisons(experiment, results)]
+    lines += ["", *_comparisons(experiment, results), *fits]
     lines += [f"- {note}" for note in experiment.notes]
     lines += _made(experiment, results)
     return "\n".join(lines) + "\n"
@@ -166,6 +167,8 @@ def markdown(experiment: Experiment, results: Results) -> str:
 
 def comparison(item: dict[str, Any], results: Results) -> Mean:
     """A stated difference of a figure between runs, paired at equal seeds."""
+    if missing := [x for side in ("plus", "minus") for x in item.get(side, ()) if x not in results]:
+        raise ExperimentError(f"{item['name']}: {missing[0]} has no results")
     sides = [
         [
             {s: float(figure_of(r, item["figure"])) for s, r in results[label].items()}
@@ -184,7 +187,11 @@ def _comparisons(experiment: Experiment, results: Results) -> list[str]:
         "|---|---:|---:|---:|---:|---:|---|",
     ]
     for item in experiment.compare:
-        found = comparison(item, results)
+        try:
+            found = comparison(item, results)
+        except ExperimentError:
+            lines.append(f"| {item['name']} | not run |  |  |  |  |  |")
+            continue
         interval, verdict = "one seed", "open"
         if found.interval is not None:
             low, high = found.interval
@@ -194,8 +201,8 @@ def _comparisons(experiment: Experiment, results: Results) -> list[str]:
         data = experiment.points[0].data
         paper = f"{bits_per_byte(math.log1p(item['paper']), data):+.4f}" if "paper" in item else ""
         lines.append(
-            f"| {item['name']} | {found.value:+.4f} | {interval} | {change} | {_bits(item, results)} "
-            f"| {paper} | {verdict} |"
+            f"| {item['name']} | {found.value:+.4f} | {interval} | {change} "
+            f"| {_bits(item, results)} | {paper} | {verdict} |"
         )
     return [*lines, ""]
 
@@ -210,7 +217,7 @@ def _bits(item: dict[str, Any], results: Results) -> str:
 
 
 def _made(experiment: Experiment, results: Results) -> list[str]:
-    """How it was made, in two lines."""
+    """How it was made, in two lines, and what lacks."""
     some = [result for seeds in results.values() for result in seeds.values()]
     seeds = sorted({result["seed"] for result in some})
     steps = sorted({r["train"]["steps"] for r in some})
@@ -221,8 +228,13 @@ def _made(experiment: Experiment, results: Results) -> list[str]:
     tokens = f"the first {experiment.tokens:,} tokens" if experiment.tokens else "all tokens"
     size = f"{model['num_hidden_layers']} layers, hidden size {model['hidden_size']}"
     seed_word = f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
-    error = "Mean ± standard error over seeds. " if len(seeds) > 1 else "One seed: no error bars. "
+    error = "One seed: no error bars. "
+    if len(seeds) > 1:
+        error = "Mean (of perplexities geometric) ± standard error over seeds; where that is above "
+        error += f"{WIDE:.0%}, each seed's figure in brackets. "
+    lacks = [p.label for p in experiment.points if p.label not in results]
     return [
+        *([f"- Not run yet: {'; '.join(lacks)}."] if lacks else []),
         f"- {error}{size}, vocabulary {model['vocab_size']:,}, context {train['context']}; at most "
         f"{' or '.join(f'{s:,}' for s in steps)} steps of {per_step:,} tokens; {seed_word}.",
         f"- Held-out figures: {tokens}, windows of {train['context']} without overlap; weights of "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-# Bytes of a GPT-2 token of the validation text: 1,121,681 bytes and 258,659 tokens of WikiText-2 (with
-# <unk>); of TinyStories 412,726 bytes and 101,958 tokens, ends of text among them, in our 500 stories.
+# Bytes of a GPT-2 token of the validation text: 1,121,681 bytes and 258,659 tokens of WikiText-2
+# (with <unk>), 412,726 bytes and 101,958 tokens, ends of text among them, of our 500 TinyStories.
 GPT2_BYTES = {"wikitext-2": 1_121_681 / 258_659, "tinystories": 412_726 / 101_958}
 
 

@@ -17,7 +17,15 @@ from experiments.plots import KINDS
 from experiments.runs import runs_of
 from tests.experiments.conftest import write_data
 
-OURS = ["composition", "readings-v1", "readings-v2", "v2-length"]
+OURS = [
+    "composition",
+    "no-mask",
+    "no-mask-long",
+    "public-code",
+    "readings-v1",
+    "readings-v2",
+    "v2-length",
+]
 PAPERS = [
     "v1-table3",
     "v1-table4",
