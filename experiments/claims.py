@@ -34,6 +34,7 @@ class Verdict:
 
     claim: dict[str, Any]
     experiment: str
+    seeds: int  # that the experiment asks for
     found: Mean | None  # None: not tested, or not run
     low: float  # the range
     high: float
@@ -86,6 +87,7 @@ def verdicts(results: Path, scale: str = "cpu") -> list[Verdict]:
         for experiment in experiments.values()
         for claim in experiment.claims
     ]
+    found.sort(key=lambda v: v.claim["source"].removeprefix("ours, for "))
     tested = [v for v in found if v.p is not None]
     adjusted = iter(holm([v.p for v in tested if v.p is not None]))
     return [replace(v, adjusted=next(adjusted)) if v.p is not None else v for v in found]
@@ -93,7 +95,7 @@ def verdicts(results: Path, scale: str = "cpu") -> list[Verdict]:
 
 def _judge(claim: dict[str, Any], experiment: Experiment, results_of: Any) -> Verdict:
     low, high = span(claim, experiment.points[0].data)
-    verdict = Verdict(claim, experiment.name, None, low, high)
+    verdict = Verdict(claim, experiment.name, len(experiment.seeds), None, low, high)
     if "untested" in claim:
         return verdict
     labels = [label for side in ("plus", "minus") for label in claim.get(side, ())]
@@ -128,6 +130,8 @@ def table(found: list[Verdict]) -> list[str]:
             cells[2] = _range(v.low, v.high)
         if v.found is not None:
             cells[0] = number(v.found.value, "+.4f")
+            if v.found.count < v.seeds:
+                cells[0] += f" ({v.found.count} of {v.seeds} seeds)"
             if v.found.interval is not None and v.found.error:
                 cells[1] = " to ".join(number(x, "+.4f") for x in v.found.interval)
         if v.adjusted is not None:

@@ -174,7 +174,7 @@ def test_public_init_is_uniform_and_a_tenth_without_hadamard():
         for _, p in model.quantized_weights():
             bound = factor / math.sqrt(p.shape[1])
             assert p.abs().max() <= bound and p.abs().max() > 0.9 * bound
-            assert float(p.detach().abs().mean()) == pytest.approx(bound / 2, rel=0.1)
+            assert float(p.detach().abs().mean()) == pytest.approx(bound / 2, rel=0.25)
         assert torch.equal(head, model.lm_head.weight)
 
 
