@@ -58,7 +58,7 @@ def _fingerprint() -> str:
     found = find_spec("numba")
     if found and found.origin:  # its version, without the time to import it
         digest.update((Path(found.origin).parent / "_version.py").read_bytes())
-    for source in sorted(Path(__file__).parent.glob("kernels/*.py")):
+    for source in sorted(Path(__file__).parent.rglob("kernels/**/*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -99,7 +99,7 @@ class Kernels:
         """One of ARGUMENTS, loaded, and compiled before if need be."""
         if name not in self._functions:
             if isa.INTERPRETED:
-                from bitskip_cpu.kernels.objects import FUNCTIONS
+                from bitskip_cpu.kernels.object_code import FUNCTIONS
 
                 self._functions[name] = FUNCTIONS[name]
             else:
@@ -118,7 +118,7 @@ class Kernels:
 
     def _made(self, name: str, progress: Progress) -> bytes:
         """The object file, compiled, and kept if there is a place for it."""
-        from bitskip_cpu.kernels.objects import machine_code
+        from bitskip_cpu.kernels.object_code import machine_code
 
         code = machine_code(name, ARGUMENTS[name], progress)
         if self.directory:

@@ -24,7 +24,7 @@ from bitskip_cpu.weights import Tensors, Weights, random_tensors
 from bitskip_cpu.workspace import Workspace
 from bitskip_ref.cache import check_input, check_kv_cache, check_token
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.draft import Choose, Draft
+from bitskip_ref.decoding.draft import Choose, Draft
 from bitskip_ref.engine import ExitRule, Trace, Visit
 from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
 from bitskip_ref.folder import Folder, read_folder

@@ -16,8 +16,9 @@ import numpy as np
 from bitskip_cpu.aligned import aligned
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.cores import default_threads
-from bitskip_cpu.kernels import heads, tiles
 from bitskip_cpu.kernels.layout import DOWN, OUT, PRODUCT, PRODUCTS, QKV, UP
+from bitskip_cpu.kernels.products import ternary_layout as tiles
+from bitskip_cpu.kernels.products import vocab_layout as heads
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.folder import expected_tensors, give_back
 from bitskip_ref.packing import packed_width

@@ -33,7 +33,7 @@ from bitskip_cpu.kernels.layout import (
 )
 from bitskip_cpu.weights import Weights
 from bitskip_ref.config import HEAD_BITS
-from bitskip_ref.draft import MOST, Draft
+from bitskip_ref.decoding.draft import MOST, Draft
 from bitskip_ref.rope import rope_table
 
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}

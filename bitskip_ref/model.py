@@ -7,20 +7,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bitskip_ref.attention import attention
+from bitskip_ref.arithmetic.attention import attention
+from bitskip_ref.arithmetic.confidence import confidence
+from bitskip_ref.arithmetic.ffn import ffn_activation
+from bitskip_ref.arithmetic.functions import half, relu, relu2, sigmoid
+from bitskip_ref.arithmetic.hadamard import rotate
+from bitskip_ref.arithmetic.norms import layer_norm, rms_norm
+from bitskip_ref.arithmetic.quant import float_linear, int8_linear, ternary_linear
 from bitskip_ref.cache import CacheFill, check_input, check_kv_cache
-from bitskip_ref.confidence import confidence
 from bitskip_ref.config import HEAD_BITS, ModelConfig
-from bitskip_ref.draft import Choose, Draft
+from bitskip_ref.decoding.draft import Choose, Draft
 from bitskip_ref.engine import ExitRule, Trace, Visit
 from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
-from bitskip_ref.ffn import ffn_activation
 from bitskip_ref.folder import read_folder
-from bitskip_ref.functions import half, relu, relu2, sigmoid
-from bitskip_ref.hadamard import rotate
-from bitskip_ref.norms import layer_norm, rms_norm
 from bitskip_ref.packing import unpack_ternary
-from bitskip_ref.quant import float_linear, int8_linear, ternary_linear
 from bitskip_ref.rope import apply_rope, rope_table
 
 f32 = np.float32

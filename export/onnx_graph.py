@@ -13,13 +13,13 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
+from bitskip_export import onnx_ops as ops
+from bitskip_export.onnx_attention import attention, positions, rope
+from bitskip_export.onnx_builder import Dim, GraphBuilder, value_info
 from bitskip_ref.cache import check_kv_cache
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.packing import unpack_ternary
-from export import onnx_ops as ops
-from export.onnx_attention import attention, positions, rope
-from export.onnx_builder import Dim, GraphBuilder, value_info
 
 f32 = np.float32
 LARGEST_FILE = 2_000_000_000  # protobuf cannot hold 2 GiB

@@ -10,10 +10,10 @@ import math
 
 import numpy as np
 
-from bitskip_ref import functions
+from bitskip_export.onnx_builder import GraphBuilder, value_info
+from bitskip_ref.arithmetic import functions
+from bitskip_ref.arithmetic.quant import SCALE_FLOOR
 from bitskip_ref.cache import LARGEST_HALF
-from bitskip_ref.quant import SCALE_FLOOR
-from export.onnx_builder import GraphBuilder, value_info
 
 f32 = np.float32
 

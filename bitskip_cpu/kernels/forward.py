@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitskip_cpu.kernels.floats import (
+from bitskip_cpu.kernels.arithmetic.elementwise import (
     LOWEST,
     confidence,
     copy,
@@ -15,20 +15,7 @@ from bitskip_cpu.kernels.floats import (
     sigmoid,
     two_largest,
 )
-from bitskip_cpu.kernels.halfs import widen
-from bitskip_cpu.kernels.inner import inner
-from bitskip_cpu.kernels.jobs import (
-    ATTEND,
-    ATTENTION_IN,
-    BLOCK_OUT,
-    DOWN_IN,
-    EXIT_IN,
-    FFN_IN,
-    OUT_IN,
-    ROWS,
-    STORE,
-    norm,
-)
+from bitskip_cpu.kernels.arithmetic.float16 import widen
 from bitskip_cpu.kernels.layout import (
     BAND,
     BLOCKS,
@@ -48,9 +35,28 @@ from bitskip_cpu.kernels.layout import (
     QKV,
     UP,
 )
-from bitskip_cpu.kernels.memory import floats, int8s, int32s, product_structs, state_structs
-from bitskip_cpu.kernels.team import help_out, share
-from bitskip_cpu.kernels.tiles import TILE_ROWS
+from bitskip_cpu.kernels.numba_inside.inner import inner
+from bitskip_cpu.kernels.numba_inside.views import (
+    floats,
+    int8s,
+    int32s,
+    product_structs,
+    state_structs,
+)
+from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS
+from bitskip_cpu.kernels.share import help_out, share
+from bitskip_cpu.kernels.stages import (
+    ATTEND,
+    ATTENTION_IN,
+    BLOCK_OUT,
+    DOWN_IN,
+    EXIT_IN,
+    FFN_IN,
+    OUT_IN,
+    ROWS,
+    STORE,
+    norm,
+)
 
 f32 = np.float32
 
