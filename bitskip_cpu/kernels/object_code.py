@@ -1,7 +1,7 @@
 """The outermost kernels as machine code that depends on neither Python nor Numba.
 
-Numba types and lowers a kernel with all that it calls (`inner`), and optimizes it as a whole; the
-object file that becomes of it is kept on disk and loaded by `bitskip_cpu.native`.
+Numba types and lowers an outermost function with all the kernels that it calls and optimizes it as
+a whole; the object file that becomes of it is kept on disk and loaded by `bitskip_cpu.native`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numba.core.registry import cpu_target
 
 from bitskip_cpu import isa
 from bitskip_cpu.kernels.forward import run
-from bitskip_cpu.kernels.numba_inside.inner import InnerCompiler, LinkedLibrary
+from bitskip_cpu.kernels.numba_inside.decorators import KernelCompiler, LinkedLibrary
 from bitskip_cpu.kernels.products.repack import repack
 from bitskip_cpu.native import KNOWN
 
@@ -40,7 +40,7 @@ class _WholeLibrary(LinkedLibrary):
         return 0
 
 
-class _WholeCompiler(InnerCompiler):
+class _WholeCompiler(KernelCompiler):
     library = _WholeLibrary
 
 

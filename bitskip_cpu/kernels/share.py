@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from bitskip_cpu.kernels.layout import SYNC_JOB, SYNC_PENDING, SYNC_RANGES, SYNC_STOP
 from bitskip_cpu.kernels.numba_inside import atomics as sync
-from bitskip_cpu.kernels.numba_inside.inner import inner
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.stages import run_part
 
 atomic_read, atomic_write, atomic_add = sync.read, sync.write, sync.add
@@ -34,7 +34,7 @@ NAP = 100  # microseconds between looks after that
 NAPS = 300  # then the helper goes back to Python, to sleep until it is called
 
 
-@inner
+@kernel
 def take_parts(s, products, thread):
     """Run parts of the present job until none is left to take."""
     threads = s.helpers + 1
@@ -52,7 +52,7 @@ def take_parts(s, products, thread):
                 atomic_add(s.sync + SYNC_PENDING, -1)
 
 
-@inner
+@kernel
 def share(s, products, job, count, cost):
     """Run `count` <= MOST_PARTS parts of a job, alone if it is the only one or too cheap to share.
 
@@ -78,7 +78,7 @@ def share(s, products, job, count, cost):
             sleep(1)
 
 
-@inner
+@kernel
 def help_out(s, products, thread):
     """A helper's life: parts while there are any, then waiting, then leave."""
     idle, seen = 0, -1

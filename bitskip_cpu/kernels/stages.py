@@ -28,7 +28,7 @@ from bitskip_cpu.kernels.layout import (
     QUERIES,
     UP,
 )
-from bitskip_cpu.kernels.numba_inside.inner import inner
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int32s
 from bitskip_cpu.kernels.products.rows import float_rows, head_rows, ternary_rows
 
@@ -36,7 +36,7 @@ ATTENTION_IN, STORE, ATTEND, OUT_IN, FFN_IN, DOWN_IN, BLOCK_OUT, EXIT_IN, ROWS =
 EIGHT_BITS = np.float32(127.0)
 
 
-@inner
+@kernel
 def run_part(s, products, thread, part):
     """One part of the state's job."""
     job = s.job
@@ -51,7 +51,7 @@ def run_part(s, products, thread, part):
         token_part(s, products, scratch, job, part)
 
 
-@inner
+@kernel
 def token_part(s, products, scratch, job, t):
     """What lies between two products, for token t."""
     wide = 4 * s.hidden
@@ -96,7 +96,7 @@ def token_part(s, products, scratch, job, t):
         exit_in(s, s.x + (s.exit_from + t) * wide, t, scratch)
 
 
-@inner
+@kernel
 def norm(s, x, weight, y, n, scratch):
     """The configured norm (SPEC 3)."""
     if s.layer_norm:
@@ -105,7 +105,7 @@ def norm(s, x, weight, y, n, scratch):
         rms_norm(x, weight, y, n, s.norm_eps, scratch)
 
 
-@inner
+@kernel
 def residual(x_at, y_at, out_at, n):
     """out = x + y."""
     x, y, out = floats(x_at, n), floats(y_at, n), floats(out_at, n)
@@ -113,7 +113,7 @@ def residual(x_at, y_at, out_at, n):
         out[i] = x[i] + y[i]
 
 
-@inner
+@kernel
 def feed(s, p, t):
     """Make token t's row the input of a product: pad, rotate, quantize (SPEC 5.1, 4.2)."""
     if not s.ternary:
@@ -127,7 +127,7 @@ def feed(s, p, t):
     int32s(s.sums, s.tokens)[t] = total
 
 
-@inner
+@kernel
 def exit_in(s, x, t, scratch):
     """Final norm of one token, and its codes for an integer head (SPEC 8.1, 4.4)."""
     row = s.row + t * s.row_stride
@@ -140,7 +140,7 @@ def exit_in(s, x, t, scratch):
     int32s(s.sums, s.tokens)[t] = total
 
 
-@inner
+@kernel
 def store(s, t):
     """Turn token t's keys; keys and values into the cache (SPEC 6.1, 6.4, 6.5)."""
     position, e = s.position + t, 4 * s.head_dim
@@ -156,19 +156,19 @@ def store(s, t):
         )
 
 
-@inner
+@kernel
 def keys_of(s, h):
     """Where the block's cache holds key-value head h's keys."""
     return s.keys + s.cache_size * (s.layer * s.kv_heads + h) * s.capacity * s.head_padded
 
 
-@inner
+@kernel
 def values_of(s, h):
     """Where the block's cache holds key-value head h's values."""
     return s.values + s.cache_size * (s.layer * s.kv_heads + h) * s.capacity * s.value_width
 
 
-@inner
+@kernel
 def attention_part(s, scratch, part):
     """The query heads of one token that share a key-value head (SPEC 6)."""
     kv_head, t = part // s.tokens, part % s.tokens  # a head's keys stay at hand
@@ -186,7 +186,7 @@ def attention_part(s, scratch, part):
         h += queries
 
 
-@inner
+@kernel
 def rows(s, products, scratch, part):
     """A band of a product's rows."""
     first = s.first_row + part * s.grain

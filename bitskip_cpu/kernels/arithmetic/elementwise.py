@@ -22,7 +22,7 @@ from bitskip_cpu.kernels.arithmetic.exponential import (
 )
 from bitskip_cpu.kernels.arithmetic.lanes import butterflies
 from bitskip_cpu.kernels.layout import LANES, RELU2, SWIGLU
-from bitskip_cpu.kernels.numba_inside.inner import inner
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s
 
 f32, i32 = np.float32, np.int32
@@ -38,7 +38,7 @@ FRACTION, HALF_BITS = i32(0x007FFFFF), i32(0x3F000000)  # of a float; of 0.5
 LOWEST = f32(np.finfo(np.float32).min)
 
 
-@inner
+@kernel
 def power_of_two(n):
     """The smallest power of two not below n >= 1."""
     p = 1
@@ -50,7 +50,7 @@ def power_of_two(n):
 # ---- sums (SPEC 2.2) ----------------------------------------------------------------
 
 
-@inner
+@kernel
 def tree_sum(at, n):
     """Sum of n (a power of two) floats by halving; the memory is used up."""
     while n > 1:
@@ -61,7 +61,7 @@ def tree_sum(at, n):
     return floats(at, 1)[0]
 
 
-@inner
+@kernel
 def fill_zero(at, n):
     """n zeros."""
     x = floats(at, n)
@@ -69,7 +69,7 @@ def fill_zero(at, n):
         x[i] = ZERO
 
 
-@inner
+@kernel
 def copy(source_at, target_at, n):
     """n floats; the two may not overlap."""
     source, target = floats(source_at, n), floats(target_at, n)
@@ -77,7 +77,7 @@ def copy(source_at, target_at, n):
         target[i] = source[i]
 
 
-@inner
+@kernel
 def dot_tree(x_at, w_at, n, scratch_at):
     """sum 2.2 of x[i] * w[i] over n floats; scratch holds power_of_two(n) floats (SPEC 4.5)."""
     half = power_of_two(n) >> 1
@@ -96,7 +96,7 @@ def dot_tree(x_at, w_at, n, scratch_at):
 # ---- functions (SPEC 2.6 to 2.9) ----------------------------------------------------
 
 
-@inner
+@kernel
 def log(x):
     """SPEC 2.9, of one normal float32 > 0."""
     bits = f32(x).view(i32)
@@ -111,19 +111,19 @@ def log(x):
     return (r + (((p * r) * q + k * LN2_LOW) - HALF * q)) + k * LN2_HIGH
 
 
-@inner
+@kernel
 def sigmoid(x):
     """SPEC 2.7, of one float32."""
     return ONE / (ONE + exp(-x))
 
 
-@inner
+@kernel
 def relu(x):
     """SPEC 2.8, of one float32."""
     return x if x > ZERO else ZERO
 
 
-@inner
+@kernel
 def relu2(at, n):
     """Squared ReLU in place."""
     x = floats(at, n)
@@ -132,7 +132,7 @@ def relu2(at, n):
         x[i] = r * r
 
 
-@inner
+@kernel
 def ffn_activation(kind, squared, source_at, target_at, n):
     """SPEC 7.1: source holds gate[n] | up[n], or up[n] alone; `squared`: up already is."""
     target = floats(target_at, n)
@@ -153,7 +153,7 @@ def ffn_activation(kind, squared, source_at, target_at, n):
 # ---- norms (SPEC 3) -----------------------------------------------------------------
 
 
-@inner
+@kernel
 def _mean_of_squares(x_at, n, scratch_at):
     padded = power_of_two(n)
     x, squares = floats(x_at, n), floats(scratch_at, n)
@@ -163,7 +163,7 @@ def _mean_of_squares(x_at, n, scratch_at):
     return tree_sum(scratch_at, padded) / f32(n)
 
 
-@inner
+@kernel
 def rms_norm(x_at, weight_at, y_at, n, eps, scratch_at):
     """SPEC 3.1; x and y may be the same, scratch holds power_of_two(n) floats."""
     inverse = ONE / f32(math.sqrt(f32(_mean_of_squares(x_at, n, scratch_at) + eps)))
@@ -172,7 +172,7 @@ def rms_norm(x_at, weight_at, y_at, n, eps, scratch_at):
         y[i] = (x[i] * inverse) * weight[i]
 
 
-@inner
+@kernel
 def layer_norm(x_at, weight_at, y_at, n, eps, scratch_at):
     """SPEC 3.2; the bias follows the weight. x and y may be the same."""
     padded = power_of_two(n)
@@ -191,7 +191,7 @@ def layer_norm(x_at, weight_at, y_at, n, eps, scratch_at):
 # ---- Hadamard and quantizer (SPEC 5.2, 4.2) -----------------------------------------
 
 
-@inner
+@kernel
 def fwht(at, n):
     """In place, n a power of two."""
     h = n >> 1
@@ -213,7 +213,7 @@ def fwht(at, n):
         x[i] = x[i] * scale
 
 
-@inner
+@kernel
 def quantize(x_at, n, largest, codes_at, padded):
     """SPEC 4.2 -> (step, sum of the codes); int8 codes, zeros from n to `padded`."""
     x, bits, codes = floats(x_at, n), int32s(x_at, n), int8s(codes_at, padded)
@@ -236,7 +236,7 @@ def quantize(x_at, n, largest, codes_at, padded):
 # ---- exits (SPEC 8.5) ---------------------------------------------------------------
 
 
-@inner
+@kernel
 def two_largest(x_at, n, scratch_at):
     """The largest and the second largest of n > 1 floats; scratch: power_of_two(n) floats."""
     half = power_of_two(n) >> 1
@@ -265,7 +265,7 @@ def two_largest(x_at, n, scratch_at):
     return first[0], second[0]
 
 
-@inner
+@kernel
 def first_of(x_at, n, value):
     """Index of the first of n floats that equals a value among them."""
     x = floats(x_at, n)
@@ -275,7 +275,7 @@ def first_of(x_at, n, value):
     return i
 
 
-@inner
+@kernel
 def confidence(logits_at, n, scratch_at):
     """-> (max, margin, entropy); scratch: power_of_two(n) floats."""
     if n == 1:

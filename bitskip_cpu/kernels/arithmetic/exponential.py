@@ -25,7 +25,7 @@ from bitskip_cpu.kernels.arithmetic.lanes import (
     store_lanes,
 )
 from bitskip_cpu.kernels.layout import LANES
-from bitskip_cpu.kernels.numba_inside.inner import inner
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats
 
 f32, i32 = np.float32, np.int32
@@ -40,7 +40,7 @@ E3, E4, E5 = f32(4.16657959e-2), f32(1.66666655e-1), f32(5.00000012e-1)
 BIAS, MANTISSA = i32(127), i32(23)
 
 
-@inner
+@kernel
 def exp(x):
     """SPEC 2.6, of one float32."""
     x = x if x > EXP_MIN else EXP_MIN
@@ -153,7 +153,7 @@ exp_few, exp_one = _exp_lanes(FEW), _exp_lanes(1)
 silu_few, silu_one = _silu_lanes(FEW), _silu_lanes(1)
 
 
-@inner
+@kernel
 def exp_differences(x_at, top, out_at, n):
     """out = exp(x - top)."""
     few, whole = n // (FEW * LANES) * FEW * LANES, n // LANES * LANES
@@ -166,7 +166,7 @@ def exp_differences(x_at, top, out_at, n):
         out[i] = exp(x[i] - top)
 
 
-@inner
+@kernel
 def silu_products(gate_at, up_at, out_at, n):
     """out = silu(gate) * up (SPEC 7.1)."""
     few, whole = n // (FEW * LANES) * FEW * LANES, n // LANES * LANES

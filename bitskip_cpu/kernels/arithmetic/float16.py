@@ -9,7 +9,7 @@ from llvmlite import ir
 
 from bitskip_cpu import isa
 from bitskip_cpu.kernels.layout import LANES
-from bitskip_cpu.kernels.numba_inside.inner import inner
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, halfs, int32s, vector_pointer
 
 f32, i32, u16 = np.float32, np.int32, np.uint16
@@ -22,7 +22,7 @@ ROUNDER, ROUNDER_BITS = f32(0.5), i32(0x3F000000)  # its last bit: float16's lea
 REBASE = i32(112 << 10)
 
 
-@inner
+@kernel
 def half(x):
     """SPEC 6.5, of one float32: bits of the float16."""
     bits = f32(x).view(i32)
@@ -34,7 +34,7 @@ def half(x):
     return u16(i32(i32(bits >> i32(16)) & SIGN) | i32(code))
 
 
-@inner
+@kernel
 def narrow(source_at, target_at, n):
     """n float32 -> float16 bits."""
     source, target = floats(source_at, n), halfs(target_at, n)
@@ -42,7 +42,7 @@ def narrow(source_at, target_at, n):
         target[i] = half(source[i])
 
 
-@inner
+@kernel
 def widen(source_at, target_at, n):
     """float16 bits -> float32, subnormals included; finite values only."""
     source, target = halfs(source_at, n), int32s(target_at, n)

@@ -24,7 +24,7 @@ from bitskip_cpu.kernels.arithmetic.float16 import half, narrow
 from bitskip_cpu.kernels.arithmetic.lanes import LANE_BYTES, add, larger, largest, reverse_64, scale
 from bitskip_cpu.kernels.attention.passes import products_8, products_64, weighed
 from bitskip_cpu.kernels.layout import HALF, LANES, LEVELS
-from bitskip_cpu.kernels.numba_inside.inner import inner
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, halfs, int32s
 
 f32 = np.float32
@@ -33,7 +33,7 @@ LOWEST = f32(-np.inf)
 AHEAD = 3  # groups between asking for one and its use
 
 
-@inner
+@kernel
 def turn(x_at, cos_at, sin_at, head_dim):
     """RoPE in place on one head (SPEC 6.1)."""
     half = head_dim >> 1
@@ -45,7 +45,7 @@ def turn(x_at, cos_at, sin_at, head_dim):
         high[i] = b * cos[i] + a * sin[i]
 
 
-@inner
+@kernel
 def store_key(key_at, keys_at, size, padded, head_dim, slots_at, position):
     """Put one head's turned key at its position; `keys_at` is the head's part of the cache."""
     group, lane = position // LANES, position % LANES
@@ -61,7 +61,7 @@ def store_key(key_at, keys_at, size, padded, head_dim, slots_at, position):
             column[slots[i] * LANES + lane] = key[i]
 
 
-@inner
+@kernel
 def store_value(value_at, values_at, size, value_width, head_dim, position):
     """The same of one head's value."""
     row_at = values_at + size * position * value_width
@@ -71,7 +71,7 @@ def store_value(value_at, values_at, size, value_width, head_dim, position):
         copy(value_at, row_at, head_dim)
 
 
-@inner
+@kernel
 def lay_out(q_at, out_at, head_dim, padded, slots_at):
     """A query's features, and zeros behind them, where a cached key has them."""
     if head_dim == 64:
@@ -83,7 +83,7 @@ def lay_out(q_at, out_at, head_dim, padded, slots_at):
         out[slots[i]] = q[i]
 
 
-@inner
+@kernel
 def score_groups(
     queries, q_at, q_stride, keys_at, next_at, size, padded, seen, factor, out_at, out_stride,
     scratch_at,
@@ -122,7 +122,7 @@ def score_groups(
             scale(at, factor, out_at + query * out_stride + 4 * start)
 
 
-@inner
+@kernel
 def softmax_weights(e_at, seen):
     """Scores -> exp(score - largest); zeros behind `seen` to the group's end (SPEC 6.3)."""
     padded = (seen + LANES - 1) // LANES * LANES
@@ -140,7 +140,7 @@ def softmax_weights(e_at, seen):
         e[s] = ZERO
 
 
-@inner
+@kernel
 def weigh_group(queries, e_at, e_stride, values_at, soon_at, size, value_width, out_at, out_stride):
     """Per query sum 2.3 over LANES positions of e * v, and behind it of e itself."""
     for i in range(0, value_width, LANES):
@@ -153,14 +153,14 @@ def weigh_group(queries, e_at, e_stride, values_at, soon_at, size, value_width, 
         floats(out_at + query * out_stride + 4 * value_width, 1)[0] = low + high
 
 
-@inner
+@kernel
 def add_to(a_at, target_at, n):
     """target = a + target, n a multiple of LANES."""
     for i in range(0, n, LANES):
         add(a_at + 4 * i, target_at + 4 * i, target_at + 4 * i)
 
 
-@inner
+@kernel
 def attend(
     queries, q_at, keys_at, values_at, size, padded, head_dim, slots_at, value_width, seen, cold,
     out_at, scratch_at,

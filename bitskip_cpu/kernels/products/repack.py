@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitskip_cpu.kernels.numba_inside.inner import inner
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import uint8s
 from bitskip_cpu.kernels.products.ternary_layout import (
     COLUMNS,
@@ -17,7 +17,7 @@ from bitskip_cpu.kernels.products.ternary_layout import (
 from bitskip_cpu.kernels.products.transpose import SIDE, transpose
 
 
-@inner
+@kernel
 def unpack_row(row_at, row_bytes, out_at):
     """One packed row -> its codes 0, 1, 2 as bytes, 256 for 64."""
     for group in range(0, row_bytes, 64):
@@ -32,7 +32,7 @@ def unpack_row(row_at, row_bytes, out_at):
             fourth[i] = byte >> 6
 
 
-@inner
+@kernel
 def join_planes(planes_at, out_at):
     """PLANES groups of 64 codes -> one line's."""
     out = uint8s(out_at, LINE)
@@ -47,7 +47,7 @@ def join_planes(planes_at, out_at):
             out[i] = a[i] | b[i] << 2 | c[i] << 4 | d[i] << 6
 
 
-@inner
+@kernel
 def hide_lines(lines_at):
     """Lines 5, 6, 7 of a dense unit into the upper bits of lines 0 to 4."""
     a, b = uint8s(lines_at, LINE), uint8s(lines_at + LINE, LINE)

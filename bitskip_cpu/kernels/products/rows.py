@@ -11,7 +11,7 @@ from bitskip_cpu.kernels.arithmetic.elementwise import dot_tree, relu2
 from bitskip_cpu.kernels.arithmetic.float16 import widen
 from bitskip_cpu.kernels.arithmetic.lanes import scaled_sums
 from bitskip_cpu.kernels.layout import BAND, FLOAT16, FLOAT32, INT4, INT6, LANES
-from bitskip_cpu.kernels.numba_inside.inner import inner
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int32s
 from bitskip_cpu.kernels.products import ternary_plain
 from bitskip_cpu.kernels.products.ternary_layout import COLUMNS, LINE, TILE_ROWS
@@ -54,7 +54,7 @@ f32 = np.float32
 ACC_STRIDE = 4 * BAND
 
 
-@inner
+@kernel
 def bytes_sums(s, tiles_at, size, tiles, fours, acc_at):
     """Sums of tiles of bytes, `size` of them each: acc int32 [T, BAND]."""
     tokens, stride = s.tokens, s.codes_stride
@@ -68,7 +68,7 @@ def bytes_sums(s, tiles_at, size, tiles, fours, acc_at):
     end_blocks()
 
 
-@inner
+@kernel
 def ternary_sums(s, p, tiles_at, tiles, acc_at, unpacked_at):
     """Sums of code products of `tiles` tiles: acc int32 [T, BAND]; weights count as w + 1.
 
@@ -107,7 +107,7 @@ def ternary_sums(s, p, tiles_at, tiles, acc_at, unpacked_at):
                 packed_8(at, units, tail, codes, stride, left - 1, to, ACC_STRIDE)
 
 
-@inner
+@kernel
 def ternary_rows(s, p, first, last, acc_at, unpacked_at):
     """Rows first..last-1 of one of the block's products, for every token (SPEC 4.3, 4.6).
 
@@ -140,7 +140,7 @@ def ternary_rows(s, p, first, last, acc_at, unpacked_at):
                 relu2(out_at, stop - start)
 
 
-@inner
+@kernel
 def float_rows(s, p, first, last, scratch_at):
     """The same rows of an FP32 model (SPEC 4.5)."""
     weights_at = s.weights + s.layer * s.layer_bytes + p.weights
@@ -151,7 +151,7 @@ def float_rows(s, p, first, last, scratch_at):
             floats(p.out + t * p.out_stride + 4 * row, 1)[0] = y
 
 
-@inner
+@kernel
 def head_rows(s, first, last, scratch_at, acc_at):
     """Logits of ids first..last-1 for every token (SPEC 4.4, 4.5)."""
     if s.head_kind != FLOAT16 and s.head_kind != FLOAT32:
@@ -168,7 +168,7 @@ def head_rows(s, first, last, scratch_at, acc_at):
             floats(s.logits + 4 * (t * s.vocab + row), 1)[0] = y
 
 
-@inner
+@kernel
 def integer_sums(s, tiles_at, tiles, acc_at):
     """Sums of code products of a head's tiles: acc int32 [T, BAND]; weights with their offset."""
     size, groups = TILE_ROWS * s.head_row_bytes, (s.hidden + GROUP - 1) // GROUP
@@ -197,7 +197,7 @@ def integer_sums(s, tiles_at, tiles, acc_at):
                 int8_1(at, groups, codes, stride, 0, to, ACC_STRIDE)
 
 
-@inner
+@kernel
 def integer_head_rows(s, first, last, acc_at):
     """`head_rows` of integer rows in tiles (`heads`); `first` is a multiple of TILE_ROWS."""
     steps, sums = floats(s.steps, s.tokens), int32s(s.sums, s.tokens)

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bitskip_cpu.kernels.numba_inside.inner import inner
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import vector_pointer
 from bitskip_cpu.kernels.products.dot import BYTE, INTS, LONG, Tile
 from bitskip_cpu.kernels.products.ternary_layout import (
@@ -153,7 +153,7 @@ PIECE_COLUMNS = PIECE_UNITS * UNIT_COLUMNS
 PIECE_BYTES = (PIECE_COLUMNS + STEP) * TILE_ROWS  # of one tile; the last piece has the tail
 
 
-@inner
+@kernel
 def many_block(
     tokens, tiles_at, tiles, size, units, tail, padded, codes_at, row, out_at, out_stride, room
 ):
@@ -258,7 +258,7 @@ def add_chains(typing: Any, sums: Any, tokens: Any, out: Any, out_stride: Any) -
     return types.void(*[types.int64] * 4), codegen
 
 
-@inner
+@kernel
 def few_block(tokens, tiles_at, tiles, size, units, tail, codes_at, row, out_at, out_stride, room):
     """Sums of up to four packed tiles of `size` bytes with up to 16 tokens, one tile after another.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bitskip_cpu.kernels.numba_inside.inner import inner
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import int8s, int32s, uint8s
 from bitskip_cpu.kernels.products.ternary_layout import (
     COLUMNS,
@@ -19,7 +19,7 @@ from bitskip_cpu.kernels.products.ternary_layout import (
 i32 = np.int32
 
 
-@inner
+@kernel
 def unpack_tile(tile_at, units, tail, out_at):
     """The tile's codes as bytes: 64 for every 4 columns, in the order of a line."""
     for line in range(units * UNIT_LINES + tail):
@@ -33,7 +33,7 @@ def unpack_tile(tile_at, units, tail, out_at):
             out[3 * LINE + i] = byte >> 6
 
 
-@inner
+@kernel
 def line_sums(line_at, codes_at, out_at):
     """Add 64 bytes, 16 rows x 4 columns of unsigned codes, times 4 signed ones."""
     line, codes, out = uint8s(line_at, LINE), int8s(codes_at, COLUMNS), int32s(out_at, TILE_ROWS)
@@ -45,7 +45,7 @@ def line_sums(line_at, codes_at, out_at):
         )
 
 
-@inner
+@kernel
 def packed_line_sums(line_at, codes_at, out_at):
     """`line_sums` of the four planes of a packed line."""
     line, codes = uint8s(line_at, LINE), int8s(codes_at, LINE_COLUMNS)
@@ -63,8 +63,8 @@ def packed_line_sums(line_at, codes_at, out_at):
 def packed_tile(tokens: int) -> Callable[..., None]:
     """As `ternary_simd.packed_tile`."""
 
-    @inner
-    def kernel(tile_at, units, tail, codes_at, codes_stride, last, out_at, out_stride):
+    @kernel
+    def tile_sums(tile_at, units, tail, codes_at, codes_stride, last, out_at, out_stride):
         for t in range(min(tokens, last + 1)):
             to, codes = out_at + t * out_stride, codes_at + t * codes_stride
             out = int32s(to, TILE_ROWS)
@@ -73,10 +73,10 @@ def packed_tile(tokens: int) -> Callable[..., None]:
             for line in range(units * UNIT_LINES + tail):
                 packed_line_sums(tile_at + line * LINE, codes + line * LINE_COLUMNS, to)
 
-    return kernel
+    return tile_sums
 
 
-@inner
+@kernel
 def bytes_block(
     tile_at, stride, last_tile, fours, codes_at, codes_stride, last, out_at, out_stride
 ):
@@ -97,7 +97,7 @@ BLOCK_TILES, BLOCK_TOKENS = 1, 4
 # ---- what paths without a matrix unit have in place of `ternary_amx`'s ----------------------
 
 
-@inner
+@kernel
 def begin_blocks():
     """Before `bytes_block`s: nothing to be done."""
 
@@ -105,13 +105,13 @@ def begin_blocks():
 end_blocks = begin_blocks
 
 
-@inner
+@kernel
 def many_block(
     tokens, tiles_at, tiles, size, units, tail, padded, codes_at, row, out_at, out_stride, room
 ):
     """Never called."""
 
 
-@inner
+@kernel
 def few_block(tokens, tiles_at, tiles, size, units, tail, codes_at, row, out_at, out_stride, room):
     """Never called."""

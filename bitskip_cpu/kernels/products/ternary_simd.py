@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from bitskip_cpu.isa import PATH
-from bitskip_cpu.kernels.numba_inside.inner import inner
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import vector_pointer
 from bitskip_cpu.kernels.products.dot import (
     BYTES,
@@ -269,7 +269,7 @@ if WIDTH > 16:
     packed_8 = packed_tile(8, 2)
 else:  # the sums of 8 tokens would not fit the registers
 
-    @inner
+    @kernel
     def packed_8(tile, units, tail, codes, codes_stride, last, out, out_stride):
         """As the others; more than 4 tokens."""
         packed_4(tile, units, tail, codes, codes_stride, 3, out, out_stride)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bitskip_cpu.kernels.numba_inside.inner import inner
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import int8s, int32s, uint8s
 from bitskip_cpu.kernels.products.ternary_layout import COLUMNS, LINE, TILE_ROWS
 from bitskip_cpu.kernels.products.vocab_layout import GROUP, LINES
@@ -18,7 +18,7 @@ def head_tile(bits: int, tokens: int) -> Callable[..., None]:
     """As `heads_simd.head_tile`."""
     lines = LINES[bits]
 
-    @inner
+    @kernel
     def plane_code(line, i, p):
         """Plane p's code in byte i of a group."""
         if bits == 8:
@@ -30,8 +30,8 @@ def head_tile(bits: int, tokens: int) -> Callable[..., None]:
         low, middle, high = line[i] >> 6, line[LINE + i] >> 6, line[2 * LINE + i] >> 6
         return i32(low | middle << 2 | high << 4)
 
-    @inner
-    def kernel(tile_at, groups, codes_at, codes_stride, last, out_at, out_stride):
+    @kernel
+    def tile_sums(tile_at, groups, codes_at, codes_stride, last, out_at, out_stride):
         for t in range(min(tokens, last + 1)):
             out = int32s(out_at + t * out_stride, TILE_ROWS)
             for r in range(TILE_ROWS):
@@ -45,7 +45,7 @@ def head_tile(bits: int, tokens: int) -> Callable[..., None]:
                         for r in range(TILE_ROWS):
                             out[r] += i32(plane_code(line, 4 * r + c, p) * code)
 
-    return kernel
+    return tile_sums
 
 
 int4_1, int4_4 = head_tile(4, 1), head_tile(4, 4)

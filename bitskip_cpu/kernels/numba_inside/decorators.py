@@ -1,8 +1,8 @@
-"""`inner`: `numba.njit` for functions that only other kernels call.
+"""`kernel`: `numba.njit` for functions that only compiled functions call.
 
 Numba optimizes and generates machine code for every function on its own, together with all that it
-calls; a deep forward pass would be compiled about ten times over. An inner function is only typed
-and lowered; LLVM sees it once, inside the outermost function that calls it.
+calls; a deep forward pass would be compiled about ten times over. A kernel is only typed and
+lowered; LLVM sees it once, inside the outermost function (`object_code`) that calls it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _NoEnvironment:
         """There is no code in memory whose pointer to Python objects could be set."""
 
 
-class InnerCompiler(Compiler):
+class KernelCompiler(Compiler):
     """Numba's compiler with another kind of library."""
 
     library: type[JITCodeLibrary] = LinkedLibrary
@@ -54,7 +54,7 @@ class InnerCompiler(Compiler):
         return super().define_pipelines()
 
 
-def inner(function: Callable[..., Any]) -> Callable[..., Any]:
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile as a part of compiled callers; Python code can call it only where JIT is off."""
     if INTERPRETED:
         return function
@@ -63,5 +63,5 @@ def inner(function: Callable[..., Any]) -> Callable[..., Any]:
         no_cpython_wrapper=True,
         no_cfunc_wrapper=True,
         _nrt=False,  # no reference counts: nothing is ever allocated
-        pipeline_class=InnerCompiler,
+        pipeline_class=KernelCompiler,
     )(function)
