@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import llvmlite
@@ -19,6 +20,7 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from bitskip_cpu import isa, native
+from bitskip_ref import constants
 from bitskip_ref.files import replace_file
 
 Progress = Callable[[int], None]
@@ -58,7 +60,8 @@ def _fingerprint() -> str:
     found = find_spec("numba")
     if found and found.origin:  # its version, without the time to import it
         digest.update((Path(found.origin).parent / "_version.py").read_bytes())
-    for source in sorted(Path(__file__).parent.rglob("kernels/**/*.py")):
+    shaping = Path(__file__).parent.rglob("kernels/**/*.py"), [Path(constants.__file__)]
+    for source in sorted(chain(*shaping)):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 

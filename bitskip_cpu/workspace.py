@@ -174,7 +174,7 @@ class Workspace:
     def exit(self, n: int) -> tuple[int, ...]:
         """What EXIT is after n blocks: the same for all that share norm and head."""
         if n not in self._exits:
-            norm, head = self.weights.exit(n)
+            norm, head = self.weights.config.exit_names(n)
             rows, scales = self.weights.head(head)
             self._exits[n] = (
                 self.weights.norm(norm).ctypes.data, rows.ctypes.data, rows.strides[0],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,60 @@ def test_imports_point_one_way(path: Path) -> None:
 )
 def test_a_planted_import_is_seen(path: str, text: str) -> None:
     assert problems(ROOT / path, text)
+
+
+def module(path: Path) -> str:
+    """The name that a package's file is imported under."""
+    parts = [*path.relative_to(ROOT).with_suffix("").parts]
+    parts[0] = "bitskip_export" if parts[0] == "export" else parts[0]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def graph(texts: dict[str, str]) -> dict[str, set[str]]:
+    """Module -> the modules of ours that it imports, in functions and for type checkers too.
+
+    `from package import name` imports the module that `name` is, else the package.
+    """
+    edges: dict[str, set[str]] = {}
+    for module, text in texts.items():
+        found = set[str]()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                names = (f"{node.module}.{alias.name}" for alias in node.names)
+                found.update(name if name in texts else str(node.module) for name in names)
+        edges[module] = found & texts.keys()
+    return edges
+
+
+def circle(edges: dict[str, set[str]]) -> list[str] | None:
+    """Modules of which each imports one that imports it, however far around; None: there is none.
+
+    Exactly then the graph has a strongly connected component of more than one module.
+    """
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return None
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    assert circle(graph({module(p): p.read_text("utf-8") for p in FILES})) is None
+
+
+def test_a_planted_circle_is_seen() -> None:
+    """By a function's import, and by one for type checkers alone, over three modules."""
+    texts = {
+        "bitskip_ref.a": "from bitskip_ref import b",
+        "bitskip_ref.b": "if TYPE_CHECKING:\n    from bitskip_ref.c import C",
+        "bitskip_ref.c": "def f():\n    import bitskip_ref.a",
+        "bitskip_ref.d": "import numpy\nfrom bitskip_ref.a import x",
+    }
+    found = circle(graph(texts))
+    assert found and set(found) == {"bitskip_ref.a", "bitskip_ref.b", "bitskip_ref.c"}
+    assert circle(graph(texts | {"bitskip_ref.c": ""})) is None
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitskip_ref.cache import LARGEST_HALF
+from bitskip_ref import constants
 
 f32 = np.float32
 
-EXP_MIN, EXP_MAX = f32(-87.0), f32(88.0)
-LOG2_E = f32(1.44269504)
-LN2_HIGH, LN2_LOW = f32(0.693359375), f32(-2.12194440e-4)
-EXP_COEFFICIENTS = tuple(
-    f32(c)
-    for c in (
-        1.98756915e-4, 1.39819995e-3, 8.33345191e-3, 4.16657959e-2, 1.66666655e-1, 5.00000012e-1,
-    )
-)  # fmt: skip
-
-SQRT_HALF = f32(0.707106781)
-LOG_COEFFICIENTS = tuple(
-    f32(c)
-    for c in (
-        7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
-        -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
-    )
-)  # fmt: skip
+EXP_MIN, EXP_MAX = f32(constants.EXP_MIN), f32(constants.EXP_MAX)
+LOG2_E, SQRT_HALF = f32(constants.LOG2_E), f32(constants.SQRT_HALF)
+LN2_HIGH, LN2_LOW = f32(constants.LN2_HIGH), f32(constants.LN2_LOW)
+EXP_COEFFICIENTS = tuple(map(f32, constants.EXP_COEFFICIENTS))
+LOG_COEFFICIENTS = tuple(map(f32, constants.LOG_COEFFICIENTS))
+LARGEST_HALF = f32(constants.LARGEST_HALF)
 
 
 def exp(x: np.ndarray) -> np.ndarray:
@@ -75,4 +63,4 @@ def relu2(x: np.ndarray) -> np.ndarray:
 
 def half(x: np.ndarray) -> np.ndarray:
     """SPEC 6.5: what a float16 cache holds of f32, f16 of the same shape."""
-    return np.clip(x, f32(-LARGEST_HALF), f32(LARGEST_HALF)).astype(np.float16)
+    return np.clip(x, -LARGEST_HALF, LARGEST_HALF).astype(np.float16)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from bitskip_ref import constants
 from bitskip_ref.arithmetic.sums import feature_sum
 
 f32 = np.float32
-SCALE_FLOOR = f32(1e-5)  # keeps zero rows and zero tensors away from division by zero
+SCALE_FLOOR = f32(constants.SCALE_FLOOR)
 
 
 def quantize_weights(w: np.ndarray) -> tuple[np.ndarray, np.float32]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitskip_ref.cache import CacheFill, check_token
+from bitskip_ref.cache import CacheFill
+from bitskip_ref.checks import check_exit_layer, check_token
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.exits.fixed import check_exit_layer
 
 MOST = 16  # drafts of a round, at most
 

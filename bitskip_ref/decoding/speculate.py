@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from bitskip_ref.cache import check_input
+from bitskip_ref.checks import check_input
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import MOST, Draft
 from bitskip_ref.decoding.generate import Token

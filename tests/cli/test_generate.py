@@ -23,7 +23,8 @@ from bitskip_cpu.model import Model
 from bitskip_ref.decoding.generate import stream
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.exits import ConfidenceExit, FixedExit
-from bitskip_ref.folder import read_folder, write_auto_exit, write_tensors
+from bitskip_ref.folder import read_folder, write_auto_exit
+from bitskip_ref.safetensors_file import write_tensors
 from tests.cli.conftest import CONFIG, ScriptEngine, command, write_model
 
 SCHEMA = {

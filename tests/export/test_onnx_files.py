@@ -17,8 +17,8 @@ from bitskip_export.onnx_ops import half
 from bitskip_ref.arithmetic import functions
 from bitskip_ref.compare import difference
 from bitskip_ref.exits import ConfidenceExit
-from bitskip_ref.folder import FormatError
 from bitskip_ref.model import ReferenceModel, load
+from bitskip_ref.tensors import FormatError
 from tests.helpers import random_folder, random_tensors, random_tokens, twin
 
 CONFIG = twin("bitskip-v1")

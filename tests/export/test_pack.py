@@ -13,8 +13,9 @@ from bitskip_export.pack import ExportError, export_checkpoint, pack
 from bitskip_export.report import summary
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.folder import FormatError, read_folder
+from bitskip_ref.folder import read_folder
 from bitskip_ref.packing import unpack_ternary
+from bitskip_ref.tensors import FormatError
 from bitskip_train.checkpoint import Checkpoint, save_checkpoint
 from bitskip_train.errors import CheckpointError
 from bitskip_train.settings import TrainConfig

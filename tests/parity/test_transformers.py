@@ -13,9 +13,9 @@ import pytest
 
 from bitskip_ref.arithmetic.quant import quantize_weights
 from bitskip_ref.config import ModelConfig, small_twin
-from bitskip_ref.folder import expected_tensors
 from bitskip_ref.model import ReferenceModel
 from bitskip_ref.packing import pack_ternary
+from bitskip_ref.tensors import expected_tensors
 from tests.helpers import random_parameters, random_tokens
 
 torch = pytest.importorskip("torch")

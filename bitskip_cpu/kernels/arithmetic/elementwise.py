@@ -24,15 +24,14 @@ from bitskip_cpu.kernels.arithmetic.lanes import butterflies
 from bitskip_cpu.kernels.layout import LANES, RELU2, SWIGLU
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s
+from bitskip_ref import constants
 
 f32, i32 = np.float32, np.int32
 
 ZERO = f32(0.0)
-SCALE_FLOOR = f32(1e-5)
-L0, L1, L2 = f32(7.0376836292e-2), f32(1.1514610310e-1), f32(1.1676998740e-1)
-L3, L4, L5 = f32(1.2420140846e-1), f32(1.4249322787e-1), f32(1.6668057665e-1)
-L6, L7, L8 = f32(2.0000714765e-1), f32(2.4999993993e-1), f32(3.3333331174e-1)
-HALF, SQRT_HALF = f32(0.5), f32(0.707106781)
+SCALE_FLOOR = f32(constants.SCALE_FLOOR)
+L0, L1, L2, L3, L4, L5, L6, L7, L8 = map(f32, constants.LOG_COEFFICIENTS)
+HALF, SQRT_HALF = f32(0.5), f32(constants.SQRT_HALF)
 MAGNITUDE = i32(0x7FFFFFFF)
 FRACTION, HALF_BITS = i32(0x007FFFFF), i32(0x3F000000)  # of a float; of 0.5
 LOWEST = f32(np.finfo(np.float32).min)
@@ -106,8 +105,8 @@ def log(x):
         m, k = m + m, k - ONE
     r = m - ONE
     q = r * r
-    p = (((((L0 * r - L1) * r + L2) * r - L3) * r + L4) * r - L5) * r + L6
-    p = (p * r - L7) * r + L8
+    p = (((((L0 * r + L1) * r + L2) * r + L3) * r + L4) * r + L5) * r + L6
+    p = (p * r + L7) * r + L8
     return (r + (((p * r) * q + k * LN2_LOW) - HALF * q)) + k * LN2_HIGH
 
 

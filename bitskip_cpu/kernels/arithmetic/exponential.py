@@ -27,16 +27,17 @@ from bitskip_cpu.kernels.arithmetic.lanes import (
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats
+from bitskip_ref import constants
 
 f32, i32 = np.float32, np.int32
 
 ONE = f32(1.0)
 # x + 1.5 * 2^23 - 1.5 * 2^23 rounds to nearest, ties to even, for |x| < 2^22 (SPEC 2.5).
 ROUNDER = f32(12582912.0)
-EXP_MIN, EXP_MAX = f32(-87.0), f32(88.0)
-LOG2_E, LN2_HIGH, LN2_LOW = f32(1.44269504), f32(0.693359375), f32(-2.12194440e-4)
-E0, E1, E2 = f32(1.98756915e-4), f32(1.39819995e-3), f32(8.33345191e-3)
-E3, E4, E5 = f32(4.16657959e-2), f32(1.66666655e-1), f32(5.00000012e-1)
+EXP_MIN, EXP_MAX = f32(constants.EXP_MIN), f32(constants.EXP_MAX)
+LOG2_E = f32(constants.LOG2_E)
+LN2_HIGH, LN2_LOW = f32(constants.LN2_HIGH), f32(constants.LN2_LOW)
+E0, E1, E2, E3, E4, E5 = map(f32, constants.EXP_COEFFICIENTS)
 BIAS, MANTISSA = i32(127), i32(23)
 
 

@@ -11,12 +11,13 @@ from bitskip_cpu import isa
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, halfs, int32s, vector_pointer
+from bitskip_ref.constants import LARGEST_HALF
 
 f32, i32, u16 = np.float32, np.int32, np.uint16
 
 SCALE = f32(2.0**112)  # moves float16's exponent to float32's
 MAGNITUDE, SIGN = i32(0x7FFFFFFF), i32(0x8000)
-LARGEST = i32(0x477FE000)  # bits of 65504
+LARGEST = f32(LARGEST_HALF).view(i32)  # its bits
 LEAST_NORMAL = i32(0x38800000)  # of 2^-14
 ROUNDER, ROUNDER_BITS = f32(0.5), i32(0x3F000000)  # its last bit: float16's least subnormal
 REBASE = i32(112 << 10)
