@@ -9,11 +9,14 @@ import click
 VERBS = {  # verb -> (module:command, what --help says)
     "train": ("bitskip_train.cli:train", "Train a model."),
     "evaluate": ("bitskip_train.cli:evaluate", "Held-out loss of a checkpoint, per exit."),
-    "reproduce": ("experiments.cli:reproduce", "A table or figure of the papers."),
+    "reproduce": ("bitskip_experiments.cli:reproduce", "A table or figure of the papers."),
     "average": ("bitskip_train.cli:average", "The mean of several checkpoints' weights."),
     "fit-gates": ("bitskip_train.cli:fit_gates", "Give a trained checkpoint routing gates."),
-    "export": ("export.cli:export", "Checkpoint to a packed model folder."),
-    "verify": ("export.cli:verify", "Compare every engine with the reference, bit for bit."),
+    "export": ("bitskip_export.cli:export", "Checkpoint to a packed model folder."),
+    "verify": (
+        "bitskip_export.cli:verify",
+        "Compare every engine with the reference, by bits.",
+    ),
     "generate": ("bitskip_cpu.cli:generate", "Continue a prompt (as bitskip-cpu; so all below)."),
     "bench": ("bitskip_cpu.cli:bench", "Measure tokens a second."),
     "perplexity": ("bitskip_cpu.cli:perplexity", "Held-out loss of a folder, per exit."),

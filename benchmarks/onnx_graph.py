@@ -11,7 +11,7 @@ import argparse
 import json
 
 from bitskip_cpu.bench.timing import measure, plan, tasks_of
-from export.onnx_engine import load_onnx
+from bitskip_export.onnx_engine import load_onnx
 
 
 def main() -> None:

@@ -28,13 +28,13 @@ from bitskip_cpu.engine import Engine, random_model
 from bitskip_cpu.progress import prepare
 from bitskip_cpu.tables import table
 from bitskip_ref.config import preset
+from bitskip_ref.decoding.draft import MOST, Draft
+from bitskip_ref.decoding.generate import stream
+from bitskip_ref.decoding.sampling import Sampler
+from bitskip_ref.decoding.speculate import Speculation
+from bitskip_ref.decoding.speculate import stream as speculate
 from bitskip_ref.documents import read_documents
-from bitskip_ref.draft import MOST, Draft
 from bitskip_ref.exits import FixedExit
-from bitskip_ref.generate import stream
-from bitskip_ref.sampling import Sampler
-from bitskip_ref.speculate import Speculation
-from bitskip_ref.speculate import stream as speculate
 
 ROUNDS = 64  # that are imposed
 Round = tuple[int, int, bool]

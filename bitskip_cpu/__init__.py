@@ -22,7 +22,7 @@ def load(
     """Load a model folder, or a model that comes with the package (None: the default one).
 
     threads: None takes what suits the machine. kv_cache: float32, or float16, which halves the
-    memory of keys and values and rounds them (SPEC 6.5). Raises bitskip_ref.folder.FormatError if
+    memory of keys and values and rounds them (SPEC 6.5). Raises bitskip_ref.FormatError if
     the folder is not a whole model, ValueError if there is none or an argument is out of range.
     """
     from bitskip_cpu import models

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import llvmlite
@@ -19,6 +20,7 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from bitskip_cpu import isa, native
+from bitskip_ref import constants
 from bitskip_ref.files import replace_file
 
 Progress = Callable[[int], None]
@@ -58,7 +60,8 @@ def _fingerprint() -> str:
     found = find_spec("numba")
     if found and found.origin:  # its version, without the time to import it
         digest.update((Path(found.origin).parent / "_version.py").read_bytes())
-    for source in sorted(Path(__file__).parent.glob("kernels/*.py")):
+    shaping = Path(__file__).parent.rglob("kernels/**/*.py"), [Path(constants.__file__)]
+    for source in sorted(chain(*shaping)):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -99,7 +102,7 @@ class Kernels:
         """One of ARGUMENTS, loaded, and compiled before if need be."""
         if name not in self._functions:
             if isa.INTERPRETED:
-                from bitskip_cpu.kernels.objects import FUNCTIONS
+                from bitskip_cpu.kernels.object_code import FUNCTIONS
 
                 self._functions[name] = FUNCTIONS[name]
             else:
@@ -118,7 +121,7 @@ class Kernels:
 
     def _made(self, name: str, progress: Progress) -> bytes:
         """The object file, compiled, and kept if there is a place for it."""
-        from bitskip_cpu.kernels.objects import machine_code
+        from bitskip_cpu.kernels.object_code import machine_code
 
         code = machine_code(name, ARGUMENTS[name], progress)
         if self.directory:

@@ -12,7 +12,8 @@ from bitskip_cpu.machine import fingerprint
 from bitskip_cpu.models import DEFAULT
 from bitskip_cpu.tables import size
 from bitskip_cpu.tokenizer import Tokenizer
-from bitskip_ref.folder import FormatError, read_folder
+from bitskip_ref.folder import read_folder
+from bitskip_ref.tensors import FormatError
 
 
 def doctor() -> dict[str, Any]:

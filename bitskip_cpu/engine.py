@@ -22,11 +22,11 @@ from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, 
 from bitskip_cpu.threads import Team
 from bitskip_cpu.weights import Tensors, Weights, random_tensors
 from bitskip_cpu.workspace import Workspace
-from bitskip_ref.cache import check_input, check_kv_cache, check_token
+from bitskip_ref.cache import check_kv_cache
+from bitskip_ref.checks import check_exit_layer, check_exit_layers, check_input, check_token
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.draft import Choose, Draft
+from bitskip_ref.decoding.draft import Choose, Draft
 from bitskip_ref.engine import ExitRule, Trace, Visit
-from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
 from bitskip_ref.folder import Folder, read_folder
 
 f32 = np.float32
@@ -192,7 +192,7 @@ class Engine:
     def weight_bytes(self, exit_layer: int) -> int:
         """Bytes that a token run to that exit reads: its linear layers as packed here, the head."""
         weights = self.weights
-        _, head = weights.exit(exit_layer)
+        _, head = self.config.exit_names(exit_layer)
         return weights.layer_bytes * exit_layer + sum(a.nbytes for a in weights.head(head))
 
     # ---- its parts ------------------------------------------------------------------
@@ -323,7 +323,7 @@ class _Record:
 def load(
     path: str | os.PathLike[str], threads: int | None = None, kv_cache: str = "float32"
 ) -> Engine:
-    """Load a model folder. Raises bitskip_ref.folder.FormatError if it is not a whole one."""
+    """Load a model folder. Raises bitskip_ref.FormatError if it is not a whole one."""
     folder = read_folder(path)
     return Engine(folder.config, folder.tensors, threads, folder, kv_cache)
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bitskip_cpu.tokenizer import StopStrings, StreamDecoder, Tokenizer
+from bitskip_ref.decoding.generate import stream as stream_tokens
+from bitskip_ref.decoding.sampling import Sampler
+from bitskip_ref.decoding.speculate import Speculation
+from bitskip_ref.decoding.speculate import stream as stream_speculated
 from bitskip_ref.engine import Engine, ExitRule
-from bitskip_ref.generate import stream as stream_tokens
-from bitskip_ref.sampling import Sampler
-from bitskip_ref.speculate import Speculation
-from bitskip_ref.speculate import stream as stream_speculated
 
 StopReason = Literal["end_of_text", "stop_string", "max_tokens", "context", "interrupted"]
 

@@ -9,12 +9,12 @@ import numpy as np
 
 from bitskip_cpu.generate import Generation, TextStream
 from bitskip_cpu.tokenizer import Tokenizer
-from bitskip_ref.draft import Choose, Draft
+from bitskip_ref.decoding.draft import Choose, Draft
+from bitskip_ref.decoding.sampling import Sampler
+from bitskip_ref.decoding.speculate import Speculation
 from bitskip_ref.engine import Engine, ExitRule, Trace, Visit
 from bitskip_ref.exits.named import named_rule
 from bitskip_ref.folder import Folder
-from bitskip_ref.sampling import Sampler
-from bitskip_ref.speculate import Speculation
 
 
 class Model:

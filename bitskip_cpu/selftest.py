@@ -17,14 +17,14 @@ from bitskip_cpu.heldout.watch import Watch
 from bitskip_cpu.weights import Weights
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.draft import Draft
+from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.decoding.generate import stream
+from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.engine import Engine as AnyEngine
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.folder import read_folder
-from bitskip_ref.generate import stream
 from bitskip_ref.model import ReferenceModel
-from bitskip_ref.sampling import Sampler
 
 PROMPT, STEPS = 12, 6  # tokens: enough for a prompt tile with a remainder, few for the reference
 

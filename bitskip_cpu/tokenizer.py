@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Library
 
-from bitskip_ref.folder import FormatError
+from bitskip_ref.tensors import FormatError
 
 INCOMPLETE = "\ufffd"  # what the decoder writes for bytes that are not, or not yet, a character
 LONGEST = 3  # bytes of a UTF-8 character that may still wait for the next one

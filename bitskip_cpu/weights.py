@@ -16,11 +16,13 @@ import numpy as np
 from bitskip_cpu.aligned import aligned
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.cores import default_threads
-from bitskip_cpu.kernels import heads, tiles
 from bitskip_cpu.kernels.layout import DOWN, OUT, PRODUCT, PRODUCTS, QKV, UP
+from bitskip_cpu.kernels.products import ternary_layout as tiles
+from bitskip_cpu.kernels.products import vocab_layout as heads
 from bitskip_ref.config import HEAD_BITS, ModelConfig
-from bitskip_ref.folder import expected_tensors, give_back
 from bitskip_ref.packing import packed_width
+from bitskip_ref.safetensors_file import give_back
+from bitskip_ref.tensors import expected_tensors
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -59,7 +61,7 @@ class Weights:
     """
 
     def __init__(self, config: ModelConfig, tensors: Tensors) -> None:
-        """`tensors` as in a model folder, already checked (bitskip_ref.folder.check_tensors)."""
+        """`tensors` as in a model folder, already checked (bitskip_ref.tensors.check_tensors)."""
         self.config = config
         blocks = [
             [
@@ -182,15 +184,6 @@ class Weights:
 
         in_parallel(repack, range(0, len(rows), PART), result.nbytes)
         return result, self.tensors[f"{name}.scale"]
-
-    def exit(self, n: int) -> tuple[str, str]:
-        """Names of the norm and the head after n blocks (SPEC 8.1)."""
-        c = self.config
-        early = n < c.num_hidden_layers
-        norm = f"exits.{n}.norm" if early and c.exit_norm == "per_layer" else "final_norm"
-        if early and c.exit_head == "per_layer":
-            return norm, f"exits.{n}.head"
-        return norm, "embed_tokens" if c.tie_word_embeddings else "lm_head"
 
 
 def random_tensors(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:

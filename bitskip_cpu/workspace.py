@@ -33,7 +33,7 @@ from bitskip_cpu.kernels.layout import (
 )
 from bitskip_cpu.weights import Weights
 from bitskip_ref.config import HEAD_BITS
-from bitskip_ref.draft import MOST, Draft
+from bitskip_ref.decoding.draft import MOST, Draft
 from bitskip_ref.rope import rope_table
 
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
@@ -174,7 +174,7 @@ class Workspace:
     def exit(self, n: int) -> tuple[int, ...]:
         """What EXIT is after n blocks: the same for all that share norm and head."""
         if n not in self._exits:
-            norm, head = self.weights.exit(n)
+            norm, head = self.weights.config.exit_names(n)
             rows, scales = self.weights.head(head)
             self._exits[n] = (
                 self.weights.norm(norm).ctypes.data, rows.ctypes.data, rows.strides[0],

@@ -1,18 +1,11 @@
-"""What every engine's KV cache has in common, and the check of what is to be run on it."""
+"""What every engine's KV cache has in common."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-
-import numpy as np
 
 from bitskip_ref.config import ModelConfig
 
 KV_CACHES = ("float32", "float16")
 """What the numbers of a cache may be (SPEC 6.5)."""
-
-LARGEST_HALF = 65504.0
-"""A float16 cache holds nothing larger: float16's largest finite number."""
 
 
 def check_kv_cache(kv_cache: str) -> str:
@@ -52,38 +45,3 @@ class CacheFill:
         self.length += tokens
         self._filled[:blocks] = [self.length] * blocks
         self._known, self._depth = self.length, blocks
-
-
-def check_input(
-    token_ids: Sequence[int], cache: CacheFill, blocks: int, config: ModelConfig
-) -> np.ndarray:
-    """Token ids as int64 [T], to be run through `blocks` blocks after what the cache holds.
-
-    Raises ValueError for none, ids outside 0..V-1, no room, or a cache of fewer blocks (SPEC 8.2).
-    """
-    cache.require(blocks)
-    ids = np.asarray(token_ids)
-    if ids.ndim != 1 or ids.size == 0:
-        raise ValueError("no tokens: give at least one token id")
-    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= config.vocab_size:
-        raise ValueError(f"token ids must be integers in 0..{config.vocab_size - 1}")
-    if cache.length + ids.size > config.max_position_embeddings:
-        raise ValueError(
-            f"{cache.length} + {ids.size} positions exceed the context of "
-            f"{config.max_position_embeddings}: shorten the prompt or start anew"
-        )
-    return ids.astype(np.int64)
-
-
-def check_token(
-    token_id: int, cache: CacheFill, blocks: int, config: ModelConfig, positions: int = 1
-) -> int:
-    """`check_input` of one token, with room for more, at a tenth of its time where all is well."""
-    cache.require(blocks)
-    if (
-        type(token_id) is int
-        and 0 <= token_id < config.vocab_size
-        and cache.length + positions <= config.max_position_embeddings
-    ):
-        return token_id
-    return int(check_input([token_id] * positions, cache, blocks, config)[0])

@@ -162,6 +162,14 @@ class ModelConfig:
             heads = self.num_hidden_layers
         return self.quantizable_parameters() + (1 + heads) * self.vocab_size * self.hidden_size
 
+    def exit_names(self, n: int) -> tuple[str, str]:
+        """Names of the norm and the head that give the logits after n = 1..L blocks (SPEC 8.1)."""
+        early = n < self.num_hidden_layers
+        norm = f"exits.{n}.norm" if early and self.exit_norm == "per_layer" else "final_norm"
+        if early and self.exit_head == "per_layer":
+            return norm, f"exits.{n}.head"
+        return norm, "embed_tokens" if self.tie_word_embeddings else "lm_head"
+
     # ---- conversion -----------------------------------------------------------------
 
     def replace(self, **changes: Any) -> ModelConfig:

@@ -14,7 +14,7 @@ import numpy as np
 from bitskip_ref.config import ModelConfig
 
 if TYPE_CHECKING:  # drafts need exits, which ask a Probe
-    from bitskip_ref.draft import Choose, Draft
+    from bitskip_ref.decoding.draft import Choose, Draft
 
 Trace = Callable[[str, np.ndarray], None]
 """Receives (stage, values). Stages, i counting blocks from 0:

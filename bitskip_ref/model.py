@@ -7,21 +7,22 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bitskip_ref.attention import attention
-from bitskip_ref.cache import CacheFill, check_input, check_kv_cache
-from bitskip_ref.confidence import confidence
+from bitskip_ref.arithmetic.attention import attention
+from bitskip_ref.arithmetic.confidence import confidence
+from bitskip_ref.arithmetic.ffn import ffn_activation
+from bitskip_ref.arithmetic.functions import half, relu, relu2, sigmoid
+from bitskip_ref.arithmetic.hadamard import rotate
+from bitskip_ref.arithmetic.norms import layer_norm, rms_norm
+from bitskip_ref.arithmetic.quant import float_linear, int8_linear, ternary_linear
+from bitskip_ref.arithmetic.rope import apply_rope
+from bitskip_ref.cache import CacheFill, check_kv_cache
+from bitskip_ref.checks import check_exit_layer, check_exit_layers, check_input
 from bitskip_ref.config import HEAD_BITS, ModelConfig
-from bitskip_ref.draft import Choose, Draft
+from bitskip_ref.decoding.draft import Choose, Draft
 from bitskip_ref.engine import ExitRule, Trace, Visit
-from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
-from bitskip_ref.ffn import ffn_activation
 from bitskip_ref.folder import read_folder
-from bitskip_ref.functions import half, relu, relu2, sigmoid
-from bitskip_ref.hadamard import rotate
-from bitskip_ref.norms import layer_norm, rms_norm
 from bitskip_ref.packing import unpack_ternary
-from bitskip_ref.quant import float_linear, int8_linear, ternary_linear
-from bitskip_ref.rope import apply_rope, rope_table
+from bitskip_ref.rope import rope_table
 
 f32 = np.float32
 
@@ -110,13 +111,10 @@ class ReferenceModel:
 
     def exit(self, x: np.ndarray, n: int, trace: Trace = lambda *_: None) -> np.ndarray:
         """Logits after n blocks: x [T, D] -> [T, V] (SPEC 8.1)."""
-        early = n < self.config.num_hidden_layers
-        own_norm = early and self.config.exit_norm == "per_layer"
-        own_head = early and self.config.exit_head == "per_layer"
-        head = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
-        x = self.norm(f"exits.{n}.norm" if own_norm else "final_norm", x)
+        norm, head = self.config.exit_names(n)
+        x = self.norm(norm, x)
         trace("exit_norm", x)
-        z = self.head(f"exits.{n}.head" if own_head else head, x)
+        z = self.head(head, x)
         trace("logits", z)
         return z
 
@@ -274,6 +272,6 @@ class ReferenceProbe:
 
 
 def load(path: str | os.PathLike[str], kv_cache: str = "float32") -> ReferenceModel:
-    """Load a model folder. Raises bitskip_ref.folder.FormatError if it is not a whole one."""
+    """Load a model folder. Raises bitskip_ref.FormatError if it is not a whole one."""
     folder = read_folder(path)
     return ReferenceModel(folder.config, folder.tensors, kv_cache)

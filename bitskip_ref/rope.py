@@ -1,4 +1,4 @@
-"""Rotary position embedding and the tables behind it (SPEC 6.1)."""
+"""The tables of rotary position embedding (SPEC 6.1): every engine's come from here."""
 
 from __future__ import annotations
 
@@ -59,11 +59,3 @@ def _table(theta: float, head_dim: int, positions: int) -> tuple[np.ndarray, np.
 def rope_table(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """(cos, sin), each f32 [max_position_embeddings, E/2], read-only: every engine's source."""
     return _table(config.rope_theta, config.head_dim, config.max_position_embeddings)
-
-
-def apply_rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Half-split rotation. x f32 [T, heads, E]; cos, sin f32 [T, E/2] -> f32 [T, heads, E]."""
-    half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]
-    c, s = cos[:, None, :], sin[:, None, :]
-    return np.concatenate([x1 * c - x2 * s, x2 * c + x1 * s], axis=-1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.files import replace_file
+from bitskip_ref.tensors import parameter_shapes
 from bitskip_train.errors import CheckpointError
 
 FORMAT = "bitskip-checkpoint-1"
@@ -86,13 +87,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def _check_state(path: str | Path, checkpoint: Checkpoint) -> None:
     """Refuse a state dict with missing, extra or misshapen tensors, or none at all."""
-    from bitskip_train.model import BitskipModel  # late: only loading needs the model's names
-
-    with torch.device("meta"):
-        expected = BitskipModel(checkpoint.config).state_dict()
-    state = checkpoint.state
+    expected, state = parameter_shapes(checkpoint.config), checkpoint.state
     for name in expected.keys() | state.keys():
-        want = tuple(expected[name].shape) if name in expected else "nothing"
+        want = expected.get(name, "nothing")
         have = tuple(found.shape) if isinstance(found := state.get(name), Tensor) else "nothing"
         if want != have:
             raise CheckpointError(

@@ -15,21 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitskip_ref.config import HEAD_BITS
+from bitskip_ref.constants import (
+    EXP_COEFFICIENTS,
+    EXP_MAX,
+    EXP_MIN,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG2_E,
+    LOG_COEFFICIENTS,
+    SCALE_FLOOR,
+    SQRT_HALF,
+)
 from bitskip_train.fast import FastOps, Prepared, Rotations
-from bitskip_train.functions import SCALE_FLOOR
 
 CHUNK = 1 << 21  # most values of a temporary: the sums by tree need their products in memory
-
-EXP_MIN, EXP_MAX = -87.0, 88.0
-LOG2_E, LN2_HIGH, LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
-EXP_COEFFICIENTS = (
-    1.98756915e-4, 1.39819995e-3, 8.33345191e-3, 4.16657959e-2, 1.66666655e-1, 5.00000012e-1,
-)  # fmt: skip
-SQRT_HALF = 0.707106781
-LOG_COEFFICIENTS = (
-    7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
-    -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
-)  # fmt: skip
 
 
 def feature_sum(x: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitskip_ref.constants import SCALE_FLOOR
 from bitskip_train.attention import grouped_attention
-from bitskip_train.functions import SCALE_FLOOR, QuantizeActivations, TernaryProduct
+from bitskip_train.functions import QuantizeActivations, TernaryProduct
 
 
 class Prepared(NamedTuple):

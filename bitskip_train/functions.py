@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-SCALE_FLOOR = 1e-5  # SPEC 4.1, 4.2
+from bitskip_ref.constants import SCALE_FLOOR
 
 
 class QuantizeActivations(Function):

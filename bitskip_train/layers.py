@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitskip_ref.cache import LARGEST_HALF, CacheFill
+from bitskip_ref.cache import CacheFill
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.constants import LARGEST_HALF
 from bitskip_train.fast import FastOps, Prepared, Rotations
 
 TensorTrace = Callable[[str, Tensor], None]

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitskip_ref.cache import check_input, check_kv_cache
+from bitskip_ref.cache import check_kv_cache
+from bitskip_ref.checks import check_exit_layer, check_exit_layers, check_input
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.draft import Choose, Draft
+from bitskip_ref.decoding.draft import Choose, Draft
 from bitskip_ref.engine import ExitRule, Trace, Visit
-from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
 from bitskip_ref.folder import read_folder
 from bitskip_ref.packing import unpack_ternary
 from bitskip_train.exact import confidence
@@ -22,7 +22,7 @@ from bitskip_train.model import BitskipModel
 
 
 def load_exported(path: str | os.PathLike[str], kv_cache: str = "float32") -> TorchEngine:
-    """Load a model folder. Raises `bitskip_ref.folder.FormatError` if it is not a whole one."""
+    """Load a model folder. Raises `bitskip_ref.FormatError` if it is not a whole one."""
     folder = read_folder(path)
     return TorchEngine(folder.config, folder.tensors, kv_cache)
 

@@ -195,14 +195,11 @@ class BitskipModel(nn.Module):
 
     def exit_norm(self, n: int) -> Norm:
         """The final norm of exit n = 1..L."""
-        own = n < self.config.num_hidden_layers and self.config.exit_norm == "per_layer"
-        return cast(Exit, self.exits[str(n)]).norm if own else self.final_norm
+        return cast(Norm, self.get_submodule(self.config.exit_names(n)[0]))
 
     def exit_head(self, n: int) -> Weight:
         """The head of exit n = 1..L."""
-        if n < self.config.num_hidden_layers and self.config.exit_head == "per_layer":
-            return cast(Exit, self.exits[str(n)]).head
-        return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return cast(Weight, self.get_submodule(self.config.exit_names(n)[1]))
 
     def logits(
         self, hidden: Tensor, n: int, trace: TensorTrace | None = None, *, normed: bool = True

@@ -6,11 +6,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from export.onnx_engine import OnnxModel
+    from bitskip_export.onnx_engine import OnnxModel
 
 
 def load_onnx(path: str | os.PathLike[str], **options: Any) -> OnnxModel:
-    """An engine on ONNX Runtime: see `export.onnx_engine.load_onnx` (imported when called)."""
-    from export.onnx_engine import load_onnx as load
+    """An engine on ONNX Runtime: see `bitskip_export.onnx_engine` (imported when called)."""
+    from bitskip_export.onnx_engine import load_onnx as load
 
     return load(path, **options)

@@ -93,8 +93,8 @@ def export(
             )
         _write_graphs(read_folder(model), out or model / "onnx", exits, kv_cache)
         return
-    from export.pack import export_checkpoint
-    from export.report import summary
+    from bitskip_export.pack import export_checkpoint
+    from bitskip_export.report import summary
 
     if out is None and not model.suffix:
         raise click.UsageError(f"{model} has no suffix to leave out: give a folder with -o")
@@ -108,7 +108,7 @@ def export(
 
 
 def _write_graphs(folder: Folder, out: Path, exits: list[int] | None, kv_cache: str | None) -> None:
-    from export.onnx_files import write_onnx
+    from bitskip_export.onnx_files import write_onnx
 
     for path in write_onnx(folder, out, exits, kv_cache or "float32"):
         click.echo(path)
@@ -147,7 +147,7 @@ def verify(
     """
     import numpy as np
 
-    from export import verify as checks
+    from bitskip_export import verify as checks
 
     folder = read_folder(model)
     config = folder.config

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bitskip_export import onnx_ops as ops
+from bitskip_export.onnx_builder import GraphBuilder, value_info
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.rope import rope_table
-from export import onnx_ops as ops
-from export.onnx_builder import GraphBuilder, value_info
 
 f32 = np.float32
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from bitskip_ref.cache import CacheFill, check_input, check_kv_cache
+from bitskip_export.onnx_builder import lay_out
+from bitskip_export.onnx_files import find_graphs, weight_bytes
+from bitskip_export.onnx_graph import ExitGraph
+from bitskip_ref.cache import CacheFill, check_kv_cache
+from bitskip_ref.checks import check_exit_layer, check_exit_layers, check_input
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import ExitRule, Trace, Visit
-from bitskip_ref.exits.fixed import check_exit_layer, check_exit_layers
 from bitskip_ref.folder import CONFIG, read_folder
-from export.onnx_builder import lay_out
-from export.onnx_files import find_graphs, weight_bytes
-from export.onnx_graph import ExitGraph
 
 DATA = "weights"  # name of the external file that is given in memory
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import onnx
 
+from bitskip_export.onnx_builder import Weight, lay_out
+from bitskip_export.onnx_graph import CACHE_KEY, CONFIG_KEY, EXIT_KEY, ExitGraph
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.files import replace_file
-from bitskip_ref.folder import Folder, FormatError, read_folder
-from export.onnx_builder import Weight, lay_out
-from export.onnx_graph import CACHE_KEY, CONFIG_KEY, EXIT_KEY, ExitGraph
+from bitskip_ref.folder import Folder, read_folder
+from bitskip_ref.tensors import FormatError
 
 
 def write_onnx(

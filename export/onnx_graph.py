@@ -13,13 +13,13 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
+from bitskip_export import onnx_ops as ops
+from bitskip_export.onnx_attention import attention, positions, rope
+from bitskip_export.onnx_builder import Dim, GraphBuilder, value_info
 from bitskip_ref.cache import check_kv_cache
+from bitskip_ref.checks import check_exit_layer
 from bitskip_ref.config import HEAD_BITS, ModelConfig
-from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.packing import unpack_ternary
-from export import onnx_ops as ops
-from export.onnx_attention import attention, positions, rope
-from export.onnx_builder import Dim, GraphBuilder, value_info
 
 f32 = np.float32
 LARGEST_FILE = 2_000_000_000  # protobuf cannot hold 2 GiB
@@ -148,14 +148,10 @@ class ExitGraph:
 
     def exit(self, x: str) -> None:
         """Logits of x [T, D] (SPEC 8.1)."""
-        c, n = self.config, self.exit_layer
-        early = n < c.num_hidden_layers
-        own_norm = early and c.exit_norm == "per_layer"
-        own_head = early and c.exit_head == "per_layer"
-        head = "embed_tokens" if c.tie_word_embeddings else "lm_head"
-        x = self.norm(f"exits.{n}.norm" if own_norm else "final_norm", x)
-        self.report("exit_norm", x, c.hidden_size)
-        self.g.op("Identity", self.head(f"exits.{n}.head" if own_head else head, x), name="logits")
+        norm, head = self.config.exit_names(self.exit_layer)
+        x = self.norm(norm, x)
+        self.report("exit_norm", x, self.config.hidden_size)
+        self.g.op("Identity", self.head(head, x), name="logits")
 
     # ---- its parts ------------------------------------------------------------------
 

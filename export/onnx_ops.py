@@ -10,10 +10,8 @@ import math
 
 import numpy as np
 
-from bitskip_ref import functions
-from bitskip_ref.cache import LARGEST_HALF
-from bitskip_ref.quant import SCALE_FLOOR
-from export.onnx_builder import GraphBuilder, value_info
+from bitskip_export.onnx_builder import GraphBuilder, value_info
+from bitskip_ref import constants
 
 f32 = np.float32
 
@@ -77,11 +75,11 @@ def exp(g: GraphBuilder, x: str) -> str:
     """SPEC 2.6; ORT's own Exp has other bits."""
     least, most = -126, 127  # k over the clamped range
     powers = np.ldexp(f32(1.0), np.arange(least, most + 1))
-    x = g.op("Clip", x, g.const(functions.EXP_MIN), g.const(functions.EXP_MAX))
-    k = g.op("Round", g.op("Mul", x, g.const(functions.LOG2_E)))
-    r = g.op("Sub", x, g.op("Mul", k, g.const(functions.LN2_HIGH)))
-    r = g.op("Sub", r, g.op("Mul", k, g.const(functions.LN2_LOW)))
-    first, *rest = functions.EXP_COEFFICIENTS
+    x = g.op("Clip", x, g.const(f32(constants.EXP_MIN)), g.const(f32(constants.EXP_MAX)))
+    k = g.op("Round", g.op("Mul", x, g.const(f32(constants.LOG2_E))))
+    r = g.op("Sub", x, g.op("Mul", k, g.const(f32(constants.LN2_HIGH))))
+    r = g.op("Sub", r, g.op("Mul", k, g.const(f32(constants.LN2_LOW))))
+    first, *rest = map(f32, constants.EXP_COEFFICIENTS)
     p = g.const(first)
     for c in rest:
         p = g.op("Add", g.op("Mul", p, r), g.const(c))
@@ -104,7 +102,8 @@ def relu2(g: GraphBuilder, x: str) -> str:
 
 def half(g: GraphBuilder, x: str) -> str:
     """SPEC 6.5: f32 -> what a float16 cache holds of it."""
-    x = g.op("Clip", x, g.const(f32(-LARGEST_HALF)), g.const(f32(LARGEST_HALF)))
+    largest = f32(constants.LARGEST_HALF)
+    x = g.op("Clip", x, g.const(-largest), g.const(largest))
     return g.cast(x, np.float16)
 
 
@@ -132,7 +131,7 @@ def quantize(g: GraphBuilder, x: str, bits: int) -> tuple[str, str]:
     """SPEC 4.2: x [T, n] -> (codes as f32 [T, n], step f32 [T, 1])."""
     largest = g.const(f32(2 ** (bits - 1) - 1))
     s = g.op("ReduceMax", g.op("Abs", x), g.const(np.array([-1])), keepdims=1)
-    s = g.op("Max", s, g.const(SCALE_FLOOR))
+    s = g.op("Max", s, g.const(f32(constants.SCALE_FLOOR)))
     codes = g.op("Round", g.op("Mul", x, g.op("Div", largest, s)))
     return codes, g.op("Div", s, largest)
 

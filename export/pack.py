@@ -9,18 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from bitskip_export.renumber import frequent_first, reorder
+from bitskip_ref.arithmetic.quant import SCALE_FLOOR, quantize_activations, quantize_weights
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.documents import END_OF_TEXT, read_documents
-from bitskip_ref.folder import (
-    CONFIG,
-    TOKENIZER,
-    expected_tensors,
-    parameter_shapes,
-    write_folder,
-)
+from bitskip_ref.folder import CONFIG, TOKENIZER, write_folder
 from bitskip_ref.packing import pack_ternary
-from bitskip_ref.quant import SCALE_FLOOR, quantize_activations, quantize_weights
-from export.renumber import frequent_first, reorder
+from bitskip_ref.tensors import expected_tensors, parameter_shapes
 
 DRAFTS = 4  # one in so many ids: the commonest quarter covers nearly all of a text; measured
 CHUNK = 4096  # rows of an embedding that are quantized at a time, for bounded scratch

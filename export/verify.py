@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 import bitskip_ref
+from bitskip_export import load_onnx
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import Engine
-from export import load_onnx
 
 Stages = dict[str, np.ndarray]  # stage -> values, in forward order
 BOUNDS = {"float32": 1e-5, "float16": 1e-3}  # KV cache -> SPEC 4.5, 6.5: of a row's largest logit

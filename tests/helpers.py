@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from bitskip_ref.arithmetic.quant import quantize_activations, quantize_weights
 from bitskip_ref.config import HEAD_BITS, PRESETS, ModelConfig, small_twin
-from bitskip_ref.folder import expected_tensors, parameter_shapes, write_folder
+from bitskip_ref.folder import write_folder
 from bitskip_ref.packing import pack_ternary
-from bitskip_ref.quant import quantize_activations, quantize_weights
+from bitskip_ref.tensors import expected_tensors, parameter_shapes
 
 QUANTIZED = [name for name, config in PRESETS.items() if config.linear == "ternary"]
 OPTIONS: dict[str, ModelConfig] = {

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from bitskip_ref.cache import CacheFill, check_input
+from bitskip_ref.cache import CacheFill
+from bitskip_ref.checks import check_input
 from bitskip_ref.config import ModelConfig, small_twin
-from bitskip_ref.draft import Choose, Draft
+from bitskip_ref.decoding.draft import Choose, Draft
 
 
 class TableCache(CacheFill):

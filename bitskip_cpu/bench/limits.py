@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from bitskip_cpu import isa
-from bitskip_cpu.kernels.memory import emit_prefetch
+from bitskip_cpu.kernels.numba_inside.views import emit_prefetch
 
 LONG, INT, BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(8)
 LINE = 64  # bytes
@@ -64,7 +64,7 @@ def _reader() -> Compiled:
 
 def _multiplier() -> Compiled:
     """(turns, seed) -> anything; a turn is ACCUMULATORS of the path's own `dot`, in registers."""
-    from bitskip_cpu.kernels.dot_simd import BYTES, INTS, dot, splat
+    from bitskip_cpu.kernels.products.dot import BYTES, INTS, dot, splat
 
     count = ACCUMULATORS[isa.PATH]
 
@@ -96,7 +96,7 @@ def _multiplier() -> Compiled:
 
 def _matrix_multiplier() -> Compiled:
     """(turns, seed) -> 0; a turn is MATRIX_TURN multiply-adds of the matrix unit, in registers."""
-    from bitskip_cpu.kernels.ternary_amx import begin_blocks, call, end_blocks
+    from bitskip_cpu.kernels.products.ternary_amx import begin_blocks, call, end_blocks
 
     @intrinsic
     def multiply(typing: Any, turns: Any) -> Any:
@@ -192,7 +192,7 @@ class Limits:
         return passes * part * threads / together(work, threads)
 
     def _multiply_speed(self, threads: int) -> float:
-        from bitskip_cpu.kernels.dot_simd import WIDTH
+        from bitskip_cpu.kernels.products.dot import WIDTH
 
         multiply = self._multiplier
         turn = MATRIX_TURN if isa.PATH == "amx512" else ACCUMULATORS[isa.PATH] * WIDTH

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from bitskip_cpu.machine import peak_rss_bytes
+from bitskip_ref.checks import check_exit_layer
 from bitskip_ref.engine import Engine
-from bitskip_ref.exits.fixed import FixedExit, check_exit_layer
+from bitskip_ref.exits.fixed import FixedExit
 
 Progress = Callable[[str], None]
 """Called before each run with what it is."""

@@ -2,65 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitskip_cpu.heldout.scoring import Stepped, step_through
+from bitskip_cpu.heldout.points import Point, points
+from bitskip_cpu.heldout.scoring import step_through
 from bitskip_cpu.heldout.text import read_text
 from bitskip_cpu.model import Model
 from bitskip_cpu.progress import progress_bar
 from bitskip_cpu.tables import table
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import ExitRule
-from bitskip_ref.exits.named import describe_rule, rule_label
-from bitskip_ref.heldout import HeldOutLoss, check_windows
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """A setting on the curve."""
-
-    found: Stepped
-    label: str
-    kind: int | str  # blocks of a fixed exit, or the measure
-    threshold: float | None
-    # Its loss less that of fixed exits of the same mean depth, and the error; None: no such exits.
-    against_fixed: tuple[float, float | None] | None
-    pareto: bool  # no other is as fast and better, or as good and faster
-
-
-def points(found: Sequence[Stepped], config: ModelConfig) -> list[Point]:
-    """The curve of settings that were run on one text."""
-    fixed = {s.rule.deepest(config): s for s in found if not s.rule.looks(config)}
-    speeds = [s.tokens_per_s or 0.0 for s in found]
-    made = []
-    for s, speed in zip(found, speeds, strict=True):
-        facts = describe_rule(s.rule, config)
-        beaten = any(
-            v >= speed
-            and o.losses.loss <= s.losses.loss
-            and (v > speed or o.losses.loss < s.losses.loss)
-            for o, v in zip(found, speeds, strict=True)
-        )
-        same = None if facts["looks"] is None else _fixed_at(s.mean_depth, fixed)
-        against = s.losses.above(same) if same else None
-        label, kind = rule_label(s.rule, config), facts["exit_layer"]
-        made.append(Point(s, label, kind, facts["threshold"], against, not beaten))
-    return made
-
-
-def _fixed_at(depth: float, fixed: dict[int, Stepped]) -> HeldOutLoss | None:
-    """The loss of fixed exits mixed so that their mean depth is this; None if it is outside."""
-    for low, high in itertools.pairwise(sorted(fixed)):
-        if low <= depth <= high:
-            share = (depth - low) / (high - low)
-            a, b = fixed[low].losses, fixed[high].losses
-            return HeldOutLoss(a.sums + share * (b.sums - a.sums), a.sizes, a.text_bytes)
-    return fixed[round(depth)].losses if depth in fixed else None
+from bitskip_ref.heldout import check_windows
 
 
 def curve(

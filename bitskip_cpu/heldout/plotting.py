@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitskip_cpu.heldout.curve import Point
+from bitskip_cpu.heldout.points import Point
 from bitskip_ref.files import replace_file
 
 FORMATS = ("png", "svg", "pdf")

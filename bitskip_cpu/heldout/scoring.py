@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from bitskip_cpu.heldout.text import Text
+from bitskip_ref.checks import check_exit_layers
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import Engine, ExitRule
-from bitskip_ref.exits.fixed import check_exit_layers
 from bitskip_ref.exits.named import describe_rule
 from bitskip_ref.heldout import HeldOutLoss, check_windows, token_losses, windows
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitskip_cpu.kernels.floats import (
+from bitskip_cpu.kernels.arithmetic.elementwise import (
     LOWEST,
     confidence,
     copy,
@@ -15,20 +15,7 @@ from bitskip_cpu.kernels.floats import (
     sigmoid,
     two_largest,
 )
-from bitskip_cpu.kernels.halfs import widen
-from bitskip_cpu.kernels.inner import inner
-from bitskip_cpu.kernels.jobs import (
-    ATTEND,
-    ATTENTION_IN,
-    BLOCK_OUT,
-    DOWN_IN,
-    EXIT_IN,
-    FFN_IN,
-    OUT_IN,
-    ROWS,
-    STORE,
-    norm,
-)
+from bitskip_cpu.kernels.arithmetic.float16 import widen
 from bitskip_cpu.kernels.layout import (
     BAND,
     BLOCKS,
@@ -48,16 +35,35 @@ from bitskip_cpu.kernels.layout import (
     QKV,
     UP,
 )
-from bitskip_cpu.kernels.memory import floats, int8s, int32s, product_structs, state_structs
-from bitskip_cpu.kernels.team import help_out, share
-from bitskip_cpu.kernels.tiles import TILE_ROWS
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
+from bitskip_cpu.kernels.numba_inside.views import (
+    floats,
+    int8s,
+    int32s,
+    product_structs,
+    state_structs,
+)
+from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS
+from bitskip_cpu.kernels.share import help_out, share
+from bitskip_cpu.kernels.stages import (
+    ATTEND,
+    ATTENTION_IN,
+    BLOCK_OUT,
+    DOWN_IN,
+    EXIT_IN,
+    FFN_IN,
+    OUT_IN,
+    ROWS,
+    STORE,
+    norm,
+)
 
 f32 = np.float32
 
 PART_BYTES = 1 << 15  # of weights, about, in one part of a product
 
 
-@inner
+@kernel
 def embed(s, t):
     """Token t's embedding, and its norm if there is one (SPEC 4.4, 7.4)."""
     n, token, x_at = s.hidden, np.int64(int32s(s.ids, s.tokens)[t]), s.x + t * 4 * s.hidden
@@ -74,7 +80,7 @@ def embed(s, t):
         norm(s, x_at, s.first_norm, x_at, n, s.scratch)
 
 
-@inner
+@kernel
 def product(s, products, index, first, last, row_bytes):
     """Rows first..last-1 of a product for all tokens."""
     s.product, s.first_row, s.last_row = index, first, last
@@ -84,7 +90,7 @@ def product(s, products, index, first, last, row_bytes):
     share(s, products, ROWS, count, (last - first) * row_bytes * ((s.tokens + 3) // 4))
 
 
-@inner
+@kernel
 def keys_values(s, products, first_row):
     """Up to the cache: norm, product of q|k|v from `first_row` on, keys turned and stored."""
     p, tokens = products[QKV], s.tokens
@@ -93,7 +99,7 @@ def keys_values(s, products, first_row):
     share(s, products, STORE, tokens, tokens * 8 * s.kv)
 
 
-@inner
+@kernel
 def block(s, products, layer):
     """One block on the tokens at hand (SPEC 7.2, 7.3)."""
     s.layer = layer
@@ -110,7 +116,7 @@ def block(s, products, layer):
     share(s, products, BLOCK_OUT, tokens, cost)
 
 
-@inner
+@kernel
 def exit_logits(s, products):
     """Final norm and head for the tokens from `exit_from` on (SPEC 8.1)."""
     tokens = s.tokens
@@ -120,7 +126,7 @@ def exit_logits(s, products):
     s.tokens = tokens
 
 
-@inner
+@kernel
 def draft(s, products, last):
     """SPEC 11.1: `tokens` ids one by one through blocks 0..last-1, from the second on drafted.
 
@@ -149,15 +155,15 @@ def draft(s, products, last):
     s.tokens, s.x, s.ids, s.position = run, x, ids, position
 
 
-@inner
+@kernel
 def gate(s):
     """The routing gate on the first token at hand (SPEC 8.4)."""
     layer_norm(s.x, s.gate_norm, s.row, s.hidden, s.norm_eps, s.scratch)
-    inner_at = s.row + 4 * s.hidden
-    inner = floats(inner_at, s.gate_width)
+    hidden_at = s.row + 4 * s.hidden
+    hidden = floats(hidden_at, s.gate_width)
     for i in range(s.gate_width):
-        inner[i] = relu(dot_tree(s.row, s.gate_fc1 + 4 * i * s.hidden, s.hidden, s.scratch))
-    return sigmoid(dot_tree(inner_at, s.gate_fc2, s.gate_width, s.scratch))
+        hidden[i] = relu(dot_tree(s.row, s.gate_fc1 + 4 * i * s.hidden, s.hidden, s.scratch))
+    return sigmoid(dot_tree(hidden_at, s.gate_fc2, s.gate_width, s.scratch))
 
 
 def run(state_at, products_at, actions, first, last):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from bitskip_ref.checks import check_exit_layer
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.exits.fixed import check_exit_layer
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from bitskip_cpu import isa
 from bitskip_cpu.bench import costs, limits, rows
 from bitskip_cpu.bench.timing import Case, Sample, Task, measure, plan, tasks_of
 from bitskip_cpu.cli import main
-from bitskip_cpu.kernels.tiles import TILE_ROWS, tile_bytes
+from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS, tile_bytes
 from bitskip_ref.config import preset
 from tests.cli.conftest import CONFIG, ScriptEngine
 
@@ -242,7 +242,7 @@ def test_the_read_loop_reads_everything() -> None:
 
 @pytest.mark.skipif(isa.PATH not in limits.ACCUMULATORS, reason="no vector instruction of the path")
 def test_the_multiply_loop_does_every_product() -> None:
-    from bitskip_cpu.kernels.dot_simd import WIDTH
+    from bitskip_cpu.kernels.products.dot import WIDTH
 
     turns, seed, count = 3, 12345, limits.ACCUMULATORS[isa.PATH]
     lanes = WIDTH // 4

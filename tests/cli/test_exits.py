@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bitskip_cpu.cli import main
-from bitskip_cpu.heldout.curve import Point, points
+from bitskip_cpu.heldout.points import Point, points
 from bitskip_cpu.heldout.scoring import Stepped
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit

@@ -20,10 +20,11 @@ import bitskip_cpu
 import bitskip_ref
 from bitskip_cpu.cli import main
 from bitskip_cpu.model import Model
+from bitskip_ref.decoding.generate import stream
+from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.exits import ConfidenceExit, FixedExit
-from bitskip_ref.folder import read_folder, write_auto_exit, write_tensors
-from bitskip_ref.generate import stream
-from bitskip_ref.sampling import Sampler
+from bitskip_ref.folder import read_folder, write_auto_exit
+from bitskip_ref.safetensors_file import write_tensors
 from tests.cli.conftest import CONFIG, ScriptEngine, command, write_model
 
 SCHEMA = {

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import bitskip_cpu
 from bitskip_cpu.model import Model
 from bitskip_cpu.tokenizer import StopStrings, StreamDecoder, Tokenizer
-from bitskip_ref.folder import Folder, FormatError
+from bitskip_ref.folder import Folder
+from bitskip_ref.tensors import FormatError
 from tests.cli.conftest import CONFIG, ScriptEngine, byte_level_bpe
 
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cli
-from experiments import definitions
+from bitskip_experiments import definitions
 
 GROUP = """
 data = "wikitext-2"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import claims, fits
-from experiments.definitions import load
-from experiments.documents import refresh
-from experiments.errors import ExperimentError
-from experiments.results import read_results, result_path
-from experiments.statistics import geometric_mean, holm, mean, student_tail
-from experiments.tables import WIDE, markdown, number
-from experiments.units import effect
+from bitskip_experiments import claims, fits
+from bitskip_experiments.definitions import load
+from bitskip_experiments.documents import refresh
+from bitskip_experiments.errors import ExperimentError
+from bitskip_experiments.results import read_results, result_path
+from bitskip_experiments.statistics import geometric_mean, holm, mean, student_tail
+from bitskip_experiments.tables import WIDE, markdown, number
+from bitskip_experiments.units import effect
 from tests.experiments.test_tables import write
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +113,9 @@ def test_committed_pages_and_documents_are_what_the_results_say() -> None:
     )
     for name in ("FINDINGS.md", "EXITS.md"):
         text = (ROOT / "docs" / name).read_text("utf-8")
-        assert refresh(text, results) == text, f"python -m experiments.documents docs/{name}"
+        assert refresh(text, results) == text, (
+            f"python -m bitskip_experiments.documents docs/{name}"
+        )
 
 
 def test_documents_take_tables_from_results(tmp_path: Path) -> None:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from bitskip_experiments import definitions
+from bitskip_experiments.definitions import SCALES, load, names
+from bitskip_experiments.derived import DERIVED
+from bitskip_experiments.errors import ExperimentError
+from bitskip_experiments.measures import MEASURES
+from bitskip_experiments.plots import KINDS
+from bitskip_experiments.runs import runs_of
 from bitskip_train.objective import losses
 from bitskip_train.recipes import recipe
-from experiments import definitions
-from experiments.definitions import SCALES, load, names
-from experiments.derived import DERIVED
-from experiments.errors import ExperimentError
-from experiments.measures import MEASURES
-from experiments.plots import KINDS
-from experiments.runs import runs_of
 from tests.experiments.conftest import write_data
 
 OURS = [
@@ -112,9 +112,9 @@ def test_an_identity_has_no_place_and_no_machine(tmp_path: Path) -> None:
     assert run.digest == runs_of(points, (0,), second, tmp_path / "w")[0].digest
     assert run.digest != runs_of(points, (1,), first, tmp_path)[0].digest
     (second / "wikitext-2/wiki.valid.tokens").write_text("other\n")
-    import experiments.corpora
+    import bitskip_experiments.corpora
 
-    experiments.corpora._digest.cache_clear()
+    bitskip_experiments.corpora._digest.cache_clear()
     assert run.digest != runs_of(points, (0,), second, tmp_path)[0].digest
     assert not {"threads", "data", "device", "exit_distill"} & set(run.identity["train"])
 

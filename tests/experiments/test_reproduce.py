@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from bitskip_experiments import definitions
+from bitskip_experiments import pool as pool_module
+from bitskip_experiments.definitions import load
+from bitskip_experiments.errors import ExperimentError
+from bitskip_experiments.pool import Pool
+from bitskip_experiments.runs import Run, runs_of
 from bitskip_train.checkpoint import load_checkpoint
-from experiments import definitions
-from experiments import pool as pool_module
-from experiments.definitions import load
-from experiments.errors import ExperimentError
-from experiments.pool import Pool
-from experiments.runs import Run, runs_of
 from tests.experiments.conftest import reproduce
 
 
@@ -132,8 +132,8 @@ def test_processes_share_a_step(mini: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from experiments import definitions
-from experiments import pool as pool_module
+from bitskip_experiments import definitions
+from bitskip_experiments import pool as pool_module
 definitions.HERE = Path(sys.argv.pop(1))
 import cli
 cli.main()

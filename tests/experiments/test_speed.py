@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from bitskip_cpu.engine import Engine
+from bitskip_experiments import speed
+from bitskip_experiments.definitions import load
+from bitskip_experiments.llama import LlamaEngine
 from bitskip_ref.config import small_twin
 from bitskip_ref.exits.fixed import FixedExit
-from experiments import speed
-from experiments.definitions import load
-from experiments.llama import LlamaEngine
 from tests.helpers import random_tensors, random_tokens
 
 

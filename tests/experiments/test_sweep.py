@@ -8,10 +8,10 @@ from pathlib import Path
 import optuna
 import pytest
 
-from experiments.definitions import load
-from experiments.pool import Pool
-from experiments.runs import Run, runs_of
-from experiments.sweep import sweep
+from bitskip_experiments.definitions import load
+from bitskip_experiments.pool import Pool
+from bitskip_experiments.runs import Run, runs_of
+from bitskip_experiments.sweep import sweep
 
 
 class FakePool(Pool):

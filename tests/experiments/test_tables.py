@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from experiments import plots, tables
-from experiments.definitions import load, names
-from experiments.derived import look_up
-from experiments.errors import ExperimentError
-from experiments.results import read_results, result_path, speed_path
-from experiments.speed import EXITS, speed_page
-from experiments.statistics import contrast, mean
-from experiments.tables import number
+from bitskip_experiments import plots, tables
+from bitskip_experiments.definitions import load, names
+from bitskip_experiments.derived import look_up
+from bitskip_experiments.errors import ExperimentError
+from bitskip_experiments.results import read_results, result_path, speed_path
+from bitskip_experiments.speed import EXITS, speed_page
+from bitskip_experiments.statistics import contrast, mean
+from bitskip_experiments.tables import number
 
 
 def figures(layers: int, loss: float) -> dict[str, Any]:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from bitskip_export import verify as checks
+from bitskip_export.cli import export, verify
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import Engine
 from bitskip_ref.folder import read_folder, write_folder
 from bitskip_ref.packing import pack_ternary, unpack_ternary
-from export import verify as checks
-from export.cli import export, verify
 from tests.cli.conftest import write_model
 from tests.export.test_pack import CONFIG, write_checkpoint
 from tests.helpers import random_folder, random_tensors, twin

@@ -9,16 +9,16 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from bitskip_ref import functions
+from bitskip_export import load_onnx
+from bitskip_export.onnx_builder import GraphBuilder, value_info
+from bitskip_export.onnx_files import write_onnx
+from bitskip_export.onnx_graph import build_graph
+from bitskip_export.onnx_ops import half
+from bitskip_ref.arithmetic import functions
 from bitskip_ref.compare import difference
 from bitskip_ref.exits import ConfidenceExit
-from bitskip_ref.folder import FormatError
 from bitskip_ref.model import ReferenceModel, load
-from export import load_onnx
-from export.onnx_builder import GraphBuilder, value_info
-from export.onnx_files import write_onnx
-from export.onnx_graph import build_graph
-from export.onnx_ops import half
+from bitskip_ref.tensors import FormatError
 from tests.helpers import random_folder, random_tensors, random_tokens, twin
 
 CONFIG = twin("bitskip-v1")

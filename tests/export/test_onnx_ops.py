@@ -8,12 +8,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from bitskip_ref import functions, hadamard, norms, quant
-from bitskip_ref.attention import attention as reference_attention
+from bitskip_export import onnx_ops as ops
+from bitskip_export.onnx_attention import attention, positions
+from bitskip_export.onnx_builder import GraphBuilder, value_info
+from bitskip_ref.arithmetic import functions, hadamard, norms, quant
+from bitskip_ref.arithmetic.attention import attention as reference_attention
 from bitskip_ref.compare import difference
-from export import onnx_ops as ops
-from export.onnx_attention import attention, positions
-from export.onnx_builder import GraphBuilder, value_info
 from tests.helpers import twin
 
 f32 = np.float32

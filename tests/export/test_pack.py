@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from bitskip_export.pack import ExportError, export_checkpoint, pack
+from bitskip_export.report import summary
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.folder import FormatError, read_folder
+from bitskip_ref.folder import read_folder
 from bitskip_ref.packing import unpack_ternary
+from bitskip_ref.tensors import FormatError
 from bitskip_train.checkpoint import Checkpoint, save_checkpoint
 from bitskip_train.errors import CheckpointError
 from bitskip_train.settings import TrainConfig
-from export.pack import ExportError, export_checkpoint, pack
-from export.report import summary
 from tests.cli.conftest import byte_level_bpe
 from tests.helpers import OPTIONS, QUANTIZED, random_parameters, random_tensors, twin
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import bitskip_cpu
+from bitskip_export.pack import ExportError, export_checkpoint
+from bitskip_export.renumber import frequent_first
 from bitskip_ref.documents import END_OF_TEXT
 from bitskip_ref.exits import FixedExit
-from export.pack import ExportError, export_checkpoint
-from export.renumber import frequent_first
 from tests.cli.conftest import byte_level_bpe
 from tests.export.test_pack import CONFIG, write_checkpoint
 

@@ -90,7 +90,8 @@ int main(int count, char **words) {{
 
 def ternary(program: Program) -> None:
     """Packed rows -> tiles -> sums, packed and unpacked."""
-    from bitskip_cpu.kernels import linear, tiles
+    from bitskip_cpu.kernels.products import rows as linear
+    from bitskip_cpu.kernels.products import ternary_layout as tiles
     from bitskip_ref.packing import pack_ternary
 
     rng = np.random.default_rng(0)
@@ -124,7 +125,7 @@ def ternary(program: Program) -> None:
 
 def heads(program: Program) -> None:
     """Rows of 8, 6 and 4 bits."""
-    from bitskip_cpu.kernels.heads import GROUP, OFFSET, pack, row_bytes
+    from bitskip_cpu.kernels.products.vocab_layout import GROUP, OFFSET, pack, row_bytes
 
     rng = np.random.default_rng(1)
     rows = rng.integers(-127, 128, (16, 192)).astype(np.int8)
@@ -151,7 +152,11 @@ def outermost(kernel: Callable[..., None], arguments: int) -> Callable[..., None
 def main(folder: Path) -> None:
     """Write all of it."""
     isa.ARM64, isa.PATH = True, "dotprod"  # before any kernel is declared
-    from bitskip_cpu.kernels import attention, exponential, floats, linear, objects
+    from bitskip_cpu.kernels import object_code as objects
+    from bitskip_cpu.kernels.arithmetic import elementwise as floats
+    from bitskip_cpu.kernels.arithmetic import exponential
+    from bitskip_cpu.kernels.attention import attend as attention
+    from bitskip_cpu.kernels.products import rows as linear
 
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()

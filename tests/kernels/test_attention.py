@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from bitskip_cpu.cache import KVCache, padded_keys, padded_values
-from bitskip_cpu.kernels import attention as kernels
+from bitskip_cpu.kernels.attention import attend as kernels
 from bitskip_cpu.kernels.layout import LANES, key_slots
-from bitskip_ref.attention import attention
+from bitskip_ref.arithmetic.attention import attention
+from bitskip_ref.arithmetic.functions import half
+from bitskip_ref.arithmetic.rope import apply_rope
 from bitskip_ref.config import small_twin
-from bitskip_ref.functions import half
-from bitskip_ref.rope import apply_rope
 from tests.kernels.calling import call, same_bits
 
 f32 = np.float32

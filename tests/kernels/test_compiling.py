@@ -33,7 +33,7 @@ def test_kernels_count_as_compiled_once_used() -> None:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Names of the kernels compiled, into an empty folder; nothing is really made or loaded."""
-    from bitskip_cpu.kernels import objects
+    from bitskip_cpu.kernels import object_code as objects
 
     names: list[str] = []
 
@@ -74,7 +74,7 @@ def test_a_damaged_file_is_made_anew(made: list[str], damage: bytes | None) -> N
 
 @pytest.mark.skipif(isa.INTERPRETED, reason="nothing is compiled")
 def test_a_kernel_may_not_need_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitskip_cpu.kernels import objects
+    from bitskip_cpu.kernels import object_code as objects
 
     monkeypatch.setitem(objects.FUNCTIONS, "run", lambda value: print(value))
     with pytest.raises(RuntimeError, match=r"the kernel run refers to .*Py"):

@@ -7,7 +7,8 @@ import pytest
 
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.isa import PATH
-from bitskip_cpu.kernels import linear, tiles
+from bitskip_cpu.kernels.products import rows as linear
+from bitskip_cpu.kernels.products import ternary_layout as tiles
 from bitskip_cpu.workspace import LEAST_ROOM
 from bitskip_ref.packing import pack_ternary
 from tests.kernels.calling import at, call, same_bits

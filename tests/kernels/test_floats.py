@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitskip_cpu.kernels import floats as kernels
 from bitskip_cpu.kernels import layout
-from bitskip_ref.confidence import confidence
-from bitskip_ref.functions import exp, log, relu2, sigmoid, silu
-from bitskip_ref.hadamard import fwht
-from bitskip_ref.norms import layer_norm, rms_norm
-from bitskip_ref.quant import quantize_activations
-from bitskip_ref.sums import feature_sum
+from bitskip_cpu.kernels.arithmetic import elementwise as kernels
+from bitskip_ref.arithmetic.confidence import confidence
+from bitskip_ref.arithmetic.functions import exp, log, relu2, sigmoid, silu
+from bitskip_ref.arithmetic.hadamard import fwht
+from bitskip_ref.arithmetic.norms import layer_norm, rms_norm
+from bitskip_ref.arithmetic.quant import quantize_activations
+from bitskip_ref.arithmetic.sums import feature_sum
 from tests.kernels.calling import call, compiled, same_bits
 
 f32 = np.float32

@@ -10,11 +10,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from bitskip_cpu import isa
-from bitskip_cpu.kernels import halfs as kernels
-from bitskip_cpu.kernels.inner import inner
-from bitskip_cpu.kernels.lanes import store_lanes
+from bitskip_cpu.kernels.arithmetic import float16 as kernels
+from bitskip_cpu.kernels.arithmetic.lanes import store_lanes
 from bitskip_cpu.kernels.layout import LANES
-from bitskip_ref.functions import half
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
+from bitskip_ref.arithmetic.functions import half
 from tests.kernels.calling import call, same_bits
 
 f32 = np.float32
@@ -50,7 +50,7 @@ def test_lanes_of_every_finite_half(hardware: bool, monkeypatch: pytest.MonkeyPa
 
     assert len(FINITE) % LANES == 0
     out = np.zeros(len(FINITE), f32)
-    call(inner(widen_all), FINITE, out, len(FINITE))
+    call(kernel(widen_all), FINITE, out, len(FINITE))
     assert same_bits(FINITE.view(np.float16).astype(f32), out)
 
 

@@ -7,8 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from bitskip_cpu.kernels import heads, heads_plain, linear
-from bitskip_cpu.kernels.tiles import TILE_ROWS, padded_rows
+from bitskip_cpu.kernels.products import rows as linear
+from bitskip_cpu.kernels.products import vocab_layout as heads
+from bitskip_cpu.kernels.products import vocab_plain as heads_plain
+from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS, padded_rows
 from tests.kernels.calling import call, same_bits
 
 

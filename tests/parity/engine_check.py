@@ -17,7 +17,7 @@ import numpy as np
 from bitskip_cpu.engine import Engine
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig, small_twin
-from bitskip_ref.draft import Draft
+from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.model import ReferenceModel

@@ -21,7 +21,7 @@ def _torch(path: Any) -> Any:
 
 
 def _onnx(path: Any) -> Any:
-    return pytest.importorskip("export").load_onnx(path)
+    return pytest.importorskip("bitskip_export").load_onnx(path)
 
 
 ENGINES: dict[str, Callable[[Any], Any]] = {

@@ -7,8 +7,8 @@ import pytest
 
 import bitskip_ref.model
 from bitskip_cpu.engine import Engine
+from bitskip_ref.arithmetic.hadamard import rotate
 from bitskip_ref.config import PRESETS
-from bitskip_ref.hadamard import rotate
 from tests.helpers import OPTIONS, random_tensors, twin
 from tests.parity.engine_check import SIZES, check, check_named, config_of, tensors_of
 

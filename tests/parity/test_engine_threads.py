@@ -18,7 +18,8 @@ from bitskip_cpu.cores import default_threads
 from bitskip_cpu.engine import Engine, load, random_model
 from bitskip_ref.config import preset, small_twin
 from bitskip_ref.exits import ConfidenceExit, FixedExit
-from bitskip_ref.folder import WEIGHTS, read_folder
+from bitskip_ref.folder import read_folder
+from bitskip_ref.tensors import WEIGHTS
 from tests.helpers import random_folder, random_tokens
 
 CONFIG = small_twin("wt2-bitskip")

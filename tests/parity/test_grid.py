@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import bitskip_cpu.engine
+import bitskip_export
 import bitskip_train
-import export
 from bitskip_cpu.isa import available_paths
 from bitskip_ref.compare import difference
 from bitskip_ref.model import ReferenceModel
@@ -40,7 +40,7 @@ def engines(folder: Path) -> Iterator[tuple[str, Any]]:
         yield f"torch, {threads} threads", bitskip_train.load_exported(folder)
         yield f"numba, {threads} threads", bitskip_cpu.engine.load(folder, threads)
         for level in LEVELS:
-            engine = export.load_onnx(folder, threads=threads, optimization=level)
+            engine = bitskip_export.load_onnx(folder, threads=threads, optimization=level)
             yield f"onnx, level {level}, {threads} threads", engine
 
 

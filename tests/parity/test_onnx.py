@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import bitskip_ref
+from bitskip_export import load_onnx
+from bitskip_export.onnx_engine import OnnxModel
 from bitskip_ref.compare import difference
 from bitskip_ref.exits import FixedExit
 from bitskip_ref.folder import write_folder
 from bitskip_ref.model import ReferenceModel
 from bitskip_ref.packing import pack_ternary, unpack_ternary
-from export import load_onnx
-from export.onnx_engine import OnnxModel
 from tests.helpers import OPTIONS, QUANTIZED, random_folder, random_tensors, random_tokens, twin
 from tests.parity.engine_check import exits_of
 

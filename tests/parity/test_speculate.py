@@ -10,13 +10,13 @@ import pytest
 
 from bitskip_cpu.engine import Engine
 from bitskip_ref.compare import difference
-from bitskip_ref.draft import Draft
+from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.decoding.generate import stream
+from bitskip_ref.decoding.sampling import Sampler
+from bitskip_ref.decoding.speculate import Speculation
+from bitskip_ref.decoding.speculate import stream as speculate
 from bitskip_ref.exits import FixedExit
-from bitskip_ref.generate import stream
 from bitskip_ref.model import ReferenceModel
-from bitskip_ref.sampling import Sampler
-from bitskip_ref.speculate import Speculation
-from bitskip_ref.speculate import stream as speculate
 from bitskip_train.loaded import TorchEngine
 from tests.helpers import QUANTIZED, random_tensors, random_tokens, twin
 

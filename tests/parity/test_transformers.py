@@ -11,11 +11,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bitskip_ref.arithmetic.quant import quantize_weights
 from bitskip_ref.config import ModelConfig, small_twin
-from bitskip_ref.folder import expected_tensors
 from bitskip_ref.model import ReferenceModel
 from bitskip_ref.packing import pack_ternary
-from bitskip_ref.quant import quantize_weights
+from bitskip_ref.tensors import expected_tensors
 from tests.helpers import random_parameters, random_tokens
 
 torch = pytest.importorskip("torch")

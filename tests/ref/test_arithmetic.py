@@ -7,12 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from bitskip_ref import functions
-from bitskip_ref.confidence import confidence
+from bitskip_ref.arithmetic import functions
+from bitskip_ref.arithmetic.confidence import confidence
+from bitskip_ref.arithmetic.norms import layer_norm, rms_norm
+from bitskip_ref.arithmetic.rope import apply_rope
+from bitskip_ref.arithmetic.sums import feature_sum, mean, position_sum
 from bitskip_ref.config import preset, small_twin
-from bitskip_ref.norms import layer_norm, rms_norm
-from bitskip_ref.rope import apply_rope, rope_table
-from bitskip_ref.sums import feature_sum, mean, position_sum
+from bitskip_ref.rope import rope_table
 
 f32 = np.float32
 

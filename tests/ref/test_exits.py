@@ -12,7 +12,8 @@ from bitskip_ref.config import preset
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.exits.named import DYNAMIC, describe_rule, named_rule, rule_label
-from bitskip_ref.folder import FormatError, read_folder, write_auto_exit
+from bitskip_ref.folder import read_folder, write_auto_exit
+from bitskip_ref.tensors import FormatError
 from tests.helpers import random_folder, twin
 
 CONFIG = twin("wt2-bitskip")  # four blocks, with gates

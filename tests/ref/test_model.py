@@ -7,14 +7,14 @@ import itertools
 import numpy as np
 import pytest
 
-from bitskip_ref.attention import attention
+from bitskip_ref.arithmetic.attention import attention
+from bitskip_ref.arithmetic.functions import half
 from bitskip_ref.compare import difference
 from bitskip_ref.config import PRESETS, ConfigError, ModelConfig, preset, small_twin
+from bitskip_ref.decoding.generate import stream
+from bitskip_ref.decoding.sampling import Sampler, splitmix64, uniform
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
-from bitskip_ref.functions import half
-from bitskip_ref.generate import stream
 from bitskip_ref.model import ReferenceModel
-from bitskip_ref.sampling import Sampler, splitmix64, uniform
 from tests.helpers import OPTIONS, random_tensors, random_tokens, twin
 
 f32 = np.float32

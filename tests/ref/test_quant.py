@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitskip_ref.hadamard import fwht, rotate
-from bitskip_ref.packing import IllegalCodeError, pack_ternary, packed_width, unpack_ternary
-from bitskip_ref.quant import (
+from bitskip_ref.arithmetic.hadamard import fwht, rotate
+from bitskip_ref.arithmetic.quant import (
     float_linear,
     int8_linear,
     quantize_activations,
     quantize_weights,
     ternary_linear,
 )
-from bitskip_ref.sums import feature_sum
+from bitskip_ref.arithmetic.sums import feature_sum
+from bitskip_ref.packing import IllegalCodeError, pack_ternary, packed_width, unpack_ternary
 
 f32 = np.float32
 

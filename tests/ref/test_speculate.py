@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-import bitskip_ref.speculate
+import bitskip_ref.decoding.speculate
 from bitskip_ref.compare import difference
-from bitskip_ref.draft import Draft
+from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.decoding.generate import stream
+from bitskip_ref.decoding.sampling import Sampler, pick, uniform
+from bitskip_ref.decoding.speculate import Speculation
+from bitskip_ref.decoding.speculate import stream as speculate
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
-from bitskip_ref.generate import stream
 from bitskip_ref.model import ReferenceModel
-from bitskip_ref.sampling import Sampler, pick, uniform
-from bitskip_ref.speculate import Speculation
-from bitskip_ref.speculate import stream as speculate
 from tests.helpers import random_tensors, random_tokens, twin
 from tests.tables import TableEngine
 
@@ -200,7 +200,7 @@ def test_the_distribution_is_the_full_model_s(name: str) -> None:
 
 
 def test_planted_mistakes_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = bitskip_ref.speculate.settle
+    right = bitskip_ref.decoding.speculate.settle
 
     def wrong(sampler: Any, p: Any, q: Any, draft: int, seen: Any, index: int) -> int:
         token = right(sampler, p, q, draft, seen, index)
@@ -209,9 +209,9 @@ def test_planted_mistakes_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         ids, weights = sampler.candidates(p)  # p itself, not max(p - q, 0)
         return pick(ids, weights, uniform(~sampler.seed, index))
 
-    monkeypatch.setattr(bitskip_ref.speculate, "settle", wrong)
+    monkeypatch.setattr(bitskip_ref.decoding.speculate, "settle", wrong)
     assert too_far(SEEDED["plain"], 2)
-    monkeypatch.setattr(bitskip_ref.speculate, "settle", lambda s, p, q, draft, *_: draft)
+    monkeypatch.setattr(bitskip_ref.decoding.speculate, "settle", lambda s, p, q, draft, *_: draft)
     assert too_far(SEEDED["plain"], 2)
 
 

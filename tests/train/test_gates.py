@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitskip_export.pack import export_checkpoint
 from bitskip_ref.exits import FixedExit, GateExit
 from bitskip_train import gates
 from bitskip_train.checkpoint import load_checkpoint
 from bitskip_train.data import Windows
 from bitskip_train.loaded import load_exported
 from bitskip_train.model import BitskipModel
-from export.pack import export_checkpoint
 from tests.train.conftest import small_config, small_split
 from tests.train.test_cli import run, train_arguments
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bitskip_ref.config import HEAD_BITS, PRESETS, small_twin
-from bitskip_ref.folder import parameter_shapes
+from bitskip_ref.tensors import parameter_shapes
 from bitskip_train.fast import FastOps
 from bitskip_train.model import INIT_STD, BitskipModel
 from tests.helpers import OPTIONS, QUANTIZED, random_parameters, twin

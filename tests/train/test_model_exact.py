@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from bitskip_ref import functions, norms, quant
+from bitskip_ref.arithmetic import functions, norms, quant
+from bitskip_ref.arithmetic.confidence import confidence
+from bitskip_ref.arithmetic.hadamard import rotate
+from bitskip_ref.arithmetic.sums import feature_sum, position_sum
 from bitskip_ref.compare import difference
-from bitskip_ref.confidence import confidence
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
-from bitskip_ref.hadamard import rotate
 from bitskip_ref.model import ReferenceModel
-from bitskip_ref.sums import feature_sum, position_sum
 from bitskip_train import exact, load_exported
 from bitskip_train.layers import Cache
 from bitskip_train.loaded import TorchEngine

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitskip_ref.hadamard import fwht
+from bitskip_ref.arithmetic.hadamard import fwht
 from bitskip_train.attention import grouped_attention
 from bitskip_train.fast import FastOps
 from bitskip_train.functions import PassThrough

@@ -1,0 +1,1 @@
+"""Elementwise arithmetic, 16 floats at a time."""

@@ -1,0 +1,78 @@
+"""float16 and back: exact, and the same on every CPU (SPEC 6.5; float heads, SPEC 4.5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+
+from bitskip_cpu import isa
+from bitskip_cpu.kernels.layout import LANES
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
+from bitskip_cpu.kernels.numba_inside.views import floats, halfs, int32s, vector_pointer
+from bitskip_ref.constants import LARGEST_HALF
+
+f32, i32, u16 = np.float32, np.int32, np.uint16
+
+SCALE = f32(2.0**112)  # moves float16's exponent to float32's
+MAGNITUDE, SIGN = i32(0x7FFFFFFF), i32(0x8000)
+LARGEST = f32(LARGEST_HALF).view(i32)  # its bits
+LEAST_NORMAL = i32(0x38800000)  # of 2^-14
+ROUNDER, ROUNDER_BITS = f32(0.5), i32(0x3F000000)  # its last bit: float16's least subnormal
+REBASE = i32(112 << 10)
+
+
+@kernel
+def half(x):
+    """SPEC 6.5, of one float32: bits of the float16."""
+    bits = f32(x).view(i32)
+    m = min(i32(bits & MAGNITUDE), LARGEST)  # floats without a sign order as their bits do
+    odd = i32(i32(m >> i32(13)) & i32(1))
+    normal = i32(i32(i32(m + i32(0xFFF)) + odd) >> i32(13)) - REBASE
+    subnormal = f32(i32(m).view(f32) + ROUNDER).view(i32) - ROUNDER_BITS  # the addition rounds
+    code = subnormal if m < LEAST_NORMAL else normal
+    return u16(i32(i32(bits >> i32(16)) & SIGN) | i32(code))
+
+
+@kernel
+def narrow(source_at, target_at, n):
+    """n float32 -> float16 bits."""
+    source, target = floats(source_at, n), halfs(target_at, n)
+    for i in range(n):
+        target[i] = half(source[i])
+
+
+@kernel
+def widen(source_at, target_at, n):
+    """float16 bits -> float32, subnormals included; finite values only."""
+    source, target = halfs(source_at, n), int32s(target_at, n)
+    for i in range(n):
+        h = i32(source[i])
+        target[i] = i32((h & i32(0x7FFF)) << i32(13)) | i32((h & i32(0x8000)) << i32(16))
+    x = floats(target_at, n)
+    for i in range(n):
+        x[i] = x[i] * SCALE
+
+
+def load_halfs(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """The LANES float16 there, finite, as a vector of float32.
+
+    One instruction where the CPU has it; elsewhere LLVM would call a function for each number.
+    """
+    lanes = ir.VectorType(ir.FloatType(), LANES)
+    if isa.converts_halfs():
+        kind = ir.VectorType(ir.HalfType(), LANES)
+        found = builder.load(vector_pointer(builder, address, kind), align=2)
+        return builder.fpext(found, lanes)
+    ints = ir.VectorType(ir.IntType(32), LANES)
+
+    def number(value: Any) -> ir.Constant:
+        return ir.Constant(ints, [value] * LANES)
+
+    kind = ir.VectorType(ir.IntType(16), LANES)
+    bits = builder.zext(builder.load(vector_pointer(builder, address, kind), align=2), ints)
+    moved = builder.shl(builder.and_(bits, number(0x7FFF)), number(13))
+    sign = builder.shl(builder.and_(bits, number(0x8000)), number(16))
+    x = builder.bitcast(builder.or_(moved, sign), lanes)
+    return builder.fmul(x, ir.Constant(lanes, [float(SCALE)] * LANES))

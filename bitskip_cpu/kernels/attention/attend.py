@@ -1,0 +1,215 @@
+"""RoPE, the key-value cache and attention of one token (SPEC section 6).
+
+Cache of one block (`keys_at`, `values_at`), LANES positions to a group:
+
+    keys   [K, S / LANES, E', LANES]  turned; E' is E padded to a power of two, at least 8 (more
+                                      zeros can change but the sign of a zero score, which exp
+                                      does not see); features in the order of `key_slots`
+    values [K, S, W]                  W = E padded to a multiple of LANES
+
+of `size` bytes a number, FULL or HALF (SPEC 6.5), so that a score's tree over E runs on LANES
+positions at once, and values stream by rows. Query heads that share a key-value head pass over it
+together.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from bitskip_cpu.kernels.arithmetic.elementwise import ZERO, copy, fill_zero
+from bitskip_cpu.kernels.arithmetic.exponential import exp_differences
+from bitskip_cpu.kernels.arithmetic.float16 import half, narrow
+from bitskip_cpu.kernels.arithmetic.lanes import LANE_BYTES, add, larger, largest, reverse_64, scale
+from bitskip_cpu.kernels.attention.passes import products_8, products_64, weighed
+from bitskip_cpu.kernels.layout import HALF, LANES, LEVELS
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
+from bitskip_cpu.kernels.numba_inside.views import floats, halfs, int32s
+
+f32 = np.float32
+
+LOWEST = f32(-np.inf)
+AHEAD = 3  # groups between asking for one and its use
+
+
+@kernel
+def turn(x_at, cos_at, sin_at, head_dim):
+    """RoPE in place on one head (SPEC 6.1)."""
+    half = head_dim >> 1
+    low, high = floats(x_at, half), floats(x_at + 4 * half, half)
+    cos, sin = floats(cos_at, half), floats(sin_at, half)
+    for i in range(half):
+        a, b = low[i], high[i]
+        low[i] = a * cos[i] - b * sin[i]
+        high[i] = b * cos[i] + a * sin[i]
+
+
+@kernel
+def store_key(key_at, keys_at, size, padded, head_dim, slots_at, position):
+    """Put one head's turned key at its position; `keys_at` is the head's part of the cache."""
+    group, lane = position // LANES, position % LANES
+    key, column_at = floats(key_at, head_dim), keys_at + size * group * padded * LANES
+    slots = int32s(slots_at, head_dim)
+    if size == HALF:
+        rounded = halfs(column_at, padded * LANES)
+        for i in range(head_dim):
+            rounded[slots[i] * LANES + lane] = half(key[i])
+    else:
+        column = floats(column_at, padded * LANES)
+        for i in range(head_dim):
+            column[slots[i] * LANES + lane] = key[i]
+
+
+@kernel
+def store_value(value_at, values_at, size, value_width, head_dim, position):
+    """The same of one head's value."""
+    row_at = values_at + size * position * value_width
+    if size == HALF:
+        narrow(value_at, row_at, head_dim)
+    else:
+        copy(value_at, row_at, head_dim)
+
+
+@kernel
+def lay_out(q_at, out_at, head_dim, padded, slots_at):
+    """A query's features, and zeros behind them, where a cached key has them."""
+    if head_dim == 64:
+        reverse_64(q_at, out_at)
+        return
+    fill_zero(out_at, padded)
+    q, out, slots = floats(q_at, head_dim), floats(out_at, padded), int32s(slots_at, head_dim)
+    for i in range(head_dim):
+        out[slots[i]] = q[i]
+
+
+@kernel
+def score_groups(
+    queries, q_at, q_stride, keys_at, next_at, size, padded, seen, factor, out_at, out_stride,
+    scratch_at,
+):  # fmt: skip
+    """out[i, s] = factor * sum 2.2 of q[i] * k[s], for s < seen and `queries` queries (SPEC 6.2).
+
+    A query has E' floats, zeros behind E; out holds whole groups. Scratch: LANES floats a
+    branch and query. `next_at`: what is read next, to be fetched meanwhile; 0: nothing.
+    """
+    leaves = 64 if padded >= 64 else 8
+    branches = padded // leaves
+    stride = branches * LANE_BYTES
+    end = (seen + LANES - 1) // LANES * LANES
+    for start in range(0, seen, LANES):
+        k_at, soon_at = keys_at + size * start * padded, 0
+        if next_at:
+            later = start + AHEAD * LANES
+            soon_at = keys_at + size * later * padded
+            if later >= end:
+                soon_at = next_at + size * (later - end) * padded
+        for i in range(branches):
+            branch = size * leaves * LANES * i
+            q, k, soon = q_at + 4 * leaves * i, k_at + branch, soon_at + branch if soon_at else 0
+            to = scratch_at + i * LANE_BYTES
+            if leaves == 64:
+                products_64(queries, size, q, q_stride, k, LANES, soon, to, stride)
+            else:
+                products_8(queries, size, q, q_stride, k, LANES, soon, to, stride)
+        for query in range(queries):
+            at, n = scratch_at + query * stride, branches
+            while n > 1:
+                n >>= 1
+                for i in range(n):
+                    two = at + 2 * i * LANE_BYTES
+                    add(two, two + LANE_BYTES, at + i * LANE_BYTES)
+            scale(at, factor, out_at + query * out_stride + 4 * start)
+
+
+@kernel
+def softmax_weights(e_at, seen):
+    """Scores -> exp(score - largest); zeros behind `seen` to the group's end (SPEC 6.3)."""
+    padded = (seen + LANES - 1) // LANES * LANES
+    e = floats(e_at, padded)
+    lanes_at = e_at + 4 * padded
+    lanes = floats(lanes_at, LANES)
+    for lane in range(LANES):
+        lanes[lane] = LOWEST
+    for s in range(seen, padded):
+        e[s] = LOWEST
+    for start in range(0, padded, LANES):
+        larger(e_at + 4 * start, lanes_at, lanes_at)
+    exp_differences(e_at, largest(lanes_at), e_at, padded)
+    for s in range(seen, padded):
+        e[s] = ZERO
+
+
+@kernel
+def weigh_group(queries, e_at, e_stride, values_at, soon_at, size, value_width, out_at, out_stride):
+    """Per query sum 2.3 over LANES positions of e * v, and behind it of e itself."""
+    for i in range(0, value_width, LANES):
+        v, soon, to = values_at + size * i, soon_at + size * i if soon_at else 0, out_at + 4 * i
+        weighed(queries, size, e_at, e_stride, v, value_width, soon, to, out_stride)
+    for query in range(queries):
+        e = floats(e_at + query * e_stride, LANES)
+        low = ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]))
+        high = ((e[8] + e[9]) + (e[10] + e[11])) + ((e[12] + e[13]) + (e[14] + e[15]))
+        floats(out_at + query * out_stride + 4 * value_width, 1)[0] = low + high
+
+
+@kernel
+def add_to(a_at, target_at, n):
+    """target = a + target, n a multiple of LANES."""
+    for i in range(0, n, LANES):
+        add(a_at + 4 * i, target_at + 4 * i, target_at + 4 * i)
+
+
+@kernel
+def attend(
+    queries, q_at, keys_at, values_at, size, padded, head_dim, slots_at, value_width, seen, cold,
+    out_at, scratch_at,
+):  # fmt: skip
+    """`queries` (1 to QUERIES) turned query heads over `seen` positions -> out (SPEC 6.2, 6.3).
+
+    q and out: [queries, E]. `cold`: keys and values have to come from memory. Scratch (floats):
+    scores, whole groups and one more, per query | queries, E' each | LEVELS + 1 partial sums of
+    value_width + LANES floats per query, before them those of branches.
+    """
+    groups = (seen + LANES - 1) // LANES
+    e_stride = 4 * (groups + 1) * LANES
+    query_at = scratch_at + queries * e_stride
+    parts_at = query_at + 4 * padded * queries
+    for i in range(queries):
+        lay_out(q_at + 4 * i * head_dim, query_at + 4 * i * padded, head_dim, padded, slots_at)
+    next_at, factor = values_at if cold else 0, f32(1.0 / math.sqrt(float(head_dim)))
+    score_groups(queries, query_at, 4 * padded, keys_at, next_at, size, padded, seen, factor,
+                 scratch_at, e_stride, parts_at)  # fmt: skip
+    for i in range(queries):
+        softmax_weights(scratch_at + i * e_stride, seen)
+    # A binary counter of partial sums: part i covers 2^i groups, as in the tree of SPEC 2.3.
+    width = value_width + LANES
+    whole = queries * width
+    now_at = parts_at + 4 * LEVELS * whole
+    fill_zero(parts_at, whole)  # weigh_group leaves gaps
+    fill_zero(now_at, whole)
+    for group in range(groups):
+        first = group * LANES
+        to = now_at if group & 1 else parts_at  # part 0 is free after every second group
+        v_at = values_at + size * first * value_width
+        soon_at = 0
+        if cold and group + AHEAD < groups:
+            soon_at = v_at + AHEAD * size * LANES * value_width
+        weigh_group(queries, scratch_at + 4 * first, e_stride, v_at, soon_at, size, value_width,
+                    to, 4 * width)  # fmt: skip
+        level = 0
+        while (group >> level) & 1:
+            add_to(parts_at + 4 * level * whole, now_at, whole)
+            level += 1
+        if level:
+            copy(now_at, parts_at + 4 * level * whole, whole)
+    fill_zero(now_at, whole)
+    for level in range(LEVELS):
+        if (groups >> level) & 1:
+            add_to(parts_at + 4 * level * whole, now_at, whole)
+    for query in range(queries):
+        at = now_at + 4 * query * width
+        total = floats(at + 4 * value_width, 1)[0] + ZERO
+        sums, out = floats(at, head_dim), floats(out_at + 4 * query * head_dim, head_dim)
+        for i in range(head_dim):
+            out[i] = (sums[i] + ZERO) / total

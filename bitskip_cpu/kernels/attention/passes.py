@@ -1,0 +1,152 @@
+"""What attention does with cached keys and values, float32 or float16 (SPEC 6.2, 6.3, 6.5).
+
+The functions take (queries, size, query, query stride, cached, step, soon, out, out stride): 1 to 4
+queries, whose arrays of floats and whose results lie `stride` bytes apart; cached numbers of `size`
+bytes, FULL or HALF, LANES of them at a time, the next ones `step` numbers further. They are read
+and converted once for all queries; between them those at `soon` are asked for (0: nothing is).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from bitskip_cpu.isa import INTERPRETED
+from bitskip_cpu.kernels.arithmetic.float16 import load_halfs
+from bitskip_cpu.kernels.arithmetic.lanes import LONG, load_lanes, load_splat, paired, store_lanes
+from bitskip_cpu.kernels.layout import FULL, HALF, LANES, QUERIES
+from bitskip_cpu.kernels.numba_inside.views import emit_prefetch, floats, halfs
+
+Kernel = Callable[..., None]
+Emit = Callable[[ir.IRBuilder, int, int, bool, Sequence[ir.Value]], None]
+CASES = tuple(itertools.product(range(1, QUERIES + 1), (FULL, HALF), (False, True)))
+
+
+def _products(leaves: int) -> Kernel:
+    def products(
+        queries: int, size: int,
+        q_at: int, q_stride: int, k_at: int, step: int, soon: int, out_at: int, out_stride: int,
+    ) -> None:  # fmt: skip
+        for i in range(queries):
+            q = floats(q_at + i * q_stride, leaves)
+            p = [q[j] * _numbers(size, k_at + j * step * size) for j in range(leaves)]
+            floats(out_at + i * out_stride, LANES)[:] = paired(p)
+
+    return products
+
+
+def _weighed(
+    queries: int, size: int,
+    e_at: int, e_stride: int, v_at: int, step: int, soon: int, out_at: int, out_stride: int,
+) -> None:  # fmt: skip
+    """out = sum 2.3 over LANES positions of e * v, of LANES features."""
+    for i in range(queries):
+        e = floats(e_at + i * e_stride, LANES)
+        parts = [e[j] * _numbers(size, v_at + j * step * size) for j in range(LANES)]
+        floats(out_at + i * out_stride, LANES)[:] = paired(parts)
+
+
+def _numbers(size: int, at: int) -> Any:
+    """LANES cached numbers as floats."""
+    if size == HALF:
+        return halfs(at, LANES).view(np.float16).astype(np.float32)
+    return floats(at, LANES)
+
+
+def _emit_products(leaves: int) -> Emit:
+    def emit(
+        builder: ir.IRBuilder, queries: int, size: int, cold: bool, args: Sequence[ir.Value]
+    ) -> None:
+        q, q_stride, k, step, soon, out, out_stride = args
+        query_at = [q]
+        for _ in range(queries - 1):
+            query_at.append(builder.add(query_at[-1], q_stride))
+
+        def sums(first: int, count: int) -> list[ir.Value]:
+            """Per query the sum of `count` leaves; a branch is done before the next is begun."""
+            if count > 8:
+                left, right = sums(first, count // 2), sums(first + count // 2, count // 2)
+                return [builder.fadd(a, b) for a, b in zip(left, right, strict=True)]
+            keys, found = [], []
+            for j in range(first, first + count):
+                offset = builder.mul(step, LONG(j * size))
+                if cold:
+                    emit_prefetch(builder, builder.add(soon, offset), 2)
+                keys.append(_load(builder, size, builder.add(k, offset)))
+            for base in query_at:
+                products = []
+                for j, key in enumerate(keys, first):
+                    x = load_splat(builder, builder.add(base, LONG(4 * j)))
+                    products.append(builder.fmul(x, key))
+                found.append(paired(products, builder.fadd))
+            return found
+
+        for total in sums(0, leaves):
+            store_lanes(builder, total, out)
+            out = builder.add(out, out_stride)
+
+    return emit
+
+
+def _emit_weighed(
+    builder: ir.IRBuilder, queries: int, size: int, cold: bool, args: Sequence[ir.Value]
+) -> None:
+    e, e_stride, v, step, soon, out, out_stride = args
+    values = []
+    for j in range(LANES):
+        offset = builder.mul(step, LONG(j * size))
+        if cold:
+            emit_prefetch(builder, builder.add(soon, offset), 2)
+        values.append(_load(builder, size, builder.add(v, offset)))
+    for _ in range(queries):
+        products = []
+        for j, value in enumerate(values):
+            x = load_splat(builder, builder.add(e, LONG(4 * j)))
+            products.append(builder.fmul(x, value))
+        store_lanes(builder, paired(products, builder.fadd), out)
+        e, out = builder.add(e, e_stride), builder.add(out, out_stride)
+
+
+def _load(builder: ir.IRBuilder, size: int, at: ir.Value) -> ir.Value:
+    return (load_halfs if size == HALF else load_lanes)(builder, at)
+
+
+def _compiled(emit: Emit) -> Kernel:
+    """Code for each of CASES, and a branch to it."""
+
+    @intrinsic
+    def kernel(
+        typing: Any, queries: Any, size: Any,
+        query: Any, stride: Any, cached: Any, step: Any, soon: Any, out: Any, out_stride: Any,
+    ) -> Any:  # fmt: skip
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            queries, size, soon = args[0], args[1], args[6]
+            end = builder.append_basic_block("end")
+            cold = builder.zext(builder.icmp_signed("!=", soon, LONG(0)), LONG)
+            case = builder.or_(queries, builder.shl(size, LONG(8)))
+            chosen = builder.switch(builder.or_(case, builder.shl(cold, LONG(16))), end)
+            for count, bytes_of, asks in CASES:
+                block = builder.append_basic_block(f"{count}_queries_{bytes_of}_bytes")
+                chosen.add_case(LONG(count | bytes_of << 8 | asks << 16), block)
+                builder.position_at_end(block)
+                emit(builder, count, bytes_of, asks, args[2:])
+                builder.branch(end)
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 9), codegen
+
+    return kernel  # type: ignore[no-any-return]
+
+
+products_8, products_64 = (
+    _products(leaves) if INTERPRETED else _compiled(_emit_products(leaves)) for leaves in (8, 64)
+)
+"""out = sum 2.2 over 8 or 64 features of q * k, in the order of `key_slots`, of LANES positions."""
+weighed = _weighed if INTERPRETED else _compiled(_emit_weighed)

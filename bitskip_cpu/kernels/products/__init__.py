@@ -1,0 +1,1 @@
+"""Products of weights with activations, by instruction set."""

@@ -1,0 +1,102 @@
+"""Packed rows of a model folder (FORMAT 2) -> tiles (`tiles`), once when a model is loaded."""
+
+from __future__ import annotations
+
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
+from bitskip_cpu.kernels.numba_inside.views import uint8s
+from bitskip_cpu.kernels.products.ternary_layout import (
+    COLUMNS,
+    DENSE,
+    LINE,
+    LINE_COLUMNS,
+    PLANES,
+    TILE_ROWS,
+    UNIT_LINES,
+    UNIT_VALUE,
+)
+from bitskip_cpu.kernels.products.transpose import SIDE, transpose
+
+
+@kernel
+def unpack_row(row_at, row_bytes, out_at):
+    """One packed row -> its codes 0, 1, 2 as bytes, 256 for 64."""
+    for group in range(0, row_bytes, 64):
+        packed = uint8s(row_at + group, 64)
+        first, second = uint8s(out_at + 4 * group, 64), uint8s(out_at + 4 * group + 64, 64)
+        third, fourth = uint8s(out_at + 4 * group + 128, 64), uint8s(out_at + 4 * group + 192, 64)
+        for i in range(64):
+            byte = packed[i]
+            first[i] = byte & 3
+            second[i] = (byte >> 2) & 3
+            third[i] = (byte >> 4) & 3
+            fourth[i] = byte >> 6
+
+
+@kernel
+def join_planes(planes_at, out_at):
+    """PLANES groups of 64 codes -> one line's."""
+    out = uint8s(out_at, LINE)
+    a, b = uint8s(planes_at, LINE), uint8s(planes_at + LINE, LINE)
+    c = uint8s(planes_at + 2 * LINE, LINE)
+    if DENSE:
+        for i in range(LINE):
+            out[i] = a[i] + 3 * b[i] + 9 * c[i]
+    else:
+        d = uint8s(planes_at + 3 * LINE, LINE)
+        for i in range(LINE):
+            out[i] = a[i] | b[i] << 2 | c[i] << 4 | d[i] << 6
+
+
+@kernel
+def hide_lines(lines_at):
+    """Lines 5, 6, 7 of a dense unit into the upper bits of lines 0 to 4."""
+    a, b = uint8s(lines_at, LINE), uint8s(lines_at + LINE, LINE)
+    c, d = uint8s(lines_at + 2 * LINE, LINE), uint8s(lines_at + 3 * LINE, LINE)
+    e, x = uint8s(lines_at + 4 * LINE, LINE), uint8s(lines_at + 5 * LINE, LINE)
+    y, z = uint8s(lines_at + 6 * LINE, LINE), uint8s(lines_at + 7 * LINE, LINE)
+    for i in range(LINE):
+        a[i] |= (x[i] & 7) << 5
+        b[i] |= (y[i] & 7) << 5
+        c[i] |= (z[i] & 7) << 5
+        d[i] |= ((z[i] >> 3) & 1) << 5 | (x[i] >> 3) << 6
+        e[i] |= ((z[i] >> 4) & 1) << 5 | (y[i] >> 3) << 6
+
+
+def repack(rows_at, row_bytes, rows, units, tail, tiles_at, scratch_at):
+    """`rows` packed rows of row_bytes each, one behind the other -> tiles.
+
+    Rows that the last tile lacks, and columns behind a row's end, have code 1 (weight 0). Scratch:
+    32 * (C + 64) + 512 bytes, C the larger of a packed row's and a tile's columns.
+    """
+    lines = units * UNIT_VALUE + tail
+    columns = lines * LINE_COLUMNS
+    square = COLUMNS * SIDE
+    stride = (max(columns, 4 * row_bytes) + square - 1) // square * square
+    planes_at = scratch_at + TILE_ROWS * stride
+    unit_at = planes_at + TILE_ROWS * stride
+    codes = uint8s(scratch_at, TILE_ROWS * stride)
+    for i in range(TILE_ROWS * stride):
+        codes[i] = 1
+    to = tiles_at
+    for first in range(0, rows, TILE_ROWS):
+        for r in range(TILE_ROWS):
+            if first + r < rows:
+                unpack_row(rows_at + (first + r) * row_bytes, row_bytes, scratch_at + r * stride)
+            else:
+                for i in range(r * stride, (r + 1) * stride):
+                    codes[i] = 1
+        for column in range(0, columns, square):
+            transpose(scratch_at + column, stride, planes_at + column * TILE_ROWS)
+        for unit in range(units):
+            for i in range(UNIT_VALUE):
+                at = planes_at + (unit * UNIT_VALUE + i) * PLANES * LINE
+                join_planes(at, unit_at + i * LINE)
+            if DENSE:
+                hide_lines(unit_at)
+            out, joined = uint8s(to, UNIT_LINES * LINE), uint8s(unit_at, UNIT_LINES * LINE)
+            for i in range(UNIT_LINES * LINE):
+                out[i] = joined[i]
+            to += UNIT_LINES * LINE
+        for i in range(units * UNIT_VALUE, lines):
+            join_planes(planes_at + i * PLANES * LINE, to)
+            to += LINE

@@ -1,0 +1,281 @@
+"""Products of ternary weights (layout: `tiles`) with activation codes, as LLVM IR (SPEC 4.3).
+
+The 16 rows of a tile are lanes; a column's activation codes are broadcast. The weights' codes are
+unsigned bytes 0, 1, 2 and the first operand of `dot_simd.dot`. On AVX2 the pairs of a unit are
+summed in 16 bits first: at most 16 * 2 * 2 * 127 = 8128.
+
+Tokens above `last` repeat it, so that a border needs no code of its own; the int32 sums of a
+token's 16 rows lie side by side, the next token's `out stride` bytes further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from bitskip_cpu.isa import PATH
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
+from bitskip_cpu.kernels.numba_inside.views import vector_pointer
+from bitskip_cpu.kernels.products.dot import (
+    BYTES,
+    INT,
+    INTS,
+    LONG,
+    WIDTH,
+    WORDS,
+    Tile,
+    call_llvm,
+    dot,
+    load,
+    prefetch,
+    splat,
+    starts,
+)
+from bitskip_cpu.kernels.products.ternary_layout import (
+    COLUMNS,
+    DENSE,
+    LINE,
+    LINE_COLUMNS,
+    PLANES,
+    UNIT_COLUMNS,
+    UNIT_LINES,
+)
+
+HALVES = LINE // WIDTH  # registers of a line
+Line = list[ir.Value]
+
+
+def load_line(builder: ir.IRBuilder, base: ir.Value, offset: int) -> Line:
+    """The line at base + offset bytes."""
+    return [load(builder, base, LONG(offset + h * WIDTH)) for h in range(HALVES)]
+
+
+def shifted(builder: ir.IRBuilder, x: ir.Value, bits: int) -> ir.Value:
+    """Each byte shifted right; the bits that come in from its neighbour are garbage."""
+    words = builder.lshr(builder.bitcast(x, WORDS), splat(WORDS, bits))
+    return builder.bitcast(words, BYTES)
+
+
+def choose(builder: ir.IRBuilder, mask: int, x: ir.Value, y: ir.Value) -> ir.Value:
+    """The bits of x where the mask has ones, else those of y."""
+    return builder.or_(
+        builder.and_(x, splat(BYTES, mask)), builder.and_(y, splat(BYTES, 255 - mask))
+    )
+
+
+def worth(builder: ir.IRBuilder, stored: list[Line]) -> list[Line]:
+    """All lines of a unit, of those that are stored for it."""
+    if not DENSE:
+        return stored
+    a, b, c, d, e = (line[0] for line in stored)
+    more = (
+        choose(builder, 7, shifted(builder, a, 5), shifted(builder, d, 3)),
+        choose(builder, 7, shifted(builder, b, 5), shifted(builder, e, 3)),
+        choose(builder, 7, shifted(builder, c, 5),
+               choose(builder, 8, shifted(builder, d, 2), shifted(builder, e, 1))),
+    )  # fmt: skip
+    return stored + [[x] for x in more]
+
+
+def plane(builder: ir.IRBuilder, x: ir.Value, p: int) -> ir.Value:
+    """The codes 0, 1, 2 of one plane of a line's register."""
+    if not DENSE:
+        moved = shifted(builder, x, 2 * p) if p else x
+        return builder.and_(moved, splat(BYTES, 3))
+    # The lookup sees 6 bits; the sixth is garbage, hence every entry twice.
+    digits = [(min(i & 31, 26) // 3**p) % 3 for i in range(64)]
+    table = ir.Constant(BYTES, digits)
+    return call_llvm(builder, "llvm.x86.avx512.permvar.qi.512", BYTES, table, x)
+
+
+def planes(builder: ir.IRBuilder, lines: list[Line]) -> Iterator[tuple[int, list[ir.Value]]]:
+    """(first of its 4 columns, codes of the 16 rows) of every plane."""
+    for i, line in enumerate(lines):
+        for p in range(PLANES):
+            yield (i * PLANES + p) * COLUMNS, [plane(builder, x, p) for x in line]
+
+
+def broadcast(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
+    """4 activation codes, repeated for the 16 rows."""
+    at = builder.inttoptr(builder.add(base, offset), INT.as_pointer())
+    four = builder.load(at, align=1)
+    nothing = ir.Constant(INTS, ir.Undefined)
+    first = builder.insert_element(nothing, four, INT(0))
+    return builder.bitcast(builder.shuffle_vector(first, nothing, splat(INTS, 0)), BYTES)
+
+
+class Sums:
+    """Accumulators [tokens][registers] in `chains` copies, so that additions need not wait."""
+
+    def __init__(self, builder: ir.IRBuilder, tokens: int, registers: int, chains: int) -> None:
+        if WIDTH == 16:  # four registers a line, and 32 in all
+            chains = max(1, 16 // (tokens * registers))
+        self.builder, self.chains = builder, chains
+        self.shape = tokens, registers
+        self.totals = [
+            [[cgutils.alloca_once_value(builder, splat(INTS, 0)) for _ in range(chains)]
+             for _ in range(registers)] for _ in range(tokens)
+        ]  # fmt: skip
+        self.pairs: dict[tuple[int, int], ir.Value] = {}
+
+    def add(self, t: int, r: int, weights: ir.Value, codes: ir.Value, turn: int) -> None:
+        """Onto token t, register r; `turn` chooses the chain."""
+        builder = self.builder
+        if PATH == "avx2":
+            name = "llvm.x86.avx2.pmadd.ub.sw"
+            pairs = call_llvm(builder, name, WORDS, weights, codes)
+            before = self.pairs.get((t, r))
+            self.pairs[t, r] = builder.add(before, pairs) if before else pairs
+            return
+        total = self.totals[t][r][turn % self.chains]
+        builder.store(dot(builder, builder.load(total), weights, codes), total)
+
+    def flush(self) -> None:
+        """AVX2: the 16-bit sums onto the 32-bit ones; after at most 64 planes."""
+        builder = self.builder
+        for (t, r), pairs in self.pairs.items():
+            name = "llvm.x86.avx2.pmadd.wd"
+            fours = call_llvm(builder, name, INTS, pairs, splat(WORDS, 1))
+            total = self.totals[t][r][0]
+            builder.store(builder.add(builder.load(total), fours), total)
+        self.pairs = {}
+
+    def store(self, out: ir.Value, out_stride: ir.Value) -> None:
+        """All sums of a token side by side."""
+        builder = self.builder
+        for token in self.totals:
+            for r, chains in enumerate(token):
+                parts = [builder.load(total) for total in chains]
+                while len(parts) > 1:
+                    parts = [builder.add(a, b) for a, b in zip(parts[::2], parts[1::2])]  # noqa: B905
+                at = builder.add(out, LONG(r * WIDTH))
+                builder.store(parts[0], vector_pointer(builder, at, INTS), align=4)
+            out = builder.add(out, out_stride)
+
+
+def over_lines(builder: ir.IRBuilder, tile: ir.Value, units: ir.Value, tail: ir.Value, step: Any):
+    """step(lines, first column) along a tile: for each unit, then for each line of its tail."""
+    with cgutils.for_range(builder, units) as loop:
+        at = builder.add(tile, builder.mul(loop.index, LONG(UNIT_LINES * LINE)))
+        for i in range(UNIT_LINES):
+            prefetch(builder, at, LONG(i * LINE))
+        stored = [load_line(builder, at, i * LINE) for i in range(UNIT_LINES)]
+        step(worth(builder, stored), builder.mul(loop.index, LONG(UNIT_COLUMNS)))
+    rest = builder.add(tile, builder.mul(units, LONG(UNIT_LINES * LINE)))
+    first = builder.mul(units, LONG(UNIT_COLUMNS))
+    with cgutils.for_range(builder, tail) as loop:
+        at = builder.add(rest, builder.mul(loop.index, LONG(LINE)))
+        prefetch(builder, at, LONG(0))
+        column = builder.add(first, builder.mul(loop.index, LONG(LINE_COLUMNS)))
+        step([load_line(builder, at, 0)], column)
+
+
+def packed_tile(tokens: int, chains: int) -> Tile:
+    """(tile, units, tail, codes, codes stride, last, out, out stride): 16 rows x tokens."""
+
+    @intrinsic
+    def kernel(
+        typing: Any, tile: Any, units: Any, tail: Any, codes: Any, codes_stride: Any, last: Any,
+        out: Any, out_stride: Any,
+    ) -> Any:  # fmt: skip
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            tile, units, tail, codes, codes_stride, last, out, out_stride = args
+            token_at = starts(builder, codes, codes_stride, last, tokens)
+            sums = Sums(builder, tokens, HALVES, chains)
+
+            def step(lines: list[Line], first: ir.Value) -> None:
+                for turn, (column, weights) in enumerate(planes(builder, lines)):
+                    at = builder.add(first, LONG(column))
+                    for t in range(tokens):
+                        four = broadcast(builder, token_at[t], at)
+                        for h in range(HALVES):
+                            sums.add(t, h, weights[h], four, turn)
+                sums.flush()
+
+            over_lines(builder, tile, units, tail, step)
+            sums.store(out, out_stride)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), codegen
+
+    return kernel  # type: ignore[no-any-return]
+
+
+@intrinsic
+def unpack_tile(typing: Any, tile: Any, units: Any, tail: Any, out: Any) -> Any:
+    """The tile's codes as bytes: 64 for every 4 columns, in the order of a line."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        tile, units, tail, out = args
+
+        def step(lines: list[Line], first: ir.Value) -> None:
+            for column, weights in planes(builder, lines):
+                at = builder.mul(builder.add(first, LONG(column)), LONG(LINE // COLUMNS))
+                for h, codes in enumerate(weights):
+                    to = builder.add(builder.add(out, at), LONG(h * WIDTH))
+                    builder.store(codes, vector_pointer(builder, to, BYTES), align=1)
+
+        over_lines(builder, tile, units, tail, step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+def bytes_tile(tiles: int, tokens: int, unroll: int) -> Tile:
+    """(unpacked tiles, stride, last tile, fours, codes, codes stride, last, out, out stride).
+
+    16 * tiles rows x tokens, along `fours` times 4 columns (a multiple of `unroll`).
+    """
+
+    @intrinsic
+    def kernel(
+        typing: Any, tile: Any, stride: Any, last_tile: Any, fours: Any, codes: Any,
+        codes_stride: Any, last: Any, out: Any, out_stride: Any,
+    ) -> Any:  # fmt: skip
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            tile, stride, last_tile, fours, codes, codes_stride, last, out, out_stride = args
+            tile_at = starts(builder, tile, stride, last_tile, tiles)
+            token_at = starts(builder, codes, codes_stride, last, tokens)
+            sums = Sums(builder, tokens, tiles * HALVES, 1)
+            with cgutils.for_range(builder, builder.udiv(fours, LONG(unroll))) as loop:
+                for u in range(unroll):
+                    index = builder.add(builder.mul(loop.index, LONG(unroll)), LONG(u))
+                    at = builder.mul(index, LONG(LINE))
+                    weights = [
+                        load(builder, builder.add(base, at), LONG(h * WIDTH))
+                        for base in tile_at for h in range(HALVES)
+                    ]  # fmt: skip
+                    for t in range(tokens):
+                        four = broadcast(builder, token_at[t], builder.mul(index, LONG(COLUMNS)))
+                        for r, w in enumerate(weights):
+                            sums.add(t, r, w, four, 0)
+                sums.flush()
+            sums.store(out, out_stride)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 9), codegen
+
+    return kernel  # type: ignore[no-any-return]
+
+
+packed_1, packed_2 = packed_tile(1, 4), packed_tile(2, 4)
+packed_3, packed_4 = packed_tile(3, 4), packed_tile(4, 4)
+if WIDTH > 16:
+    packed_8 = packed_tile(8, 2)
+else:  # the sums of 8 tokens would not fit the registers
+
+    @kernel
+    def packed_8(tile, units, tail, codes, codes_stride, last, out, out_stride):
+        """As the others; more than 4 tokens."""
+        packed_4(tile, units, tail, codes, codes_stride, 3, out, out_stride)
+        codes, out = codes + 4 * codes_stride, out + 4 * out_stride
+        packed_4(tile, units, tail, codes, codes_stride, last - 4, out, out_stride)
+
+
+BLOCK_TILES, BLOCK_TOKENS = {64: (4, 6), 32: (1, 4), 16: (1, 6)}[WIDTH]
+bytes_block = bytes_tile(BLOCK_TILES, BLOCK_TOKENS, 4 if PATH == "avx2" else 1)

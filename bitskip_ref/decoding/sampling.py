@@ -1,0 +1,96 @@
+"""Choosing a token from logits (SPEC section 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitskip_ref.arithmetic.functions import exp
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def splitmix64(state: int) -> int:
+    """The output function of SplitMix64 (Steele et al. 2014) on a 64-bit state."""
+    z = state & _MASK
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+    return z ^ (z >> 31)
+
+
+def uniform(seed: int, index: int) -> float:
+    """SPEC 9.3: the draw in [0, 1) for the generated token of that index (from 0)."""
+    return (splitmix64(seed + (index + 1) * _GOLDEN) >> 11) * 2.0**-53
+
+
+def pick(ids: np.ndarray, weights: np.ndarray, u: float) -> int:
+    """SPEC 9.2: the first id whose running sum of weights (binary64) exceeds u of their total."""
+    running = np.cumsum(weights)
+    at = np.searchsorted(running, u * running[-1], side="right")
+    return int(ids[min(int(at), len(ids) - 1)])
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are chosen. Temperature 0 is greedy; the defaults filter nothing."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, good, rule in (
+            ("temperature", self.temperature, 0 <= self.temperature <= 100, "between 0 and 100"),
+            ("top-k", self.top_k, self.top_k >= 0, "0 (all) or more"),
+            ("top-p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("min-p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition penalty", self.repetition_penalty,
+             0 < self.repetition_penalty <= 100, "above 0, at most 100"),
+            ("seed", self.seed, 0 <= self.seed <= _MASK, "between 0 and 2^64 - 1"),
+        ):  # fmt: skip
+            if not good:
+                raise ValueError(f"{name} {value}: must be {rule}")
+
+    def choose(self, logits: np.ndarray, seen: Collection[int], index: int) -> int:
+        """The token id for logits f32 [V] (SPEC 9.1, 9.2).
+
+        `seen`: ids of prompt and text so far; `index`: how many tokens were generated before.
+        """
+        z = self.penalised(logits, seen)
+        if self.temperature == 0:
+            return int(np.argmax(z))
+        ids, weights = self.candidates(z)
+        return pick(ids, weights, uniform(self.seed, index))
+
+    def penalised(self, logits: np.ndarray, seen: Collection[int]) -> np.ndarray:
+        """Logits after the repetition penalty, f32 [V]; the input is not changed."""
+        if self.repetition_penalty == 1.0 or not seen:
+            return logits
+        r = np.float32(self.repetition_penalty)
+        z, ids = logits.copy(), np.unique(np.fromiter(seen, np.int64))
+        ids = ids[ids < len(z)]  # a draft has the logits of the first ids only (SPEC 11.1)
+        z[ids] = np.where(z[ids] > 0, z[ids] / r, z[ids] * r)
+        return z
+
+    def candidates(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What top-k, top-p and min-p leave: (ids, weights binary64), best first."""
+        z = z / np.float32(self.temperature)
+        ids = np.arange(len(z))
+        if 0 < self.top_k < len(z):
+            # Everything at or above the k-th largest; the stable sort below settles ties by id.
+            ids = np.flatnonzero(z >= np.partition(z, -self.top_k)[-self.top_k])
+        ids = ids[np.argsort(-z[ids], kind="stable")]
+        if self.top_k:
+            ids = ids[: self.top_k]
+        e = exp(z[ids] - z[ids[0]]).astype(np.float64)
+        running = np.cumsum(e)
+        kept = int(np.searchsorted(running, self.top_p * running[-1], side="left")) + 1
+        ids, e = ids[:kept], e[:kept]
+        likely = e >= self.min_p
+        return ids[likely], e[likely]

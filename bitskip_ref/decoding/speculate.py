@@ -1,0 +1,203 @@
+"""Self-speculative generation over any engine: an early exit drafts for the last one (SPEC 11)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+
+from bitskip_ref.checks import check_input
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.decoding.draft import MOST, Draft
+from bitskip_ref.decoding.generate import Token
+from bitskip_ref.decoding.sampling import Sampler, pick, splitmix64, uniform
+from bitskip_ref.engine import Engine, ExitRule
+
+LEAD, RETRY = 0.9, 8  # SPEC 11.4
+ACCEPT, RESIDUAL = 0xA0761D6478BD642F, 0xE7037ED1A0B428DB  # SPEC 11.3
+
+
+class Speculation:
+    """How one text is drafted and verified, and how that has gone so far."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rule: ExitRule,
+        draft_exit: int | None = None,
+        count: int | None = None,
+        draft_vocab: int | None = None,
+    ) -> None:
+        """rule: the depth N that verifies. draft_exit: 1..N - 1; None: a quarter of N.
+
+        count: drafts of a round, 1..16; None adapts it. draft_vocab: draft among that many first
+        ids; None: all. Raises ValueError.
+        """
+        depth = rule.deepest(config)
+        if rule.looks(config):
+            raise ValueError(
+                "speculation verifies every token at one depth and leaves nothing to an exit that "
+                "decides token by token: choose an exit layer by number, or do not speculate"
+            )
+        if count is not None and not 1 <= count <= MOST:
+            raise ValueError(f"speculate {count}: must be 1..{MOST} drafts a round, or auto")
+        draft_exit = max(1, depth // 4) if draft_exit is None else draft_exit
+        self.exit_layer = depth
+        self.draft = Draft(draft_exit, draft_vocab, LEAD if count is None else 0.0)
+        self.draft.check(depth, config)
+        self.rounds = 0  # passes of the blocks above the draft exit
+        self.drafted = 0  # tokens that were drafted and verified
+        self.accepted = 0  # those that became text
+        self._fixed, self._cost = count, draft_exit / depth + 0.125
+        self._judged, self._right, self._idle = 4.0, 3.0, 0
+
+    def statistics(self) -> dict[str, int | float | None]:
+        """What became of the drafts; `acceptance` is None without any, as without a round."""
+        return {
+            "draft_exit": self.draft.exit_layer,
+            "rounds": self.rounds,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "acceptance": self.accepted / self.drafted if self.drafted else None,
+            "accepted_per_round": self.accepted / self.rounds if self.rounds else None,
+        }
+
+    def count(self) -> int:
+        """Drafts of the next round (SPEC 11.4)."""
+        if self._fixed is not None:
+            return self._fixed
+        rate, cost = self._right / self._judged, self._cost
+        total, power, count = 1.0, rate, 0
+        while count < MOST and (total + power) * (1 + cost * count) > total * (
+            1 + cost * (count + 1)
+        ):
+            total, power, count = total + power, power * rate, count + 1
+        if count == 0:
+            self._idle = (self._idle + 1) % RETRY
+            return int(self._idle == 0)
+        return count
+
+    def note(self, drafted: int, accepted: int) -> None:
+        """A round is over."""
+        self.rounds += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self._judged += min(accepted + 1, drafted)
+        self._right += accepted
+        if self._judged >= 64:
+            self._judged, self._right = self._judged / 2, self._right / 2
+
+
+def stream(
+    engine: Engine,
+    prompt: Sequence[int],
+    speculation: Speculation,
+    sampler: Sampler,
+    max_tokens: int,
+    eos_token_id: int | None = None,
+) -> Iterator[Token]:
+    """Yield tokens as `bitskip_ref.decoding.generate.stream` does; greedy, the very same ones.
+
+    Raises ValueError, before any work, for an empty prompt or one longer than the context.
+    """
+    config, depth = engine.config, speculation.exit_layer
+    if max_tokens < 0:
+        raise ValueError(f"max tokens {max_tokens}: must be 0 or more")
+    cache = engine.new_cache()
+    check_input(prompt, cache, depth, config)
+    if len(prompt) > 1:
+        engine.extend(prompt[:-1], cache, exit_layer=depth, last_only=True)
+    verify = Verifier(engine, speculation, sampler, prompt)
+    token, left = prompt[-1], max_tokens
+    while left:
+        start = cache.length
+        room = config.max_position_embeddings - start
+        if not room:
+            return
+        tokens = verify.round(token, cache, min(speculation.count(), left - 1, room - 1))
+        for done, token in enumerate(tokens, 1):
+            if token == eos_token_id:
+                cache.length = start + done
+                return
+            yield Token(token, depth)
+        cache.length = start + len(tokens)
+        left -= len(tokens)
+
+
+class Verifier:
+    """Runs rounds of one text and says what they add to it (SPEC 11.2, 11.3)."""
+
+    def __init__(
+        self, engine: Engine, speculation: Speculation, sampler: Sampler, prompt: Sequence[int]
+    ) -> None:
+        self._engine, self._speculation, self._sampler = engine, speculation, sampler
+        self._seen = set(prompt)  # ids of prompt and text
+        self._made = 0  # tokens of the text
+        self._proposed: list[tuple[int, np.ndarray]] = []  # of this round: draft, its logits
+        self._plain = sampler.temperature == 0 and sampler.repetition_penalty == 1
+
+    def round(self, token_id: int, cache: object, count: int) -> list[int]:
+        """Draft at most `count` tokens after `token_id`; the tokens that follow it, 1..count + 1.
+
+        The cache then holds every drafted position, right or wrong.
+        """
+        self._proposed.clear()
+        drafts, z = self._engine.speculate(
+            token_id, cache, count, self._speculation.draft,
+            exit_layer=self._speculation.exit_layer,
+            choose=None if self._plain else self._propose,
+        )  # fmt: skip
+        if self._plain:
+            tokens = z.argmax(axis=1).tolist()
+            right = 0
+            while right < len(drafts) and drafts[right] == tokens[right]:
+                right += 1
+            del tokens[right + 1 :]
+        else:
+            tokens = self._judge(z)
+            right = len(tokens) - 1
+        self._speculation.note(len(drafts), right)
+        return tokens
+
+    def _propose(self, z: np.ndarray) -> int | None:
+        seen = self._seen.union(x for x, _ in self._proposed)
+        index = self._made + len(self._proposed)
+        x = self._sampler.choose(z, seen, index)
+        self._proposed.append((x, z.copy()))
+        return x if self._speculation.draft.sure(z) else None
+
+    def _judge(self, verified: np.ndarray) -> list[int]:
+        tokens: list[int] = []
+        for (draft, q), p in zip(self._proposed, verified, strict=True):
+            token = settle(self._sampler, p, q, draft, self._seen, self._made)
+            tokens.append(token)
+            self._seen.add(token)
+            self._made += 1
+            if token != draft:
+                break
+        return tokens
+
+
+def settle(
+    sampler: Sampler, p: np.ndarray, q: np.ndarray, draft: int, seen: Collection[int], index: int
+) -> int:
+    """The token of a position: its draft, or another.
+
+    p f32 [V] and q f32 [V']: logits of verification and draft; `seen` and `index` as in
+    `Sampler.choose`. Over the draws its distribution is that of `choose` on p.
+    """
+    if sampler.temperature == 0:
+        return sampler.choose(p, seen, index)
+    ids, weights = sampler.candidates(sampler.penalised(p, seen))
+    wanted = weights / np.cumsum(weights)[-1]
+    q_ids, q_weights = sampler.candidates(sampler.penalised(q, seen))
+    drafted = np.zeros(len(p))
+    drafted[q_ids] = q_weights / np.cumsum(q_weights)[-1]
+    u = uniform(splitmix64(sampler.seed ^ ACCEPT), index)
+    if u * drafted[draft] < wanted[ids == draft].sum():  # of one value, or none
+        return draft
+    short = wanted - drafted[ids]
+    lacking = short > 0
+    if not lacking.any():
+        return int(ids[0])
+    return pick(ids[lacking], short[lacking], uniform(splitmix64(sampler.seed ^ RESIDUAL), index))

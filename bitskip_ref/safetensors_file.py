@@ -1,0 +1,99 @@
+"""Reading and writing a safetensors file.
+
+Not by its library, because the data must start at a multiple of 64 bytes, keep its order, and be
+mapped without a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitskip_ref.files import replace_file
+from bitskip_ref.tensors import FormatError
+
+DTYPES = {"U8": np.uint8, "I8": np.int8, "F32": np.float32, "F16": np.float16}
+DTYPE_NAMES = {np.dtype(kind): name for name, kind in DTYPES.items()}
+ALIGNMENT = 64
+LARGEST_HEADER = 100 << 20  # as the safetensors library
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Map a safetensors file. Raises FormatError if header, offsets or length are off."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(size - 8, LARGEST_HEADER):
+            raise FormatError(f"{path}: truncated, the header does not fit the file")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        entries = [(n, e["dtype"], e["shape"], e["data_offsets"]) for n, e in header.items()]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise FormatError(f"{path}: the header is not that of a safetensors file") from None
+    mapped = np.memmap(path, np.uint8, mode="r")
+    data = mapped[8 + length :]
+    tensors, end = {}, 0
+    for name, dtype, shape, offsets in entries:
+        if dtype not in DTYPES:
+            raise FormatError(f"{path}: {name} has dtype {dtype}, known: {', '.join(DTYPES)}")
+        natural = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+        count = np.dtype(DTYPES[dtype]).itemsize
+        for n in shape if natural else []:
+            count *= n
+        if not natural or offsets != [end, end + count] or end + count > data.size:
+            raise FormatError(f"{path}: {name} does not lie where the header says, or is cut off")
+        raw_tensor = data[end : end + count]
+        if (8 + length + end) % np.dtype(DTYPES[dtype]).itemsize:
+            raw_tensor = raw_tensor.copy()  # a view would be unaligned
+        tensors[name] = raw_tensor.view(DTYPES[dtype]).reshape(shape)
+        end += count
+    if end != data.size:
+        raise FormatError(f"{path}: {data.size - end} bytes after the last tensor")
+    return tensors
+
+
+def give_back(array: np.ndarray) -> None:
+    """Let the system take back the memory of a mapped file's part; it is mapped anew when read."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or not hasattr(base, "madvise"):
+        return
+    offset = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (offset + array.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0:
+        base.madvise(mmap.MADV_DONTNEED, start, size)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
+    """Write a safetensors file whose data starts at a multiple of 64. Returns its SHA-256."""
+    header: dict[str, Any] = {"__metadata__": {"format": "bitskip"}}
+    end = 0
+    for name, t in tensors.items():
+        header[name] = {
+            "dtype": DTYPE_NAMES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [end, end + t.nbytes],
+        }
+        end += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    digest = hashlib.sha256()
+
+    with replace_file(path) as file:
+        for part in (struct.pack("<Q", len(text)), text, *tensors.values()):
+            raw = part if isinstance(part, bytes) else np.ascontiguousarray(part).data.cast("B")
+            digest.update(raw)
+            file.write(raw)
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""Which tensors a model has: their names, dtypes, shapes and values (FORMAT 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from bitskip_ref.config import HEAD_BITS, ModelConfig
+from bitskip_ref.packing import IllegalCodeError, check_codes, packed_width
+
+WEIGHTS = "model.safetensors"
+HEAD_DTYPES = {**dict.fromkeys(HEAD_BITS, np.int8), "float32": np.float32, "float16": np.float16}
+
+
+class FormatError(ValueError):
+    """A model folder that breaks FORMAT; the message names the file and the rule."""
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[type, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of every tensor, in file order (FORMAT 3)."""
+    ternary = config.linear == "ternary"
+    blocks = range(config.num_hidden_layers)
+    table: dict[str, tuple[type, tuple[int, ...]]] = {}
+    for i in blocks:
+        for name, (rows, width) in config.linear_shapes().items():
+            table[f"layers.{i}.{name}.weight"] = (
+                (np.uint8, (rows, packed_width(width))) if ternary else (np.float32, (rows, width))
+            )
+    heads = ["embed_tokens"] + ([] if config.tie_word_embeddings else ["lm_head"])
+    exits = range(1, config.num_hidden_layers)
+    if config.exit_head == "per_layer":
+        heads += [f"exits.{n}.head" for n in exits]
+    for name in heads:
+        shape = (config.vocab_size, config.hidden_size)
+        table[f"{name}.weight"] = (HEAD_DTYPES[config.head_format], shape)
+    if ternary:
+        for i in blocks:
+            for name in config.linear_shapes():
+                table[f"layers.{i}.{name}.scale"] = (np.float32, (1,))
+    if config.head_format in HEAD_BITS:
+        for name in heads:
+            table[f"{name}.scale"] = (np.float32, (config.vocab_size,))
+
+    def norm(name: str, width: int, biased: bool = config.norm == "layer") -> None:
+        table[f"{name}.weight"] = (np.float32, (width,))
+        if biased:
+            table[f"{name}.bias"] = (np.float32, (width,))
+
+    if config.embedding_norm:
+        norm("embedding_norm", config.hidden_size)
+    for i in blocks:
+        for name, width in config.norm_shapes().items():
+            norm(f"layers.{i}.{name}", width)
+        if config.gates:
+            norm(f"layers.{i}.gate.norm", config.hidden_size, biased=True)
+            inner = (config.gate_width, config.hidden_size)
+            table[f"layers.{i}.gate.fc1.weight"] = (np.float32, inner)
+            table[f"layers.{i}.gate.fc2.weight"] = (np.float32, (1, config.gate_width))
+    if config.exit_norm == "per_layer":
+        for n in exits:
+            norm(f"exits.{n}.norm", config.hidden_size)
+    norm("final_norm", config.hidden_size)
+    return table
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the full-precision parameters that training holds: no scales, no packing."""
+    shapes = {name: s for name, (_, s) in expected_tensors(config).items() if ".scale" not in name}
+    for i in range(config.num_hidden_layers):
+        for name, shape in config.linear_shapes().items():
+            shapes[f"layers.{i}.{name}.weight"] = shape
+    return shapes
+
+
+def check_tensors(
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    checked: Callable[[np.ndarray], None] = lambda _: None,
+) -> None:
+    """Raise FormatError unless names, dtypes, shapes and values are those of the config.
+
+    checked: called with each tensor whose values are right.
+    """
+    expected = expected_tensors(config)
+    for problem, names in (
+        ("lacks", expected.keys() - tensors.keys()),
+        ("has an unknown", tensors.keys() - expected.keys()),
+    ):
+        if names:
+            raise FormatError(f"{WEIGHTS} {problem} tensor {min(names)!r} ({len(names)} in all)")
+    for name, (kind, shape) in expected.items():
+        t = tensors[name]
+        if t.dtype != kind or t.shape != shape:
+            raise FormatError(
+                f"{WEIGHTS}: {name} is {t.dtype}{list(t.shape)}, "
+                f"the config asks for {np.dtype(kind)}{list(shape)}"
+            )
+        if kind is np.uint8:
+            try:
+                check_codes(t)
+            except IllegalCodeError as error:
+                raise FormatError(f"{WEIGHTS}: {name}: {error}") from None
+        elif kind is np.int8:
+            largest = 2 ** (HEAD_BITS[config.head_format] - 1) - 1
+            if t.size and (t.min() < -largest or t.max() > largest):
+                worst = t.min() if t.min() < -largest else t.max()
+                raise FormatError(
+                    f"{WEIGHTS}: {name} holds the illegal {config.head_format} code {worst}: "
+                    f"codes lie in -{largest}..{largest}"
+                )
+        elif not np.isfinite(t).all():
+            raise FormatError(f"{WEIGHTS}: {name} holds a value that is not finite")
+        checked(t)
