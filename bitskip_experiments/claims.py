@@ -160,9 +160,9 @@ def page(results: Path) -> str:
         "- Differences of losses are in bits per byte of text, other figures in logarithms of "
         "ratios, levels in nats. Each claim, with the runs and the figure that decide it, is in "
         "`bitskip_experiments/NAME.toml` of the experiment named.",
-        "- The rule (`bitskip_experiments/claims.py`): in the range is at least half the paper's effect, "
-        "in its direction, or what the TOML says. Two-sided t test over seeds of the mean against "
-        f"the nearer end of the range, Holm over the {tested} claims tested, 5 %: then inside is "
+        "- The rule (`bitskip_experiments/claims.py`): in the range is at least half the paper's "
+        "effect, in its direction, or what the TOML says. Two-sided t test over seeds of the mean "
+        f"against the nearer end of the range, Holm over the {tested} claims tested, 5 %: then inside is "
         "`reproduced`, outside `contradicted`; else `not settled`.",
     ]
     return "\n".join(lines) + "\n"

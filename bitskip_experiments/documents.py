@@ -11,8 +11,8 @@ import re
 import sys
 from pathlib import Path
 
-from bitskip_ref.files import replace_file
 from bitskip_experiments.errors import ExperimentError
+from bitskip_ref.files import replace_file
 
 _BLOCK = re.compile(r"(<!-- results: ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

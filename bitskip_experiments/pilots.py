@@ -1,5 +1,6 @@
-"""The tables of docs/EXITS.md, from results/exits/pilots.json: `python -m bitskip_experiments.pilots`.
+"""The tables of docs/EXITS.md, from results/exits/pilots.json.
 
+`python -m bitskip_experiments.pilots` writes results/exits/table.md.
 Rows are settings, columns exits; means over seeds. What is changed in `three-detach` is a
 difference at equal seeds with the standard error, at the last layer with the 95 % interval and
 Holm's p.
@@ -10,8 +11,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bitskip_ref.files import replace_file
 from bitskip_experiments.statistics import Mean, contrast, holm, mean
+from bitskip_ref.files import replace_file
 
 Losses = dict[str, dict[int, dict[str, float]]]
 """name -> seed -> exit -> loss in nats."""

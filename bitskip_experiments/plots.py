@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitskip_ref.files import replace_file
 from bitskip_experiments.definitions import Experiment
 from bitskip_experiments.statistics import Mean, figure_mean
 from bitskip_experiments.tables import Results, figure_of
+from bitskip_ref.files import replace_file
 
 COLOURS = ("#0b6e99", "#c8553d", "#5b8c3a", "#7a5195")
 PAPER = "#999999"

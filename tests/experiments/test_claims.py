@@ -113,9 +113,7 @@ def test_committed_pages_and_documents_are_what_the_results_say() -> None:
     )
     for name in ("FINDINGS.md", "EXITS.md"):
         text = (ROOT / "docs" / name).read_text("utf-8")
-        assert refresh(text, results) == text, (
-            f"python -m bitskip_experiments.documents docs/{name}"
-        )
+        assert refresh(text, results) == text, f"python -m bitskip_experiments.documents {name}"
 
 
 def test_documents_take_tables_from_results(tmp_path: Path) -> None:
