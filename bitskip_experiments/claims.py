@@ -162,7 +162,7 @@ def page(results: Path) -> str:
         "`bitskip_experiments/NAME.toml` of the experiment named.",
         "- The rule (`bitskip_experiments/claims.py`): in the range is at least half the paper's "
         "effect, in its direction, or what the TOML says. Two-sided t test over seeds of the mean "
-        f"against the nearer end of the range, Holm over the {tested} claims tested, 5 %: then inside is "
-        "`reproduced`, outside `contradicted`; else `not settled`.",
+        f"against the nearer end of the range, Holm over the {tested} claims tested, 5 %: then "
+        "inside is `reproduced`, outside `contradicted`; else `not settled`.",
     ]
     return "\n".join(lines) + "\n"
