@@ -22,6 +22,7 @@ OURS = [
     "no-mask",
     "no-mask-long",
     "public-code",
+    "rates",
     "readings-v1",
     "readings-v2",
     "v2-length",
