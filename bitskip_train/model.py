@@ -18,7 +18,7 @@ from bitskip_train.exact import ExactOps
 from bitskip_train.fast import FastOps
 from bitskip_train.functions import PassThrough
 from bitskip_train.layers import BYPASSES, Block, Cache, Norm, Pass, TensorTrace, Weight
-from bitskip_train.readings import operations
+from bitskip_train.readings import AfterOps, departures, operations
 from bitskip_train.settings import TrainConfig
 
 Bypass = Literal["none", "weights", "activations"]
@@ -94,6 +94,8 @@ class BitskipModel(nn.Module):
     def ops(self) -> FastOps:
         """The operations of the chosen arithmetic; call outside a disabled autocast region."""
         if self.arithmetic == "exact":
+            if found := departures(self.reading.to_dict()):
+                raise ValueError(f"{', '.join(found)}: exact arithmetic has the definition alone")
             return ExactOps()
         device = self.rope_cos.device.type
         enabled = torch.is_autocast_enabled(device)
@@ -275,5 +277,10 @@ class BitskipModel(nn.Module):
                 f"keep of shape {tuple(keep.shape)}: must be [L, B] = "
                 f"[{config.num_hidden_layers}, {ids.shape[0]}]"
             )
+        ops = operations(self.reading, config.hadamard)
+        if bypass == "activations" and issubclass(ops, AfterOps):
+            raise ValueError(f"bypass {bypass!r}: this reading transforms quantized values only")
+        if cache is not None and self.reading.mask != "causal":
+            raise ValueError("a cache without a causal mask: later tokens would change the past")
         if keep is not None and cache is not None:
             raise ValueError("keep with a cache: layer dropout is for training, without a cache")

@@ -11,6 +11,7 @@ from bitskip_train.checkpoint import load_checkpoint
 from bitskip_train.data import pad_documents
 from bitskip_train.draws import Draws
 from bitskip_train.fast import FastOps
+from bitskip_train.layers import Cache
 from bitskip_train.model import BitskipModel
 from bitskip_train.objective import Objective
 from bitskip_train.readings import AfterOps, UnscaledOps, departures, public_init, shifted
@@ -227,3 +228,17 @@ def test_a_checkpoint_keeps_its_reading(tmp_path, reading):
     torch.testing.assert_close(model(ids)[4], trainer.model(ids)[4])
     model.reading = TrainConfig()
     assert not torch.equal(model(ids)[4], trainer.model(ids)[4])
+
+
+def test_what_a_reading_cannot_do_is_refused():
+    model = _public(True)
+    with pytest.raises(ValueError, match="transforms quantized values only"):
+        model(_ids(), bypass="activations")
+    model.reading = TrainConfig(mask="none")
+    with pytest.raises(ValueError, match="without a causal mask"):
+        model(_ids(), cache=Cache(model.config))
+    model.arithmetic = "exact"
+    with pytest.raises(
+        ValueError, match="mask = 'none': exact arithmetic has the definition alone"
+    ):
+        model(_ids())
