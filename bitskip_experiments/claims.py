@@ -7,7 +7,7 @@ Tested is whether the mean lies at the nearer end of the range: two-sided, Stude
 Holm's correction over all claims of all experiments, 5 %. Then the mean is inside ("reproduced")
 or outside ("contradicted"); else it is "not settled". A figure measured once for all seeds (a
 speed) is held against the range as it is. `untested` gives the reason for which a claim is "not
-tested at this scale"; where runs lack it is "not run".
+tested at this scale"; where runs lack it is "not run" or, of some seeds, "not complete".
 """
 
 from __future__ import annotations
@@ -38,16 +38,18 @@ class Verdict:
     found: Mean | None  # None: not tested, or not run
     low: float  # the range
     high: float
-    p: float | None = None  # against the nearer end; None with one seed, or one measurement
+    p: float | None = None  # against the nearer end; None with too few seeds, or one measurement
     adjusted: float | None = None  # Holm's, over all claims
 
     @property
     def word(self) -> str:
-        """reproduced, contradicted, not settled, not tested at this scale, or not run."""
+        """The verdict: see the module."""
         if "untested" in self.claim:
             return "not tested at this scale"
         if self.found is None:
             return "not run"
+        if self.found.count < self.seeds:
+            return "not complete"
         if self.found.error != 0 and (self.adjusted is None or self.adjusted >= LEVEL):
             return "not settled"
         return "reproduced" if self.low <= self.found.value <= self.high else "contradicted"
@@ -109,7 +111,8 @@ def _judge(claim: dict[str, Any], experiment: Experiment, results_of: Any) -> Ve
     found = comparison(claim, pool)
     ends = [end for end in (low, high) if math.isfinite(end)]
     nearer = min(ends, key=lambda end: abs(found.value - end))
-    return replace(verdict, found=found, p=found.p_value(nearer) if found.error else None)
+    whole = found.error and found.count >= verdict.seeds
+    return replace(verdict, found=found, p=found.p_value(nearer) if whole else None)
 
 
 def _place(label: str, experiment: Experiment) -> tuple[str, str]:

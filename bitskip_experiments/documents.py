@@ -2,7 +2,7 @@
 
 Between `<!-- results: NAME -->` and `<!-- end -->` a document holds the tables of
 `results/NAME/table.md`, or for NAME `claims` those of `results/claims.md`. `NAME, N` is the Nth
-table of that page alone. `python -m bitskip_experiments.documents FILE...` brings them up to date.
+table of that page alone. An experiment without results has a line that says so. `python -m bitskip_experiments.documents FILE...` brings them up to date.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+from bitskip_experiments.definitions import names
 from bitskip_experiments.errors import ExperimentError
 from bitskip_ref.files import replace_file
 
@@ -29,6 +30,8 @@ def tables_of(wanted: str, results: Path) -> str:
     try:
         page = path.read_text("utf-8")
     except OSError:
+        if name in names():
+            return "*Registered, not run yet.*\n"
         raise ExperimentError(f"{path}: no such page; render it first") from None
     found = [part for part in page.split("\n\n") if part.startswith("|")]
     if number:

@@ -60,6 +60,9 @@ def test_a_verdict_follows_from_its_rule(tmp_path: Path, shift: float, word: str
                  and v.experiment == "v2-length")  # fmt: skip
     assert found.high == pytest.approx(effect(185.46, 228.77, "wikitext-2") / 2)
     assert found.word == word
+    path.unlink()  # with a seed less there is no verdict, and no part in the correction
+    again = next(v for v in claims.verdicts(tmp_path) if v.claim == found.claim)
+    assert (again.word, again.p) == ("not complete", None)
 
 
 def test_claims_without_results_or_tests_say_so(tmp_path: Path) -> None:
@@ -125,6 +128,7 @@ def test_documents_take_tables_from_results(tmp_path: Path) -> None:
     assert refresh(text, tmp_path) == (
         "a\n<!-- results: a, 2 -->\n| y |\n|---|\n| 2 |\n<!-- end -->\nb\n"
     )
+    assert "not run yet" in refresh("<!-- results: rates -->\n<!-- end -->", tmp_path)
     with pytest.raises(ExperimentError, match="no such page"):
         refresh("<!-- results: b -->\n<!-- end -->", tmp_path)
     with pytest.raises(ExperimentError, match="no such table"):
