@@ -2,7 +2,8 @@
 
 Between `<!-- results: NAME -->` and `<!-- end -->` a document holds the tables of
 `results/NAME/table.md`, or for NAME `claims` those of `results/claims.md`. `NAME, N` is the Nth
-table of that page alone. An experiment without results has a line that says so. `python -m bitskip_experiments.documents FILE...` brings them up to date.
+table of that page alone. An experiment without results has a line that says so.
+`python -m bitskip_experiments.documents FILE...` brings files up to date.
 """
 
 from __future__ import annotations
