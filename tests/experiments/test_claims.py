@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bitskip_experiments import claims, fits
+from bitskip_experiments import claims, fits, pilots, starts
 from bitskip_experiments.definitions import load
 from bitskip_experiments.documents import refresh
 from bitskip_experiments.errors import ExperimentError
@@ -133,3 +133,14 @@ def test_documents_take_tables_from_results(tmp_path: Path) -> None:
         refresh("<!-- results: b -->\n<!-- end -->", tmp_path)
     with pytest.raises(ExperimentError, match="no such table"):
         refresh("<!-- results: a, 3 -->\n<!-- end -->", tmp_path)
+
+
+def test_first_gradients_are_those_of_the_committed_page() -> None:
+    folder = ROOT / "results/first-gradients"
+    found = json.loads((folder / "gradients.json").read_text("utf-8"))
+    assert (folder / "table.md").read_text("utf-8") == starts.page(found)
+
+
+def test_pilots_are_those_of_the_committed_page() -> None:
+    folder = ROOT / "results/exits"
+    assert (folder / "table.md").read_text("utf-8") == pilots.page(folder / "pilots.json")
