@@ -88,6 +88,10 @@ def main() -> None:
 @click.option("--min-p", type=float, default=0.0, help="Drop below this share of the likeliest.")
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text.")
+@click.option(
+    "--special", is_flag=True,
+    help="Special tokens spelled in the prompt, as <|endoftext|>, are those tokens, not text.",
+)  # fmt: skip
 @click.option("--stop", multiple=True, help="End before this string. Repeatable.")
 @click.option("--ctx", type=int, help="Positions to use. Default: the model's context.")
 @KV_CACHE
@@ -164,16 +168,15 @@ def generate(
 
 def _prompt(prompt: str | None, file: IO[bytes] | None) -> str | None:
     """The prompt from its option, a file, or standard input; None if none was given."""
+    from bitskip_ref.documents import decode_utf8
+
     if prompt is not None and file is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other: give one")
     if prompt == "-":
         file = sys.stdin.buffer
     if file is None:
         return prompt
-    try:
-        return file.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt is not UTF-8 (byte {error.start})") from None
+    return decode_utf8(file.read(), "the prompt").removesuffix("\n")
 
 
 def _generation(stream: TextStream, model: Model, prompt: str, seed: int) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bitskip_cpu.tokenizer import StopStrings, StreamDecoder, Tokenizer
 from bitskip_ref.decoding.generate import stream as stream_tokens
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.decoding.speculate import Speculation
 from bitskip_ref.decoding.speculate import stream as stream_speculated
 from bitskip_ref.engine import Engine, ExitRule
+from bitskip_text.streaming import StopStrings, StreamDecoder
+from bitskip_text.tokenizer import Tokenizer
 
 StopReason = Literal["end_of_text", "stop_string", "max_tokens", "context", "interrupted"]
 
@@ -34,7 +35,7 @@ class Piece:
 class Generation:
     """A generated text and how it came about. Times are in seconds."""
 
-    text: str  # without the prompt, without the stop string
+    text: str  # what follows the prompt's, without the stop string
     token_ids: list[int]  # all that were generated, those of a stop string too
     exit_layers: list[int]  # one per token
     prompt_tokens: int
@@ -71,7 +72,7 @@ class TextStream:
         rule: ExitRule,
         sampler: Sampler,
         max_tokens: int,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         context: int | None = None,
         eos_token_id: int | None = None,
         speculation: Speculation | None = None,
@@ -94,7 +95,8 @@ class TextStream:
         # The last token needs no position: nothing is predicted from it.
         self._room = context - len(prompt_ids) + 1
         self._max_tokens = max_tokens
-        self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(stop)
+        self._decoder = StreamDecoder(tokenizer, before=prompt_ids)
+        self._stop = StopStrings(stop)
         self._speculation = speculation
         most = min(max_tokens, self._room)
         self._tokens = (

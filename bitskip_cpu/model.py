@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from bitskip_cpu.generate import Generation, TextStream
-from bitskip_cpu.tokenizer import Tokenizer
 from bitskip_ref.decoding.draft import Choose, Draft
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.decoding.speculate import Speculation
 from bitskip_ref.engine import Engine, ExitRule, Trace, Visit
 from bitskip_ref.exits.named import named_rule
 from bitskip_ref.folder import Folder
+from bitskip_text.tokenizer import Tokenizer, read_tokenizer
 
 
 class Model:
@@ -26,7 +26,7 @@ class Model:
         self.config = engine.config
         self.folder = folder
         self._tokenizer = (
-            Tokenizer(folder.tokenizer, self.config.vocab_size) if folder.tokenizer else None
+            read_tokenizer(folder.tokenizer, self.config.vocab_size) if folder.tokenizer else None
         )
 
     @property
@@ -132,8 +132,12 @@ class Model:
         stop: Sequence[str] = (),
         context: int | None = None,
         threads: int | None = None,
+        special: bool = False,
     ) -> TextStream:
         """The continuation of a prompt, piece by piece as it comes.
+
+        special: special tokens spelled in the prompt (`<|endoftext|>`) are those tokens; otherwise
+        they are text like any other.
 
         exit_layer, exit_threshold, exit_looks, exit_last: see `exit_rule`. speculate, draft_exit,
         draft_vocab: see `speculation`. temperature 0 is greedy, and the other sampling options
@@ -146,7 +150,7 @@ class Model:
 
             weights = getattr(self.engine, "weights", self.folder.tensors)
             self.engine = CpuEngine(self.config, weights, threads, self.folder, self.kv_cache)
-        ids = self.tokenizer.encode(prompt)
+        ids = self.tokenizer.encode(prompt, special)
         if not ids:
             raise ValueError("the prompt is empty: give at least one character")
         if self.folder.bos_token_id is not None:

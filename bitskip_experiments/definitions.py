@@ -14,6 +14,7 @@ from typing import Any
 
 from bitskip_experiments.errors import ExperimentError
 from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.documents import read_text
 from bitskip_train.recipes import apply, recipe
 from bitskip_train.settings import TrainConfig
 
@@ -155,8 +156,8 @@ def _whole(value: float) -> float | int:
 def _read(path: Path, known: set[str] | None = None) -> dict[str, Any]:
     """A TOML file. Raises ExperimentError if it is none, or has a key that is not known."""
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ExperimentError(f"{path.name}: cannot be read as TOML ({error})") from None
     if known is not None and (unknown := sorted(set(values) - known)):
         keys = ", ".join(sorted(known))

@@ -120,24 +120,22 @@ def _run(
         source = TextSource(settings.data, "train")
         text = checkpoint.tokenizer_json if checkpoint is not None else None
         if text is None and world.main:
-            text = make_tokenizer(settings.tokenizer, source.documents()).to_str()
+            text = make_tokenizer(settings.tokenizer, source.documents()).json
         tokenizer = parse_tokenizer(world.share(text), "the tokenizer")
-        if tokenizer.get_vocab_size() > model.vocab_size:
+        if tokenizer.size > model.vocab_size:
             raise ConfigError(
-                f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model "
-                f"{model.vocab_size}: --set model.vocab_size={tokenizer.get_vocab_size()}"
+                f"the tokenizer has {tokenizer.size} tokens, the model "
+                f"{model.vocab_size}: --set model.vocab_size={tokenizer.size}"
             )
         split = load_split(source, tokenizer, cache)
         held_out = None
         if settings.valid:
             held_out = load_split(TextSource(settings.valid, "validation"), tokenizer, cache)
         if settings.pad_documents:
-            end = cast(int, tokenizer.token_to_id(END_OF_TEXT))
+            end = cast(int, tokenizer.token_id(END_OF_TEXT))
             split = split.padded(settings.context, end)
             held_out = held_out and held_out.padded(settings.context, end)
-        trainer = Trainer(
-            model, settings, split, held_out, tokenizer.to_str(), out, checkpoint, world
-        )
+        trainer = Trainer(model, settings, split, held_out, tokenizer.json, out, checkpoint, world)
         if world.main:
             parameters = sum(p.numel() for p in trainer.model.parameters())
             click.echo(

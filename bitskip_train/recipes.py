@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitskip_ref.config import PRESETS, ConfigError, ModelConfig
+from bitskip_ref.documents import read_text
 from bitskip_train.settings import TrainConfig
 
 # The papers compute every exit's loss in every step. With 50,257 words that costs more than the
@@ -101,8 +102,8 @@ def apply(base: Recipe, changes: Tables) -> Recipe:
 def read_toml(path: Path) -> Tables:
     """Changes from a file with the tables [model] and [train]. Raises ConfigError."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML ({error})") from None
     for table, values in tables.items():
         if table not in _FIELDS or not isinstance(values, dict):

@@ -159,9 +159,9 @@ def verify(
     elif folder.tokenizer is None:
         raise ValueError(f"{model} has no tokenizer for --prompt: use --tokens N")
     else:
-        from bitskip_cpu.tokenizer import Tokenizer
+        from bitskip_text.tokenizer import read_tokenizer
 
-        ids = Tokenizer(folder.tokenizer, config.vocab_size).encode(prompt)
+        ids = read_tokenizer(folder.tokenizer, config.vocab_size).encode(prompt)
     layers = config.num_hidden_layers
     exits = exits or sorted({1, (layers + 1) // 2, layers})
     half = ", float16 KV cache" if kv_cache == "float16" else ""

@@ -243,7 +243,7 @@ def one_line(result: Any, message: str) -> None:
 
 
 def test_a_prompt_that_is_not_utf8_is_one_line(folder: Path) -> None:
-    one_line(generate(folder, "-p", "-", input=b"caf\xe9"), "not UTF-8 (byte 3)")
+    one_line(generate(folder, "-p", "-", input=b"caf\xe9"), "not UTF-8 text (byte 3)")
 
 
 def test_a_narrow_code_page_gets_question_marks(folder: Path) -> None:
