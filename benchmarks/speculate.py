@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 import bitskip_cpu
+from bitskip.tables import table
+from bitskip_cpu.cli.loading import prepare
 from bitskip_cpu.engine import Engine, random_model
-from bitskip_cpu.progress import prepare
-from bitskip_cpu.tables import table
 from bitskip_ref.config import preset
 from bitskip_ref.decoding.draft import MOST, Draft
 from bitskip_ref.decoding.generate import stream

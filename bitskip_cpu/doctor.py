@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from bitskip.tables import size
 from bitskip_cpu import isa, models
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.cores import default_threads
 from bitskip_cpu.machine import fingerprint
 from bitskip_cpu.models import DEFAULT
-from bitskip_cpu.tables import size
 from bitskip_ref.folder import read_folder
 from bitskip_ref.tensors import FormatError
 from bitskip_text.tokenizer import read_tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bitskip_cpu.tables import size, table
+from bitskip.tables import size, table
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.exits.named import describe_rule, named_rule, rule_label
 from bitskip_ref.folder import CONFIG, Folder, read_folder

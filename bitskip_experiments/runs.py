@@ -20,7 +20,6 @@ from bitskip_train.settings import TrainConfig
 
 # Settings that say where and how often, not what: they are no part of a run's identity.
 _ELSEWHERE = ("data", "valid", "tokenizer", "device", "threads", "save_every", "log_every")
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -101,19 +100,19 @@ class Run:
 
         Raises ExperimentError if a step cannot be divided among them.
         """
-        start = [sys.executable]
+        start = [sys.executable, "-m"]
         if processes > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-            start += [str(processes)]
+            start += ["torch.distributed.run", "--standalone", "--nproc-per-node"]
+            start += [str(processes), "-m"]
+        start += ["bitskip", "train"]
         common = ["--out", str(self.folder), "--token-cache", str(self.work / "tokens")]
         common += ["--no-tensorboard"]
         for name, value in self._share(processes).items():
             common += ["--set", f"train.{name}={value}"]
         if self.last.exists():
-            return [*start, str(ROOT / "cli.py"), "train", "--resume", *common]
+            return [*start, "--resume", *common]
         return [
-            *start, str(ROOT / "cli.py"), "train", "--preset", "tiny", "--config",
-            str(self._write_settings()), *common,
+            *start, "--preset", "tiny", "--config", str(self._write_settings()), *common,
         ]  # fmt: skip
 
     def _share(self, processes: int) -> dict[str, int]:

@@ -122,7 +122,7 @@ def _in_turns(contestants: list[Contestant], repetitions: int, say: Say) -> list
     """A row for each contestant and exit. All run once unmeasured, then in turns."""
     from bitskip_cpu.bench.rows import spread
     from bitskip_cpu.bench.timing import Case, Task
-    from bitskip_cpu.progress import prepare
+    from bitskip_cpu.cli.loading import prepare
 
     prepare()
     rng = np.random.default_rng(0)

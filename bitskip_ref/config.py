@@ -11,6 +11,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+from bitskip_ref.words import unknown
+
 # Allowed words of the text fields; anything else is refused when a config is made.
 CHOICES: dict[str, tuple[str, ...]] = {
     "linear": ("ternary", "float32"),
@@ -242,7 +244,7 @@ PRESETS: dict[str, ModelConfig] = {
 def preset(name: str) -> ModelConfig:
     """The preset of that name. Raises ConfigError, listing the names, for an unknown one."""
     if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        raise ConfigError(unknown("preset", name, PRESETS))
     return PRESETS[name]
 
 

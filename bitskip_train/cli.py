@@ -1,67 +1,83 @@
-"""The verbs `train`, `evaluate` and `fit-gates`. PyTorch is imported when one runs."""
+"""The verbs `train`, `evaluate`, `average` and `fit-gates`. PyTorch is imported when one runs."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
-import platformdirs
+from click.shell_completion import CompletionItem
 
+from bitskip.options import (
+    COUNT,
+    FILE,
+    FOLDER,
+    JSON,
+    NEW_FILE,
+    WHOLE,
+    Finite,
+    Listed,
+    Word,
+    exit_layer,
+)
 from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.documents import END_OF_TEXT
-from bitskip_train.errors import CheckpointError, DataError, TrainingError
-from bitskip_train.recipes import RECIPES, apply, parse_overrides, read_toml, recipe
+from bitskip_train.errors import CheckpointError
+from bitskip_train.recipes import RECIPES, apply, known_settings, parse_overrides, read_toml, recipe
 from bitskip_train.settings import TrainConfig
 
 if TYPE_CHECKING:
     from bitskip_train.checkpoint import Checkpoint
 
+
+def _tokens_folder() -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("bitskip") / "tokens"
+
+
+class _Setting(click.ParamType):
+    """KEY=VALUE; `parse_overrides` reads it."""
+
+    name = "KEY=VALUE"
+
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+        """The settings that begin so."""
+        found: Iterable[str] = (n for n in known_settings() if n.startswith(incomplete))
+        return [CompletionItem(f"{name}=") for name in found]
+
+
 _cache_option = click.option(
-    "--token-cache", type=click.Path(path_type=Path, file_okay=False),
-    default=platformdirs.user_cache_path("bitskip") / "tokens", show_default=True,
+    "--token-cache", type=FOLDER, default=_tokens_folder, show_default="the user's cache folder",
     help="Folder for tokenized text.",
 )  # fmt: skip
-
-
-def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors that a user can mend become one line and exit code 1."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ConfigError, DataError, CheckpointError, TrainingError, OSError) as error:
-            raise click.ClickException(str(error)) from None
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            sys.exit(130)
-
-    return wrapped
+_device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+_checkpoint = click.argument("checkpoint", type=FILE)
+_out_option = click.option("--out", "-o", required=True, type=NEW_FILE, help="Checkpoint to write.")
 
 
 @click.command()
-@click.option("--preset", type=click.Choice(list(RECIPES)), help="Model and training settings.")
+@click.option("--preset", type=Word("preset", lambda: RECIPES), help="Model and training settings.")
 @click.option(
-    "--config", "config_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    "--config", "config_file", type=FILE,
     help="TOML file with the tables [model] and [train], on top of the preset.",
 )  # fmt: skip
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    "--set", "overrides", multiple=True, type=_Setting(), metavar="KEY=VALUE",
     help="One setting, for example model.hidden_size=192 or lr=3e-4. Repeatable; last word.",
 )  # fmt: skip
 @click.option("--data", multiple=True, help="Text file, folder of .txt, tinystories or wikitext-2.")
 @click.option("--valid", multiple=True, help="Held-out text, the same way.")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False))
+@click.option("--out", "-o", required=True, type=FOLDER, help="Folder to write.")
 @click.option("--resume", is_flag=True, help="Go on from OUT/last.pt with its settings.")
 @click.option("--tensorboard/--no-tensorboard", default=None, help="Default: if it is installed.")
 @_cache_option
-@_one_line_errors
 def train(
     preset: str | None, config_file: Path | None, overrides: tuple[str, ...],
     data: tuple[str, ...], valid: tuple[str, ...], out: Path, resume: bool,
@@ -69,7 +85,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train a model. Writes last.pt, best.pt and history.jsonl to OUT.
 
-    On several GPUs: torchrun --nproc-per-node N cli.py train ...
+    On several GPUs: torchrun --nproc-per-node N -m bitskip train ...
     """
     checkpoint: Checkpoint | None = None
     last = out / "last.pt"
@@ -148,33 +164,24 @@ def _run(
         world.close()
 
 
-def _exit_list(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
-    try:
-        return [int(part) for part in value.split(",") if part.strip()]
-    except ValueError:
-        raise click.BadParameter(f"{value!r}: must be layers, for example 6,12,24") from None
-
-
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@_checkpoint
 @click.option("--text", multiple=True, required=True, help="As --data of train.")
-@click.option(
-    "--exit-layer", "exits", default="", callback=_exit_list, metavar="N,N,...",
-    help="Blocks to run before the head; default: all.",
-)  # fmt: skip
+@exit_layer("exits", Listed(COUNT), "Blocks to run before the head. Default: all.", "N,N,...")
 @click.option(
     "--bypass", type=click.Choice(["none", "weights", "activations"]), default="none",
     help="Leave weights, or weights and activations, in full precision.",
 )  # fmt: skip
-@click.option("--context", type=click.IntRange(2), help="Default: as in training.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--ctx", "--context", "context", type=click.IntRange(2), help="Default: as in training."
+)
+@click.option("--batch", type=COUNT, default=8, show_default=True)
+@_device_option
+@JSON
 @_cache_option
-@_one_line_errors
 def evaluate(
-    checkpoint: Path, text: tuple[str, ...], exits: list[int], bypass: str, context: int | None,
-    batch: int, device: str, as_json: bool, token_cache: Path,
+    checkpoint: Path, text: tuple[str, ...], exits: list[int] | None, bypass: str,
+    context: int | None, batch: int, device: str, as_json: bool, token_cache: Path,
 ) -> None:  # fmt: skip
     """Loss, perplexity and bits per byte of a CHECKPOINT on held-out text, per exit."""
     from bitskip_train import evaluate as evaluation
@@ -214,14 +221,8 @@ def evaluate(
 
 
 @click.command()
-@click.argument(
-    "checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CHECKPOINT..."
-)
-@click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path, dir_okay=False),
-    help="Checkpoint to write.",
-)  # fmt: skip
-@_one_line_errors
+@click.argument("checkpoints", nargs=-1, required=True, type=FILE, metavar="CHECKPOINT...")
+@_out_option
 def average(checkpoints: tuple[Path, ...], out: Path) -> None:
     """Write a checkpoint with the mean of the weights of several, of runs with a common start.
 
@@ -234,22 +235,18 @@ def average(checkpoints: tuple[Path, ...], out: Path) -> None:
 
 
 @click.command("fit-gates")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path, dir_okay=False),
-    help="Checkpoint to write.",
-)  # fmt: skip
+@_checkpoint
+@_out_option
 @click.option("--data", multiple=True, help="As in training; default: what it was trained on.")
 @click.option(
-    "--scale", type=click.FloatRange(0, min_open=True), default=0.1, show_default=True,
+    "--scale", type=Finite(0, min_open=True), default=0.1, show_default=True,
     help="Nats. At threshold 0.5 a gate stops where that should cost less than about 0.7 of it.",
 )  # fmt: skip
-@click.option("--steps", type=click.IntRange(1), default=200, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Windows.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--steps", type=COUNT, default=200, show_default=True)
+@click.option("--batch", type=COUNT, default=4, show_default=True, help="Windows.")
+@click.option("--seed", type=WHOLE, default=0, show_default=True)
+@_device_option
 @_cache_option
-@_one_line_errors
 def fit_gates(
     checkpoint: Path, out: Path, data: tuple[str, ...], scale: float, steps: int, batch: int,
     seed: int, device: str, token_cache: Path,

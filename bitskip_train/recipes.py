@@ -10,6 +10,7 @@ from typing import Any
 
 from bitskip_ref.config import PRESETS, ConfigError, ModelConfig
 from bitskip_ref.documents import read_text
+from bitskip_ref.words import unknown
 from bitskip_train.settings import TrainConfig
 
 # The papers compute every exit's loss in every step. With 50,257 words that costs more than the
@@ -89,7 +90,7 @@ _FIELDS = {
 def recipe(name: str) -> Recipe:
     """The recipe of that name. Raises ConfigError, listing the names, for an unknown one."""
     if name not in RECIPES:
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(RECIPES)}")
+        raise ConfigError(unknown("preset", name, RECIPES))
     return RECIPES[name]
 
 
@@ -107,7 +108,7 @@ def read_toml(path: Path) -> Tables:
         raise ConfigError(f"{path}: not TOML ({error})") from None
     for table, values in tables.items():
         if table not in _FIELDS or not isinstance(values, dict):
-            raise ConfigError(f"{path}: {table!r} is no table of it; known: [model], [train]")
+            raise ConfigError(f"{path}: {table!r} is no table; known: [model], [train]")
         for key in values:
             _refuse_unknown(f"{path}: {table}.{key}", table, key)
     return tables
@@ -132,12 +133,18 @@ def parse_overrides(texts: Sequence[str]) -> Tables:
     return changes
 
 
+def known_settings() -> list[str]:
+    """`model.KEY` and `train.KEY` of every setting."""
+    return [f"{table}.{name}" for table in _FIELDS for name in sorted(_FIELDS[table])]
+
+
 def _refuse_unknown(what: str, table: str, name: str, bare: bool = False) -> None:
+    """Raise ConfigError for no setting; bare: KEY was written without its table."""
     if table not in _FIELDS:
-        raise ConfigError(f"{what}: {table!r} is no table; known: model, train")
+        raise ConfigError(f"{what}: {unknown('table', table, _FIELDS)}")
     if name not in _FIELDS[table]:
-        names = [f"{t}.{n}" for t in _FIELDS for n in sorted(_FIELDS[t]) if bare or t == table]
-        raise ConfigError(f"{what}: unknown key; known: {', '.join(names)}")
+        names = [n for t in _FIELDS for n in sorted(_FIELDS[t]) if bare or t == table]
+        raise ConfigError(f"{what}: {unknown('setting', name, names)}")
 
 
 def _parse_value(text: str, table: str, name: str) -> Any:

@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = (
-    "bitskip_ref", "bitskip_text", "bitskip_cpu", "bitskip_train", "export", "bitskip_experiments",
+    "bitskip", "bitskip_ref", "bitskip_text", "bitskip_cpu", "bitskip_train", "export",
+    "bitskip_experiments",
 )  # fmt: skip
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 LONGEST = 450

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 import bitskip_cpu
 import bitskip_ref
-from bitskip_cpu.cli import main
+from bitskip.program import runtime as main
 from bitskip_cpu.model import Model
 from bitskip_ref.decoding.generate import stream
 from bitskip_ref.decoding.sampling import Sampler
@@ -212,13 +212,13 @@ def test_a_closed_pipe_ends_quietly(long_folder: Path) -> None:
     [
         (["-p", ""], "prompt is empty"),
         (["-p", "a b c d e f g h" * 20], "context holds 64"),
-        (["-p", "a", "--exit-layer", "0"], "choose 1..4"),
+        (["-p", "a", "--exit-layer", "0"], "0 is not in the range x>=1"),
         (["-p", "a", "--exit-layer", "5"], "choose 1..4"),
         (["-p", "a", "--exit-layer", "some"], "gate, max, margin, entropy, auto"),
         (["-p", "a", "--exit-threshold", "0.5"], "threshold"),
         (["-p", "a", "--exit-looks", "2"], "looks"),
         (["-p", "a", "--exit", "max", "--exit-looks", "4"], "choose 1..3"),
-        (["-p", "a", "--exit", "max", "--exit-threshold", "nan"], "between 0 and 1"),
+        (["-p", "a", "--exit", "max", "--exit-threshold", "nan"], "no finite number"),
         (["-p", "a", "--max-tokens", "-1"], "max-tokens"),
         (["-p", "a", "--ctx", "1000"], "choose 1..64"),
         (["-p", "a", "--top-p", "0"], "top-p"),

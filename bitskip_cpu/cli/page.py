@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitskip_cpu.cli.showing import RGB, counts, ramp
 from bitskip_cpu.generate import Piece, TextStream
 from bitskip_cpu.model import Model
-from bitskip_cpu.showing import RGB, counts, ramp
 from bitskip_ref.exits.named import rule_label
 from bitskip_ref.files import replace_file
 
