@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+from bitskip_ref.excerpt import shown
 from bitskip_ref.words import unknown
 
 # Allowed words of the text fields; anything else is refused when a config is made.
@@ -26,6 +27,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 HEAD_BITS = {"int8": 8, "int6": 6, "int4": 4}
 """head_format -> bits of the codes of embedding and head (SPEC 4.4); the others are floats."""
+
+
+MOST_LAYERS = 4096
+"""Every block has about twenty tensors, whose table is made before a file is compared with it."""
 
 
 class ConfigError(ValueError):
@@ -65,19 +70,21 @@ class ModelConfig:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), hints[field.name]
-            if kind is float and type(value) is int:
+            if kind is float and type(value) is int and abs(value) < 1 << 53:
                 object.__setattr__(self, field.name, float(value))
             elif type(value) is not kind:
-                raise ConfigError(f"{field.name} = {value!r}: must be of type {kind.__name__}")
+                raise ConfigError(f"{field.name} = {shown(value)}: must be of type {kind.__name__}")
             if field.name in CHOICES and value not in CHOICES[field.name]:
                 raise ConfigError(
-                    f"{field.name} = {value!r}: must be one of {', '.join(CHOICES[field.name])}"
+                    f"{field.name} = {shown(value)}: must be one of "
+                    f"{', '.join(CHOICES[field.name])}"
                 )
             if kind is int and value < 1:
-                raise ConfigError(f"{field.name} = {value}: must be at least 1")
-            # The largest number stops a damaged config from asking for absurd memory.
-            if kind is int and value > 1 << 24:
-                raise ConfigError(f"{field.name} = {value}: must be at most {1 << 24}")
+                raise ConfigError(f"{field.name} = {shown(value)}: must be at least 1")
+            # The largest numbers stop a damaged config from asking for absurd memory.
+            largest = MOST_LAYERS if field.name == "num_hidden_layers" else 1 << 24
+            if kind is int and value > largest:
+                raise ConfigError(f"{field.name} = {shown(value)}: must be at most {largest}")
         if self.activation_bits not in (4, 8):
             raise ConfigError(f"activation_bits = {self.activation_bits}: must be 4 or 8")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -198,7 +205,7 @@ class ModelConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(
-                f"unknown field(s): {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+                f"unknown field(s): {shown(unknown)}; known: {', '.join(sorted(known))}"
             )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from bitskip_ref.config import HEAD_BITS, ModelConfig
+from bitskip_ref.excerpt import shown
 from bitskip_ref.packing import IllegalCodeError, check_codes, packed_width
 
 WEIGHTS = "model.safetensors"
@@ -64,6 +65,12 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[type, tuple[int, ..
     return table
 
 
+def tensor_count(config: ModelConfig) -> int:
+    """How many tensors `expected_tensors` has, without its table."""
+    one, two = (len(expected_tensors(config.replace(num_hidden_layers=n))) for n in (1, 2))
+    return one + (config.num_hidden_layers - 1) * (two - one)
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the full-precision parameters that training holds: no scales, no packing."""
     shapes = {name: s for name, (_, s) in expected_tensors(config).items() if ".scale" not in name}
@@ -88,7 +95,9 @@ def check_tensors(
         ("has an unknown", tensors.keys() - expected.keys()),
     ):
         if names:
-            raise FormatError(f"{WEIGHTS} {problem} tensor {min(names)!r} ({len(names)} in all)")
+            raise FormatError(
+                f"{WEIGHTS} {problem} tensor {shown(min(names))} ({len(names)} in all)"
+            )
     for name, (kind, shape) in expected.items():
         t = tensors[name]
         if t.dtype != kind or t.shape != shape:
