@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,11 +29,21 @@ from bitskip.options import (
 from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.documents import END_OF_TEXT
 from bitskip_train.errors import CheckpointError
-from bitskip_train.recipes import RECIPES, apply, known_settings, parse_overrides, read_toml, recipe
-from bitskip_train.settings import TrainConfig
+from bitskip_train.recipes import (
+    RECIPES,
+    Tables,
+    apply,
+    known_settings,
+    parse_overrides,
+    read_toml,
+    recipe,
+    whole,
+)
+from bitskip_train.settings import TrainConfig, check_settings
 
 if TYPE_CHECKING:
     from bitskip_train.checkpoint import Checkpoint
+    from bitskip_train.trainer import Trainer
 
 
 def _tokens_folder() -> Path:
@@ -74,61 +86,95 @@ _out_option = click.option("--out", "-o", required=True, type=NEW_FILE, help="Ch
 )  # fmt: skip
 @click.option("--data", multiple=True, help="Text file, folder of .txt, tinystories or wikitext-2.")
 @click.option("--valid", multiple=True, help="Held-out text, the same way.")
-@click.option("--out", "-o", required=True, type=FOLDER, help="Folder to write.")
+@click.option("--out", "-o", type=FOLDER, help="Folder to write.")
 @click.option("--resume", is_flag=True, help="Go on from OUT/last.pt with its settings.")
+@click.option(
+    "--accept-changes", is_flag=True,
+    help="With --resume: go on even if data, seed or batch are not those of the checkpoint.",
+)  # fmt: skip
+@click.option("--print-config", is_flag=True, help="Print all settings as TOML; do not train.")
 @click.option("--tensorboard/--no-tensorboard", default=None, help="Default: if it is installed.")
 @_cache_option
 def train(
     preset: str | None, config_file: Path | None, overrides: tuple[str, ...],
-    data: tuple[str, ...], valid: tuple[str, ...], out: Path, resume: bool,
-    tensorboard: bool | None, token_cache: Path,
+    data: tuple[str, ...], valid: tuple[str, ...], out: Path | None, resume: bool,
+    accept_changes: bool, print_config: bool, tensorboard: bool | None, token_cache: Path,
 ) -> None:  # fmt: skip
-    """Train a model. Writes last.pt, best.pt and history.jsonl to OUT.
+    """Train a model. Writes config.toml, last.pt, best.pt and history.jsonl to OUT.
 
-    On several GPUs: torchrun --nproc-per-node N -m bitskip train ...
+    The settings are those of --preset or of a whole --config (docs/SETTINGS.md has all), then
+    what --config and --set change. On several GPUs: torchrun --nproc-per-node N -m bitskip train
     """
-    checkpoint: Checkpoint | None = None
-    last = out / "last.pt"
-    if resume:
-        from bitskip_train.checkpoint import load_checkpoint
-
-        if preset or config_file:
-            raise ConfigError("--resume: takes its settings from OUT/last.pt; change them by --set")
-        checkpoint = load_checkpoint(last)
-        base = (checkpoint.config, TrainConfig.from_dict(checkpoint.train))
-    else:
-        if last.exists():
-            raise ConfigError(f"{last} exists: add --resume to go on, or choose another --out")
-        if preset is None:
-            raise ConfigError(f"--preset is missing; known: {', '.join(RECIPES)}")
-        base = recipe(preset)
-    if config_file:
-        base = apply(base, read_toml(config_file))
     changes = parse_overrides(overrides)
     for name, places in (("data", data), ("valid", valid)):
         if places:
             changes["train"][name] = list(places)
+    if out is None and (resume or not print_config):
+        raise ConfigError("--out is missing: the folder of the run")
+    if print_config:
+        from bitskip_train.described import to_toml
+
+        model, settings, _ = _settings(preset, config_file, changes, out if resume else None)
+        click.echo(to_toml(model, settings), nl=False)
+        return
+    from bitskip_train.run_folder import locked
+
+    assert out is not None
+    main = os.environ.get("RANK", "0") == "0"  # of torchrun's processes one writes
+    with locked(out) if main else nullcontext():
+        if not resume and (out / "last.pt").exists():
+            raise ConfigError(
+                f"{out / 'last.pt'} exists: add --resume to go on, or choose another --out"
+            )
+        model, settings, checkpoint = _settings(
+            preset, config_file, changes, out if resume else None
+        )
+        stopped_by = _run(
+            model, settings, out, checkpoint, tensorboard, token_cache, accept_changes
+        )
+    if stopped_by is not None:
+        click.echo(f"stopped; go on with: bitskip train --resume --out {out}", err=True)
+        sys.exit(128 + stopped_by)
+
+
+def _settings(
+    preset: str | None, config_file: Path | None, changes: Tables, resumed: Path | None
+) -> tuple[ModelConfig, TrainConfig, Checkpoint | None]:
+    """The settings of a run, and the checkpoint it goes on from."""
+    checkpoint: Checkpoint | None = None
+    tables = read_toml(config_file) if config_file else {}
+    if resumed is not None:
+        from bitskip_train.checkpoint import load_checkpoint
+
+        if preset or config_file:
+            raise ConfigError("--resume: takes its settings from OUT/last.pt; change them by --set")
+        checkpoint = load_checkpoint(resumed / "last.pt")
+        base = (checkpoint.config, TrainConfig.from_dict(checkpoint.train))
+    elif preset is not None:
+        base = apply(recipe(preset), tables)
+    elif config_file is not None:
+        base = whole(tables, config_file)
+    else:
+        raise ConfigError(f"--preset or --config is missing; presets: {', '.join(RECIPES)}")
     model, settings = apply(base, changes)
     if checkpoint is not None and model != checkpoint.config:
         raise ConfigError("--resume: the model's settings cannot change")
-    if not _run(model, settings, out, checkpoint, tensorboard, token_cache):
-        click.echo(f"stopped; go on with: train --resume --out {out}", err=True)
-        sys.exit(130)
+    check_settings(model, settings)
+    return model, settings, checkpoint
 
 
 def _run(
     model: ModelConfig, settings: TrainConfig, out: Path, checkpoint: Checkpoint | None,
-    tensorboard: bool | None, cache: Path,
-) -> bool:  # fmt: skip
-    """Load the data and train; False if interrupted."""
+    tensorboard: bool | None, cache: Path, accept_changes: bool,
+) -> int | None:  # fmt: skip
+    """Load the data and train; the signal that stopped it, None at the end."""
     from bitskip_train.data import TextSource, load_split
     from bitskip_train.memory import keep_freed_memory
     from bitskip_train.tokenizer import make_tokenizer, parse_tokenizer
-    from bitskip_train.trainer import Trainer, check_settings
+    from bitskip_train.trainer import Trainer
     from bitskip_train.world import World
 
     keep_freed_memory()
-    check_settings(model, settings)
     if not settings.data:
         raise ConfigError("--data is missing")
     world = World.from_environment()
@@ -151,17 +197,32 @@ def _run(
             end = cast(int, tokenizer.token_id(END_OF_TEXT))
             split = split.padded(settings.context, end)
             held_out = held_out and held_out.padded(settings.context, end)
-        trainer = Trainer(model, settings, split, held_out, tokenizer.json, out, checkpoint, world)
+        trainer = Trainer(
+            model, settings, split, held_out, tokenizer.json, out, checkpoint, world,
+            accept_changes,
+        )  # fmt: skip
         if world.main:
             parameters = sum(p.numel() for p in trainer.model.parameters())
             click.echo(
                 f"{parameters:,} parameters, {len(split.tokens):,} tokens of data, "
-                f"{world.size} x {trainer.device.type}, steps {trainer.step}..{settings.steps}",
+                f"{world.size} x {trainer.device.type}, {_threads(trainer)}, "
+                f"steps {trainer.step}..{settings.steps}",
                 err=True,
             )
-        return trainer.run(tensorboard)
+        trainer.run(tensorboard)
+        return trainer.stopped_by
     finally:
         world.close()
+
+
+def _threads(trainer: Trainer) -> str:
+    """How many threads train, and what was measured."""
+    count = trainer.train.threads
+    text = f"{count} thread{'s' if count > 1 else ''}"
+    if trainer.thread_times:
+        times = (f"{n}: {s * 1000:.0f} ms" for n, s in sorted(trainer.thread_times.items()))
+        text += f" (a pass takes with {', '.join(times)})"
+    return text
 
 
 @click.command()

@@ -94,6 +94,17 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
+def whole(tables: Tables, path: Path) -> Recipe:
+    """A recipe from a file that leaves out nothing that has no default, as `described.to_toml`
+    writes it. Raises ConfigError."""
+    try:
+        model = ModelConfig.from_dict(tables.get("model", {}))
+    except ConfigError as error:
+        remedy = "; or name a --preset that the file changes" if "missing" in str(error) else ""
+        raise ConfigError(f"{path}: [model]: {error}{remedy}") from None
+    return model, TrainConfig.from_dict(tables.get("train", {}))
+
+
 def apply(base: Recipe, changes: Tables) -> Recipe:
     """Checked copies of a recipe's two parts with the changes made."""
     model, train = base
@@ -154,5 +165,5 @@ def _parse_value(text: str, table: str, name: str) -> Any:
         return [int(item) if item.isdecimal() else item for item in items]
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text

@@ -38,7 +38,9 @@ def train_arguments(text: Path, out: Path, *sets: str) -> list[str]:
 def test_train_then_evaluate(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(*train_arguments(text, out, "steps=3")).exit_code == 0
-    assert sorted(p.name for p in out.iterdir()) == ["best.pt", "history.jsonl", "last.pt"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "best.pt", "config.toml", "history.jsonl", "last.pt",
+    ]  # fmt: skip
     arguments = ["evaluate", out / "last.pt", "--text", text, "--token-cache", tmp_path / "cache"]
     result = run(*arguments, "--exit-layer", "1,4", "--json")
     figures = json.loads(result.stdout)
@@ -107,7 +109,7 @@ def test_mistakes_are_one_line(text: Path, tmp_path: Path, sets: list[str], mess
 
 def test_missing_arguments(text: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "run")
-    assert "--preset is missing" in run("train", "--out", out).stderr
+    assert "--preset or --config is missing" in run("train", "--out", out).stderr
     assert "no such file" in run("train", "--out", out, "--resume").stderr
     assert "hub names" in run("train", "--preset", "tiny", "--data", "x", "--out", out).stderr
     assert "does not exist" in run("evaluate", tmp_path / "a.pt", "--text", text).stderr

@@ -11,8 +11,7 @@ from bitskip_train.data import pad_documents
 from bitskip_train.fast import FastOps
 from bitskip_train.model import BitskipModel
 from bitskip_train.readings import AfterOps, UnscaledOps, shifted
-from bitskip_train.settings import TrainConfig
-from bitskip_train.trainer import check_settings
+from bitskip_train.settings import TrainConfig, check_settings
 
 
 def _input(width: int = 48) -> torch.Tensor:

@@ -10,8 +10,7 @@ import pytest
 
 from bitskip_ref.config import PRESETS, ConfigError
 from bitskip_train.recipes import RECIPES, apply, parse_overrides, read_toml, recipe
-from bitskip_train.settings import TrainConfig
-from bitskip_train.trainer import check_settings
+from bitskip_train.settings import TrainConfig, check_settings
 
 
 @pytest.mark.parametrize("name", RECIPES)
