@@ -106,8 +106,8 @@ class TrainConfig:
     exit_subset: int = 0
     """Exits used in one step, in rotation, as every exit costs a head. 0: all in every step."""
     exit_targets: str = "next"
-    """What an exit is to name: `next` the next token, `same` the token it is given (v2 Table 5 read
-    literally)."""
+    """What an exit is to name: `next` the next token, `same` the token it is given, which gives the
+    cliff of v2 Table 5 (docs/FINDINGS.md)."""
     exit_distill: float = 0.0
     """Weight, within an exit's loss, of its divergence from the last layer's prediction."""
     exit_ramp: int = 0
