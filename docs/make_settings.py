@@ -30,7 +30,7 @@ They come, the later ones winning, from
 3. `--data`, `--valid` and `--set NAME=VALUE`, which may be repeated.
 
 `bitskip train ... --print-config` prints the outcome as such a file and does not train. A run
-writes it to `config.toml` in its folder. No name is in both tables: `--set lr=3e-4` needs no `train.`
+writes it to `config.toml` in its folder. No name is in both tables: `--set lr=3e-4` is enough.
 A checkpoint holds its settings: `--resume` takes them from there.
 
 "Source" names a rule of [SPEC](SPEC.md) or an equation of the papers: v1 is the first,
