@@ -40,11 +40,13 @@ MAKE: Sections = {
         "reproduce": ("bitskip_experiments.cli:reproduce", "A table or figure of the papers."),
     },
 }
+INSPECT = ("bitskip.inspect:inspect", "Shapes, sizes and statistics of a model or checkpoint.")
+WHOLE: Sections = {**RUN, **MAKE, "Run a model": {**RUN["Run a model"], "inspect": INSPECT}}
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 @click.command(
-    cls=Verbs, sections={**RUN, **MAKE}, elsewhere={}, context_settings=SETTINGS,
+    cls=Verbs, sections=WHOLE, elsewhere={}, context_settings=SETTINGS,
 )  # fmt: skip
 @click.version_option(bitskip.__version__, prog_name="bitskip")
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from bitskip_train.checkpoint import load_checkpoint
@@ -11,7 +10,7 @@ from bitskip_train.settings import TrainConfig
 LINES = 5  # of the history's end, in words
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: str) -> dict[str, Any]:
     """Everything `bitskip inspect` prints of a checkpoint. Raises CheckpointError.
 
     Keys: path, step, steps, windows, resumable, best_loss, parameters, tensors (name -> shape),
@@ -19,7 +18,7 @@ def inspect(path: Path) -> dict[str, Any]:
     """
     found = load_checkpoint(path)
     return {
-        "path": str(path),
+        "path": path,
         "step": found.step,
         "steps": TrainConfig.from_dict(found.train).steps,
         "windows": found.position,

@@ -68,7 +68,7 @@ def test_ctrl_c_saves_and_resume_goes_on(text: Path, tmp_path: Path) -> None:
             break
     rest = process.stderr.read()
     assert process.wait() == 130
-    assert rest.splitlines()[-1] == f"stopped; go on with: train --resume --out {out}"
+    assert rest.splitlines()[-1] == f"stopped; go on with: bitskip train --resume --out {out}"
     step = load_checkpoint(out / "last.pt").step
     assert step >= 2
     assert not list(out.glob("*.tmp"))

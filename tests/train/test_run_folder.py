@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def test_sigterm_saves(text: Path, tmp_path: Path) -> None:
             break
     rest = process.stderr.read()
     assert process.wait() == 143
-    assert rest.splitlines()[-1] == f"stopped; go on with: train --resume --out {out}"
+    assert rest.splitlines()[-1] == f"stopped; go on with: bitskip train --resume --out {out}"
     assert load_checkpoint(out / "last.pt").step >= 2
 
 
@@ -268,3 +269,20 @@ def test_what_settings_are_when_resumed(text: Path, tmp_path: Path) -> None:
     decays = [group["weight_decay"] for group in resumed.optimizer.param_groups]
     assert decays == [0.5, 0.0]
     assert {group["betas"] for group in resumed.optimizer.param_groups} == {(0.9, 0.5)}
+
+
+def test_a_checkpoint_is_inspected(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(*train_arguments(text, out, "steps=3", "log_every=1")).exit_code == 0
+    facts = json.loads(run("inspect", out / "last.pt", "--json").stdout)
+    assert (facts["step"], facts["steps"], facts["windows"], facts["resumable"]) == (3, 3, 6, True)
+    assert [e["step"] for e in facts["history"]] == [1, 2, 3, 3]
+    assert facts["config"]["num_hidden_layers"] == 4 and facts["train"]["context"] == 16
+    assert facts["tensors"]["final_norm.weight"] == [64]
+    said = run("inspect", out / "last.pt").stdout
+    assert "step 3 of 3, 6 windows used; can be resumed" in said
+    assert f"validation loss: {facts['best_loss']:.4f} (step 3)" in said
+    assert "  embed_tokens.weight 512 x 64\n" in said and "seed = 0\n" in said
+    assert "not for resuming" in run("inspect", out / "best.pt").stdout
+    refused = run("inspect", tmp_path / "none.pt")
+    assert (refused.exit_code, refused.stderr) == (1, f"error: {tmp_path}/none.pt: no such file\n")
