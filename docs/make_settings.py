@@ -103,7 +103,8 @@ def range_of(kind: Any, name: str, hint: Any) -> str:
             return f"{low:g} or more"
         return f"{low:,} to {high:,}" if hint is int else f"{low:g} to {high:g}"
     if kind is ModelConfig and hint is int and name != "activation_bits":
-        return f"1 to {1 << 24:,}"
+        most = model_config.MOST_LAYERS if name == "num_hidden_layers" else 1 << 24
+        return f"1 to {most:,}"
     return ""
 
 

@@ -173,7 +173,7 @@ def test_damaged_checkpoints(tmp_path: Path, values: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"num_hidden_layers": 10**6}, "parameters are not in it"),
+        ({"num_hidden_layers": 4096}, "parameters are not in it"),
         ({"intermediate_size": 100_000}, "parameters are not in it"),
         ({"vocab_size": 1 << 24}, "parameters are not in it"),
     ],
@@ -310,4 +310,4 @@ def test_the_verb_average(tmp_path: Path) -> None:
     a, b, c = (load_checkpoint(file).state["final_norm.weight"] for file in files)
     assert torch.equal(c, (a + b) / 2)
     result = CliRunner().invoke(main, ["average", "none.pt", "-o", files[2]])
-    assert result.exit_code == 1 and result.output == "Error: none.pt: no such file\n"
+    assert result.exit_code == 2 and "none.pt" in result.output and result.output.count("\n") == 1
