@@ -40,7 +40,7 @@ class Batch:
         """Of one run of a part."""
         engine, space = self.engine, self.engine._space
         layers = engine.config.num_hidden_layers
-        space.set_tokens(self.ids, self.cache, 0)
+        space.set_tokens(self.ids, self.cache, self.cache.length)
         space.set_exit(layers, self.logits.ctypes.data)
         engine._call(EMBED)
         rows, heads = space.products["rows"].copy(), space.state["kv_heads"]

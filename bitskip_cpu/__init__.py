@@ -31,4 +31,4 @@ def load(
     from bitskip_ref.folder import read_folder
 
     folder = read_folder(models.resolve(model))
-    return Model(Engine(folder.config, folder.tensors, threads, folder, kv_cache), folder)
+    return Model(Engine(folder.config, folder.tensors, threads, kv_cache), folder)

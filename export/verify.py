@@ -32,9 +32,9 @@ def _load_torch(path: Path, threads: int, kv_cache: str) -> Engine:
 
 
 def _load_numba(path: Path, threads: int, kv_cache: str) -> Engine:
-    import bitskip_cpu
+    from bitskip_cpu.engine import load
 
-    return bitskip_cpu.load(path, threads=threads, kv_cache=kv_cache)
+    return load(path, threads, kv_cache)
 
 
 def _load_onnx(path: Path, threads: int, kv_cache: str) -> Engine:

@@ -55,9 +55,9 @@ def bench(
         start = time.perf_counter()
     counts: Sequence[int | None] = threads or [None]
     kinds = [(count, kind) for count in counts for kind in kv_caches]
-    engines = [Engine(config, tensors, kinds[0][0], None, kinds[0][1])]
+    engines = [Engine(config, tensors, *kinds[0])]
     load_s = time.perf_counter() - start
-    engines += [Engine(config, engines[0].weights, n, None, kind) for n, kind in kinds[1:]]
+    engines += [Engine(config, engines[0].weights, *kind) for kind in kinds[1:]]
     exits = exits or [config.num_hidden_layers]
     cases = plan(engines, tasks, exits)
     limits = Limits(engines[0].weight_bytes(max(exits)))

@@ -112,11 +112,14 @@ def generate(
 
     Ctrl-C ends the text, keeps what was said, and exits with 130.
     """
+    from bitskip_cpu.generation_options import GenerationOptions
+
+    chosen = GenerationOptions(context=ctx, **options)
     text = _prompt(model, prompts, prompt_file)
     if html is not None and not html.absolute().parent.is_dir():
         raise ValueError(f"{html}: no such folder")
     loaded = load_model(model, threads, quiet, kv_cache)
-    stream = loaded.stream(text, context=ctx, **options)
+    stream = loaded.stream(text, chosen)
     if not quiet:
         _note_what_changes_nothing(click_context)
     colours = None
@@ -144,9 +147,9 @@ def generate(
     if html is not None:
         from bitskip_cpu.cli.page import write_page
 
-        write_page(html, text, pieces, stream, loaded, options)
+        write_page(html, text, pieces, stream, loaded, chosen)
     if as_json:
-        click.echo(json.dumps(_generation(stream, loaded, text, options["seed"])))
+        click.echo(json.dumps(_generation(stream, loaded, text, chosen.seed)))
     else:
         click.echo()
         if colours and not quiet:

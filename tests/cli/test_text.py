@@ -216,14 +216,15 @@ def test_bad_options_are_refused_with_the_rule(say, options, message) -> None:
         say("the").generate(**{"prompt": "a", **options})
 
 
-def test_threads_of_one_generation(folder: Path) -> None:
-    model = bitskip_cpu.load(folder, threads=1)
-    alone = model.generate("Once", max_tokens=6)
-    assert model.threads == 1
-    assert model.generate("Once", max_tokens=6, threads=2).token_ids == alone.token_ids
-    assert model.threads == 2
+def test_threads_belong_to_the_model(folder: Path) -> None:
+    models = [bitskip_cpu.load(folder, threads=n) for n in (1, 2)]
+    assert [m.threads for m in models] == [1, 2]
+    alone, shared = (m.generate("Once", max_tokens=6).token_ids for m in models)
+    assert alone == shared
+    with pytest.raises(TypeError, match="threads"):
+        models[0].generate("Once", threads=2)
     with pytest.raises(ValueError, match="at least 1"):
-        model.generate("Once", threads=0)
+        bitskip_cpu.load(folder, threads=0)
 
 
 def test_a_folder_without_tokenizer_says_so(tmp_path: Path) -> None:
