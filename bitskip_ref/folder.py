@@ -23,7 +23,7 @@ from bitskip_ref.safetensors_file import give_back, read_tensors, write_tensors
 from bitskip_ref.tensors import (
     WEIGHTS,
     FormatError,
-    check_tensors,
+    checked_tensors,
     expected_tensors,
     tensor_count,
 )
@@ -77,7 +77,8 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
 
     def check() -> None:
         try:
-            check_tensors(config, tensors, give_back)
+            for tensor in checked_tensors(config, tensors):
+                give_back(tensor)
         except BaseException as error:
             problems.append(error)
 
@@ -174,13 +175,13 @@ def write_folder(
 ) -> None:
     """Write a model folder; each file appears whole or not at all, config.json last.
 
-    Raises FormatError before anything is written if the tensors are not those of the config.
+    tensors: asked for one by one, in file order, so that a mapping may make them then. Raises
+    FormatError if they are not those of the config; no file is left then.
     """
-    check_tensors(config, tensors)
+    checked = checked_tensors(config, tensors)
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
-    ordered = {name: tensors[name] for name in expected_tensors(config)}
-    digest = write_tensors(root / WEIGHTS, ordered)
+    digest = write_tensors(root / WEIGHTS, expected_tensors(config), checked)
     if tokenizer_json is not None:
         _write_text(root / TOKENIZER, tokenizer_json)
     generation = {

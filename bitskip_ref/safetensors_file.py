@@ -11,7 +11,8 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -106,24 +107,39 @@ def give_back(array: np.ndarray) -> None:
         base.madvise(mmap.MADV_DONTNEED, start, size)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
-    """Write a safetensors file whose data starts at a multiple of 64. Returns its SHA-256."""
-    header: dict[str, Any] = {"__metadata__": {"format": "bitskip"}}
+def write_tensors(
+    path: Path,
+    shapes: Mapping[str, tuple[type, tuple[int, ...]]],
+    pieces: Iterable[np.ndarray],
+    metadata: str = "bitskip",
+) -> str:
+    """Write a safetensors file whose data starts at a multiple of 64. Returns its SHA-256.
+
+    shapes: name -> (dtype, shape), in file order. pieces: the tensors in that order, or their parts
+    by rows; taken one by one, so that they need not be in memory together. metadata: the format
+    that the header names. Raises ValueError, and writes nothing, if the pieces are not as long as
+    the shapes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": metadata}}
     end = 0
-    for name, t in tensors.items():
+    for name, (kind, shape) in shapes.items():
+        size = np.dtype(kind).itemsize * math.prod(shape)
         header[name] = {
-            "dtype": DTYPE_NAMES[t.dtype],
-            "shape": list(t.shape),
-            "data_offsets": [end, end + t.nbytes],
+            "dtype": DTYPE_NAMES[np.dtype(kind)],
+            "shape": list(shape),
+            "data_offsets": [end, end + size],
         }
-        end += t.nbytes
+        end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     digest = hashlib.sha256()
 
     with replace_file(path) as file:
-        for part in (struct.pack("<Q", len(text)), text, *tensors.values()):
+        head = struct.pack("<Q", len(text)) + text
+        for part in chain((head,), pieces):
             raw = part if isinstance(part, bytes) else np.ascontiguousarray(part).data.cast("B")
             digest.update(raw)
             file.write(raw)
+        if file.tell() != len(head) + end:
+            raise ValueError(f"{path}: {file.tell() - len(head)} bytes of tensors, expected {end}")
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -80,14 +80,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(
-    config: ModelConfig,
-    tensors: Mapping[str, np.ndarray],
-    checked: Callable[[np.ndarray], None] = lambda _: None,
-) -> None:
-    """Raise FormatError unless names, dtypes, shapes and values are those of the config.
+def checked_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
+    """The tensors in file order, each asked for once and checked when its turn comes.
 
-    checked: called with each tensor whose values are right.
+    Raises FormatError at once unless the names are those of the config, and at a tensor whose
+    dtype, shape or values are not.
     """
     expected = expected_tensors(config)
     for problem, names in (
@@ -98,26 +95,35 @@ def check_tensors(
             raise FormatError(
                 f"{WEIGHTS} {problem} tensor {shown(min(names))} ({len(names)} in all)"
             )
-    for name, (kind, shape) in expected.items():
-        t = tensors[name]
-        if t.dtype != kind or t.shape != shape:
+
+    def check(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        _check(config, name, tensor, *expected[name])
+        return tensor
+
+    return map(check, expected)
+
+
+def _check(
+    config: ModelConfig, name: str, t: np.ndarray, kind: type, shape: tuple[int, ...]
+) -> None:
+    if t.dtype != kind or t.shape != shape:
+        raise FormatError(
+            f"{WEIGHTS}: {name} is {t.dtype}{list(t.shape)}, "
+            f"the config asks for {np.dtype(kind)}{list(shape)}"
+        )
+    if kind is np.uint8:
+        try:
+            check_codes(t)
+        except IllegalCodeError as error:
+            raise FormatError(f"{WEIGHTS}: {name}: {error}") from None
+    elif kind is np.int8:
+        largest = 2 ** (HEAD_BITS[config.head_format] - 1) - 1
+        if t.size and (t.min() < -largest or t.max() > largest):
+            worst = t.min() if t.min() < -largest else t.max()
             raise FormatError(
-                f"{WEIGHTS}: {name} is {t.dtype}{list(t.shape)}, "
-                f"the config asks for {np.dtype(kind)}{list(shape)}"
+                f"{WEIGHTS}: {name} holds the illegal {config.head_format} code {worst}: "
+                f"codes lie in -{largest}..{largest}"
             )
-        if kind is np.uint8:
-            try:
-                check_codes(t)
-            except IllegalCodeError as error:
-                raise FormatError(f"{WEIGHTS}: {name}: {error}") from None
-        elif kind is np.int8:
-            largest = 2 ** (HEAD_BITS[config.head_format] - 1) - 1
-            if t.size and (t.min() < -largest or t.max() > largest):
-                worst = t.min() if t.min() < -largest else t.max()
-                raise FormatError(
-                    f"{WEIGHTS}: {name} holds the illegal {config.head_format} code {worst}: "
-                    f"codes lie in -{largest}..{largest}"
-                )
-        elif not np.isfinite(t).all():
-            raise FormatError(f"{WEIGHTS}: {name} holds a value that is not finite")
-        checked(t)
+    elif not np.isfinite(t).all():
+        raise FormatError(f"{WEIGHTS}: {name} holds a value that is not finite")

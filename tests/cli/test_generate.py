@@ -275,7 +275,8 @@ def illegal_code(folder: Path) -> None:
     read = read_folder(folder)
     tensors = {name: t.copy() for name, t in read.tensors.items()}
     tensors["layers.1.up_proj.weight"][3, 5] |= 0b11
-    digest = write_tensors(folder / "model.safetensors", tensors)
+    shapes = {k: (t.dtype.type, t.shape) for k, t in tensors.items()}
+    digest = write_tensors(folder / "model.safetensors", shapes, tensors.values())
     edit(folder, weights_sha256=digest)
 
 

@@ -93,7 +93,8 @@ def edit_header(root: Path, change: Callable[[dict], object]) -> None:
 def edit_tensor(root: Path, name: str, change: Callable[[np.ndarray], object]) -> None:
     tensors = {k: np.array(t) for k, t in fd.read_tensors(root / fd.WEIGHTS).items()}
     change(tensors[name])
-    fd.write_tensors(root / fd.WEIGHTS, tensors)
+    shapes = {k: (t.dtype.type, t.shape) for k, t in tensors.items()}
+    fd.write_tensors(root / fd.WEIGHTS, shapes, tensors.values())
     sign(root)
 
 
