@@ -70,7 +70,8 @@ def _lock(file: IO[bytes]) -> bool:
     return True
 
 
-def write_config(out: Path, model: ModelConfig, train: TrainConfig) -> None:
-    """Write a run's settings where people and `train --config` find them."""
+def write_config(out: Path, model: ModelConfig, train: TrainConfig) -> Path:
+    """Write a run's settings where people and `train --config` find them; returns the file."""
     with replace_file(out / CONFIG) as file:
         file.write(to_toml(model, train).encode())
+    return out / CONFIG
