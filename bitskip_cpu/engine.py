@@ -66,6 +66,11 @@ class Engine(contract.Engine):
         usual = 1 if self.weights.linear.nbytes < SMALL else default_threads()
         self.threads = 1 if INTERPRETED else threads or usual
         self._run = KERNELS.run
+        self._begin()
+        _ENGINES.add(self)
+
+    def _begin(self) -> None:
+        """Memory to work in, and helpers."""
         self._space = Workspace(self.weights, self.threads)
         self._team: Team | None = None
         if self.threads > 1:
@@ -209,6 +214,20 @@ class Engine(contract.Engine):
         if self._team:
             self._team.wake()
         self._run(*self._space.structs, actions, first, last)
+
+
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """In a child: a workspace that another thread was working in is not left as anybody expects."""
+    for engine in list(_ENGINES):
+        if engine._turn.cut_off:
+            engine._begin()
+
+
+if hasattr(os, "register_at_fork"):  # after `bitskip_ref.turn`'s, which finds what was cut off
+    os.register_at_fork(after_in_child=_forked)
 
 
 class _Record:

@@ -14,6 +14,7 @@ from bitskip_ref.config import small_twin
 from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.engine import Row
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
+from bitskip_ref.turn import Turn
 from tests.helpers import random_tensors, random_tokens
 from tests.parity.engines import ENGINES, make
 
@@ -212,6 +213,40 @@ def test_two_threads_step_one_cache_to_its_end(engine: Any) -> None:
             cache.length = start
             expected = engine.logits([3] * start + [9])[-1:]
             assert engine.extend([9], cache).tobytes() == expected.tobytes()
+
+
+def test_what_is_asked_is_checked_in_its_turn(engine: Any) -> None:
+    """Asked for the last position amid a call that takes it: refused, when that has ended."""
+    cache, said = engine.new_cache(), []
+    engine.extend([3] * (CONFIG.max_position_embeddings - 1), cache)
+
+    def second() -> None:
+        try:
+            engine.step(5, cache, FixedExit())
+        except ValueError as error:
+            said.append(str(error))
+
+    other = threading.Thread(target=second)
+
+    def meanwhile(stage: str, _: np.ndarray) -> None:
+        if stage == "embed":
+            other.start()
+            other.join(0.2)
+
+    z = engine.extend([9], cache, trace=meanwhile)
+    other.join()
+    assert len(said) == 1 and "exceed the context" in said[0]
+    assert cache.length == CONFIG.max_position_embeddings
+    expected = engine.logits([3] * (CONFIG.max_position_embeddings - 1) + [9])[-1:]
+    assert z.tobytes() == expected.tobytes()
+
+
+def test_a_check_before_the_turn_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake that was: nobody waits. (In the reference, where it overwrites nothing.)"""
+    for name in ("__enter__", "__exit__"):
+        monkeypatch.setattr(Turn, name, lambda *_: None)
+    with pytest.raises((AssertionError, ValueError)):
+        test_what_is_asked_is_checked_in_its_turn(make("reference", CONFIG, TENSORS))
 
 
 def test_two_engines_do_not_share_a_cache_at_once() -> None:
