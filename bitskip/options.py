@@ -6,6 +6,7 @@ is read or completed.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -87,9 +88,21 @@ class Listed(click.ParamType):
 
 
 class _Model(click.ParamType):
-    """A model folder, or the name of a model that comes with the package."""
+    """A model folder, the name of a model that comes with the package, or another program's model.
+
+    The last is converted once into the user's cache, and the value is the folder there.
+    """
 
     name = "model"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """The path of a folder, or the name as it is."""
+        place = Path(value)
+        if not _foreign(place):
+            return str(value)
+        from bitskip_export.foreign.opened import cached
+
+        return str(cached(place))
 
     def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
         """Folders, and the shipped names that begin so."""
@@ -97,6 +110,17 @@ class _Model(click.ParamType):
 
         names = [CompletionItem(n) for n in models.names() if n.startswith(incomplete)]
         return [CompletionItem(incomplete, type="dir"), *names]
+
+
+def _foreign(place: Path) -> bool:
+    """Whether that is a model of another program: a GGUF file or a Hugging Face folder."""
+    if place.suffix == ".gguf":
+        return place.is_file()
+    try:
+        kind = json.loads((place / "config.json").read_bytes())["model_type"]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return False
+    return isinstance(kind, str) and kind != "bitskip"
 
 
 class Finite(click.FloatRange):
@@ -132,7 +156,8 @@ FILE = click.Path(path_type=Path, exists=True, dir_okay=False)  # to read
 NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
-MODEL = click.argument("model", required=False, type=_Model())
+MODEL_TYPE = _Model()
+MODEL = click.argument("model", required=False, type=MODEL_TYPE)
 THREADS = click.option(
     "--threads", "-t", type=COUNT,
     help="Default: what suits model and machine, at most the physical cores.",

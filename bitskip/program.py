@@ -32,7 +32,8 @@ MAKE: Sections = {
         "evaluate": ("bitskip_train.cli:evaluate", "Held-out loss of a checkpoint, per exit."),
         "average": ("bitskip_train.cli:average", "The mean of several checkpoints' weights."),
         "fit-gates": ("bitskip_train.cli:fit_gates", "Give a checkpoint routing gates."),
-        "export": ("bitskip_export.cli:export", "Checkpoint to a packed model folder, or to ONNX."),
+        "export": ("bitskip_export.cli:export", "To a model folder, ONNX or Hugging Face."),
+        "import": ("bitskip_export.foreign.verbs:bring", "A model of another program."),
         "verify": (
             "bitskip_export.cli:verify",
             "Every engine against the reference, by bits.",

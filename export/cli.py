@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 
 from bitskip.errors import not_installed
-from bitskip.options import COUNT, FILE, KV_CACHE, MODEL, WHOLE, Listed, Word, exit_layer
+from bitskip.options import (
+    COUNT,
+    FILE,
+    KV_CACHE,
+    MODEL,
+    MODEL_TYPE,
+    WHOLE,
+    Listed,
+    Word,
+    exit_layer,
+)
 from bitskip_ref.cache import KV_CACHES
 from bitskip_ref.config import CHOICES
 
@@ -18,90 +29,116 @@ def _engines() -> list[str]:
     return list(ENGINES)
 
 
+OTHERS = ("onnx", "hf")
+TARGETS = {  # --to -> what is put behind the model's name where no --out is given
+    "folder": "", "onnx": "-onnx", "hf": "-hf",
+}  # fmt: skip
+
+
 @click.command()
 @click.argument("model")
 @click.option(
+    "--to", type=click.Choice(list(TARGETS)),
+    help="folder: bitskip's own, of a checkpoint (the default there). onnx: graphs that ONNX "
+    "Runtime runs. hf: a folder that Hugging Face's transformers loads.",
+)  # fmt: skip
+@click.option(
     "--out", "-o", type=click.Path(path_type=Path),
-    help="Folder to write. Default: the checkpoint's name without .pt; for a model folder, its "
-    "subfolder onnx.",
+    help="What to write. Default: beside MODEL, its name without .pt and with -onnx or -hf.",
 )  # fmt: skip
-@click.option(
-    "--head", type=click.Choice(CHOICES["head_format"]),
-    help="How embedding and head are stored. Default: as trained for.",
-)  # fmt: skip
-@click.option("--ternary", is_flag=True, help="The weights are -a, 0, a already: keep them.")
-@click.option(
-    "--default-exit", type=COUNT, metavar="N",
-    help="Exit layer that the folder recommends to `generate`. Default: full depth.",
-)  # fmt: skip
-@click.option(
-    "--by-frequency", type=FILE, metavar="TEXT",
-    help="Number tokens by how common they are in a text: for `generate --draft-vocab`.",
-)  # fmt: skip
-@click.option("--onnx", is_flag=True, help="Write ONNX graphs too, into OUT/onnx.")
 @exit_layer(
-    "exits", Listed(COUNT), "Exits to write as ONNX graphs, one each. Default: full depth.",
+    "exits", Listed(COUNT), "Exits to write: so many graphs, or one model. Default: full depth.",
     "N,N,...",
 )  # fmt: skip
 @click.option(
     "--kv-cache", type=click.Choice(KV_CACHES),
     help="Keys and values of ONNX graphs. Default: float32.",
 )  # fmt: skip
+@click.option(
+    "--head", type=click.Choice(CHOICES["head_format"]),
+    help="How a checkpoint's embedding and head are stored. Default: as trained for.",
+)  # fmt: skip
+@click.option(
+    "--ternary", is_flag=True, help="A checkpoint's weights are -a, 0, a already: keep them."
+)
+@click.option(
+    "--default-exit", type=COUNT, metavar="N",
+    help="Exit layer that a folder recommends to `generate`. Default: full depth.",
+)  # fmt: skip
+@click.option(
+    "--by-frequency", type=FILE, metavar="TEXT",
+    help="Number a checkpoint's tokens by how common they are in a text: for `--draft-vocab`.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Write into a folder that holds other files.")
 def export(
-    model: str, out: Path | None, head: str | None, ternary: bool, default_exit: int | None,
-    by_frequency: Path | None, onnx: bool, exits: list[int] | None, kv_cache: str | None,
+    model: str, to: str | None, out: Path | None, exits: list[int] | None, kv_cache: str | None,
+    head: str | None, ternary: bool, default_exit: int | None, by_frequency: Path | None,
     force: bool,
 ) -> None:  # fmt: skip
-    """Pack a checkpoint MODEL.pt into a model folder; with --onnx write graphs, also of a folder.
+    """Write MODEL, a checkpoint or a model folder, for bitskip or for another program.
 
-    The checkpoint is only read.
+    MODEL is only read.
     """
-    if exits and not onnx:
-        raise click.UsageError("--exit-layer chooses ONNX graphs: add --onnx")
-    if kv_cache and not onnx:
-        raise click.UsageError("--kv-cache is for ONNX graphs (add --onnx); folders have none")
-    if onnx:
-        import bitskip_export.onnx_files  # noqa: F401  if it is missing, nothing is written
     path = Path(model)
-    if path.is_file():
-        _pack(path, out, head, ternary, default_exit, by_frequency, force)
-        out, path = None, out or path.with_suffix("")
-    elif path.suffix == ".pt":
+    checkpoint = path.is_file()
+    if not checkpoint and path.suffix == ".pt":
         raise ValueError(f"{model}: no such checkpoint")
-    else:
+    to = to or ("folder" if checkpoint else None)
+    if to is None:
+        raise click.UsageError(f"{model} is a model folder: choose --to {' or '.join(OTHERS)}")
+    for option, given, fits, rule in (
+        ("--head", head, checkpoint, "is for checkpoints"),
+        ("--ternary", ternary, checkpoint, "is for checkpoints"),
+        ("--default-exit", default_exit, checkpoint, "is for checkpoints"),
+        ("--by-frequency", by_frequency, checkpoint, "is for checkpoints"),
+        ("--to folder", to == "folder", checkpoint, f"is for checkpoints: {model} is a folder"),
+        ("--exit-layer", exits, to != "folder", f"is for --to {' or '.join(OTHERS)}"),
+        ("--exit-layer with several exits", exits and exits[1:], to == "onnx", "is for --to onnx"),
+        ("--kv-cache", kv_cache, to == "onnx", "is for --to onnx"),
+    ):
+        if given and not fits:
+            raise click.UsageError(f"{option} {rule}")
+    if to == "onnx":
+        import bitskip_export.onnx_files  # noqa: F401  if it is missing, nothing is written
+    if not checkpoint:
         from bitskip_cpu import models
 
-        path = models.resolve(model)
-        if not onnx:
-            raise click.UsageError(f"{model} is a model folder, not a checkpoint: add --onnx")
-        if head or ternary or default_exit or by_frequency:
-            raise click.UsageError(
-                "--head, --ternary, --default-exit and --by-frequency are for checkpoints"
-            )
-        if out is None and path.parent == models.HERE:
-            raise click.UsageError(f"{model} comes with the package: say where to write with --out")
-    if onnx:
-        from bitskip_export.onnx_files import write_onnx
+        path = models.resolve(MODEL_TYPE.convert(model, None, None))
+    out = out or _beside(model, path, to)
+    with TemporaryDirectory() as scratch:
+        if checkpoint:
+            from bitskip_export.pack import export_checkpoint
 
-        for graph in write_onnx(path, out or path / "onnx", exits, kv_cache or "float32"):
-            click.echo(graph)
+            path = export_checkpoint(
+                path, out if to == "folder" else Path(scratch) / "model", head_format=head,
+                ternary=ternary, exit_layer=default_exit, by_frequency=by_frequency, force=force,
+            )  # fmt: skip
+        if to == "folder":
+            from bitskip_export.report import summary
+
+            click.echo(f"{path}\n\n{summary(path)}")
+        elif to == "onnx":
+            from bitskip_export.onnx_files import write_onnx
+
+            for graph in write_onnx(path, out, exits, kv_cache or "float32"):
+                click.echo(graph)
+        else:
+            from bitskip_export.foreign.verbs import give
+
+            give(to, path, out, exits[0] if exits else None, force)
 
 
-def _pack(
-    checkpoint: Path, out: Path | None, head: str | None, ternary: bool, default_exit: int | None,
-    by_frequency: Path | None, force: bool,
-) -> None:  # fmt: skip
-    from bitskip_export.pack import export_checkpoint
-    from bitskip_export.report import summary
+def _beside(model: str, path: Path, to: str) -> Path:
+    """Where to write by default."""
+    from bitskip_cpu import models
 
-    if out is None and not checkpoint.suffix:
-        raise click.UsageError(f"{checkpoint} has no suffix to leave out: give a folder with --out")
-    root = export_checkpoint(
-        checkpoint, out or checkpoint.with_suffix(""), head_format=head, ternary=ternary,
-        exit_layer=default_exit, by_frequency=by_frequency, force=force,
-    )  # fmt: skip
-    click.echo(f"{root}\n\n{summary(root)}")
+    place = Path(model)
+    if path.parent == models.HERE or not place.exists():
+        raise click.UsageError(f"{model} comes with the package: say where to write with --out")
+    if path.is_file() and not place.suffix:
+        raise click.UsageError(f"{model} has no suffix to leave out: give a folder with --out")
+    stem = place.with_suffix("") if path.is_file() else place
+    return stem.with_name(stem.name + TARGETS[to])
 
 
 @click.command()

@@ -43,11 +43,12 @@ def test_a_checkpoint_becomes_a_folder_of_its_name(tmp_path: Path) -> None:
 
 def test_graphs_of_a_checkpoint_and_of_a_folder(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "a.pt")
-    result = run_export(checkpoint, "-o", tmp_path / "m", "--onnx", "--exit-layer", "2,4")
+    result = run_export(checkpoint, "--to", "onnx", "--exit-layer", "2,4")
     assert result.exit_code == 0, result.output
     names = {"exit-2.onnx", "exit-4.onnx"}
-    assert {p.name for p in (tmp_path / "m/onnx").glob("*.onnx")} == names
-    result = run_export(tmp_path / "m", "--onnx", "-o", tmp_path / "graphs")
+    assert {p.name for p in (tmp_path / "a-onnx").glob("*.onnx")} == names
+    assert run_export(checkpoint).exit_code == 0
+    result = run_export(tmp_path / "a", "--to", "onnx", "-o", tmp_path / "graphs")
     assert result.exit_code == 0, result.output
     assert [p.name for p in (tmp_path / "graphs").glob("*.onnx")] == ["exit-4.onnx"]
 
@@ -57,14 +58,18 @@ def test_errors_are_one_line_and_write_nothing(tmp_path: Path) -> None:
     folder = random_folder(tmp_path / "m", CONFIG)
     (tmp_path / "text.pt").write_text("hello")
     for arguments, words in [
-        ([bad], "final_norm.weight[0] is nan"),
+        ([bad], "final_norm.weight"),
         ([tmp_path / "text.pt"], "not a checkpoint"),
         ([tmp_path / "absent.pt"], "no such checkpoint"),
-        ([folder], "add --onnx"),
-        ([folder, "--onnx", "--head", "int8"], "are for checkpoints"),
-        ([folder, "--onnx", "--exit-layer", "9"], "exit layer 9 is out of range"),
-        ([folder, "--onnx", "--exit-layer", "0"], "0 is not in the range x>=1"),
-        ([bad, "--exit-layer", "2"], "add --onnx"),
+        ([folder], "choose --to onnx or hf"),
+        ([folder, "--to", "folder"], "is for checkpoints"),
+        ([folder, "--to", "onnx", "--head", "int8"], "--head is for checkpoints"),
+        ([folder, "--to", "onnx", "--exit-layer", "9"], "exit layer 9 is out of range"),
+        ([folder, "--to", "onnx", "--exit-layer", "0"], "0 is not in the range x>=1"),
+        ([folder, "--to", "hf", "--exit-layer", "1,2"], "several exits is for --to onnx"),
+        ([folder, "--to", "hf", "--kv-cache", "float16"], "--kv-cache is for --to onnx"),
+        ([bad, "--exit-layer", "2"], "is for --to onnx or hf"),
+        (["stories-24", "--to", "hf"], "comes with the package"),
         ([bad, "-o", tmp_path], "holds files and no model"),
     ]:
         result = run_export(*arguments)
@@ -81,7 +86,9 @@ def test_help_imports_nothing_heavy() -> None:
         " & sys.modules.keys()))); cli.main()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert "Pack a checkpoint" in result.stdout and result.stdout.endswith("[]\n"), result.stderr
+    assert "Write MODEL, a checkpoint" in result.stdout and result.stdout.endswith("[]\n"), (
+        result.stderr
+    )
 
 
 # ---- verify ---------------------------------------------------------------------------
