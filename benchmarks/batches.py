@@ -15,11 +15,11 @@ import time
 
 import numpy as np
 
+from bitskip.tables import table
 from bitskip_cpu.bench.limits import Limits
+from bitskip_cpu.cli.loading import prepare
 from bitskip_cpu.engine import Engine, random_model
 from bitskip_cpu.kernels.layout import BLOCKS, EMBED, EXIT
-from bitskip_cpu.progress import prepare
-from bitskip_cpu.tables import table
 from bitskip_ref.config import preset
 
 PARTS = ("blocks", "head", "blocks without products", "and without attention")
@@ -40,7 +40,7 @@ class Batch:
         """Of one run of a part."""
         engine, space = self.engine, self.engine._space
         layers = engine.config.num_hidden_layers
-        space.set_tokens(self.ids, self.cache, 0)
+        space.set_tokens(self.ids, self.cache, self.cache.length)
         space.set_exit(layers, self.logits.ctypes.data)
         engine._call(EMBED)
         rows, heads = space.products["rows"].copy(), space.state["kv_heads"]

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 import bitskip_cpu
+from bitskip.tables import table
+from bitskip_cpu.cli.loading import prepare
 from bitskip_cpu.engine import Engine, random_model
-from bitskip_cpu.progress import prepare
-from bitskip_cpu.tables import table
 from bitskip_ref.config import preset
 from bitskip_ref.decoding.draft import MOST, Draft
 from bitskip_ref.decoding.generate import stream
@@ -82,21 +82,23 @@ class Imposed(Timed):
         chosen = [sorted(rounds)[int((i + 0.5) * len(rounds) / ROUNDS)] for i in range(ROUNDS)]
         random.Random(0).shuffle(chosen)
         self.tokens = sum(accepted + 1 for _, accepted, _ in chosen)
-        self._speculate, self._rounds = engine.speculate, itertools.cycle(chosen)
+        self._speculate, self._round = engine.speculate, engine.round
+        self._rounds = itertools.cycle(chosen)
         self.speculate = self._imposed
 
     def _imposed(
-        self, token_id: int, cache: Any, count: int, draft: Draft, *, exit_layer: int, choose: Any
+        self, token_id: int, cache: Any, count: int, draft: Draft, *, exit_layer: int
     ) -> tuple[list[int], np.ndarray]:
         """A round of the engine; the first differing logits are where the record says."""
         drafted, accepted, unsure = next(self._rounds)
-        if unsure:  # one more is drafted, and not run
-            sure = iter([True] * drafted + [False])
-            choose = lambda z: int(z.argmax()) if next(sure) else None  # noqa: E731
         draft = dataclasses.replace(draft, least_lead=0.0)
-        ids, z = self._speculate(
-            token_id, cache, drafted, draft, exit_layer=exit_layer, choose=choose
-        )
+        if unsure:  # one more is drafted, and not run
+            under_way, tokens = self._round(cache, draft, exit_layer), [token_id]
+            for _ in range(drafted + 1):
+                tokens.append(int(under_way.draft(tokens[-1]).argmax()))
+            ids, z = tokens[1:-1], under_way.verify()
+        else:
+            ids, z = self._speculate(token_id, cache, drafted, draft, exit_layer=exit_layer)
         for row, token in enumerate(ids):
             z[row, token] = np.inf if row < accepted else -np.inf
         return ids, z

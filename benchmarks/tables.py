@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bitskip_cpu.tables import table
+from bitskip.tables import table
 
 Facts = dict[str, Any]
 

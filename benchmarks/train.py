@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bitskip.tables import table
 from bitskip_cpu.machine import fingerprint
-from bitskip_cpu.tables import table
 from bitskip_ref.config import PRESETS, ModelConfig
 from bitskip_train.data import Split, Windows
 from bitskip_train.draws import Draws

@@ -30,5 +30,5 @@ def load(
     from bitskip_cpu.model import Model
     from bitskip_ref.folder import read_folder
 
-    folder = read_folder(models.resolve(None if model is None else os.fspath(model)))
-    return Model(Engine(folder.config, folder.tensors, threads, folder, kv_cache), folder)
+    folder = read_folder(models.resolve(model))
+    return Model(Engine(folder.config, folder.tensors, threads, kv_cache), folder)

@@ -1,5 +1,6 @@
 """`python -m bitskip_cpu` is `bitskip-cpu`."""
 
-from bitskip_cpu.cli import main
+from bitskip.program import runtime
 
-main(prog_name="bitskip-cpu")
+if __name__ == "__main__":
+    runtime(prog_name="bitskip-cpu")

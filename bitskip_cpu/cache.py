@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,7 +35,6 @@ class KVCache(CacheFill):
         groups = -(-config.max_position_embeddings // LANES)
         padded, width = padded_keys(config.head_dim), padded_values(config.head_dim)
         heads = config.num_hidden_layers, config.num_key_value_heads
-        self.config = config
         self.capacity = groups * LANES
         shapes = (*heads, groups, padded, LANES), (*heads, self.capacity, width)
         # One piece: NumPy asks for large pages from 4 MiB on; small ones cost 6 % of a short text.
@@ -43,6 +43,11 @@ class KVCache(CacheFill):
         self.keys, self.values = keys.reshape(shapes[0]), values.reshape(shapes[1])
         self.keys_at, self.values_at = self.keys.ctypes.data, self.values.ctypes.data
         self.itemsize = self.keys.itemsize
+
+    def _kept(self) -> Sequence[np.ndarray]:
+        blocks, size = self._filled_part()
+        groups = -(-size // LANES)
+        return self.keys[:blocks, :, :groups], self.values[:blocks, :, :size]
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Block i's keys (turned) and values: copies, f32 or f16 [S, K, E] (SPEC 6.4, 6.5)."""

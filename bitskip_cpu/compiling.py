@@ -32,14 +32,19 @@ ARGUMENTS = {"run": 5, "repack": 7}
 DIGEST = 32  # bytes of the checksum before the code
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels belong: under BITSKIP_CACHE_DIR or the user's cache folder."""
+def user_cache() -> Path:
+    """Where things that can be made anew are kept: BITSKIP_CACHE_DIR or the user's cache folder."""
     root = os.environ.get("BITSKIP_CACHE_DIR")
     if not root:
         import platformdirs
 
         root = platformdirs.user_cache_dir("bitskip")
-    return Path(root) / f"kernels-{_fingerprint()}"
+    return Path(root)
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels belong."""
+    return user_cache() / f"kernels-{_fingerprint()}"
 
 
 def cache_directory() -> Path | None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from bitskip.tables import size
 from bitskip_cpu import isa, models
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.cores import default_threads
 from bitskip_cpu.machine import fingerprint
 from bitskip_cpu.models import DEFAULT
-from bitskip_cpu.tables import size
-from bitskip_cpu.tokenizer import Tokenizer
 from bitskip_ref.folder import read_folder
 from bitskip_ref.tensors import FormatError
+from bitskip_text.tokenizer import read_tokenizer
 
 
 def doctor() -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _check(name: str) -> dict[str, Any]:
         if folder.tokenizer is None:
             problem = "lacks tokenizer.json"
         else:
-            Tokenizer(folder.tokenizer, folder.config.vocab_size)
+            read_tokenizer(folder.tokenizer, folder.config.vocab_size)
     except (FormatError, OSError) as error:
         problem = f"{error}; install the package again"
     return {"name": name, "path": str(path), "problem": problem}

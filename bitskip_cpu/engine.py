@@ -1,16 +1,15 @@
-"""The engine: `bitskip_ref.engine.Engine` on compiled kernels.
+"""The engine on compiled kernels.
 
 Order and names are those of `bitskip_ref.model`; the arithmetic is in `kernels`, bit for bit the
-same. This file only says what is to be run on which memory.
+same. This file only says what is to be run on which memory; everything is checked before, by the
+verbs of `bitskip_ref.engine.Engine`.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -22,31 +21,31 @@ from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, 
 from bitskip_cpu.threads import Team
 from bitskip_cpu.weights import Tensors, Weights, random_tensors
 from bitskip_cpu.workspace import Workspace
-from bitskip_ref.cache import check_kv_cache
-from bitskip_ref.checks import check_exit_layer, check_exit_layers, check_input, check_token
+from bitskip_ref import engine as contract
+from bitskip_ref.checks import is_whole
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.decoding.draft import Choose, Draft
-from bitskip_ref.engine import ExitRule, Trace, Visit
-from bitskip_ref.folder import Folder, read_folder
+from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.engine import Run, Trace, Visit
+from bitskip_ref.folder import read_folder
 
 f32 = np.float32
 
 SMALL = 4 << 20  # bytes of linear weights; stories-24 (2.4 MB) decodes faster with one thread
 
 
-class Engine:
-    """A model ready to run on this CPU. Several threads may call it; one call runs at a time.
+class Engine(contract.Engine):
+    """A model ready to run on this CPU.
 
-    `weights` may be shared with other engines, of other numbers of threads. `folder` is what it was
-    loaded from (tokenizer, end-of-text), None for a random model.
+    `weights` may be shared with other engines, of other numbers of threads.
     """
+
+    cache_type = KVCache
 
     def __init__(
         self,
         config: ModelConfig,
         tensors: Tensors | Weights,
         threads: int | None = None,
-        folder: Folder | None = None,
         kv_cache: str = "float32",
     ) -> None:
         """`tensors` as in a model folder, already checked, or another engine's `weights`.
@@ -58,210 +57,157 @@ class Engine:
         caches hold, float32 or float16 (SPEC 6.5). Raises ValueError for less than one thread or
         another word.
         """
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads {threads}: must be at least 1")
-        self.config, self.folder = config, folder
-        self.kv_cache = check_kv_cache(kv_cache)
+        super().__init__(config, kv_cache)
+        if threads is not None and (not is_whole(threads) or threads < 1):
+            raise ValueError(f"threads {threads}: must be a whole number, at least 1")
         self.weights = tensors if isinstance(tensors, Weights) else Weights(config, tensors)
         if self.weights.config != config:
             raise ValueError("the weights are another model's: take its config, too")
         usual = 1 if self.weights.linear.nbytes < SMALL else default_threads()
         self.threads = 1 if INTERPRETED else threads or usual
         self._run = KERNELS.run
+        self._begin()
+        _ENGINES.add(self)
+
+    def _begin(self) -> None:
+        """Memory to work in, and helpers."""
         self._space = Workspace(self.weights, self.threads)
-        self._lock = threading.Lock()
         self._team: Team | None = None
         if self.threads > 1:
             self._team = Team(self._run, self._space, self.threads - 1)
             weakref.finalize(self, self._team.close)
 
-    # ---- the engine protocol --------------------------------------------------------
+    # ---- what takes one call of the kernels -------------------------------------------
 
-    def new_cache(self) -> KVCache:
-        return KVCache(self.config, self.kv_cache)
-
-    def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
-        return self.extend(token_ids, self.new_cache(), exit_layer=exit_layer)
-
-    def extend(
-        self,
-        token_ids: Sequence[int],
-        cache: KVCache,
-        *,
-        exit_layer: int | None = None,
-        last_only: bool = False,
-        trace: Trace | None = None,
-    ) -> np.ndarray:
-        n = check_exit_layer(exit_layer, self.config)
-        ids = self._checked(token_ids, cache, n)
-        z = np.empty((1 if last_only else len(ids), self.config.vocab_size), f32)
-        with self._lock:
-            record = _Record(trace)
-            for start in range(0, len(ids), CHUNK):
-                part = ids[start : start + CHUNK]
-                self._space.set_tokens(part, cache, start)
-                if not last_only:
-                    self._forward(n, record, z[start : start + CHUNK])
-                elif start + CHUNK < len(ids):
-                    self._forward(n, record)
-                else:
-                    self._forward(n, record, z, len(part) - 1)
-            record.replay()
-            cache.advance(len(ids), n)
+    def _extend(self, run: Run, n: int, first: int, trace: Trace | None) -> np.ndarray:
+        z = np.empty((len(run.ids) - first, self.config.vocab_size), f32)
+        record, space = _Record(trace), self._space
+        for start in range(0, len(run.ids), CHUNK):
+            part = run.ids[start : start + CHUNK]
+            space.set_tokens(part, run.cache, run.first + start)
+            skipped = max(0, first - start)
+            wanted = z[start + skipped - first :] if skipped < len(part) else None
+            if wanted is not None:
+                space.set_exit(n, wanted.ctypes.data, skipped)
+            if trace is None:
+                self._call(EMBED | BLOCKS | (EXIT if wanted is not None else 0), 0, n)
+                continue
+            self._call(EMBED)
+            record.add(space.embedded())
+            for i in range(n):
+                self._call(BLOCKS, i, i + 1)
+                record.add(space.block_stages(i))
+            if wanted is not None:
+                self._call(EXIT)
+                record.add(space.exit_stages(wanted[: len(part) - skipped]))
+        record.replay()
         return z
 
-    def extend_exits(
-        self, token_ids: Sequence[int], cache: KVCache, exit_layers: Sequence[int], visit: Visit
-    ) -> None:
-        exits = check_exit_layers(exit_layers, self.config)
-        ids = self._checked(token_ids, cache, exits[-1])
-        z = np.empty((min(len(ids), CHUNK), self.config.vocab_size), f32)
-        with self._lock:
-            for start in range(0, len(ids), CHUNK):
-                part = ids[start : start + CHUNK]
-                self._space.set_tokens(part, cache, start)
-                done, actions = 0, EMBED
-                for n in exits:
-                    self._space.set_exit(n, z.ctypes.data)
-                    self._call(actions | BLOCKS | EXIT, done, n)
-                    visit(n, start, z[: len(part)])
-                    done, actions = n, 0
-            cache.advance(len(ids), exits[-1])
+    def _extend_exits(self, run: Run, exits: Sequence[int], visit: Visit) -> None:
+        z = np.empty((min(len(run.ids), CHUNK), self.config.vocab_size), f32)
+        for start in range(0, len(run.ids), CHUNK):
+            part = run.ids[start : start + CHUNK]
+            self._space.set_tokens(part, run.cache, run.first + start)
+            done, actions = 0, EMBED
+            for n in exits:
+                self._space.set_exit(n, z.ctypes.data)
+                self._call(actions | BLOCKS | EXIT, done, n)
+                visit(n, start, z[: len(part)])
+                done, actions = n, 0
 
-    def step(
-        self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
-    ) -> tuple[np.ndarray, int]:
-        looks, deepest = rule.looks(self.config), rule.deepest(self.config)
-        if not looks:
-            if trace is None:
-                return self._one(token_id, cache, deepest), deepest
-            return self.extend([token_id], cache, exit_layer=deepest, trace=trace)[0], deepest
-        ids = self._checked([token_id], cache, deepest)
-        with self._lock:
-            record, space = _Record(trace), self._space
-            space.set_tokens(ids, cache, 0)
-            self._call(EMBED)
-            record.add(space.embedded)
-            n = 0
-            for look in (*looks, deepest):
-                self._blocks(n, look, record)
-                n = look
-                probe = CpuProbe(self, n)
-                if n < deepest and rule.stops(probe):
-                    break
-            z = probe.logits()
-            if record.wanted:
-                self._call(EXIT)  # once more: the rule may have used the same memory since
-                record.add(space.exit_stages, z)
-                record.replay()
-            self._call(FILL, n, deepest)  # SPEC 8.6
-            cache.advance(1, deepest)
-        return z[0], n
+    def _one(self, run: Run, n: int, trace: Trace | None) -> np.ndarray:
+        if trace is not None:
+            return super()._one(run, n, trace)
+        space = self._space
+        space.set_tokens(run.ids, run.cache, run.first)
+        space.set_exit(n, space.logits_at)
+        self._call(EMBED | BLOCKS | EXIT, 0, n)
+        return space.logits[0].copy()  # cheaper than asking a new array for its address
 
-    def speculate(
-        self,
-        token_id: int,
-        cache: KVCache,
-        count: int,
-        draft: Draft,
-        *,
-        exit_layer: int | None = None,
-        choose: Choose | None = None,
+    def _speculate(
+        self, run: Run, count: int, draft: Draft, n: int
     ) -> tuple[list[int], np.ndarray]:
-        self._own(cache)
-        n = draft.check_round(token_id, cache, count, exit_layer, self.config)
-        with self._lock:
-            space, depth = self._space, draft.exit_layer
-            actions = BLOCKS | EXIT
-            if choose is not None:
-                self._draft_by(choose, token_id, cache, count, draft)
-            else:
-                space.set_tokens([token_id], cache, 0)
-                space.set_draft(draft, count, draft.least_lead)
-                if space.exit(depth) == space.exit(n):
-                    actions |= DRAFT  # one call for all
-                else:
-                    space.set_exit(depth, space.logits_at)
-                    self._call(DRAFT, depth)
-            space.set_exit(n, space.logits_at)
-            self._call(actions, depth, n)
-            done = space.tokens
-            cache.advance(done, n)
-            return space.ids[1:done].tolist(), space.logits[:done].copy()
+        space, depth = self._space, draft.exit_layer
+        space.set_tokens(run.ids, run.cache, run.first)
+        space.set_draft(draft, count, draft.least_lead)
+        actions = BLOCKS | EXIT
+        if space.exit(depth) == space.exit(n):
+            actions |= DRAFT  # one call drafts and verifies
+        else:
+            space.set_exit(depth, space.logits_at)
+            self._call(DRAFT, depth)
+        space.set_exit(n, space.logits_at)
+        self._call(actions, depth, n)
+        return space.ids[1 : space.tokens].tolist(), space.logits[: space.tokens].copy()
+
+    def _drafted(self, run: Run, draft: Draft) -> tuple[np.ndarray, np.ndarray]:
+        space = self._space
+        space.set_tokens(run.ids, run.cache, run.first)
+        space.set_exit(draft.exit_layer, space.logits_at)
+        space.set_draft(draft, 1, np.inf)  # which no draft is sure enough for
+        self._call(DRAFT, draft.exit_layer)
+        return space.x[:1].copy(), space.logits[0, : draft.vocab].copy()
+
+    # ---- primitives: hidden states are `Workspace.x`, or rows copied from it -----------
+
+    def _embed(self, run: Run, trace: Trace | None = None) -> np.ndarray:
+        space = self._space
+        space.set_tokens(run.ids, run.cache, run.first)
+        self._call(EMBED)
+        if trace is not None:
+            _tell(trace, space.embedded())
+        return space.x
+
+    def _blocks(
+        self, x: np.ndarray, run: Run, first: int, last: int, trace: Trace | None = None
+    ) -> np.ndarray:
+        space = self._space
+        if not space.holds(run):
+            space.set_tokens(run.ids, run.cache, run.first)
+        if x is not space.x:
+            space.x[: len(x)] = x
+        if trace is None:
+            self._call(BLOCKS, first, last)
+            return space.x
+        for i in range(first, last):
+            self._call(BLOCKS, i, i + 1)
+            _tell(trace, space.block_stages(i))
+        return space.x
+
+    def _fill(self, x: np.ndarray, run: Run, first: int, last: int) -> None:
+        self._call(FILL, first, last)
+
+    def _exit(
+        self, x: np.ndarray, n: int, first: int = 0, trace: Trace | None = None
+    ) -> np.ndarray:
+        space = self._space
+        z = np.empty((space.tokens - first, self.config.vocab_size), f32)
+        space.set_exit(n, z.ctypes.data, first)
+        self._call(EXIT)
+        if trace is not None:
+            _tell(trace, space.exit_stages(z))
+        return z
+
+    def _gate(self, x: np.ndarray, n: int) -> np.float32:
+        self._space.set_gate(n)
+        self._call(GATE)
+        return f32(self._space.state["gate_probability"])
+
+    def _confidence(self, z: np.ndarray, measure: str) -> np.float32:
+        self._space.set_logits(z.ctypes.data)
+        self._call(MEASURE)
+        return f32(self._space.state[f"confidence_{measure}"])
+
+    def _join(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(rows)
+
+    # ---- its parts ------------------------------------------------------------------
 
     def weight_bytes(self, exit_layer: int) -> int:
         """Bytes that a token run to that exit reads: its linear layers as packed here, the head."""
         weights = self.weights
         _, head = self.config.exit_names(exit_layer)
         return weights.layer_bytes * exit_layer + sum(a.nbytes for a in weights.head(head))
-
-    # ---- its parts ------------------------------------------------------------------
-
-    def _own(self, cache: KVCache) -> None:
-        """Refuse a cache of another shape: kernels check nothing."""
-        if cache.config is not self.config and cache.config != self.config:
-            raise ValueError("the cache belongs to another model: take one from new_cache()")
-
-    def _checked(self, token_ids: Sequence[int], cache: KVCache, blocks: int) -> np.ndarray:
-        """The ids, once they and the cache are known to be safe."""
-        self._own(cache)
-        return check_input(token_ids, cache, blocks, self.config)
-
-    def _one(self, token_id: int, cache: KVCache, n: int) -> np.ndarray:
-        """Logits f32 [V] of one token after n blocks; a small model's token has no time to lose."""
-        self._own(cache)
-        token = check_token(token_id, cache, n, self.config)
-        with self._lock:
-            space = self._space
-            space.set_tokens((token,), cache, 0)
-            space.set_exit(n, space.logits_at)
-            self._call(EMBED | BLOCKS | EXIT, 0, n)
-            cache.advance(1, n)
-            return space.logits[0].copy()  # cheaper than asking a new array for its address
-
-    def _draft_by(
-        self, choose: Choose, token_id: int, cache: KVCache, count: int, draft: Draft
-    ) -> None:
-        """SPEC 11.1 with drafts from outside; ids and hidden states are left at hand."""
-        space = self._space
-        hidden: list[np.ndarray] = []
-
-        def run(token: int, _: bool) -> np.ndarray:
-            space.set_tokens([token], cache, len(hidden))
-            space.set_exit(draft.exit_layer, space.logits_at)
-            space.set_draft(draft, 1, np.inf)  # which no draft is sure enough for
-            self._call(DRAFT, draft.exit_layer)
-            hidden.append(space.x[0].copy())
-            return space.logits[0]
-
-        ids = draft.ids(token_id, count, choose, run)
-        space.x[: len(ids)] = hidden
-        space.set_tokens(ids, cache, 0)
-
-    def _forward(
-        self, n: int, record: _Record, z: np.ndarray | None = None, first: int = 0
-    ) -> None:
-        """n blocks on the tokens at hand; logits of those from `first` on into z, if given."""
-        if z is not None:
-            self._space.set_exit(n, z.ctypes.data, first)
-        if not record.wanted:
-            self._call(EMBED | BLOCKS | (EXIT if z is not None else 0), 0, n)
-            return
-        self._call(EMBED)
-        record.add(self._space.embedded)
-        self._blocks(0, n, record)
-        if z is not None:
-            self._call(EXIT)
-            record.add(self._space.exit_stages, z)
-
-    def _blocks(self, first: int, last: int, record: _Record) -> None:
-        """Blocks first..last-1 on the tokens at hand."""
-        if not record.wanted:
-            self._call(BLOCKS, first, last)
-            return
-        for i in range(first, last):
-            self._call(BLOCKS, i, i + 1)
-            record.add(self._space.block_stages, i)
 
     def _call(self, actions: int, first: int = 0, last: int = 0) -> None:
         """Run actions over blocks first..last-1."""
@@ -270,32 +216,18 @@ class Engine:
         self._run(*self._space.structs, actions, first, last)
 
 
-class CpuProbe:
-    """`bitskip_ref.engine.Probe` of the token at hand after n blocks; nothing is done twice."""
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 
-    def __init__(self, engine: Engine, n: int) -> None:
-        self._engine, self._n = engine, n
-        self._logits: np.ndarray | None = None
 
-    def gate(self) -> np.float32:
-        space = self._engine._space
-        space.set_gate(self._n)
-        self._engine._call(GATE)
-        return f32(space.state["gate_probability"])
+def _forked() -> None:
+    """In a child: a workspace that another thread was working in is not left as anybody expects."""
+    for engine in list(_ENGINES):
+        if engine._turn.cut_off:
+            engine._begin()
 
-    def confidence(self, measure: str) -> np.float32:
-        self.logits(MEASURE)
-        return f32(self._engine._space.state[f"confidence_{measure}"])
 
-    def logits(self, actions: int = 0) -> np.ndarray:
-        """Logits at this exit, f32 [1, V]; then `actions` on them."""
-        if self._logits is None:
-            self._logits = np.empty((1, self._engine.config.vocab_size), f32)
-            self._engine._space.set_exit(self._n, self._logits.ctypes.data)
-            actions |= EXIT
-        if actions:
-            self._engine._call(actions)
-        return self._logits
+if hasattr(os, "register_at_fork"):  # after `bitskip_ref.turn`'s, which finds what was cut off
+    os.register_at_fork(after_in_child=_forked)
 
 
 class _Record:
@@ -305,19 +237,18 @@ class _Record:
         self._trace = trace
         self._stages: dict[str, list[np.ndarray]] = {}
 
-    @property
-    def wanted(self) -> bool:
-        return self._trace is not None
-
-    def add(self, stages: Callable[..., dict[str, np.ndarray]], *arguments: Any) -> None:
-        if self._trace:
-            for name, value in stages(*arguments).items():
-                self._stages.setdefault(name, []).append(value.copy())
+    def add(self, stages: Mapping[str, np.ndarray]) -> None:
+        for name, value in stages.items():
+            self._stages.setdefault(name, []).append(value.copy())
 
     def replay(self) -> None:
         if self._trace:
-            for name, parts in self._stages.items():
-                self._trace(name, np.concatenate(parts))
+            _tell(self._trace, {name: np.concatenate(v) for name, v in self._stages.items()})
+
+
+def _tell(trace: Trace, stages: Mapping[str, np.ndarray]) -> None:
+    for name, value in stages.items():
+        trace(name, value)
 
 
 def load(
@@ -325,7 +256,7 @@ def load(
 ) -> Engine:
     """Load a model folder. Raises bitskip_ref.FormatError if it is not a whole one."""
     folder = read_folder(path)
-    return Engine(folder.config, folder.tensors, threads, folder, kv_cache)
+    return Engine(folder.config, folder.tensors, threads, kv_cache)
 
 
 def random_model(config: ModelConfig, seed: int = 0, threads: int | None = None) -> Engine:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from bitskip_cpu.tokenizer import StopStrings, StreamDecoder, Tokenizer
 from bitskip_ref.decoding.generate import stream as stream_tokens
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.decoding.speculate import Speculation
 from bitskip_ref.decoding.speculate import stream as stream_speculated
 from bitskip_ref.engine import Engine, ExitRule
+from bitskip_text.streaming import StopStrings, StreamDecoder
+from bitskip_text.tokenizer import Tokenizer
 
 StopReason = Literal["end_of_text", "stop_string", "max_tokens", "context", "interrupted"]
 
@@ -34,7 +35,7 @@ class Piece:
 class Generation:
     """A generated text and how it came about. Times are in seconds."""
 
-    text: str  # without the prompt, without the stop string
+    text: str  # what follows the prompt's, without the stop string
     token_ids: list[int]  # all that were generated, those of a stop string too
     exit_layers: list[int]  # one per token
     prompt_tokens: int
@@ -71,36 +72,43 @@ class TextStream:
         rule: ExitRule,
         sampler: Sampler,
         max_tokens: int,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         context: int | None = None,
         eos_token_id: int | None = None,
         speculation: Speculation | None = None,
+        cache: Any = None,
     ) -> None:
         """context: positions that may be used (None: all the model has).
 
         speculation: how to draft and verify (SPEC 11); it was made for `rule`, and for this text.
+        cache: goes on after what it holds (None: a new one); see `finish`.
         Raises ValueError for a prompt that does not fit and for options out of range.
         """
-        limit = engine.config.max_position_embeddings
-        if context is not None and not 1 <= context <= limit:
-            raise ValueError(f"context {context}: this model's is {limit}, choose 1..{limit}")
-        context = context or limit
-        if len(prompt_ids) > context:
+        context = engine.config.max_position_embeddings if context is None else context
+        held = 0 if cache is None else cache.length
+        if held + len(prompt_ids) > context:
+            before = f" after {held} that the cache holds" if held else ""
             raise ValueError(
-                f"the prompt has {len(prompt_ids)} tokens, the context holds {context}: shorten it"
+                f"the prompt has {len(prompt_ids)} tokens{before}, the context holds {context}: "
+                "shorten it"
             )
         self.rule = rule
         self._prompt_tokens = len(prompt_ids)
         # The last token needs no position: nothing is predicted from it.
-        self._room = context - len(prompt_ids) + 1
+        self._room = context - held - len(prompt_ids) + 1
+        self._engine, self._cache, self._read = engine, cache, [*prompt_ids]
+        self._held, self._context = held, context
         self._max_tokens = max_tokens
-        self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(stop)
+        self._decoder = StreamDecoder(tokenizer, before=prompt_ids)
+        self._stop = StopStrings(stop)
         self._speculation = speculation
         most = min(max_tokens, self._room)
         self._tokens = (
-            stream_tokens(engine, prompt_ids, rule, sampler, most, eos_token_id)
+            stream_tokens(engine, prompt_ids, rule, sampler, most, eos_token_id, cache=cache)
             if speculation is None
-            else stream_speculated(engine, prompt_ids, speculation, sampler, most, eos_token_id)
+            else stream_speculated(
+                engine, prompt_ids, speculation, sampler, most, eos_token_id, cache=cache
+            )
         )
         self._text: list[str] = []
         self._ids: list[int] = []
@@ -130,8 +138,11 @@ class TextStream:
     def finish(self) -> Piece:
         """The text still held back, which counts as said from now on.
 
-        Iteration does this at its end; whoever breaks it off calls this.
+        Iteration does this at its end; whoever breaks it off calls this. A cache that was given
+        then holds all tokens of prompt and text, those of a stop string, too, as far as the context
+        goes: the next text goes on from there.
         """
+        self._catch_up()
         if self._stop.found:
             return Piece("")
         rest = self._stop.feed(self._decoder.finish())
@@ -139,6 +150,17 @@ class TextStream:
             rest += self._stop.finish()
         self._text.append(rest)
         return Piece(rest)
+
+    def _catch_up(self) -> None:
+        """Run the tokens that nothing was predicted from yet: the last one, mostly."""
+        if self._cache is None or not (self._ended or self._ids):
+            return
+        self._tokens.close()
+        tokens = [*self._read, *self._ids][: self._context - self._held]
+        behind = tokens[self._cache.length - self._held :]
+        if behind:
+            depth = self.rule.deepest(self._engine.config)
+            self._engine.extend(behind, self._cache, exit_layer=depth, last_only=True)
 
     def generation(self) -> Generation:
         """What was generated so far; `interrupted` is the reason if iteration has not ended."""

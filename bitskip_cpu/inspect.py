@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from bitskip_cpu.tables import size, table
-from bitskip_cpu.tokenizer import Tokenizer
+from bitskip.tables import size, table
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.exits.named import describe_rule, named_rule, rule_label
 from bitskip_ref.folder import CONFIG, Folder, read_folder
+from bitskip_text.tokenizer import read_tokenizer
 
 # Byte -> how many of its four codes are 0, 1, 2 (weights -1, 0, +1; FORMAT 1).
 _CODES = (np.arange(256)[:, None] >> np.array([0, 2, 4, 6])) & 3
@@ -30,7 +30,7 @@ def inspect(path: Path) -> dict[str, Any]:
     config = folder.config
     sizes = sizes_by_kind(folder)
     linears = config.quantizable_parameters()
-    tokenizer = Tokenizer(folder.tokenizer, config.vocab_size) if folder.tokenizer else None
+    tokenizer = read_tokenizer(folder.tokenizer, config.vocab_size) if folder.tokenizer else None
     stored = json.loads((path / CONFIG).read_text("utf-8"))
     return {
         "path": str(path),

@@ -55,7 +55,7 @@ def run(model: str | None, threads: int | None, echo: Callable[[str], None]) -> 
     halves.kv_cache = "float16"
 
     def engine(threads: int, kv_cache: str = "float32") -> Engine:
-        return Engine(folder.config, weights, threads, folder, kv_cache)
+        return Engine(folder.config, weights, threads, kv_cache)
 
     for check in chain(
         selftest(reference, engine, counts),

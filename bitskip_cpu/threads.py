@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable
 
 from bitskip_cpu.kernels.layout import HELP, SYNC_STOP
@@ -36,7 +37,16 @@ class Team:
             self._space.sync[:] = 0
             for i in range(1, self._helpers + 1):
                 thread = threading.Thread(target=self._live, args=(i,), daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:  # parts of those that are missing go to the others
+                    warnings.warn(
+                        f"the engine computes with {i} instead of {self._helpers + 1} threads: "
+                        f"{error}; raise the limit of processes (ulimit -u), or ask for fewer",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                    break
                 self._threads.append(thread)
         elif self._parked:
             with self._condition:

@@ -61,7 +61,7 @@ class Weights:
     """
 
     def __init__(self, config: ModelConfig, tensors: Tensors) -> None:
-        """`tensors` as in a model folder, already checked (bitskip_ref.tensors.check_tensors)."""
+        """`tensors` as in a model folder, already checked (bitskip_ref.tensors.checked_tensors)."""
         self.config = config
         blocks = [
             [

@@ -34,6 +34,7 @@ from bitskip_cpu.kernels.layout import (
 from bitskip_cpu.weights import Weights
 from bitskip_ref.config import HEAD_BITS
 from bitskip_ref.decoding.draft import MOST, Draft
+from bitskip_ref.engine import Run
 from bitskip_ref.rope import rope_table
 
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
@@ -155,16 +156,22 @@ class Workspace:
 
     # ---- what changes from call to call ---------------------------------------------
 
-    def set_tokens(self, ids: Sequence[int] | np.ndarray, cache: KVCache, past: int) -> None:
-        """The tokens at hand, `past` positions behind the cache's length."""
+    def set_tokens(self, ids: Sequence[int] | np.ndarray, cache: KVCache, position: int) -> None:
+        """The tokens at hand, from `position` of the cache on."""
         if len(ids) == 1:
             self.ids[0] = ids[0]
         else:
             self.ids[: len(ids)] = ids
         CALL.pack_into(
             self._bytes, CALL_AT, cache.keys_at, cache.values_at, cache.itemsize, cache.capacity,
-            len(ids), cache.length + past,
+            len(ids), position,
         )  # fmt: skip
+
+    def holds(self, run: Run) -> bool:
+        """Whether as many tokens are at hand, at the same positions of the same cache."""
+        words, at = self._words, CALL_AT // 8
+        where = words[at], words[at + 4], words[at + 5]
+        return where == (run.cache.keys_at, len(run.ids), run.first)
 
     @property
     def tokens(self) -> int:
@@ -185,6 +192,10 @@ class Workspace:
     def set_exit(self, n: int, logits_at: int, first: int = 0) -> None:
         """Logits after n blocks of the tokens from `first` on go there, f32 [T - first, V]."""
         EXIT.pack_into(self._bytes, EXIT_AT, *self.exit(n))
+        self.set_logits(logits_at, first)
+
+    def set_logits(self, logits_at: int, first: int = 0) -> None:
+        """Where the logits of the tokens from `first` on are to be, or are to be measured."""
         LOGITS.pack_into(self._bytes, LOGITS_AT, logits_at, first)
 
     def set_draft(self, draft: Draft, count: int, least_lead: float) -> None:

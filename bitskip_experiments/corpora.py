@@ -66,7 +66,7 @@ class Corpus:
             from bitskip_train.tokenizer import make_tokenizer
 
             source = TextSource((self.place("train"),), "train")
-            text = make_tokenizer(spec, source.documents()).to_str()
+            text = make_tokenizer(spec, source.documents()).json
             with replace_file(path) as file:
                 file.write(text.encode())
         return str(path.resolve())

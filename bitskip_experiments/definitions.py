@@ -14,6 +14,8 @@ from typing import Any
 
 from bitskip_experiments.errors import ExperimentError
 from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.documents import read_text
+from bitskip_ref.words import unknown
 from bitskip_train.recipes import apply, recipe
 from bitskip_train.settings import TrainConfig
 
@@ -85,7 +87,7 @@ def names() -> list[str]:
 def load(name: str, scale: str) -> Experiment:
     """Read and check one experiment. Raises ExperimentError naming file, key and remedy."""
     if name not in names():
-        raise ExperimentError(f"unknown experiment {name!r}; known: {', '.join(names())}")
+        raise ExperimentError(unknown("experiment", name, names()))
     if scale not in SCALES:
         raise ExperimentError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
     path = HERE / f"{name}.toml"
@@ -94,9 +96,9 @@ def load(name: str, scale: str) -> Experiment:
         if key not in values:
             raise ExperimentError(f"{path.name}: lacks the key {key!r}")
     for column in values["columns"]:
-        if unknown := sorted(set(column) - _COLUMN):
+        if extra := sorted(set(column) - _COLUMN):
             raise ExperimentError(
-                f"{path.name}: column {column.get('name')!r}: unknown key {unknown[0]!r}; "
+                f"{path.name}: column {column.get('name')!r}: unknown key {extra[0]!r}; "
                 f"known: {', '.join(sorted(_COLUMN))}"
             )
     try:
@@ -158,10 +160,10 @@ def _whole(value: float) -> float | int:
 def _read(path: Path, known: set[str] | None = None) -> dict[str, Any]:
     """A TOML file. Raises ExperimentError if it is none, or has a key that is not known."""
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ExperimentError(f"{path.name}: cannot be read as TOML ({error})") from None
-    if known is not None and (unknown := sorted(set(values) - known)):
+    if known is not None and (extra := sorted(set(values) - known)):
         keys = ", ".join(sorted(known))
-        raise ExperimentError(f"{path.name}: unknown key {unknown[0]!r}; known: {keys}")
+        raise ExperimentError(f"{path.name}: unknown key {extra[0]!r}; known: {keys}")
     return values

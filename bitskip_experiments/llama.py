@@ -46,6 +46,8 @@ class LlamaEngine:
     An exit at n runs the first n blocks, then final norm and head, as ours does.
     """
 
+    kv_cache = "float32"
+
     def __init__(
         self, config: ModelConfig, tensors: Mapping[str, np.ndarray], threads: int
     ) -> None:

@@ -18,6 +18,7 @@ from queue import Queue
 from bitskip_experiments.environment import commit
 from bitskip_experiments.runs import Run
 
+ROOT = Path(__file__).parent.parent
 WAIT_S = 2.0  # between looks at a run that another process trains
 
 
@@ -83,6 +84,9 @@ class Pool:
         """Start the child, wait, note time and end."""
         threads = str(run.point.train.threads or 1)
         environment = os.environ | {"OMP_NUM_THREADS": threads}
+        if (ROOT / "pyproject.toml").exists():  # a clone that may not be installed
+            paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         if self.gpus:
             first = slot * self.processes
             mine = [str(i % self.gpus) for i in range(first, first + self.processes)]
@@ -174,4 +178,4 @@ def _try_lock(handle: int) -> bool:
 
 def _last_line(log: Path) -> str:
     lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("Error: ") if lines else "it said nothing"
+    return lines[-1].removeprefix("error: ") if lines else "it said nothing"

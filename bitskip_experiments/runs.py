@@ -16,11 +16,11 @@ from bitskip_experiments.definitions import Point
 from bitskip_experiments.errors import ExperimentError
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.files import replace_file
+from bitskip_train.run_folder import write_config
 from bitskip_train.settings import TrainConfig
 
 # Settings that say where and how often, not what: they are no part of a run's identity.
 _ELSEWHERE = ("data", "valid", "tokenizer", "device", "threads", "save_every", "log_every")
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,18 @@ class Run:
 
         Raises ExperimentError if a step cannot be divided among them.
         """
-        start = [sys.executable]
+        start = [sys.executable, "-m"]
         if processes > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-            start += [str(processes)]
+            start += ["torch.distributed.run", "--standalone", "--nproc-per-node"]
+            start += [str(processes), "-m"]
+        start += ["bitskip", "train"]
         common = ["--out", str(self.folder), "--token-cache", str(self.work / "tokens")]
         common += ["--no-tensorboard"]
         for name, value in self._share(processes).items():
             common += ["--set", f"train.{name}={value}"]
         if self.last.exists():
-            return [*start, str(ROOT / "cli.py"), "train", "--resume", *common]
-        return [
-            *start, str(ROOT / "cli.py"), "train", "--preset", "tiny", "--config",
-            str(self._write_settings()), *common,
-        ]  # fmt: skip
+            return [*start, "--resume", *common]
+        return [*start, "--config", str(self._write_settings()), *common]
 
     def _share(self, processes: int) -> dict[str, int]:
         """One process's part of a step: the step's windows stay as many as the settings say."""
@@ -129,18 +127,12 @@ class Run:
         )
 
     def _write_settings(self) -> Path:
-        """All settings as TOML: nothing is left to the preset that the command has to name."""
+        """All settings, as the run itself will write them."""
         train = self.point.train.replace(
             seed=self.seed, data=[self.corpus.place("train")], valid=[self.corpus.place("valid")],
             tokenizer=self.corpus.tokenizer(self.point.train.tokenizer, self.work),
-        ).to_dict()  # fmt: skip
-        lines = []
-        for table, values in (("model", self.point.model.to_dict()), ("train", train)):
-            lines += [f"[{table}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items()), ""]
-        path = self.folder / "settings.toml"
-        with replace_file(path) as file:
-            file.write("\n".join(lines).encode())
-        return path
+        )  # fmt: skip
+        return write_config(self.folder, self.point.model, train)
 
 
 def _set(config: ModelConfig | TrainConfig) -> dict[str, Any]:

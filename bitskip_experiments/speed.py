@@ -122,7 +122,7 @@ def _in_turns(contestants: list[Contestant], repetitions: int, say: Say) -> list
     """A row for each contestant and exit. All run once unmeasured, then in turns."""
     from bitskip_cpu.bench.rows import spread
     from bitskip_cpu.bench.timing import Case, Task
-    from bitskip_cpu.progress import prepare
+    from bitskip_cpu.cli.loading import prepare
 
     prepare()
     rng = np.random.default_rng(0)
@@ -142,7 +142,7 @@ def _in_turns(contestants: list[Contestant], repetitions: int, say: Say) -> list
     return [
         {
             "shape": c.shape, "label": c.label, "runtime": c.runtime, "exit_layer": case.exit_layer,
-            "threads": getattr(c.engine, "threads", 1), "tokens": c.tokens,
+            "threads": c.engine.threads, "tokens": c.tokens,
             "tokens_per_s": spread(case.tokens_per_s()),
         }
         for c, case, _, _ in cases

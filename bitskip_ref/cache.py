@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.turn import Turn
 
 KV_CACHES = ("float32", "float16")
 """What the numbers of a cache may be (SPEC 6.5)."""
+
+IN_USE = (
+    "the cache is in the middle of another call: let that end first, or give each text a cache of "
+    "its own (cache.fork())"
+)
 
 
 def check_kv_cache(kv_cache: str) -> str:
@@ -18,30 +30,121 @@ def check_kv_cache(kv_cache: str) -> str:
 class CacheFill:
     """How far a KV cache is filled (SPEC 8.2); every engine's cache is one.
 
-    `length` counts positions. It may be lowered, to forget the positions from there on.
+    `length` counts positions. It may be lowered, to forget the positions from there on, but not
+    while an engine uses the cache.
+    `fork()`, `copy.copy`, `copy.deepcopy` and `pickle` give another cache with the same positions
+    (SPEC 12.3); neither shows in the other from then on, and no more is copied than is filled.
     """
 
     def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
-        self.kv_cache = check_kv_cache(kv_cache)
+        self.config, self.kv_cache = config, check_kv_cache(kv_cache)
+        self.turn = Turn(IN_USE, wait=False)
         self.length = 0
         self._filled = [0] * config.num_hidden_layers  # positions that each block has run
         self._known, self._depth = 0, config.num_hidden_layers  # a length, and its whole blocks
 
-    def require(self, blocks: int) -> None:
-        """Raise ValueError unless blocks 1..`blocks` hold every position so far."""
-        if self.length != self._known:
-            if self.length < 0:
-                raise ValueError(f"cache length {self.length}: must be 0 or more")
-            self._filled = [min(n, self.length) for n in self._filled]  # what was forgotten is gone
-            self._known, self._depth = self.length, self._filled.count(self.length)
+    def require(self, blocks: int) -> int:
+        """The length. Raises ValueError unless blocks 1..`blocks` hold every position so far."""
+        length = self.length  # once: another thread may set it at any time
+        if length != self._known or type(length) is not int:
+            self._note(length)
         if self._depth < blocks:
             raise ValueError(
                 f"the cache was filled at exit layer {self._depth} and cannot serve {blocks}: "
                 "keep to that exit, or start with a new cache"
             )
+        return self._known
 
-    def advance(self, tokens: int, blocks: int) -> None:
-        """Note that blocks 1..`blocks` ran `tokens` more positions."""
-        self.length += tokens
+    def advance(self, first: int, tokens: int, blocks: int) -> None:
+        """Note that blocks 1..`blocks` ran `tokens` positions from `first` on.
+
+        Raises ValueError if `length` is not `first`: somebody has set it since.
+        """
+        if self.length != first:
+            raise ValueError(
+                f"the cache's length was set to {self.length!r} while an engine ran positions from "
+                f"{first} on: leave it alone until the call is over"
+            )
+        self.length = first + tokens
         self._filled[:blocks] = [self.length] * blocks
         self._known, self._depth = self.length, blocks
+
+    def _note(self, length: Any) -> None:
+        """Take over a length that was set from outside: what it cuts off is gone."""
+        try:
+            length = operator.index(length)
+        except TypeError:
+            raise ValueError(f"cache length {length!r}: must be a whole number") from None
+        if length < 0:
+            raise ValueError(f"cache length {length}: must be 0 or more")
+        self._filled = [min(n, length) for n in self._filled]
+        self.length = self._known = length
+        self._depth = self._filled.count(length)
+
+    # ---- copies ---------------------------------------------------------------------
+
+    def fork(self) -> Self:
+        """Another cache with the same positions. Raises RuntimeError while this one is in use."""
+        with self.turn:
+            self.require(0)
+            return _filled_as(type(self), *self._facts(), self._kept())
+
+    __copy__ = fork
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.fork()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        with self.turn:
+            self.require(0)
+            kept = [np.array(part) for part in self._kept()]  # a view would bring all behind it
+            return _filled_as, (type(self), *self._facts(), kept)
+
+    def _facts(self) -> tuple[ModelConfig, str, int, list[int]]:
+        return self.config, self.kv_cache, self.length, list(self._filled)
+
+    def _filled_part(self) -> tuple[int, int]:
+        """(blocks, positions) that hold all that was filled."""
+        return sum(n > 0 for n in self._filled), max(self._filled)
+
+    def _kept(self) -> Sequence[np.ndarray]:
+        """What was filled: arrays that `_keep` of an equally filled cache takes; views at best."""
+        raise NotImplementedError
+
+    def _keep(self, kept: Sequence[np.ndarray]) -> None:
+        """Hold what another cache's `_kept` gave, as long as that may change; else its arrays."""
+        for mine, given in zip(self._kept(), kept, strict=True):
+            mine[...] = given
+
+
+def _filled_as(
+    kind: type[CacheFill], config: ModelConfig, kv_cache: str, length: int, filled: list[int],
+    kept: Sequence[np.ndarray],
+) -> Any:  # fmt: skip
+    """A cache of that kind, filled so far, with those positions."""
+    cache = kind(config, kv_cache)
+    cache._filled = filled
+    cache._note(length)
+    cache._keep(kept)
+    return cache
+
+
+class ArrayCache(CacheFill):
+    """Keys (turned) and values of each block, f32 or f16 [S, K, E] (SPEC 6.4, 6.5).
+
+    The arrays are replaced, never written to, so that copies share them.
+    """
+
+    def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
+        super().__init__(config, kv_cache)
+        empty = np.zeros((0, config.num_key_value_heads, config.head_dim), kv_cache)
+        self.keys = [empty] * config.num_hidden_layers
+        self.values = [empty] * config.num_hidden_layers
+
+    def _kept(self) -> Sequence[np.ndarray]:
+        blocks, size = self._filled_part()
+        return [part[:size] for part in (*self.keys[:blocks], *self.values[:blocks])]
+
+    def _keep(self, kept: Sequence[np.ndarray]) -> None:
+        blocks = len(kept) // 2
+        self.keys[:blocks], self.values[:blocks] = kept[:blocks], kept[blocks:]

@@ -1,19 +1,39 @@
-"""What may be asked of an engine: exits, token ids, positions; one clear line for each refusal."""
+"""What may be asked of an engine: exits, token ids, positions; one clear line for each refusal.
+
+An engine calls these in its own turn (`bitskip_ref.turn`): what they found stays true until it is
+used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any
 
 import numpy as np
 
-from bitskip_ref.cache import CacheFill
 from bitskip_ref.config import ModelConfig
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a value is an integer, Python's or NumPy's; True and False are none."""
+    return type(value) is int or isinstance(value, np.integer)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, Python's or NumPy's; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_exit_layer(exit_layer: int | None, config: ModelConfig) -> int:
-    """Blocks to run, L for None. Raises ValueError outside 1..L."""
+    """Blocks to run, L for None. Raises ValueError for what is no integer in 1..L."""
     if exit_layer is None:
         return config.num_hidden_layers
+    if not is_whole(exit_layer):
+        raise ValueError(
+            f"exit layer {exit_layer!r} must be a whole number of blocks, "
+            f"1..{config.num_hidden_layers}"
+        )
     if not 1 <= exit_layer <= config.num_hidden_layers:
         raise ValueError(
             f"exit layer {exit_layer} is out of range: the model has "
@@ -30,36 +50,51 @@ def check_exit_layers(exit_layers: Iterable[int], config: ModelConfig) -> list[i
     return exits
 
 
-def check_input(
-    token_ids: Sequence[int], cache: CacheFill, blocks: int, config: ModelConfig
-) -> np.ndarray:
-    """Token ids as int64 [T], to be run through `blocks` blocks after what the cache holds.
+def check_looks(looks: Iterable[int], deepest: int) -> tuple[int, ...]:
+    """Depths at which a rule is asked. Raises ValueError unless they rise within 1..deepest - 1."""
+    last, checked = 0, tuple(looks)
+    for n in checked:
+        if not is_whole(n) or not last < n < deepest:
+            rule = f"choose from 1..{deepest - 1}" if deepest > 1 else "there is nothing to skip"
+            raise ValueError(
+                f"exit looks {checked}: must be whole numbers of blocks that rise and stay below "
+                f"{deepest}, the rule's last block; {rule}"
+            )
+        last = n
+    return tuple(map(int, checked))
 
-    Raises ValueError for none, ids outside 0..V-1, no room, or a cache of fewer blocks (SPEC 8.2).
+
+def check_input(
+    token_ids: Sequence[int] | np.ndarray, first: int, config: ModelConfig
+) -> np.ndarray:
+    """Token ids as int64 [T], copied, to be run from position `first` on.
+
+    Raises ValueError for none, ids outside 0..V-1, or no room.
     """
-    cache.require(blocks)
-    ids = np.asarray(token_ids)
+    ids = np.array(token_ids)
     if ids.ndim != 1 or ids.size == 0:
-        raise ValueError("no tokens: give at least one token id")
+        raise ValueError("no tokens: give at least one token id, in a list")
     if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= config.vocab_size:
         raise ValueError(f"token ids must be integers in 0..{config.vocab_size - 1}")
-    if cache.length + ids.size > config.max_position_embeddings:
-        raise ValueError(
-            f"{cache.length} + {ids.size} positions exceed the context of "
-            f"{config.max_position_embeddings}: shorten the prompt or start anew"
-        )
+    check_room(first, ids.size, config)
     return ids.astype(np.int64)
 
 
-def check_token(
-    token_id: int, cache: CacheFill, blocks: int, config: ModelConfig, positions: int = 1
-) -> int:
-    """`check_input` of one token, with room for more, at a tenth of its time where all is well."""
-    cache.require(blocks)
+def check_token(token_id: int, first: int, config: ModelConfig) -> int:
+    """`check_input` of one token, at a tenth of its time where all is well."""
     if (
         type(token_id) is int
         and 0 <= token_id < config.vocab_size
-        and cache.length + positions <= config.max_position_embeddings
+        and first < config.max_position_embeddings
     ):
         return token_id
-    return int(check_input([token_id] * positions, cache, blocks, config)[0])
+    return int(check_input([token_id], first, config)[0])
+
+
+def check_room(first: int, positions: int, config: ModelConfig) -> None:
+    """Raise ValueError unless the context has room for that many positions from `first` on."""
+    if first + positions > config.max_position_embeddings:
+        raise ValueError(
+            f"{first} + {positions} positions exceed the context of "
+            f"{config.max_position_embeddings}: shorten the prompt or start anew"
+        )

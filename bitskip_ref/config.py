@@ -11,6 +11,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+from bitskip_ref.excerpt import shown
+from bitskip_ref.words import unknown
+
 # Allowed words of the text fields; anything else is refused when a config is made.
 CHOICES: dict[str, tuple[str, ...]] = {
     "linear": ("ternary", "float32"),
@@ -26,6 +29,10 @@ HEAD_BITS = {"int8": 8, "int6": 6, "int4": 4}
 """head_format -> bits of the codes of embedding and head (SPEC 4.4); the others are floats."""
 
 
+MOST_LAYERS = 4096
+"""Every block has about twenty tensors, whose table is made before a file is compared with it."""
+
+
 class ConfigError(ValueError):
     """A configuration that no engine would run; the message names field, value and rule."""
 
@@ -34,48 +41,83 @@ class ConfigError(ValueError):
 class ModelConfig:
     """Shape and arithmetic of a model. Checked when made; stored as `config.json`."""
 
-    vocab_size: int  # V
-    hidden_size: int  # D
-    num_hidden_layers: int  # L
-    num_attention_heads: int  # H
-    num_key_value_heads: int  # K, divides H
-    head_dim: int  # E, even
-    intermediate_size: int  # F
-    max_position_embeddings: int = 512  # the context: most positions a cache may hold
-    linear: str = "ternary"  # what the linear layers hold
-    activation_bits: int = 8  # 8 or 4, for ternary linears
-    hadamard: bool = False  # H-BitLinear: rotate activations before quantizing
+    # Shape
+    vocab_size: int
+    """V, the tokens of the vocabulary; at least those of the tokenizer."""
+    hidden_size: int
+    """D, the width of the hidden state."""
+    num_hidden_layers: int
+    """L, the blocks. Exits are numbered 1..L (SPEC 8.1)."""
+    num_attention_heads: int
+    """H, the query heads."""
+    num_key_value_heads: int
+    """K, the heads of keys and values; divides H (SPEC 6.2)."""
+    head_dim: int
+    """E, the width of a head; even, as RoPE turns pairs (SPEC 6.1)."""
+    intermediate_size: int
+    """F, the width inside the FFN."""
+    max_position_embeddings: int = 512
+    """The context: the most positions that a prompt and its continuation may have."""
+    # Arithmetic
+    linear: str = "ternary"
+    """Weights of the linear layers: `ternary` (SPEC 4.1 to 4.3; v1 Eq. 7, v2 Eq. 1), or `float32`,
+    which quantizes nothing (the papers' FP models)."""
+    activation_bits: int = 8
+    """Bits of the activations that enter ternary layers: 8 or 4 (SPEC 4.2; v2 Eq. 2)."""
+    hadamard: bool = False
+    """Whether activations go through a Hadamard transform before they are quantized (SPEC 5;
+    v2 Eq. 3). Needs `linear = "ternary"`."""
     ffn: str = "swiglu"
-    relu2_in_linear: bool = False  # decision 6, option: squared ReLU inside every linear
+    """The FFN (SPEC 7.1): `swiglu` (v1), `relu2` (v2 Eq. 3), `gated_relu2` (BitNet b1.58 2B4T)."""
+    relu2_in_linear: bool = False
+    """Another reading of v2 Eq. 3: a squared ReLU after every linear layer (SPEC 4.6). Needs
+    `hadamard` and `ffn = "relu2"`."""
     norm: str = "rms"
+    """The norms: `rms` (v1) or `layer` (v2) (SPEC 3)."""
     norm_position: str = "pre"
+    """Whether a norm stands before (`pre`, v1) or after (`post`, v2) attention and FFN (SPEC 7.2,
+    7.3)."""
     norm_eps: float = 1e-5
-    sub_norm: bool = False  # a norm before o_proj and before down_proj
-    embedding_norm: bool = False  # a norm after the embedding (post-norm models)
+    """What is added under the norms' root; between 0 and 1."""
+    sub_norm: bool = False
+    """Whether the layers `o_proj` and `down_proj` have a norm before them, too (SPEC 7.1)."""
+    embedding_norm: bool = False
+    """Whether a norm follows the embedding (SPEC 7.4; in the papers' post-norm models)."""
     rope_theta: float = 10_000.0
+    """The base of RoPE's frequencies (SPEC 6.1); between 1 and 1e12."""
     tie_word_embeddings: bool = False
-    gates: bool = False  # a routing gate after every block
+    """Whether the head's weights are the embedding's."""
+    # Exits
+    gates: bool = False
+    """Whether every block has a routing gate (SPEC 8.4; v2 Eq. 6)."""
     exit_norm: str = "shared"
+    """The final norm of exits before the last: the last one's (`shared`), or their own
+    (`per_layer`) (SPEC 8.1)."""
     exit_head: str = "shared"
-    head_format: str = "int8"  # how embedding and head are stored when exported
+    """Their head, the same way. `per_layer` excludes `tie_word_embeddings`."""
+    head_format: str = "int8"
+    """How embedding and head are stored when exported: codes of 8, 6 or 4 bits (SPEC 4.4), or
+    floats (SPEC 4.5)."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), hints[field.name]
-            if kind is float and type(value) is int:
+            if kind is float and type(value) is int and abs(value) < 1 << 53:
                 object.__setattr__(self, field.name, float(value))
             elif type(value) is not kind:
-                raise ConfigError(f"{field.name} = {value!r}: must be of type {kind.__name__}")
+                raise ConfigError(f"{field.name} = {shown(value)}: must be of type {kind.__name__}")
             if field.name in CHOICES and value not in CHOICES[field.name]:
                 raise ConfigError(
-                    f"{field.name} = {value!r}: must be one of {', '.join(CHOICES[field.name])}"
+                    f"{field.name} = {shown(value)}: must be one of "
+                    f"{', '.join(CHOICES[field.name])}"
                 )
             if kind is int and value < 1:
-                raise ConfigError(f"{field.name} = {value}: must be at least 1")
-            # The largest number stops a damaged config from asking for absurd memory.
-            if kind is int and value > 1 << 24:
-                raise ConfigError(f"{field.name} = {value}: must be at most {1 << 24}")
+                raise ConfigError(f"{field.name} = {shown(value)}: must be at least 1")
+            # The largest numbers stop a damaged config from asking for absurd memory.
+            largest = MOST_LAYERS if field.name == "num_hidden_layers" else 1 << 24
+            if kind is int and value > largest:
+                raise ConfigError(f"{field.name} = {shown(value)}: must be at most {largest}")
         if self.activation_bits not in (4, 8):
             raise ConfigError(f"activation_bits = {self.activation_bits}: must be 4 or 8")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -196,7 +238,7 @@ class ModelConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(
-                f"unknown field(s): {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+                f"unknown field(s): {shown(unknown)}; known: {', '.join(sorted(known))}"
             )
 
 
@@ -242,7 +284,7 @@ PRESETS: dict[str, ModelConfig] = {
 def preset(name: str) -> ModelConfig:
     """The preset of that name. Raises ConfigError, listing the names, for an unknown one."""
     if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        raise ConfigError(unknown("preset", name, PRESETS))
     return PRESETS[name]
 
 

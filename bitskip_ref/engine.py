@@ -1,20 +1,36 @@
 """What every engine offers, so that any can be checked against any other.
 
-The NumPy reference, PyTorch, Numba and ONNX Runtime each have one class of this shape. Stages are
+An engine runs rows (SPEC 12). It brings primitives: `_embed`, `_blocks`, `_fill`, `_exit`, `_gate`,
+`_confidence`. The verbs that everybody calls are written here, once over them, with every check:
+`extend`, `extend_exits`, `step`, `step_many`, `speculate`, `round`, `logits`. An engine overrides
+only what it does in one go (`_extend`, `_extend_exits`, `_one`, `_look`, `_drafts`).
+
+The NumPy reference, PyTorch, Numba and ONNX Runtime each have one class of this kind. Stages are
 reported to a trace in forward order, under the same names, so that a difference can be located.
 """
 
 from __future__ import annotations
 
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from bitskip_ref.cache import CacheFill, check_kv_cache
+from bitskip_ref.checks import (
+    check_exit_layer,
+    check_exit_layers,
+    check_input,
+    check_looks,
+    check_room,
+    check_token,
+    is_whole,
+)
 from bitskip_ref.config import ModelConfig
-
-if TYPE_CHECKING:  # drafts need exits, which ask a Probe
-    from bitskip_ref.decoding.draft import Choose, Draft
+from bitskip_ref.decoding.draft import MOST, Draft
+from bitskip_ref.turn import Turn
 
 Trace = Callable[[str, np.ndarray], None]
 """Receives (stage, values). Stages, i counting blocks from 0:
@@ -27,7 +43,15 @@ Arrays may be reused by the engine after the call: copy what is kept.
 
 Visit = Callable[[int, int, np.ndarray], None]
 """Receives (exit layer, first, logits f32 [t, V]) of the tokens at hand from the one numbered
-`first` on. Arrays may be reused by the engine after the call; it may not be called meanwhile."""
+`first` on. Arrays may be reused by the engine after the call."""
+
+MEASURES = ("max", "margin", "entropy")
+"""What `Probe.confidence` measures (SPEC 8.5)."""
+
+REENTRY = (
+    "the engine was called by its own trace, visit or exit rule, in the middle of a call: note "
+    "there what is needed, and call it when that has returned"
+)
 
 
 class Probe(Protocol):
@@ -56,16 +80,51 @@ class ExitRule(Protocol):
         """Whether to stop here; asked at each of `looks` until it says so."""
 
 
-class Engine(Protocol):
-    """A loaded model. Batch size is 1; token ids are integers in 0..V-1."""
+class Row(NamedTuple):
+    """One token of one sequence, to be run after what its cache holds (SPEC 12.1)."""
+
+    token_id: int
+    cache: Any  # from the engine's `new_cache`
+    rule: ExitRule  # how many blocks it runs
+
+
+class Run(NamedTuple):
+    """Rows of one sequence that run together, checked: what primitives work on."""
+
+    ids: np.ndarray | Sequence[int]  # int64 [T]
+    cache: Any
+    first: int  # position of the first row; the others follow
+
+
+class Engine(ABC):
+    """A loaded model. Token ids are integers in 0..V-1.
+
+    Several threads may call it; one call runs at a time. Whatever a call is given is checked in its
+    turn, and so is what callbacks leave behind. A callback (trace, visit, exit rule) may not call
+    the engine (RuntimeError), nor set the length of a cache in use (ValueError).
+    """
 
     config: ModelConfig
+    kv_cache: str
+    """What new caches hold, float32 or float16 (SPEC 6.5)."""
+    threads: int = 1
+    """How many compute; 0: as many as the library takes."""
+    cache_type: type[CacheFill]
+
+    def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
+        """Raises ValueError for another kind of cache."""
+        self.config, self.kv_cache = config, check_kv_cache(kv_cache)
+        self._turn = Turn(REENTRY, wait=True)
+
+    # ---- verbs ----------------------------------------------------------------------
 
     def new_cache(self) -> Any:
-        """An empty KV cache, a CacheFill, for `config.max_position_embeddings` positions.
+        """An empty KV cache, a CacheFill, for `config.max_position_embeddings` positions."""
+        return self.cache_type(self.config, self.kv_cache)
 
-        Its numbers are float32 or float16 as the engine was made (`kv_cache`, SPEC 6.5).
-        """
+    def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
+        """`extend` on an empty cache: f32 [T, V]."""
+        return self.extend(token_ids, self.new_cache(), exit_layer=exit_layer)
 
     def extend(
         self,
@@ -82,6 +141,14 @@ class Engine(Protocol):
         of the last token with `last_only`. Raises ValueError for an empty list, an id or exit out
         of range, more positions than the context, or blocks that lack earlier positions.
         """
+        self._own(cache)
+        with self._turn, cache.turn:
+            n = check_exit_layer(exit_layer, self.config)
+            first = cache.require(n)
+            run = Run(check_input(token_ids, first, self.config), cache, first)
+            z = self._extend(run, n, len(run.ids) - 1 if last_only else 0, trace)
+            cache.advance(first, len(run.ids), n)
+            return z
 
     def extend_exits(
         self, token_ids: Sequence[int], cache: Any, exit_layers: Sequence[int], visit: Visit
@@ -91,29 +158,276 @@ class Engine(Protocol):
         Each exit's logits come in pieces, in the order of the tokens. Raises ValueError as
         `extend`, and for no exits.
         """
+        self._own(cache)
+        with self._turn, cache.turn:
+            exits = check_exit_layers(exit_layers, self.config)
+            first = cache.require(exits[-1])
+            run = Run(check_input(token_ids, first, self.config), cache, first)
+            self._extend_exits(run, exits, visit)
+            cache.advance(first, len(run.ids), exits[-1])
 
     def step(
         self, token_id: int, cache: Any, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
-        """Run one token under a rule (SPEC 8.2, 8.3, 8.6). Returns (logits f32 [V], depth)."""
+        """Run one token under a rule (SPEC 8.2, 8.3, 8.6). Returns (logits f32 [V], depth).
+
+        Raises ValueError as `extend`, and for a rule whose looks do not rise below its last block.
+        """
+        self._own(cache)
+        with self._turn, cache.turn:
+            return self._step(token_id, cache, rule, trace)
+
+    def step_many(self, rows: Sequence[Row]) -> list[tuple[np.ndarray, int]]:
+        """Run rows of any sequences, in one call: `step` for each, in their order (SPEC 12.2).
+
+        Rows of one sequence take its next positions one after the other. Raises as `step` does;
+        the sequences of the rows before the one that is refused have then advanced.
+        """
+        return [self.step(*row) for row in rows]
 
     def speculate(
-        self,
-        token_id: int,
-        cache: Any,
-        count: int,
-        draft: Draft,
-        *,
-        exit_layer: int | None = None,
-        choose: Choose | None = None,
+        self, token_id: int, cache: Any, count: int, draft: Draft, *, exit_layer: int | None = None
     ) -> tuple[list[int], np.ndarray]:
-        """Run a round of at most `count` drafts after one token; advance the cache by k + 1.
+        """Run a round of at most `count` greedy drafts after one token; advance the cache by k + 1.
 
         Returns the k drafts that were run and verified at `exit_layer` (None: L), and the logits
-        f32 [k + 1, V] after the token and after each of them (SPEC 11.1). Drafts are greedy, or
-        what `choose` makes of the draft logits of each position, the last one's too; it must not
-        use this engine. Raises ValueError as `extend` does, and for what cannot draft.
+        f32 [k + 1, V] after the token and after each of them (SPEC 11.1, 11.2). Raises ValueError
+        as `extend` does, and for what cannot draft.
         """
+        self._own(cache)
+        with self._turn, cache.turn:
+            n = check_exit_layer(exit_layer, self.config)
+            draft.check(n, self.config)
+            if not is_whole(count) or not 0 <= count <= MOST:
+                raise ValueError(f"{count} drafts: a round takes 0..{MOST}")
+            first = cache.require(n)
+            token = check_token(token_id, first, self.config)
+            check_room(first, count + 1, self.config)
+            drafts, z = self._speculate(Run((token,), cache, first), count, draft, n)
+            cache.advance(first, len(z), n)
+            return drafts, z
 
-    def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
-        """`extend` on an empty cache: f32 [T, V]."""
+    def round(self, cache: Any, draft: Draft, exit_layer: int | None = None) -> Round:
+        """A round of speculation whose drafts the caller chooses (SPEC 11.1, 11.3)."""
+        return Round(self, cache, draft, exit_layer)
+
+    # ---- primitives: called in the engine's turn, with all that is given checked ------
+
+    @abstractmethod
+    def _embed(self, run: Run, trace: Trace | None = None) -> Any:
+        """Rows -> hidden states x of T rows, of the engine's own kind (SPEC 4.4, 7.4)."""
+
+    @abstractmethod
+    def _blocks(self, x: Any, run: Run, first: int, last: int, trace: Trace | None = None) -> Any:
+        """Blocks first..last-1 (from 0) on the rows, which leave keys and values (SPEC 7)."""
+
+    @abstractmethod
+    def _fill(self, x: Any, run: Run, first: int, last: int) -> None:
+        """Keys and values of skipped blocks first..last-1 (SPEC 8.6)."""
+
+    @abstractmethod
+    def _exit(self, x: Any, n: int, first: int = 0, trace: Trace | None = None) -> np.ndarray:
+        """Logits f32 [T - first, V] after n blocks, of the rows from `first` on (SPEC 8.1)."""
+
+    @abstractmethod
+    def _gate(self, x: Any, n: int) -> np.float32:
+        """Exit probability of one row after block n = 1..L (SPEC 8.4)."""
+
+    @abstractmethod
+    def _confidence(self, z: np.ndarray, measure: str) -> np.float32:
+        """A measure of logits f32 [V] that `_exit` gave (SPEC 8.5)."""
+
+    @abstractmethod
+    def _join(self, rows: Sequence[Any]) -> Any:
+        """Hidden states of T rows from those of each, as `_drafted` gave them."""
+
+    # ---- what an engine may do in one go ----------------------------------------------
+
+    def _extend(self, run: Run, n: int, first: int, trace: Trace | None) -> np.ndarray:
+        """Logits f32 [T - first, V] of the rows from `first` on, after n blocks."""
+        x = self._blocks(self._embed(run, trace), run, 0, n, trace)
+        return self._exit(x, n, first, trace)
+
+    def _extend_exits(self, run: Run, exits: Sequence[int], visit: Visit) -> None:
+        """Blocks up to the last of rising exits, and `visit` at each."""
+        x, done = self._embed(run), 0
+        for n in exits:
+            x = self._blocks(x, run, done, n)
+            visit(n, 0, self._exit(x, n))
+            done = n
+
+    def _step(
+        self, token_id: int, cache: Any, rule: ExitRule, trace: Trace | None
+    ) -> tuple[np.ndarray, int]:
+        """`step`, in the engine's turn."""
+        try:
+            ask_looks, ask_deepest = rule.looks, rule.deepest
+        except AttributeError:
+            raise ValueError(
+                f"{rule!r} is no exit rule: give one like FixedExit(18) (bitskip_ref.exits)"
+            ) from None
+        n = check_exit_layer(ask_deepest(self.config), self.config)
+        looks = ask_looks(self.config)
+        if looks:
+            looks = check_looks(looks, n)
+        first, deepest = cache.require(n), n
+        run = Run((check_token(token_id, first, self.config),), cache, first)
+        if looks:
+            z, n = self._look(run, rule, looks, deepest, trace)
+        else:
+            z = self._one(run, n, trace)
+        cache.advance(first, 1, deepest)
+        return z, n
+
+    def _one(self, run: Run, n: int, trace: Trace | None) -> np.ndarray:
+        """Logits f32 [V] of one row after n blocks."""
+        return self._extend(run, n, 0, trace)[0]
+
+    def _look(
+        self, run: Run, rule: ExitRule, looks: tuple[int, ...], deepest: int, trace: Trace | None
+    ) -> tuple[np.ndarray, int]:
+        """One row under a rule that decides on the way (SPEC 8.3): logits f32 [V], depth."""
+        x, n = self._embed(run, trace), 0
+        for look in (*looks, deepest):
+            x = self._blocks(x, run, n, look, trace)
+            n = look
+            asked = _Asked(self, x, n)
+            if n < deepest and asked.whether(rule):
+                break
+        z = asked.logits() if trace is None else self._exit(x, n, 0, trace)[0]
+        self._fill(x, run, n, deepest)
+        return z, n
+
+    def _speculate(
+        self, run: Run, count: int, draft: Draft, n: int
+    ) -> tuple[list[int], np.ndarray]:
+        """Greedy drafts after one row, at most `count`, and the logits of all at depth n."""
+        ids, hidden = list(run.ids), list[Any]()
+        while True:
+            x, z = self._drafted(run._replace(ids=ids[-1:], first=run.first + len(hidden)), draft)
+            hidden.append(x)
+            drafted = draft.greedy(z) if len(ids) <= count else None
+            if drafted is None:
+                return ids[1:], self._verified(run._replace(ids=ids), hidden, draft, n)
+            ids.append(drafted)
+
+    def _drafted(self, run: Run, draft: Draft) -> tuple[Any, np.ndarray]:
+        """One row up to the draft exit: its hidden state, to be kept; draft logits f32 [V']."""
+        x = self._blocks(self._embed(run), run, 0, draft.exit_layer)
+        return x, self._exit(x, draft.exit_layer)[0][: draft.vocab]
+
+    def _verified(self, run: Run, hidden: Sequence[Any], draft: Draft, n: int) -> np.ndarray:
+        """Logits f32 [T, V] at depth n of rows that were run to the draft exit."""
+        return self._exit(self._blocks(self._join(hidden), run, draft.exit_layer, n), n)
+
+    # ---- checks ---------------------------------------------------------------------
+
+    def _own(self, cache: Any) -> None:
+        """Refuse what is not a cache of this engine's and this model's: kernels check nothing."""
+        if not isinstance(cache, self.cache_type):
+            raise ValueError(
+                f"a cache of type {type(cache).__name__} is not this engine's: take one from "
+                "new_cache()"
+            )
+        if cache.config is not self.config and cache.config != self.config:
+            raise ValueError("the cache belongs to another model: take one from new_cache()")
+
+
+class Round:
+    """A round of speculation (SPEC 11.1): `draft` token after token, then `verify` once.
+
+    The token at hand comes first, then each draft that the caller chose from the logits before it.
+    Other sequences may use the engine in between, this cache nobody. A round that is not verified
+    leaves the cache as it was.
+    """
+
+    def __init__(
+        self, engine: Engine, cache: Any, draft: Draft, exit_layer: int | None = None
+    ) -> None:
+        """exit_layer: the depth N that verifies (None: L). Raises ValueError for what cannot."""
+        engine._own(cache)
+        self._depth = check_exit_layer(exit_layer, engine.config)
+        draft.check(self._depth, engine.config)
+        self._engine, self._cache, self._draft = engine, cache, draft
+        with cache.turn:
+            self._first, self._taken = cache.require(self._depth), cache.turn.taken
+        self._ids: list[int] = []
+        self._hidden: list[Any] = []
+
+    def draft(self, token_id: int) -> np.ndarray:
+        """Run the next token to the draft exit; draft logits f32 [V'] after it.
+
+        Raises ValueError as `Engine.extend`, and beyond 17 tokens.
+        """
+        engine, cache = self._engine, self._cache
+        with engine._turn, cache.turn:
+            self._go_on()
+            position = self._first + len(self._ids)
+            token = check_token(token_id, position, engine.config)
+            if len(self._ids) > MOST:
+                raise ValueError(f"a round takes a token and 0..{MOST} drafts: verify it")
+            run = Run((token,), cache, position)
+            x, z = engine._drafted(run, self._draft)
+            self._ids.append(token)
+            self._hidden.append(x)
+            return z
+
+    def verify(self) -> np.ndarray:
+        """Run all of them to depth N; logits f32 [k + 1, V]. The cache advances by k + 1."""
+        engine, cache = self._engine, self._cache
+        with engine._turn, cache.turn:
+            self._go_on()
+            if not self._ids:
+                raise ValueError("nothing to verify: draft the token at hand first")
+            run = Run(self._ids, cache, self._first)
+            z = engine._verified(run, self._hidden, self._draft, self._depth)
+            cache.advance(self._first, len(self._ids), self._depth)
+            self._ids, self._hidden = [], []
+            return z
+
+    def _go_on(self) -> None:
+        """In the cache's turn: refuse to, if it was used since this round's last call."""
+        self._taken += 1
+        if self._cache.turn.taken != self._taken or self._cache.length != self._first:
+            raise ValueError(
+                "the cache was used by another call during a round of speculation: begin a new one"
+            )
+
+
+class _Asked:
+    """The Probe of one row after n blocks; it answers while the rule is asked, and no longer."""
+
+    def __init__(self, engine: Engine, x: Any, n: int) -> None:
+        self._engine, self._x, self._n = engine, x, n
+        self._logits: np.ndarray | None = None
+        self._open = False
+
+    def whether(self, rule: ExitRule) -> bool:
+        """What the rule says here."""
+        self._open = True
+        try:
+            return bool(rule.stops(self))
+        finally:
+            self._open = False
+
+    def gate(self) -> np.float32:
+        self._check()
+        if not self._engine.config.gates:
+            raise ValueError("this model has no routing gates: ask for a confidence")
+        return self._engine._gate(self._x, self._n)
+
+    def confidence(self, measure: str) -> np.float32:
+        self._check()
+        if measure not in MEASURES:
+            raise ValueError(f"confidence measure {measure!r}: one of {', '.join(MEASURES)}")
+        return self._engine._confidence(self.logits(), measure)
+
+    def logits(self) -> np.ndarray:
+        """Logits f32 [V] at this exit, computed once."""
+        if self._logits is None:
+            self._logits = self._engine._exit(self._x, self._n)[0]
+        return self._logits
+
+    def _check(self) -> None:
+        if not self._open or self._engine._turn.owner != threading.get_ident():
+            raise RuntimeError("a probe answers within ExitRule.stops, in its thread, alone")

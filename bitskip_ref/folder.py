@@ -14,13 +14,23 @@ from typing import Any
 import numpy as np
 
 from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.documents import read_text
 from bitskip_ref.engine import ExitRule
+from bitskip_ref.excerpt import shown
 from bitskip_ref.exits.named import describe_rule, named_rule
 from bitskip_ref.files import replace_file
 from bitskip_ref.safetensors_file import give_back, read_tensors, write_tensors
-from bitskip_ref.tensors import WEIGHTS, FormatError, check_tensors, expected_tensors
+from bitskip_ref.tensors import (
+    WEIGHTS,
+    FormatError,
+    checked_tensors,
+    expected_tensors,
+    tensor_count,
+)
 
 FORMAT = 1
+LARGEST_JSON = 1 << 20  # bytes of a config; they have some hundred
+ROOM = 256 << 20  # bytes that tables of positions may take with a model of any size
 CONFIG = "config.json"
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 
@@ -60,13 +70,15 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
     weights = root / WEIGHTS
     if not weights.is_file():
         raise FormatError(f"{root} lacks {WEIGHTS}")
-    tensors = read_tensors(weights)
+    tensors = read_tensors(weights, tensor_count(config))
+    _check_positions(root, config, sum(t.nbytes for t in tensors.values()))
     # Values and checksum each take a core for a while: side by side.
     problems: list[BaseException] = []
 
     def check() -> None:
         try:
-            check_tensors(config, tensors, give_back)
+            for tensor in checked_tensors(config, tensors):
+                give_back(tensor)
         except BaseException as error:
             problems.append(error)
 
@@ -84,15 +96,17 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
         raise problems[0]
     extra = _read_json(root / GENERATION) if (root / GENERATION).exists() else {}
     numbers = {}
-    for name, limit in (
-        ("eos_token_id", config.vocab_size - 1),
-        ("bos_token_id", config.vocab_size - 1),
-        ("exit_layer", config.num_hidden_layers),
-        ("draft_vocab", config.vocab_size),
+    for name, least, most in (
+        ("eos_token_id", 0, config.vocab_size - 1),
+        ("bos_token_id", 0, config.vocab_size - 1),
+        ("exit_layer", 1, config.num_hidden_layers),
+        ("draft_vocab", 1, config.vocab_size),
     ):
         value = extra.get(name)
-        if value is not None and (type(value) is not int or not 0 <= value <= limit):
-            raise FormatError(f"{root / GENERATION}: {name} = {value!r} is not in 0..{limit}")
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            raise FormatError(
+                f"{root / GENERATION}: {name} = {shown(value)} is not in {least}..{most}"
+            )
         numbers[name] = value
     auto_exit = _auto_exit(root / GENERATION, extra, config)
     tokenizer = root / TOKENIZER
@@ -102,27 +116,43 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
     )  # fmt: skip
 
 
+def _check_positions(root: Path, config: ModelConfig, size: int) -> None:
+    """Refuse a context whose tables of positions (SPEC 6.1) dwarf the weights."""
+    table = 4 * config.max_position_embeddings * config.head_dim
+    if table > 2 * size + ROOM:
+        raise FormatError(
+            f"{root / CONFIG}: max_position_embeddings = {config.max_position_embeddings} takes "
+            f"{table} bytes of tables for {size} bytes of weights; at most {2 * size + ROOM} are "
+            "taken: lower it"
+        )
+
+
 def _auto_exit(path: Path, extra: dict[str, Any], config: ModelConfig) -> ExitRule | None:
     stored = extra.get("auto_exit")
     if stored is None:
         return None
     try:
+        whole = [stored["last"], *(stored["looks"] or [])]
+        if not all(n is None or type(n) is int for n in whole):
+            raise ValueError(f"blocks are whole numbers, not {shown(whole)}")
         return named_rule(
             stored["exit_layer"], stored["threshold"], stored["looks"], stored["last"], config
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise FormatError(
-            f"{path}: auto_exit is not a setting of this model ({error!r}): calibrate again, or "
-            "remove it"
+            f"{path}: auto_exit is not a setting of this model ({shown(error)}): calibrate "
+            "again, or remove it"
         ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FormatError(f"{path.parent} lacks {path.name}: not a model folder")
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise FormatError(f"{path.parent} lacks {path.name}: not a model folder") from None
-    except (ValueError, OSError) as error:
+        if not path.is_file() or path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"not a file of at most {LARGEST_JSON} bytes")
+        value = json.loads(read_text(path))
+    except (ValueError, OSError, RecursionError) as error:
         raise FormatError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise FormatError(f"{path}: must hold a JSON object")
@@ -145,13 +175,13 @@ def write_folder(
 ) -> None:
     """Write a model folder; each file appears whole or not at all, config.json last.
 
-    Raises FormatError before anything is written if the tensors are not those of the config.
+    tensors: asked for one by one, in file order, so that a mapping may make them then. Raises
+    FormatError if they are not those of the config; no file is left then.
     """
-    check_tensors(config, tensors)
+    checked = checked_tensors(config, tensors)
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
-    ordered = {name: tensors[name] for name in expected_tensors(config)}
-    digest = write_tensors(root / WEIGHTS, ordered)
+    digest = write_tensors(root / WEIGHTS, expected_tensors(config), checked)
     if tokenizer_json is not None:
         _write_text(root / TOKENIZER, tokenizer_json)
     generation = {

@@ -15,11 +15,9 @@ from bitskip_ref.arithmetic.hadamard import rotate
 from bitskip_ref.arithmetic.norms import layer_norm, rms_norm
 from bitskip_ref.arithmetic.quant import float_linear, int8_linear, ternary_linear
 from bitskip_ref.arithmetic.rope import apply_rope
-from bitskip_ref.cache import CacheFill, check_kv_cache
-from bitskip_ref.checks import check_exit_layer, check_exit_layers, check_input
+from bitskip_ref.cache import ArrayCache
 from bitskip_ref.config import HEAD_BITS, ModelConfig
-from bitskip_ref.decoding.draft import Choose, Draft
-from bitskip_ref.engine import ExitRule, Trace, Visit
+from bitskip_ref.engine import Engine, Run, Trace
 from bitskip_ref.folder import read_folder
 from bitskip_ref.packing import unpack_ternary
 from bitskip_ref.rope import rope_table
@@ -27,28 +25,25 @@ from bitskip_ref.rope import rope_table
 f32 = np.float32
 
 
-class KVCache(CacheFill):
+class KVCache(ArrayCache):
     """Keys (turned) and values per block, f32 or f16 [S, K, E] (SPEC 6.4, 6.5)."""
 
-    def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
-        super().__init__(config, kv_cache)
-        empty = np.zeros((0, config.num_key_value_heads, config.head_dim), kv_cache)
-        self.keys = [empty] * config.num_hidden_layers
-        self.values = [empty] * config.num_hidden_layers
-
-    def append(self, layer: int, k: np.ndarray, v: np.ndarray) -> None:
+    def append(self, layer: int, position: int, k: np.ndarray, v: np.ndarray) -> None:
+        """New keys and values f32 [T, K, E] at `position` and after it."""
         for kept, new in ((self.keys, k), (self.values, v)):
             if self.kv_cache == "float16":
                 new = half(new)
-            kept[layer] = np.concatenate([kept[layer][: self.length], new])
+            kept[layer] = np.concatenate([kept[layer][:position], new])
 
     def read(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of one block as attention takes them, f32 [S, K, E]."""
         return self.keys[layer].astype(f32), self.values[layer].astype(f32)
 
 
-class ReferenceModel:
-    """`bitskip_ref.engine.Engine` in NumPy. Slow and plain: this is the definition."""
+class ReferenceModel(Engine):
+    """The engine in NumPy. Slow and plain: this is the definition."""
+
+    cache_type = KVCache
 
     def __init__(
         self, config: ModelConfig, tensors: Mapping[str, np.ndarray], kv_cache: str = "float32"
@@ -57,7 +52,7 @@ class ReferenceModel:
 
         kv_cache: what new caches hold, float32 or float16 (SPEC 6.5).
         """
-        self.config, self.kv_cache = config, check_kv_cache(kv_cache)
+        super().__init__(config, kv_cache)
         self.tensors = dict(tensors)
         if config.linear == "ternary":
             for i in range(config.num_hidden_layers):
@@ -76,16 +71,16 @@ class ReferenceModel:
         return self.norm("embedding_norm", x) if self.config.embedding_norm else x
 
     def block(
-        self, i: int, x: np.ndarray, cache: KVCache, trace: Trace = lambda *_: None
+        self, i: int, x: np.ndarray, cache: KVCache, position: int, trace: Trace = lambda *_: None
     ) -> np.ndarray:
-        """Block i (from 0) on the tokens after `cache.length`: x [T, D] -> [T, D] (SPEC 7)."""
+        """Block i (from 0) on the tokens from `position` on: x [T, D] -> [T, D] (SPEC 7)."""
         c, at = self.config, f"layers.{i}"
         pre = c.norm_position == "pre"
 
         a = self.norm(f"{at}.attn_norm", x) if pre else x
-        q = self.queries(i, a, cache.length)
-        k, v = self.keys_values(i, a, cache.length)
-        cache.append(i, k, v)
+        q = self.queries(i, a, position)
+        k, v = self.keys_values(i, a, position)
+        cache.append(i, position, k, v)
         for name, value in (("q", q), ("k", k), ("v", v)):
             trace(f"{at}.{name}", value)
         a = attention(q, *cache.read(i))  # [T, H * E]
@@ -161,114 +156,43 @@ class ReferenceModel:
         rows = slice(position, position + len(x))
         return apply_rope(x, self.cos[rows], self.sin[rows])
 
-    # ---- the engine protocol --------------------------------------------------------
+    # ---- an engine's primitives ------------------------------------------------------
 
-    def new_cache(self) -> KVCache:
-        return KVCache(self.config, self.kv_cache)
+    def _embed(self, run: Run, trace: Trace | None = None) -> np.ndarray:
+        x = self.embed(np.asarray(run.ids))
+        if trace is not None:
+            trace("embed", x)
+        return x
 
-    def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
-        return self.extend(token_ids, self.new_cache(), exit_layer=exit_layer)
-
-    def extend(
-        self,
-        token_ids: Sequence[int],
-        cache: KVCache,
-        *,
-        exit_layer: int | None = None,
-        last_only: bool = False,
-        trace: Trace | None = None,
+    def _blocks(
+        self, x: np.ndarray, run: Run, first: int, last: int, trace: Trace | None = None
     ) -> np.ndarray:
-        n = check_exit_layer(exit_layer, self.config)
-        ids = check_input(token_ids, cache, n, self.config)
-        report = trace or (lambda *_: None)
-        x = self.embed(ids)
-        report("embed", x)
-        for i in range(n):
-            x = self.block(i, x, cache, report)
-        cache.advance(len(ids), n)
-        return self.exit(x[-1:] if last_only else x, n, report)
+        for i in range(first, last):
+            x = self.block(i, x, run.cache, run.first, trace or (lambda *_: None))
+        return x
 
-    def extend_exits(
-        self, token_ids: Sequence[int], cache: KVCache, exit_layers: Sequence[int], visit: Visit
-    ) -> None:
-        exits = check_exit_layers(exit_layers, self.config)
-        ids = check_input(token_ids, cache, exits[-1], self.config)
-        x, done = self.embed(ids), 0
-        for n in exits:
-            for i in range(done, n):
-                x = self.block(i, x, cache)
-            done = n
-            visit(n, 0, self.exit(x, n))
-        cache.advance(len(ids), exits[-1])
-
-    def step(
-        self, token_id: int, cache: KVCache, rule: ExitRule, trace: Trace | None = None
-    ) -> tuple[np.ndarray, int]:
-        deepest = rule.deepest(self.config)
-        report = trace or (lambda *_: None)
-        x = self.embed(check_input([token_id], cache, deepest, self.config))
-        report("embed", x)
-        n = 0
-        for look in (*rule.looks(self.config), deepest):
-            for i in range(n, look):
-                x = self.block(i, x, cache, report)
-            n = look
-            if n < deepest and rule.stops(ReferenceProbe(self, x, n)):
-                break
-        for i in range(n, deepest):  # SPEC 8.6
+    def _fill(self, x: np.ndarray, run: Run, first: int, last: int) -> None:
+        for i in range(first, last):
             pre = self.config.norm_position == "pre"
             a = self.norm(f"layers.{i}.attn_norm", x) if pre else x
-            cache.append(i, *self.keys_values(i, a, cache.length))
-        cache.advance(1, deepest)
-        return self.exit(x, n, report)[0], n
+            run.cache.append(i, run.first, *self.keys_values(i, a, run.first))
 
-    def speculate(
-        self,
-        token_id: int,
-        cache: KVCache,
-        count: int,
-        draft: Draft,
-        *,
-        exit_layer: int | None = None,
-        choose: Choose | None = None,
-    ) -> tuple[list[int], np.ndarray]:
-        n = draft.check_round(token_id, cache, count, exit_layer, self.config)
-        start = cache.length
-        hidden: list[np.ndarray] = []
+    def _exit(
+        self, x: np.ndarray, n: int, first: int = 0, trace: Trace | None = None
+    ) -> np.ndarray:
+        return self.exit(x[first:], n, trace or (lambda *_: None))
 
-        def run(token: int, logits: bool) -> np.ndarray | None:
-            x = self.embed(np.array([token]))
-            for i in range(draft.exit_layer):
-                x = self.block(i, x, cache)
-            cache.advance(1, draft.exit_layer)
-            hidden.append(x)
-            return self.exit(x, draft.exit_layer)[0] if logits else None
-
-        try:
-            ids = draft.ids(token_id, count, choose, run)
-        finally:
-            cache.length = start  # the blocks above go on from there
-        x = np.concatenate(hidden)
-        for i in range(draft.exit_layer, n):
-            x = self.block(i, x, cache)
-        cache.advance(len(ids), n)
-        return ids[1:], self.exit(x, n)
-
-
-class ReferenceProbe:
-    """`bitskip_ref.engine.Probe` of one token after n blocks (SPEC 8.4, 8.5)."""
-
-    def __init__(self, model: ReferenceModel, x: np.ndarray, n: int) -> None:
-        self.model, self.x, self.n = model, x, n
-
-    def gate(self) -> np.float32:
-        t, at = self.model.tensors, f"layers.{self.n - 1}.gate"
-        inner = self.model.norm(f"{at}.norm", self.x)
+    def _gate(self, x: np.ndarray, n: int) -> np.float32:
+        t, at = self.tensors, f"layers.{n - 1}.gate"
+        inner = self.norm(f"{at}.norm", x)
         inner = relu(float_linear(inner, t[f"{at}.fc1.weight"]))
         return sigmoid(float_linear(inner, t[f"{at}.fc2.weight"]))[0, 0]
 
-    def confidence(self, measure: str) -> np.float32:
-        return confidence(self.model.exit(self.x, self.n)[0])[measure]
+    def _confidence(self, z: np.ndarray, measure: str) -> np.float32:
+        return confidence(z)[measure]
+
+    def _join(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(rows)
 
 
 def load(path: str | os.PathLike[str], kv_cache: str = "float32") -> ReferenceModel:

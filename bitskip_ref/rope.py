@@ -9,6 +9,8 @@ import numpy as np
 
 from bitskip_ref.config import ModelConfig
 
+PIECE = 4096  # positions computed at a time, for bounded scratch
+
 # pi / 2 in three parts: products of the first two with integers below 2^20 are exact.
 _HALF_PI = (1.5707963267341256, 6.077100506303966e-11, 2.0222662487959506e-21)
 _SINE = (-1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800)
@@ -49,8 +51,12 @@ def _sine_cosine(angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=8)
 def _table(theta: float, head_dim: int, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    angle = np.arange(positions, dtype=np.float64)[:, None] * _frequencies(theta, head_dim)
-    sine, cosine = (part.astype(np.float32) for part in _sine_cosine(angle))
+    frequencies = _frequencies(theta, head_dim)
+    sine, cosine = (np.empty((positions, head_dim // 2), np.float32) for _ in range(2))
+    for start in range(0, positions, PIECE):
+        piece = slice(start, min(start + PIECE, positions))
+        angle = np.arange(piece.start, piece.stop, dtype=np.float64)[:, None] * frequencies
+        sine[piece], cosine[piece] = _sine_cosine(angle)
     sine.setflags(write=False)
     cosine.setflags(write=False)
     return cosine, sine

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from bitskip_ref.config import HEAD_BITS, ModelConfig
+from bitskip_ref.excerpt import shown
 from bitskip_ref.packing import IllegalCodeError, check_codes, packed_width
 
 WEIGHTS = "model.safetensors"
@@ -64,6 +65,12 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[type, tuple[int, ..
     return table
 
 
+def tensor_count(config: ModelConfig) -> int:
+    """How many tensors `expected_tensors` has, without its table."""
+    one, two = (len(expected_tensors(config.replace(num_hidden_layers=n))) for n in (1, 2))
+    return one + (config.num_hidden_layers - 1) * (two - one)
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the full-precision parameters that training holds: no scales, no packing."""
     shapes = {name: s for name, (_, s) in expected_tensors(config).items() if ".scale" not in name}
@@ -73,14 +80,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(
-    config: ModelConfig,
-    tensors: Mapping[str, np.ndarray],
-    checked: Callable[[np.ndarray], None] = lambda _: None,
-) -> None:
-    """Raise FormatError unless names, dtypes, shapes and values are those of the config.
+def checked_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
+    """The tensors in file order, each asked for once and checked when its turn comes.
 
-    checked: called with each tensor whose values are right.
+    Raises FormatError at once unless the names are those of the config, and at a tensor whose
+    dtype, shape or values are not.
     """
     expected = expected_tensors(config)
     for problem, names in (
@@ -88,27 +92,38 @@ def check_tensors(
         ("has an unknown", tensors.keys() - expected.keys()),
     ):
         if names:
-            raise FormatError(f"{WEIGHTS} {problem} tensor {min(names)!r} ({len(names)} in all)")
-    for name, (kind, shape) in expected.items():
-        t = tensors[name]
-        if t.dtype != kind or t.shape != shape:
             raise FormatError(
-                f"{WEIGHTS}: {name} is {t.dtype}{list(t.shape)}, "
-                f"the config asks for {np.dtype(kind)}{list(shape)}"
+                f"{WEIGHTS} {problem} tensor {shown(min(names))} ({len(names)} in all)"
             )
-        if kind is np.uint8:
-            try:
-                check_codes(t)
-            except IllegalCodeError as error:
-                raise FormatError(f"{WEIGHTS}: {name}: {error}") from None
-        elif kind is np.int8:
-            largest = 2 ** (HEAD_BITS[config.head_format] - 1) - 1
-            if t.size and (t.min() < -largest or t.max() > largest):
-                worst = t.min() if t.min() < -largest else t.max()
-                raise FormatError(
-                    f"{WEIGHTS}: {name} holds the illegal {config.head_format} code {worst}: "
-                    f"codes lie in -{largest}..{largest}"
-                )
-        elif not np.isfinite(t).all():
-            raise FormatError(f"{WEIGHTS}: {name} holds a value that is not finite")
-        checked(t)
+
+    def check(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        _check(config, name, tensor, *expected[name])
+        return tensor
+
+    return map(check, expected)
+
+
+def _check(
+    config: ModelConfig, name: str, t: np.ndarray, kind: type, shape: tuple[int, ...]
+) -> None:
+    if t.dtype != kind or t.shape != shape:
+        raise FormatError(
+            f"{WEIGHTS}: {name} is {t.dtype}{list(t.shape)}, "
+            f"the config asks for {np.dtype(kind)}{list(shape)}"
+        )
+    if kind is np.uint8:
+        try:
+            check_codes(t)
+        except IllegalCodeError as error:
+            raise FormatError(f"{WEIGHTS}: {name}: {error}") from None
+    elif kind is np.int8:
+        largest = 2 ** (HEAD_BITS[config.head_format] - 1) - 1
+        if t.size and (t.min() < -largest or t.max() > largest):
+            worst = t.min() if t.min() < -largest else t.max()
+            raise FormatError(
+                f"{WEIGHTS}: {name} holds the illegal {config.head_format} code {worst}: "
+                f"codes lie in -{largest}..{largest}"
+            )
+    elif not np.isfinite(t).all():
+        raise FormatError(f"{WEIGHTS}: {name} holds a value that is not finite")

@@ -12,15 +12,10 @@ from torch import Tensor
 
 from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.files import replace_file
-from bitskip_ref.tensors import parameter_shapes
+from bitskip_train.checked import Damage, check_archive, check_parts
 from bitskip_train.errors import CheckpointError
 
 FORMAT = "bitskip-checkpoint-1"
-_KINDS: dict[str, tuple[type, ...]] = {  # what a file's fields must be
-    "state": (dict,), "tokenizer_json": (str, type(None)), "train": (dict,), "step": (int,),
-    "position": (int,), "best_loss": (float, type(None)), "history": (list,),
-    "optimizer": (dict, type(None)),
-}  # fmt: skip
 
 
 @dataclass
@@ -39,6 +34,7 @@ class Checkpoint:
     best_loss: float | None = None  # validation loss of the best evaluation so far
     history: list[dict[str, Any]] = field(default_factory=list)  # as in history.jsonl
     optimizer: dict[str, Any] | None = None  # None: for use, not for resuming
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # trainer.fingerprint
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -58,10 +54,12 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint onto the CPU. Nothing in the file is executed.
 
-    Raises CheckpointError if the file is missing, is no checkpoint, has another format, or holds a
-    state dict that does not belong to its configuration.
+    Everything in it is checked, and memory is taken for no more than the file's size. Raises
+    CheckpointError if the file is missing, is no checkpoint, has another format, or holds what does
+    not belong to its configuration.
     """
     try:
+        size = check_archive(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
@@ -75,27 +73,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if values.pop("format") != FORMAT:
         raise CheckpointError(f"{path}: another checkpoint format; this version reads {FORMAT}")
     try:
-        checkpoint = Checkpoint(**values | {"config": ModelConfig.from_dict(values["config"])})
-    except (ConfigError, TypeError, KeyError) as error:
+        checkpoint = Checkpoint(**values)
+        checkpoint.config = check_parts(vars(checkpoint), size)
+    except (ConfigError, TypeError, Damage) as error:
         raise CheckpointError(f"{path}: damaged checkpoint ({error})") from None
-    for name, kinds in _KINDS.items():
-        if not isinstance(getattr(checkpoint, name), kinds):
-            raise CheckpointError(f"{path}: damaged checkpoint ({name} has a wrong type)")
-    _check_state(path, checkpoint)
     return checkpoint
-
-
-def _check_state(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Refuse a state dict with missing, extra or misshapen tensors, or none at all."""
-    expected, state = parameter_shapes(checkpoint.config), checkpoint.state
-    for name in expected.keys() | state.keys():
-        want = expected.get(name, "nothing")
-        have = tuple(found.shape) if isinstance(found := state.get(name), Tensor) else "nothing"
-        if want != have:
-            raise CheckpointError(
-                f"{path}: the weights do not fit the configuration: {name} is {have}, "
-                f"the configuration asks for {want}"
-            )
 
 
 def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:

@@ -1,118 +1,180 @@
-"""The verbs `train`, `evaluate` and `fit-gates`. PyTorch is imported when one runs."""
+"""The verbs `train`, `evaluate`, `average` and `fit-gates`. PyTorch is imported when one runs."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
-import platformdirs
+from click.shell_completion import CompletionItem
 
+from bitskip.options import (
+    COUNT,
+    FILE,
+    FOLDER,
+    JSON,
+    NEW_FILE,
+    WHOLE,
+    Finite,
+    Listed,
+    Word,
+    exit_layer,
+)
 from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.documents import END_OF_TEXT
-from bitskip_train.errors import CheckpointError, DataError, TrainingError
-from bitskip_train.recipes import RECIPES, apply, parse_overrides, read_toml, recipe
-from bitskip_train.settings import TrainConfig
+from bitskip_train.errors import CheckpointError
+from bitskip_train.recipes import (
+    RECIPES,
+    Tables,
+    apply,
+    known_settings,
+    parse_overrides,
+    read_toml,
+    recipe,
+    whole,
+)
+from bitskip_train.settings import TrainConfig, check_settings
 
 if TYPE_CHECKING:
     from bitskip_train.checkpoint import Checkpoint
+    from bitskip_train.trainer import Trainer
+
+
+def _tokens_folder() -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("bitskip") / "tokens"
+
+
+class _Setting(click.ParamType):
+    """KEY=VALUE; `parse_overrides` reads it."""
+
+    name = "KEY=VALUE"
+
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+        """The settings that begin so."""
+        found: Iterable[str] = (n for n in known_settings() if n.startswith(incomplete))
+        return [CompletionItem(f"{name}=") for name in found]
+
 
 _cache_option = click.option(
-    "--token-cache", type=click.Path(path_type=Path, file_okay=False),
-    default=platformdirs.user_cache_path("bitskip") / "tokens", show_default=True,
+    "--token-cache", type=FOLDER, default=_tokens_folder, show_default="the user's cache folder",
     help="Folder for tokenized text.",
 )  # fmt: skip
-
-
-def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors that a user can mend become one line and exit code 1."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ConfigError, DataError, CheckpointError, TrainingError, OSError) as error:
-            raise click.ClickException(str(error)) from None
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            sys.exit(130)
-
-    return wrapped
+_device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+_checkpoint = click.argument("checkpoint", type=FILE)
+_out_option = click.option("--out", "-o", required=True, type=NEW_FILE, help="Checkpoint to write.")
 
 
 @click.command()
-@click.option("--preset", type=click.Choice(list(RECIPES)), help="Model and training settings.")
+@click.option("--preset", type=Word("preset", lambda: RECIPES), help="Model and training settings.")
 @click.option(
-    "--config", "config_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    "--config", "config_file", type=FILE,
     help="TOML file with the tables [model] and [train], on top of the preset.",
 )  # fmt: skip
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    "--set", "overrides", multiple=True, type=_Setting(), metavar="KEY=VALUE",
     help="One setting, for example model.hidden_size=192 or lr=3e-4. Repeatable; last word.",
 )  # fmt: skip
 @click.option("--data", multiple=True, help="Text file, folder of .txt, tinystories or wikitext-2.")
 @click.option("--valid", multiple=True, help="Held-out text, the same way.")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False))
+@click.option("--out", "-o", type=FOLDER, help="Folder to write.")
 @click.option("--resume", is_flag=True, help="Go on from OUT/last.pt with its settings.")
+@click.option(
+    "--accept-changes", is_flag=True,
+    help="With --resume: go on even if data, seed or batch are not those of the checkpoint.",
+)  # fmt: skip
+@click.option("--print-config", is_flag=True, help="Print all settings as TOML; do not train.")
 @click.option("--tensorboard/--no-tensorboard", default=None, help="Default: if it is installed.")
 @_cache_option
-@_one_line_errors
 def train(
     preset: str | None, config_file: Path | None, overrides: tuple[str, ...],
-    data: tuple[str, ...], valid: tuple[str, ...], out: Path, resume: bool,
-    tensorboard: bool | None, token_cache: Path,
+    data: tuple[str, ...], valid: tuple[str, ...], out: Path | None, resume: bool,
+    accept_changes: bool, print_config: bool, tensorboard: bool | None, token_cache: Path,
 ) -> None:  # fmt: skip
-    """Train a model. Writes last.pt, best.pt and history.jsonl to OUT.
+    """Train a model. Writes config.toml, last.pt, best.pt and history.jsonl to OUT.
 
-    On several GPUs: torchrun --nproc-per-node N cli.py train ...
+    The settings are those of --preset or of a whole --config (docs/SETTINGS.md has all), then
+    what --config and --set change. On several GPUs: torchrun --nproc-per-node N -m bitskip train
     """
-    checkpoint: Checkpoint | None = None
-    last = out / "last.pt"
-    if resume:
-        from bitskip_train.checkpoint import load_checkpoint
-
-        if preset or config_file:
-            raise ConfigError("--resume: takes its settings from OUT/last.pt; change them by --set")
-        checkpoint = load_checkpoint(last)
-        base = (checkpoint.config, TrainConfig.from_dict(checkpoint.train))
-    else:
-        if last.exists():
-            raise ConfigError(f"{last} exists: add --resume to go on, or choose another --out")
-        if preset is None:
-            raise ConfigError(f"--preset is missing; known: {', '.join(RECIPES)}")
-        base = recipe(preset)
-    if config_file:
-        base = apply(base, read_toml(config_file))
     changes = parse_overrides(overrides)
     for name, places in (("data", data), ("valid", valid)):
         if places:
             changes["train"][name] = list(places)
+    if out is None and (resume or not print_config):
+        raise ConfigError("--out is missing: the folder of the run")
+    if print_config:
+        from bitskip_train.described import to_toml
+
+        model, settings, _ = _settings(preset, config_file, changes, out if resume else None)
+        click.echo(to_toml(model, settings), nl=False)
+        return
+    from bitskip_train.run_folder import locked
+
+    assert out is not None
+    main = os.environ.get("RANK", "0") == "0"  # of torchrun's processes one writes
+    with locked(out) if main else nullcontext():
+        if not resume and (out / "last.pt").exists():
+            raise ConfigError(
+                f"{out / 'last.pt'} exists: add --resume to go on, or choose another --out"
+            )
+        model, settings, checkpoint = _settings(
+            preset, config_file, changes, out if resume else None
+        )
+        stopped_by = _run(
+            model, settings, out, checkpoint, tensorboard, token_cache, accept_changes
+        )
+    if stopped_by is not None:
+        click.echo(f"stopped; go on with: bitskip train --resume --out {out}", err=True)
+        sys.exit(128 + stopped_by)
+
+
+def _settings(
+    preset: str | None, config_file: Path | None, changes: Tables, resumed: Path | None
+) -> tuple[ModelConfig, TrainConfig, Checkpoint | None]:
+    """The settings of a run, and the checkpoint it goes on from."""
+    checkpoint: Checkpoint | None = None
+    tables = read_toml(config_file) if config_file else {}
+    if resumed is not None:
+        from bitskip_train.checkpoint import load_checkpoint
+
+        if preset or config_file:
+            raise ConfigError("--resume: takes its settings from OUT/last.pt; change them by --set")
+        checkpoint = load_checkpoint(resumed / "last.pt")
+        base = (checkpoint.config, TrainConfig.from_dict(checkpoint.train))
+    elif preset is not None:
+        base = apply(recipe(preset), tables)
+    elif config_file is not None:
+        base = whole(tables, config_file)
+    else:
+        raise ConfigError(f"--preset or --config is missing; presets: {', '.join(RECIPES)}")
     model, settings = apply(base, changes)
     if checkpoint is not None and model != checkpoint.config:
         raise ConfigError("--resume: the model's settings cannot change")
-    if not _run(model, settings, out, checkpoint, tensorboard, token_cache):
-        click.echo(f"stopped; go on with: train --resume --out {out}", err=True)
-        sys.exit(130)
+    check_settings(model, settings)
+    return model, settings, checkpoint
 
 
 def _run(
     model: ModelConfig, settings: TrainConfig, out: Path, checkpoint: Checkpoint | None,
-    tensorboard: bool | None, cache: Path,
-) -> bool:  # fmt: skip
-    """Load the data and train; False if interrupted."""
+    tensorboard: bool | None, cache: Path, accept_changes: bool,
+) -> int | None:  # fmt: skip
+    """Load the data and train; the signal that stopped it, None at the end."""
     from bitskip_train.data import TextSource, load_split
     from bitskip_train.memory import keep_freed_memory
     from bitskip_train.tokenizer import make_tokenizer, parse_tokenizer
-    from bitskip_train.trainer import Trainer, check_settings
+    from bitskip_train.trainer import Trainer
     from bitskip_train.world import World
 
     keep_freed_memory()
-    check_settings(model, settings)
     if not settings.data:
         raise ConfigError("--data is missing")
     world = World.from_environment()
@@ -120,63 +182,67 @@ def _run(
         source = TextSource(settings.data, "train")
         text = checkpoint.tokenizer_json if checkpoint is not None else None
         if text is None and world.main:
-            text = make_tokenizer(settings.tokenizer, source.documents()).to_str()
+            text = make_tokenizer(settings.tokenizer, source.documents()).json
         tokenizer = parse_tokenizer(world.share(text), "the tokenizer")
-        if tokenizer.get_vocab_size() > model.vocab_size:
+        if tokenizer.size > model.vocab_size:
             raise ConfigError(
-                f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model "
-                f"{model.vocab_size}: --set model.vocab_size={tokenizer.get_vocab_size()}"
+                f"the tokenizer has {tokenizer.size} tokens, the model "
+                f"{model.vocab_size}: --set model.vocab_size={tokenizer.size}"
             )
         split = load_split(source, tokenizer, cache)
         held_out = None
         if settings.valid:
             held_out = load_split(TextSource(settings.valid, "validation"), tokenizer, cache)
         if settings.pad_documents:
-            end = cast(int, tokenizer.token_to_id(END_OF_TEXT))
+            end = cast(int, tokenizer.token_id(END_OF_TEXT))
             split = split.padded(settings.context, end)
             held_out = held_out and held_out.padded(settings.context, end)
         trainer = Trainer(
-            model, settings, split, held_out, tokenizer.to_str(), out, checkpoint, world
-        )
+            model, settings, split, held_out, tokenizer.json, out, checkpoint, world,
+            accept_changes,
+        )  # fmt: skip
         if world.main:
             parameters = sum(p.numel() for p in trainer.model.parameters())
             click.echo(
                 f"{parameters:,} parameters, {len(split.tokens):,} tokens of data, "
-                f"{world.size} x {trainer.device.type}, steps {trainer.step}..{settings.steps}",
+                f"{world.size} x {trainer.device.type}, {_threads(trainer)}, "
+                f"steps {trainer.step}..{settings.steps}",
                 err=True,
             )
-        return trainer.run(tensorboard)
+        trainer.run(tensorboard)
+        return trainer.stopped_by
     finally:
         world.close()
 
 
-def _exit_list(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
-    try:
-        return [int(part) for part in value.split(",") if part.strip()]
-    except ValueError:
-        raise click.BadParameter(f"{value!r}: must be layers, for example 6,12,24") from None
+def _threads(trainer: Trainer) -> str:
+    """How many threads train, and what was measured."""
+    count = trainer.train.threads
+    text = f"{count} thread{'s' if count > 1 else ''}"
+    if trainer.thread_times:
+        times = (f"{n}: {s * 1000:.0f} ms" for n, s in sorted(trainer.thread_times.items()))
+        text += f" (a pass takes with {', '.join(times)})"
+    return text
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@_checkpoint
 @click.option("--text", multiple=True, required=True, help="As --data of train.")
-@click.option(
-    "--exit-layer", "exits", default="", callback=_exit_list, metavar="N,N,...",
-    help="Blocks to run before the head; default: all.",
-)  # fmt: skip
+@exit_layer("exits", Listed(COUNT), "Blocks to run before the head. Default: all.", "N,N,...")
 @click.option(
     "--bypass", type=click.Choice(["none", "weights", "activations"]), default="none",
     help="Leave weights, or weights and activations, in full precision.",
 )  # fmt: skip
-@click.option("--context", type=click.IntRange(2), help="Default: as in training.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--ctx", "--context", "context", type=click.IntRange(2), help="Default: as in training."
+)
+@click.option("--batch", type=COUNT, default=8, show_default=True)
+@_device_option
+@JSON
 @_cache_option
-@_one_line_errors
 def evaluate(
-    checkpoint: Path, text: tuple[str, ...], exits: list[int], bypass: str, context: int | None,
-    batch: int, device: str, as_json: bool, token_cache: Path,
+    checkpoint: Path, text: tuple[str, ...], exits: list[int] | None, bypass: str,
+    context: int | None, batch: int, device: str, as_json: bool, token_cache: Path,
 ) -> None:  # fmt: skip
     """Loss, perplexity and bits per byte of a CHECKPOINT on held-out text, per exit."""
     from bitskip_train import evaluate as evaluation
@@ -216,14 +282,8 @@ def evaluate(
 
 
 @click.command()
-@click.argument(
-    "checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CHECKPOINT..."
-)
-@click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path, dir_okay=False),
-    help="Checkpoint to write.",
-)  # fmt: skip
-@_one_line_errors
+@click.argument("checkpoints", nargs=-1, required=True, type=FILE, metavar="CHECKPOINT...")
+@_out_option
 def average(checkpoints: tuple[Path, ...], out: Path) -> None:
     """Write a checkpoint with the mean of the weights of several, of runs with a common start.
 
@@ -236,22 +296,18 @@ def average(checkpoints: tuple[Path, ...], out: Path) -> None:
 
 
 @click.command("fit-gates")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path, dir_okay=False),
-    help="Checkpoint to write.",
-)  # fmt: skip
+@_checkpoint
+@_out_option
 @click.option("--data", multiple=True, help="As in training; default: what it was trained on.")
 @click.option(
-    "--scale", type=click.FloatRange(0, min_open=True), default=0.1, show_default=True,
+    "--scale", type=Finite(0, min_open=True), default=0.1, show_default=True,
     help="Nats. At threshold 0.5 a gate stops where that should cost less than about 0.7 of it.",
 )  # fmt: skip
-@click.option("--steps", type=click.IntRange(1), default=200, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Windows.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--steps", type=COUNT, default=200, show_default=True)
+@click.option("--batch", type=COUNT, default=4, show_default=True, help="Windows.")
+@click.option("--seed", type=WHOLE, default=0, show_default=True)
+@_device_option
 @_cache_option
-@_one_line_errors
 def fit_gates(
     checkpoint: Path, out: Path, data: tuple[str, ...], scale: float, steps: int, batch: int,
     seed: int, device: str, token_cache: Path,

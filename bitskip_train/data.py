@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from bitskip_ref.documents import END_OF_TEXT, read_documents
+from bitskip_ref.documents import END_OF_TEXT, plain_text, read_documents
 from bitskip_ref.files import replace_file
+from bitskip_text.tokenizer import Tokenizer, TokenizerError
 from bitskip_train.errors import DataError
 
-CACHE_VERSION = 1  # part of the key: raise it when tokens would come out differently
+CACHE_VERSION = 2  # part of the key: raise it when tokens would come out differently
 HUB = {
     "tinystories": ("roneneldan/TinyStories", None),
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-v1"),
@@ -83,7 +83,7 @@ class TextSource:
             if name == "wikitext-2":  # rows are lines; the hub's copy has emptied the blank ones
                 yield "".join(row or " \n" for row in dataset["text"])
             else:
-                yield from (text for text in dataset["text"] if text.strip())
+                yield from (plain_text(text) for text in dataset["text"] if text.strip())
 
 
 def _load_hub(name: str, split: str) -> Any:
@@ -107,35 +107,60 @@ def _load_hub(name: str, split: str) -> Any:
 def load_split(source: TextSource, tokenizer: Tokenizer, cache: Path) -> Split:
     """The tokens of a source, from the cache folder, or tokenized now and stored there.
 
-    The key is the text's fingerprint and the tokenizer, so neither can change unnoticed. The
-    description is written after the tokens: without it, tokens do not count.
+    The key is the text's fingerprint and the tokenizer, so neither can change unnoticed. A cache
+    that is not whole, or not what was written, is made anew. Raises DataError.
     """
-    end = tokenizer.token_to_id(END_OF_TEXT)
     key = hashlib.sha256(
-        f"{CACHE_VERSION} {source.fingerprint()} {tokenizer.to_str()}".encode()
+        f"{CACHE_VERSION} {source.fingerprint()} {tokenizer.json}".encode()
     ).hexdigest()[:32]
     tokens_path, about_path = cache / f"{key}.bin", cache / f"{key}.json"
-    dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4")
-    if not about_path.exists():
-        size = count = 0
-        with replace_file(tokens_path) as file:
-            for group in _groups(source.documents()):
-                for document, encoding in zip(
-                    group, tokenizer.encode_batch_fast(group, add_special_tokens=False), strict=True
-                ):
-                    ids = np.array([*encoding.ids, end], dtype)
-                    file.write(ids.tobytes())
-                    count += len(ids)
-                    size += len(document.encode())
-        if not count:
+    dtype = np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
+    split = _stored_split(tokens_path, about_path, dtype)
+    if split is None:
+        try:
+            _store_split(source, tokenizer, tokens_path, about_path, dtype)
+        except OSError as error:
+            raise DataError(f"{tokens_path}: cannot write the token cache ({error})") from None
+        split = _stored_split(tokens_path, about_path, dtype)
+        if split is None:
+            raise DataError(f"{tokens_path}: the token cache changes while it is read")
+    return split
+
+
+def _stored_split(tokens_path: Path, about_path: Path, dtype: np.dtype) -> Split | None:
+    """What `_store_split` wrote; None if that is not there in whole."""
+    try:
+        about = json.loads(about_path.read_bytes())
+        with tokens_path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if about["sha256"] != digest or type(about["bytes"]) is not int:
+            return None
+        return Split(np.memmap(tokens_path, dtype, mode="r"), about["bytes"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _store_split(
+    source: TextSource, tokenizer: Tokenizer, tokens_path: Path, about_path: Path, dtype: np.dtype
+) -> None:
+    """Write the tokens, then what they are: without it they do not count."""
+    end = tokenizer.token_id(END_OF_TEXT)
+    digest, size = hashlib.sha256(), 0
+    with replace_file(tokens_path) as file:
+        for group in _groups(source.documents()):
+            try:
+                encoded = tokenizer.encode_batch(group)
+            except TokenizerError as error:
+                raise DataError(str(error)) from None
+            for document, ids in zip(group, encoded, strict=True):
+                raw = np.array([*ids, end], dtype).tobytes()
+                file.write(raw)
+                digest.update(raw)
+                size += len(document.encode())
+        if not file.tell():
             raise DataError("the data holds no text")
-        with replace_file(about_path) as file:
-            file.write(json.dumps({"tokens": count, "bytes": size}).encode())
-    about = json.loads(about_path.read_text())
-    tokens = np.memmap(tokens_path, dtype, mode="r")
-    if len(tokens) != about["tokens"]:
-        raise DataError(f"{tokens_path}: damaged token cache; delete it")
-    return Split(tokens, about["bytes"])
+    with replace_file(about_path) as file:
+        file.write(json.dumps({"bytes": size, "sha256": digest.hexdigest()}).encode())
 
 
 def _groups(documents: Iterator[str], size: int = 1024) -> Iterator[list[str]]:

@@ -8,20 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitskip_ref.config import ConfigError
 from bitskip_ref.heldout import HeldOutLoss, windows
 from bitskip_train.losses import cross_entropy
 from bitskip_train.readings import shifted
+from bitskip_train.settings import check_exits
 
 LOGIT_BUDGET = 1 << 25  # logits held at once (128 MB in float32)
-
-
-def check_exits(exits: Sequence[int], layers: int) -> list[int]:
-    """The exits in order without repeats. Raises ConfigError if one is not in 1..L."""
-    for n in exits:
-        if not 1 <= n <= layers:
-            raise ConfigError(f"exit layer {n}: must be within 1..{layers}")
-    return sorted(set(exits))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ class Pass(NamedTuple):
 
     ops: FastOps
     bypass: str
+    first: int  # position of the first token
     cos: Tensor  # f32 [T, E/2], rows of this pass's positions
     sin: Tensor
     rotations: Rotations
@@ -85,31 +87,36 @@ class Gate(nn.Module):
 
 
 class Cache(CacheFill):
-    """Keys (turned) and values of past positions (SPEC 6.4): [L, B, S, K, E], S the context.
+    """Keys (turned) and values of past positions (SPEC 6.4): [L, 1, S, K, E], S the context.
 
     f32, or f16 (SPEC 6.5).
     """
 
-    def __init__(self, config: ModelConfig, batch: int = 1, kv_cache: str = "float32") -> None:
+    def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
         super().__init__(config, kv_cache)
         shape = (
-            config.num_hidden_layers, batch, config.max_position_embeddings,
+            config.num_hidden_layers, 1, config.max_position_embeddings,
             config.num_key_value_heads, config.head_dim,
         )  # fmt: skip
         dtype = getattr(torch, kv_cache)
         self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append f32 [B, T, K, E] for one block; returns all its keys and values f32 [B, S, K, E].
+    def write(self, layer: int, first: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put f32 [1, T, K, E] of one block at position `first` and after it.
 
-        `length` is advanced by the model, once all blocks have written.
+        Returns the block's keys and values up to there, f32 [1, S, K, E]. `length` is advanced by
+        the model, once all blocks have written.
         """
-        end = self.length + keys.shape[1]
+        end = first + keys.shape[1]
         for kept, new in ((self.keys, keys), (self.values, values)):
             if self.kv_cache == "float16":
                 new = new.clamp(-LARGEST_HALF, LARGEST_HALF)  # rounded when it is stored
-            kept[layer, :, self.length : end] = new
+            kept[layer, :, first:end] = new
         return self.keys[layer, :, :end].float(), self.values[layer, :, :end].float()
+
+    def _kept(self) -> Sequence[np.ndarray]:
+        blocks, size = self._filled_part()
+        return [part[:blocks, :, :size].numpy() for part in (self.keys, self.values)]
 
 
 class Block(nn.Module):

@@ -118,7 +118,7 @@ class BitskipModel(nn.Module):
         config = self.config
         widths = (*config.linear_inputs(), config.kv_size) if config.hadamard else ()
         rotations = ops.rotations(widths, self.rope_cos.device)
-        return Pass(ops, bypass, self.rope_cos[rows], self.rope_sin[rows], rotations)
+        return Pass(ops, bypass, first, self.rope_cos[rows], self.rope_sin[rows], rotations)
 
     def embed(self, ids: Tensor, ops: FastOps) -> Tensor:
         """ids [B, T] -> f32 [B, T, D], normed where the configuration says so."""
@@ -160,7 +160,7 @@ class BitskipModel(nn.Module):
                 if i + 1 in collect or i + 1 == depth:
                     hidden[i + 1] = x
         if cache is not None:
-            cache.advance(ids.shape[1], depth)
+            cache.advance(first, ids.shape[1], depth)
         return hidden
 
     def run_block(
@@ -184,7 +184,7 @@ class BitskipModel(nn.Module):
             return x.index_copy(0, chosen, call(x.index_select(0, chosen), run))
         remember = report = None
         if cache is not None:
-            remember = lambda keys, values: cache.write(i, keys, values)  # noqa: E731
+            remember = lambda keys, values: cache.write(i, run.first, keys, values)  # noqa: E731
         if trace is not None:
             report = lambda stage, values: trace(f"layers.{i}.{stage}", values)  # noqa: E731
         return call(x, run, remember, report)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bitskip_ref.config import PRESETS, ConfigError, ModelConfig
+from bitskip_ref.documents import read_text
+from bitskip_ref.words import unknown
 from bitskip_train.settings import TrainConfig
 
 # The papers compute every exit's loss in every step. With 50,257 words that costs more than the
@@ -88,8 +90,19 @@ _FIELDS = {
 def recipe(name: str) -> Recipe:
     """The recipe of that name. Raises ConfigError, listing the names, for an unknown one."""
     if name not in RECIPES:
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(RECIPES)}")
+        raise ConfigError(unknown("preset", name, RECIPES))
     return RECIPES[name]
+
+
+def whole(tables: Tables, path: Path) -> Recipe:
+    """A recipe from a file that leaves out nothing that has no default, as `described.to_toml`
+    writes it. Raises ConfigError."""
+    try:
+        model = ModelConfig.from_dict(tables.get("model", {}))
+    except ConfigError as error:
+        remedy = "; or name a --preset that the file changes" if "missing" in str(error) else ""
+        raise ConfigError(f"{path}: [model]: {error}{remedy}") from None
+    return model, TrainConfig.from_dict(tables.get("train", {}))
 
 
 def apply(base: Recipe, changes: Tables) -> Recipe:
@@ -101,12 +114,12 @@ def apply(base: Recipe, changes: Tables) -> Recipe:
 def read_toml(path: Path) -> Tables:
     """Changes from a file with the tables [model] and [train]. Raises ConfigError."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML ({error})") from None
     for table, values in tables.items():
         if table not in _FIELDS or not isinstance(values, dict):
-            raise ConfigError(f"{path}: {table!r} is no table of it; known: [model], [train]")
+            raise ConfigError(f"{path}: {table!r} is no table; known: [model], [train]")
         for key in values:
             _refuse_unknown(f"{path}: {table}.{key}", table, key)
     return tables
@@ -131,12 +144,18 @@ def parse_overrides(texts: Sequence[str]) -> Tables:
     return changes
 
 
+def known_settings() -> list[str]:
+    """`model.KEY` and `train.KEY` of every setting."""
+    return [f"{table}.{name}" for table in _FIELDS for name in sorted(_FIELDS[table])]
+
+
 def _refuse_unknown(what: str, table: str, name: str, bare: bool = False) -> None:
+    """Raise ConfigError for no setting; bare: KEY was written without its table."""
     if table not in _FIELDS:
-        raise ConfigError(f"{what}: {table!r} is no table; known: model, train")
+        raise ConfigError(f"{what}: {unknown('table', table, _FIELDS)}")
     if name not in _FIELDS[table]:
-        names = [f"{t}.{n}" for t in _FIELDS for n in sorted(_FIELDS[t]) if bare or t == table]
-        raise ConfigError(f"{what}: unknown key; known: {', '.join(names)}")
+        names = [n for t in _FIELDS for n in sorted(_FIELDS[t]) if bare or t == table]
+        raise ConfigError(f"{what}: {unknown('setting', name, names)}")
 
 
 def _parse_value(text: str, table: str, name: str) -> Any:
@@ -146,5 +165,5 @@ def _parse_value(text: str, table: str, name: str) -> Any:
         return [int(item) if item.isdecimal() else item for item in items]
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from bitskip_ref.config import ConfigError
+from bitskip_ref.config import ConfigError, ModelConfig
 
 # Allowed words of the text fields.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -24,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mask": ("causal", "none"),
 }
 
-# Closed ranges of the numbers; fields that are not named must be 0 or more.
+# Closed ranges; `allowed` has those of the other numbers.
 RANGES: dict[str, tuple[float, float]] = {
     "context": (2, 1 << 20),
     "batch": (1, 1 << 20),
@@ -49,68 +50,140 @@ class TrainConfig:
     """Settings of one training run. Checked when made; stored in every checkpoint.
 
     A step takes `batch * accumulation` windows of `context` tokens. Exits are counted as in
-    SPEC 8.1: n = executed blocks.
+    SPEC 8.1: n = executed blocks. The string below a field is its meaning, a comment on a line of
+    its own begins a group: docs/SETTINGS.md and `config.toml` are made of them.
     """
 
-    # data
-    data: tuple[str, ...] = ()  # text files, folders of .txt, "tinystories" or "wikitext-2"
-    valid: tuple[str, ...] = ()  # the same, held out; empty: no evaluation
-    tokenizer: str = "gpt2"  # gpt2 | bpe:SIZE | a tokenizer.json | a folder with vocab and merges
+    # Data
+    data: tuple[str, ...] = ()
+    """Training text: text files, folders of `.txt` files, or `tinystories` or `wikitext-2`, which
+    are downloaded. A line `<|endoftext|>` ends a document (SPEC 10 row 18)."""
+    valid: tuple[str, ...] = ()
+    """Held-out text, given the same way. Empty: no evaluation."""
+    tokenizer: str = "gpt2"
+    """`bpe:SIZE` trains a byte-level tokenizer of SIZE tokens on the data; `gpt2` is downloaded; a
+    path names a `tokenizer.json`, or a folder with `vocab.json` and `merges.txt`."""
     context: int = 512
+    """Tokens in a training window, and in a window of the evaluation. At most the model's
+    `max_position_embeddings`."""
     batch: int = 16
+    """Windows in one forward and backward pass (of each process). Memory grows with it."""
     accumulation: int = 1
+    """Passes whose gradients are added up for one step."""
     seed: int = 0
-    # optimizer
+    """First weights, order of windows, layer dropout and gates' draws are functions of it."""
+    # Optimizer (AdamW)
     steps: int = 1000
+    """Optimizer steps of the whole run, those before a resume included."""
     lr: float = 6e-4
+    """Largest learning rate (v1 Table 1: 6e-4; its 4-bit model 3e-4)."""
     min_lr: float = 0.0
-    warmup: int = 100  # steps from 0 to lr
+    """Learning rate at the end. At most `lr`."""
+    warmup: int = 100
+    """Steps in which the learning rate rises from 0 to `lr`."""
     schedule: str = "linear"
-    decay: float = 0.2  # wsd: the last part of the steps, in which lr falls to min_lr
-    weight_decay: float = 0.1  # on matrices only
+    """After the warm-up: `linear` falls to `min_lr` (v1), `cosine` does on a cosine, `wsd` stays at
+    `lr` and falls in the last part only (v2; SPEC 10 row 17)."""
+    decay: float = 0.2
+    """Of `wsd`: the last part of all steps, in which the learning rate falls."""
+    weight_decay: float = 0.1
+    """AdamW's, on matrices only."""
     beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
-    clip: float = 1.0  # largest global gradient norm
-    # early-exit loss (SPEC 10 row 11)
-    exit_lambda: float = 0.0  # 0: no early-exit loss
-    exit_weights: str = "linear"  # n + 1 | inverse: 1 / n | triangular: n (n + 1) / 2 | uniform: 1
+    """AdamW's decay of the mean squared gradient."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; a longer one is scaled down to it."""
+    # Early-exit loss (SPEC 10 row 11)
+    exit_lambda: float = 0.0
+    """Weight of the early-exit loss beside the last layer's (v1 Eq. 5, v2 Eq. 7: 0.3). 0: none."""
+    exit_weights: str = "linear"
+    """Weight of exit n among the exits: `linear` n + 1 (v1 Eq. 6), `inverse` 1 / n (v2 Eq. 4),
+    `triangular` n (n + 1) / 2 (LayerSkip), `uniform` 1. They are scaled to sum 1."""
     exit_first: int = 1
-    exit_last: int = -1  # 0 or less: counted from L (v1: -1, v2: 0)
-    exit_layers: tuple[int, ...] = ()  # these exits in place of exit_first .. exit_last
-    exit_subset: int = 0  # exits used in a step, in rotation; 0: all
-    exit_targets: str = "next"  # "same": the unshifted reading
-    exit_distill: float = 0.0  # weight of KL(last layer || exit) beside the cross-entropy
-    exit_ramp: int = 0  # steps over which exit_lambda grows from 0 (a curriculum)
-    exit_detach: bool = False  # the exits' loss does not move the norm and head they share
-    exit_raw: bool = False  # the exits' loss reads hidden states without the final norm
-    # layer dropout (SPEC 10 row 10)
-    dropout_max: float = 0.0  # 0: none
+    """First exit that is trained."""
+    exit_last: int = -1
+    """Last exit that is trained; 0 or less counts from the last layer L (v1: -1, v2: 0)."""
+    exit_layers: tuple[int, ...] = ()
+    """These exits in place of `exit_first` to `exit_last`."""
+    exit_subset: int = 0
+    """Exits used in one step, in rotation, as every exit costs a head. 0: all in every step."""
+    exit_targets: str = "next"
+    """What an exit is to name: `next` the next token, `same` the token it is given, which gives the
+    cliff of v2 Table 5 (docs/FINDINGS.md)."""
+    exit_distill: float = 0.0
+    """Weight, within an exit's loss, of its divergence from the last layer's prediction."""
+    exit_ramp: int = 0
+    """Steps in which `exit_lambda` grows from 0 to its value. 0: at once."""
+    exit_detach: bool = False
+    """Whether the exits' loss leaves the final norm and head, which they share with the last layer,
+    alone (docs/EXITS.md)."""
+    exit_raw: bool = False
+    """Whether the exits' loss reads hidden states without the final norm, as in the authors' public
+    code (SPEC 10 row 24)."""
+    # Layer dropout (SPEC 10 row 10)
+    dropout_max: float = 0.0
+    """The p_max of the probability that a block is skipped for a sample. 0: no layer dropout."""
     dropout_form: str = "v1"
-    dropout_ramp: int = 0  # steps over which the probabilities grow from 0 (a curriculum)
-    # routing gates and quantization loss (SPEC 10 rows 12 to 14)
+    """How it grows with depth: `v1` p_max (l / L)^2 for l = 1..L, scaled to sum 1 (v1 3.3); `v2`
+    the same for l = 0..L-1, unscaled (v2 Eq. 5). The last block is never skipped."""
+    dropout_ramp: int = 0
+    """Steps in which the probabilities grow from 0 to their values. 0: at once."""
+    # Routing gates and quantization loss (SPEC 10 rows 12 to 14)
     route_lambda: float = 0.0
+    """Weight of the route loss, which draws the gates' mean exit layer to L / 2 (v2 Eq. 7 and 9;
+    there 0.2). Needs `gates`. 0: none."""
     route_leftover: str = "last"
+    """A token that no gate stops counts as the last layer (`last`) or as 0 (`zero`)."""
     quant_lambda: float = 0.0
+    """Weight of the quantization loss, which draws weights to their ternary values (v2 Eq. 7 and 8;
+    there 0.05). Needs `linear = "ternary"`. 0: none."""
     quant_reduction: str = "mean"
-    # other readings of the papers, for comparison (SPEC 10 rows 5, 18, 19, 21, 23 and 24)
-    hadamard_form: str = "definition"  # unscaled: entries +-1 | after: the quantized values turn
-    linear_form: str = "definition"  # public: the linear layers of the authors' public code
-    init: str = "definition"  # public: the linear layers' first weights, of that code
-    mask: str = "causal"  # none: every position sees the whole window, what it is to name too
-    pad_documents: bool = False  # each document filled up with end-of-text, which is scored too
-    targets: str = "next"  # "same": the last layer is to name the token it is given
-    # evaluation, reports, files
-    eval_every: int = 0  # steps; 0: only at the end
-    eval_tokens: int = 0  # at most so many of the validation tokens; 0: all
-    eval_exits: tuple[int, ...] = ()  # beside the last layer
-    patience: int = 0  # stop after so many evaluations without a better loss; 0: never
+    """Over all weights the `mean`; or the `sum` in each matrix, then the mean over matrices."""
+    # Other readings of the papers, for comparison
+    hadamard_form: str = "definition"
+    """The transform in training: `definition` is SPEC 5; `unscaled` has entries +-1; `after`
+    transforms the quantized values. The last two cannot be exported (SPEC 10 row 5)."""
+    linear_form: str = "definition"
+    """Linear layers in training: `definition` is SPEC 4 and 5; `public` is the authors' public
+    code, which cannot be exported (SPEC 10 row 23)."""
+    init: str = "definition"
+    """First weights of the linear layers; `public`: those of the authors' public code (SPEC 10
+    rows 23 and 25)."""
+    mask: str = "causal"
+    """`none`: every position sees the whole window, the token it is to name, too. That cannot be
+    exported (SPEC 10 row 19)."""
+    pad_documents: bool = False
+    """Whether each document is filled up to a window with end-of-text, which is scored, too
+    (SPEC 10 row 18)."""
+    targets: str = "next"
+    """What the last layer is to name: `next` the next token, `same` the token it is given (SPEC 10
+    row 21)."""
+    # Evaluation and files
+    eval_every: int = 0
+    """Steps from one evaluation of `valid` to the next. 0: only at the end."""
+    eval_tokens: int = 0
+    """At most this many validation tokens. 0: all."""
+    eval_exits: tuple[int, ...] = ()
+    """Exits evaluated beside the last layer."""
+    patience: int = 0
+    """Stop after this many evaluations in a row without a better loss; needs `eval_every`.
+    0: never."""
     save_every: int = 500
+    """Steps from one `last.pt` to the next. A process that is killed loses what came after the
+    last one."""
     log_every: int = 10
-    # machine
-    device: str = "auto"  # auto: cuda where there is one, else cpu
-    dtype: str = "float32"  # bfloat16: autocast; master weights stay float32
-    threads: int = 0  # 0: PyTorch's choice
+    """Steps from one line of `history.jsonl` to the next."""
+    # Machine
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:N`; `auto` takes a GPU where there is one."""
+    dtype: str = "float32"
+    """Of the products: `bfloat16` runs them under autocast; weights and optimizer stay float32."""
+    threads: int = 0
+    """CPU threads. 0: measured at the start; the number found is kept, also by a resume."""
     compile: bool = False
+    """Whether blocks are compiled by `torch.compile`: faster steps, a minute more to begin. Needs a
+    C++ compiler."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -122,7 +195,7 @@ class TrainConfig:
                     f"{field.name} = {value!r}: must be one of {', '.join(CHOICES[field.name])}"
                 )
             if hints[field.name] in (int, float):
-                low, high = RANGES.get(field.name, (0, float("inf")))
+                low, high = allowed(field.name, hints[field.name])
                 if not low <= value <= high:  # also refuses nan
                     raise ConfigError(f"{field.name} = {value}: must be from {low:g} to {high:g}")
         if self.min_lr > self.lr:
@@ -155,15 +228,68 @@ class TrainConfig:
         return cls(**values)
 
 
+def check_settings(config: ModelConfig, train: TrainConfig) -> None:
+    """Raise ConfigError where model and training settings contradict each other."""
+    check_exits(train.eval_exits, config.num_hidden_layers)
+    if train.context > config.max_position_embeddings:
+        raise ConfigError(
+            f"context = {train.context}: the model holds {config.max_position_embeddings} "
+            "positions; raise model.max_position_embeddings"
+        )
+    if train.route_lambda and not config.gates:
+        raise ConfigError("route_lambda above 0: needs model.gates = true")
+    if train.hadamard_form != "definition" and not config.hadamard:
+        raise ConfigError(f"hadamard_form = {train.hadamard_form!r}: needs model.hadamard = true")
+    if train.linear_form != "definition":
+        _check_public(config, train)
+    if train.quant_lambda and config.linear != "ternary":
+        raise ConfigError("quant_lambda above 0: needs model.linear = 'ternary'")
+
+
+def _check_public(config: ModelConfig, train: TrainConfig) -> None:
+    if config.linear != "ternary" or config.relu2_in_linear or train.hadamard_form != "definition":
+        raise ConfigError(
+            "linear_form = 'public': needs model.linear = 'ternary', relu2_in_linear = false and "
+            "hadamard_form = 'definition'"
+        )
+    widths = {out for out, _ in config.linear_shapes().values()}
+    if config.hadamard and any(n & (n - 1) for n in widths):
+        raise ConfigError(
+            "linear_form = 'public' with hadamard: transforms outputs, so their widths must be "
+            f"powers of two, and they are {', '.join(map(str, sorted(widths)))}"
+        )
+
+
+def check_exits(exits: Sequence[int], layers: int) -> list[int]:
+    """The exits in order without repeats. Raises ConfigError if one is not in 1..L."""
+    for n in exits:
+        if not 1 <= n <= layers:
+            raise ConfigError(f"exit layer {n}: must be within 1..{layers}")
+    return sorted(set(exits))
+
+
+def allowed(name: str, kind: type) -> tuple[float, float]:
+    """The closed range of a field that holds numbers of a kind, int or float."""
+    return RANGES.get(name, (0, 1 << 40 if kind is int else 1e9))
+
+
 def _typed(name: str, value: Any, kind: Any) -> Any:
     """The value as its field's type; only int -> float and list -> tuple are converted."""
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{name}: the number is too large") from None
     item = {tuple[int, ...]: int, tuple[str, ...]: str}.get(kind)
     if item is not None:
-        if type(value) in (list, tuple) and all(type(v) is item for v in value):
-            return tuple(value)
-        raise ConfigError(f"{name} = {value!r}: must be a list of {item.__name__}")
-    if type(value) is not kind:
+        if type(value) not in (list, tuple) or any(type(v) is not item for v in value):
+            raise ConfigError(f"{name} = {value!r}: must be a list of {item.__name__}")
+        value = tuple(value)
+    elif type(value) is not kind:
         raise ConfigError(f"{name} = {value!r}: must be of type {kind.__name__}")
+    if item is str or kind is str:
+        try:  # files of settings are UTF-8
+            "".join(value).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{name} = {value!r}: must be text in UTF-8; rename it") from None
     return value

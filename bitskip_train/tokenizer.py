@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from bitskip_ref.documents import END_OF_TEXT
+from bitskip_ref.documents import END_OF_TEXT, read_text
+from bitskip_text import tokenizer as loader
+from bitskip_text.tokenizer import Tokenizer, TokenizerError, one_line
 from bitskip_train.errors import DataError
 
 
@@ -18,17 +21,17 @@ def make_tokenizer(spec: str, documents: Iterable[str]) -> Tokenizer:
     path of a tokenizer.json, or `bpe:SIZE`, trained on `documents`. Raises DataError.
     """
     if spec.startswith("bpe:"):
-        tokenizer = _train_bpe(spec, documents)
+        tokenizer = Tokenizer(_train_bpe(spec, documents), spec)
     elif Path(spec).is_dir():
-        tokenizer = _byte_level(_bpe_folder(Path(spec)))
+        tokenizer = Tokenizer(_byte_level(_bpe_folder(Path(spec))), spec)
     elif Path(spec).is_file():
-        tokenizer = parse_tokenizer(Path(spec).read_text(encoding="utf-8"), spec)
+        tokenizer = parse_tokenizer(_text_of(Path(spec)), spec)
     elif spec == "gpt2":
         try:
-            tokenizer = Tokenizer.from_pretrained("gpt2")
+            tokenizer = Tokenizer(Library.from_pretrained("gpt2"), spec)
         except Exception as error:  # the hub raises many types, for network and for file trouble
             raise DataError(
-                f"tokenizer 'gpt2': not available from the hub ({_first_line(error)}); give "
+                f"tokenizer 'gpt2': not available from the hub ({one_line(error)}); give "
                 "a folder with its vocab.json and merges.txt: --set train.tokenizer=FOLDER"
             ) from None
     else:
@@ -36,7 +39,7 @@ def make_tokenizer(spec: str, documents: Iterable[str]) -> Tokenizer:
             f"tokenizer {spec!r}: no such file; use gpt2, bpe:SIZE, a tokenizer.json, or a folder "
             "with vocab.json and merges.txt"
         )
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
+    if tokenizer.token_id(END_OF_TEXT) is None:
         raise DataError(f"tokenizer {spec!r}: has no token {END_OF_TEXT}, which ends documents")
     return tokenizer
 
@@ -44,12 +47,19 @@ def make_tokenizer(spec: str, documents: Iterable[str]) -> Tokenizer:
 def parse_tokenizer(text: str, source: str) -> Tokenizer:
     """A tokenizer from the text of its tokenizer.json. Raises DataError naming the source."""
     try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception
-        raise DataError(f"{source}: not a tokenizer.json ({_first_line(error)})") from None
+        return loader.parse_tokenizer(text, source)
+    except TokenizerError as error:
+        raise DataError(str(error)) from None
 
 
-def _train_bpe(spec: str, documents: Iterable[str]) -> Tokenizer:
+def _text_of(path: Path) -> str:
+    try:
+        return read_text(path)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
+def _train_bpe(spec: str, documents: Iterable[str]) -> Library:
     size = spec.removeprefix("bpe:")
     if not size.isdecimal() or not 257 <= int(size) <= 1 << 20:
         raise DataError(f"tokenizer {spec!r}: the size must be a number from 257 (256 bytes + end)")
@@ -69,18 +79,14 @@ def _bpe_folder(folder: Path) -> models.BPE:
         return models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:  # the library raises plain Exception
         raise DataError(
-            f"{folder}: needs GPT-2's vocab.json and merges.txt ({_first_line(error)})"
+            f"{folder}: needs GPT-2's vocab.json and merges.txt ({one_line(error)})"
         ) from None
 
 
-def _byte_level(model: models.BPE) -> Tokenizer:
+def _byte_level(model: models.BPE) -> Library:
     """GPT-2's way of splitting text, around a BPE model."""
-    tokenizer = Tokenizer(model)
+    tokenizer = Library(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -17,17 +19,20 @@ from torch import Tensor
 from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.files import remove_leftovers
 from bitskip_train import losses
+from bitskip_train.checked import Damage, restore_optimizer
 from bitskip_train.checkpoint import Checkpoint, save_checkpoint
 from bitskip_train.data import Split, Windows
 from bitskip_train.draws import Draws
 from bitskip_train.errors import CheckpointError, TrainingError
-from bitskip_train.evaluate import check_exits, evaluate
+from bitskip_train.evaluate import evaluate
 from bitskip_train.model import BitskipModel
 from bitskip_train.objective import Objective
 from bitskip_train.progress import Report
 from bitskip_train.readings import public_init
+from bitskip_train.run_folder import CONFIG, write_config
 from bitskip_train.schedule import learning_rate
-from bitskip_train.settings import TrainConfig
+from bitskip_train.settings import TrainConfig, check_settings
+from bitskip_train.threads import time_threads
 from bitskip_train.world import World
 
 _COMPILERS = ("torch._dynamo", "torch._inductor")  # modules whose errors compiling raises
@@ -47,11 +52,13 @@ class Trainer:
         out: Path,
         resume: Checkpoint | None = None,
         world: World = World(),  # noqa: B008 (frozen)
+        accept_changes: bool = False,
     ) -> None:
-        """Build model and optimizer, from a checkpoint if one is given.
+        """Build model and optimizer, from a checkpoint if one is given; choose the threads.
 
-        Raises ConfigError where settings do not fit each other, CheckpointError where the
-        checkpoint cannot be resumed.
+        accept_changes: resume although the run is not the checkpoint's (`fingerprint`). Raises
+        ConfigError where settings do not fit each other, CheckpointError where the checkpoint
+        cannot be resumed.
         """
         check_settings(config, train)
         if train.threads:
@@ -68,19 +75,44 @@ class Trainer:
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, train)
         self.objective = Objective(self.model, train, self.device)
+        self.thread_times: dict[int, float] = {}
+        if not train.threads:
+            self._choose_threads()
+        self.fingerprint = fingerprint(train, data, world)
+        self.stopped_by: int | None = None
         self.step = self.position = 0
         self.best_loss: float | None = None
         self.history: list[dict[str, Any]] = []
         if resume is not None:
             if resume.optimizer is None:
                 raise CheckpointError("the checkpoint has no optimizer state: resume from last.pt")
+            if not accept_changes:
+                check_same_run(resume.fingerprint, self.fingerprint)
             self.model.load_state_dict(resume.state)
-            self.optimizer.load_state_dict(resume.optimizer)
+            try:
+                restore_optimizer(self.optimizer, resume.optimizer)
+            except Damage as error:
+                raise CheckpointError(f"damaged checkpoint ({error})") from None
             self.step, self.position = resume.step, resume.position
             self.best_loss, self.history = resume.best_loss, list(resume.history)
         if train.compile:
             for block in self.model.layers:
                 block.compile()
+
+    def _choose_threads(self) -> None:
+        """Measure passes of the first windows; leaves no gradient and no decision behind."""
+        ids = torch.from_numpy(self.windows.batch(0, self.train.batch)).to(self.device)
+
+        def run_pass() -> None:
+            self.objective.backward(ids, 0, Draws(self.train.seed, 0, self.train.batch))
+
+        if self.device.type == "cpu":
+            self.thread_times = time_threads(run_pass, torch.get_num_threads())
+            self.optimizer.zero_grad(set_to_none=True)
+        best = min(self.thread_times, key=self.thread_times.__getitem__, default=0)
+        best = self.world.share(best or torch.get_num_threads())
+        torch.set_num_threads(best)
+        self.train = self.train.replace(threads=best)
 
     @property
     def tokens_per_step(self) -> int:
@@ -137,24 +169,28 @@ class Trainer:
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def run(self, tensorboard: bool | None = None) -> bool:
-        """Train to the end. Returns False if Ctrl-C stopped it, after writing last.pt.
+        """Train to the end. Returns False if a signal stopped it (`stopped_by`), after writing
+        last.pt.
 
-        The first Ctrl-C lets the step finish; a second one stops at once. Writes last.pt, best.pt
-        (at each record of the validation loss, without optimizer state) and history.jsonl.
+        The first Ctrl-C or SIGTERM lets the step finish, one more Ctrl-C stops at once. Writes
+        config.toml, last.pt, best.pt (at each record of the validation loss, without optimizer
+        state) and history.jsonl. Only one process may use the folder (`run_folder.locked`).
         """
         if self.world.main:
-            for name in ("last.pt", "best.pt", "history.jsonl"):
+            for name in ("last.pt", "best.pt", "history.jsonl", CONFIG):
                 remove_leftovers(self.out / name)
+            write_config(self.out, self.config, self.train)
         report = Report(
             self.out if self.world.main else None, self.train.steps, self.step, self.history,
             tensorboard,
         )  # fmt: skip
         try:
-            with _interrupts() as interrupted:
-                finished = self._loop(report, interrupted)
-            if finished and (not self.history or "valid_loss" not in self.history[-1]):
-                self._evaluate(report)
-            self._save("last.pt")
+            with _signals() as seen:
+                finished = self._loop(report, seen)
+                self._save("last.pt")
+                if finished and (not self.history or "valid_loss" not in self.history[-1]):
+                    self._evaluate(report)
+                    self._save("last.pt")
         except torch.cuda.OutOfMemoryError:
             raise TrainingError(
                 "out of GPU memory: lower train.batch and raise train.accumulation"
@@ -170,12 +206,13 @@ class Trainer:
             report.close()
         return finished
 
-    def _loop(self, report: Report, interrupted: list[int]) -> bool:
-        """Steps until the last, until patience is over, or until Ctrl-C: then returns False."""
+    def _loop(self, report: Report, seen: list[int]) -> bool:
+        """Steps until the last, until patience is over, or until a signal: then returns False."""
         train = self.train
         tokens, since = 0, time.monotonic()
         while self.step < train.steps:
-            if self.world.any(bool(interrupted)):
+            if signalled := self.world.largest(seen[0] if seen else 0):
+                self.stopped_by = signalled
                 return False
             if self._patience_is_over():
                 report.note(f"stopped early: no better loss in {train.patience} checks")
@@ -236,39 +273,33 @@ class Trainer:
             best_loss=self.best_loss,
             history=self.history,
             optimizer=self.optimizer.state_dict() if optimizer else None,
+            fingerprint=self.fingerprint,
         )
         save_checkpoint(self.out / name, checkpoint)
 
 
-def check_settings(config: ModelConfig, train: TrainConfig) -> None:
-    """Raise ConfigError where model and training settings contradict each other."""
-    check_exits(train.eval_exits, config.num_hidden_layers)
-    if train.context > config.max_position_embeddings:
-        raise ConfigError(
-            f"context = {train.context}: the model holds {config.max_position_embeddings} "
-            "positions; raise model.max_position_embeddings"
-        )
-    if train.route_lambda and not config.gates:
-        raise ConfigError("route_lambda above 0: needs model.gates = true")
-    if train.hadamard_form != "definition" and not config.hadamard:
-        raise ConfigError(f"hadamard_form = {train.hadamard_form!r}: needs model.hadamard = true")
-    if train.linear_form != "definition":
-        _check_public(config, train)
-    if train.quant_lambda and config.linear != "ternary":
-        raise ConfigError("quant_lambda above 0: needs model.linear = 'ternary'")
+def fingerprint(train: TrainConfig, data: Split, world: World) -> dict[str, Any]:
+    """What must not change within a run, or it is another one: name -> value."""
+    return {
+        "data": hashlib.sha256(np.ascontiguousarray(data.tokens).data).hexdigest(),
+        "seed": train.seed,
+        "context": train.context,
+        "windows a step": train.batch * train.accumulation * world.size,
+    }
 
 
-def _check_public(config: ModelConfig, train: TrainConfig) -> None:
-    if config.linear != "ternary" or config.relu2_in_linear or train.hadamard_form != "definition":
-        raise ConfigError(
-            "linear_form = 'public': needs model.linear = 'ternary', relu2_in_linear = false and "
-            "hadamard_form = 'definition'"
-        )
-    widths = {out for out, _ in config.linear_shapes().values()}
-    if config.hadamard and any(n & (n - 1) for n in widths):
-        raise ConfigError(
-            "linear_form = 'public' with hadamard: transforms outputs, so their widths must be "
-            f"powers of two, and they are {', '.join(map(str, sorted(widths)))}"
+def check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise CheckpointError where a fingerprint differs from the checkpoint's, which may be of an
+    earlier version and hold less."""
+    changed = [
+        "other data" if name == "data" else f"{name}: {now[name]}, was {before[name]}"
+        for name in now
+        if name in before and before[name] != now[name]
+    ]
+    if changed:
+        raise CheckpointError(
+            f"this is not the run that the checkpoint is of ({'; '.join(changed)}): give what it "
+            "was begun with, or add --accept-changes"
         )
 
 
@@ -285,33 +316,36 @@ def make_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Ad
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device a name means; `auto` is a GPU where there is one, else cpu. Raises ConfigError."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device = {name!r}: must be auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device = {name!r}: no CUDA device here; use auto or cpu")
-    return device
+        name = f"cuda:{local_rank}" if gpus else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise ConfigError(f"device = {name!r}: must be auto, cpu, cuda or cuda:N")
+    if name.startswith("cuda") and int(name[5:] or 0) >= gpus:
+        raise ConfigError(f"device = {name!r}: {gpus} CUDA devices here; use auto or cpu")
+    return torch.device(name)
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C fills; the second raises KeyboardInterrupt as usual."""
+def _signals() -> Iterator[list[int]]:
+    """A list that Ctrl-C and SIGTERM fill; a Ctrl-C after them raises KeyboardInterrupt as usual.
+
+    SIGTERM never does: job schedulers and launchers may each send one.
+    """
     seen: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        if seen:
+        if seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         seen.append(number)
 
     try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread: Ctrl-C does not come here
+        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals do not come here
         yield seen
         return
     try:
         yield seen
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -50,13 +50,13 @@ class World:
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values."""
         if self.size == 1:
-            return flag
-        value = torch.tensor(float(flag))
-        dist.all_reduce(value)
-        return bool(value > 0)
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def share(self, value: Any) -> Any:
         """The main process's value (plain Python), in every process; the others' is ignored."""

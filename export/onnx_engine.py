@@ -1,10 +1,11 @@
-"""A model on ONNX Runtime, as a `bitskip_ref.engine.Engine`."""
+"""A model on ONNX Runtime, as an engine."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -12,10 +13,9 @@ import onnxruntime as ort
 from bitskip_export.onnx_builder import lay_out
 from bitskip_export.onnx_files import find_graphs, weight_bytes
 from bitskip_export.onnx_graph import ExitGraph
-from bitskip_ref.cache import CacheFill, check_kv_cache
-from bitskip_ref.checks import check_exit_layer, check_exit_layers, check_input
+from bitskip_ref.cache import ArrayCache, check_kv_cache
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import ExitRule, Trace, Visit
+from bitskip_ref.engine import Engine, Run, Trace, Visit
 from bitskip_ref.folder import CONFIG, read_folder
 
 DATA = "weights"  # name of the external file that is given in memory
@@ -24,23 +24,28 @@ OpenSession = Callable[[int, bool], ort.InferenceSession]
 """(exit layer, whether to trace) -> session."""
 
 
-class OnnxCache(CacheFill):
-    """Keys (turned) and values of each block, f32 or f16 [S, K, E] (SPEC 6.4, 6.5)."""
-
-    def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
-        super().__init__(config, kv_cache)
-        empty = np.zeros((0, config.num_key_value_heads, config.head_dim), kv_cache)
-        self.keys = [empty] * config.num_hidden_layers
-        self.values = [empty] * config.num_hidden_layers
+class OnnxCache(ArrayCache):
+    """Keys and values as a graph takes and gives them."""
 
 
-class OnnxModel:
-    """`bitskip_ref.engine.Engine` with one session for each exit, opened when first used."""
+class OnnxModel(Engine):
+    """The engine with one session for each exit, opened when first used.
+
+    A graph runs a fixed number of blocks, from token ids to logits: rules that decide on the way,
+    and drafts from another exit, are refused.
+    """
+
+    cache_type = OnnxCache
 
     def __init__(
-        self, config: ModelConfig, open_session: OpenSession, kv_cache: str = "float32"
+        self,
+        config: ModelConfig,
+        open_session: OpenSession,
+        kv_cache: str = "float32",
+        threads: int = 0,
     ) -> None:
-        self.config, self.kv_cache = config, kv_cache
+        super().__init__(config, kv_cache)
+        self.threads = threads
         self._open = open_session
         self._sessions: dict[tuple[int, bool], ort.InferenceSession] = {}
 
@@ -51,71 +56,47 @@ class OnnxModel:
             self._sessions[key] = self._open(exit_layer, trace)
         return self._sessions[key]
 
-    def new_cache(self) -> OnnxCache:
-        return OnnxCache(self.config, self.kv_cache)
-
-    def extend(
-        self,
-        token_ids: Sequence[int],
-        cache: OnnxCache,
-        *,
-        exit_layer: int | None = None,
-        last_only: bool = False,
-        trace: Trace | None = None,
-    ) -> np.ndarray:
-        n = check_exit_layer(exit_layer, self.config)
-        ids = check_input(token_ids, cache, n, self.config)
-        session = self.session(n, trace is not None)
-        feeds = {"token_ids": ids}
+    def _extend(self, run: Run, n: int, first: int, trace: Trace | None) -> np.ndarray:
+        session, cache = self.session(n, trace is not None), run.cache
+        feeds = {"token_ids": np.array(run.ids, np.int64)}
         for i in range(n):
-            feeds[f"past.{i}.key"] = cache.keys[i][: cache.length]
-            feeds[f"past.{i}.value"] = cache.values[i][: cache.length]
+            feeds[f"past.{i}.key"] = cache.keys[i][: run.first]
+            feeds[f"past.{i}.value"] = cache.values[i][: run.first]
         names = [output.name for output in session.get_outputs()]
         outputs = dict(zip(names, session.run(names, feeds), strict=True))
         for i in range(n):
             cache.keys[i] = outputs.pop(f"present.{i}.key")
             cache.values[i] = outputs.pop(f"present.{i}.value")
-        cache.advance(len(ids), n)
-        if last_only:
-            for name in ("exit_norm", "logits"):
-                if name in outputs:
-                    outputs[name] = outputs[name][-1:]
-        logits = outputs.pop("logits")
-        if trace:
+        for name in ("exit_norm", "logits"):
+            if name in outputs:
+                outputs[name] = outputs[name][first:]
+        logits: np.ndarray = outputs.pop("logits")
+        if trace is not None:
             for stage, values in outputs.items():
                 trace(stage, values)
             trace("logits", logits)
         return logits
 
-    def extend_exits(
-        self, token_ids: Sequence[int], cache: OnnxCache, exit_layers: Sequence[int], visit: Visit
-    ) -> None:
-        """As the protocol has it; each exit has its own graph, which starts from the tokens."""
-        exits, length = check_exit_layers(exit_layers, self.config), cache.length
-        check_input(token_ids, cache, exits[-1], self.config)
+    def _extend_exits(self, run: Run, exits: Sequence[int], visit: Visit) -> None:
+        """Each exit has its own graph, which starts from the tokens."""
         for n in exits:
-            cache.length = length
-            visit(n, 0, self.extend(token_ids, cache, exit_layer=n))
+            visit(n, 0, self._extend(run, n, 0, None))
 
-    def step(
-        self, token_id: int, cache: OnnxCache, rule: ExitRule, trace: Trace | None = None
-    ) -> tuple[np.ndarray, int]:
-        n = rule.deepest(self.config)
-        if rule.looks(self.config):
+    def _own(self, cache: Any) -> None:
+        super()._own(cache)
+        if cache.kv_cache != self.kv_cache:
             raise ValueError(
-                "an ONNX graph runs a fixed number of blocks: choose an exit layer, or another "
-                "engine for exits by gate or confidence"
+                f"the cache holds {cache.kv_cache}, this engine's graphs take {self.kv_cache}: "
+                "take one from new_cache()"
             )
-        return self.extend([token_id], cache, exit_layer=n, trace=trace)[0], n
 
-    def speculate(self, *arguments: object, **options: object) -> tuple[list[int], np.ndarray]:
-        """Refused: a graph starts from token ids, not from the hidden states of another."""
+    def _refuse(self, *_: Any, **__: Any) -> Any:
         raise ValueError(
-            "an ONNX graph cannot go on where another exit's stopped: speculate on another engine"
+            "an ONNX graph runs a fixed number of blocks, from token ids: choose an exit layer by "
+            "number, or another engine for exits by gate or confidence and for speculation"
         )
 
-    def logits(self, token_ids: Sequence[int], exit_layer: int | None = None) -> np.ndarray:
-        return self.extend(token_ids, self.new_cache(), exit_layer=exit_layer)
+    _embed = _blocks = _fill = _exit = _gate = _confidence = _join = _refuse
 
 
 def load_onnx(
@@ -151,7 +132,7 @@ def load_onnx(
             model = graph.model((DATA, offsets)).SerializeToString()
             return ort.InferenceSession(model, chosen)
 
-        return OnnxModel(folder.config, build, kind)
+        return OnnxModel(folder.config, build, kind, threads)
 
     config, kind, graphs = find_graphs(root)
     if kv_cache not in (None, kind):
@@ -169,4 +150,4 @@ def load_onnx(
             )
         return ort.InferenceSession(graphs[exit_layer], options())
 
-    return OnnxModel(config, read, kind)
+    return OnnxModel(config, read, kind, threads)

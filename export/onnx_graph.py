@@ -95,17 +95,22 @@ class ExitGraph:
     # ---- the forward pass, top to bottom --------------------------------------------
 
     def embed(self) -> str:
-        """token_ids -> x [T, D] (SPEC 4.4, 7.4). A tied embedding reads columns of the head."""
+        """token_ids -> x [T, D] (SPEC 4.4, 7.4). A tied embedding reads columns of the head.
+
+        ONNX counts negative ids from the end; here they become V, which Gather refuses.
+        """
         g, c = self.g, self.config
+        negative = g.op("Less", "token_ids", g.const(np.int64(0)))
+        ids = g.op("Where", negative, g.const(np.int64(c.vocab_size)), "token_ids")
         if c.tie_word_embeddings:
-            x = g.op("Gather", self.head_weight("embed_tokens"), "token_ids", axis=1)
+            x = g.op("Gather", self.head_weight("embed_tokens"), ids, axis=1)
             x = g.op("Transpose", x, perm=[1, 0])
         else:
             name = "embed_tokens.weight"
-            x = g.op("Gather", g.weight(name, self.tensors[name]), "token_ids")
+            x = g.op("Gather", g.weight(name, self.tensors[name]), ids)
         x = g.cast(x, f32)
         if c.head_format in HEAD_BITS:
-            scale = g.op("Gather", self.head_scale("embed_tokens"), "token_ids")
+            scale = g.op("Gather", self.head_scale("embed_tokens"), ids)
             x = g.op("Mul", x, g.op("Unsqueeze", scale, g.const(np.int64(1))))
         x = self.norm("embedding_norm", x) if c.embedding_norm else x
         self.report("embed", x, c.hidden_size)

@@ -68,7 +68,7 @@ def export_checkpoint(
         draft_vocab = -(-config.vocab_size // DRAFTS)
     if tokenizer_json is not None:
         tokenizer = parse_tokenizer(tokenizer_json, f"{checkpoint}: its tokenizer")
-        end = tokenizer.token_to_id(END_OF_TEXT)
+        tokenizer_json, end = tokenizer.json, tokenizer.token_id(END_OF_TEXT)
     tensors = pack(config, state, ternary=ternary)
     if tokenizer_json is None:
         (root / TOKENIZER).unlink(missing_ok=True)  # an older model's

@@ -8,9 +8,9 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from bitskip_ref.documents import END_OF_TEXT
+from bitskip_text.tokenizer import parse_tokenizer
 
 DOCUMENTS = 256  # encoded at a time
 
@@ -24,21 +24,21 @@ def frequent_first(
     ones as before; ids without a token stay last. Raises ValueError for a tokenizer whose ids are
     not a table.
     """
-    stored = json.loads(tokenizer_json)
+    tokenizer = parse_tokenizer(tokenizer_json, "the tokenizer")
+    stored = json.loads(tokenizer.json)
     vocab = stored["model"].get("vocab")
     if not isinstance(vocab, dict):
         raise ValueError(
             f"the tokenizer's model is {stored['model'].get('type')!r}, whose ids are places in a "
             "list: only models with a table of ids can be renumbered"
         )
-    library = Tokenizer.from_str(tokenizer_json)
     counts = np.full(vocab_size, -1, np.int64)
-    counts[list(library.get_vocab(with_added_tokens=True).values())] = 0
-    end = library.token_to_id(END_OF_TEXT)
+    counts[list(tokenizer.vocabulary().values())] = 0
+    end = tokenizer.token_id(END_OF_TEXT)
     left = iter(documents)
     while part := list(islice(left, DOCUMENTS)):
-        for encoding in library.encode_batch(part, add_special_tokens=False):
-            np.add.at(counts, encoding.ids, 1)
+        for ids in tokenizer.encode_batch(part):
+            np.add.at(counts, ids, 1)
         if end is not None:
             counts[end] += len(part)
     order = np.argsort(-counts, kind="stable")

@@ -9,8 +9,8 @@ import numpy as np
 
 def summary(path: Path) -> str:
     """Sizes, bits per weight and ternary statistics of a model folder."""
+    from bitskip.tables import size, table
     from bitskip_cpu.inspect import inspect
-    from bitskip_cpu.tables import size, table
 
     facts = inspect(path)
     total = facts["bytes"]["total"]

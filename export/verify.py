@@ -32,9 +32,9 @@ def _load_torch(path: Path, threads: int, kv_cache: str) -> Engine:
 
 
 def _load_numba(path: Path, threads: int, kv_cache: str) -> Engine:
-    import bitskip_cpu
+    from bitskip_cpu.engine import load
 
-    return bitskip_cpu.load(path, threads=threads, kv_cache=kv_cache)
+    return load(path, threads, kv_cache)
 
 
 def _load_onnx(path: Path, threads: int, kv_cache: str) -> Engine:
@@ -62,18 +62,14 @@ class Check:
     problem: str | None
 
 
-class NotInstalled(RuntimeError):
-    """An engine whose library is missing."""
-
-
 def verify(
     path: Path, ids: Sequence[int], exits: Sequence[int], engines: Sequence[str],
     threads: Sequence[int], kv_cache: str = "float32",
-    skipped: Callable[[str], None] | None = None,
+    absent: Callable[[str, ImportError], None] | None = None,
 ) -> Iterator[Check]:  # fmt: skip
     """Compare engines (names in ENGINES) with the reference on the same tokens and kind of cache.
 
-    skipped: told of an engine that is not installed; None: raise NotInstalled instead.
+    absent: told of an engine that cannot be imported, which is then left out; None: ImportError.
     Raises bitskip_ref.FormatError for what is no model folder, ValueError for ids or exits out of
     range.
     """
@@ -84,10 +80,9 @@ def verify(
             try:
                 engine = ENGINES[name](path, count, kv_cache)
             except ImportError as error:
-                reason = f"engine {name} is not installed ({error})"
-                if skipped is None:
-                    raise NotInstalled(reason) from None
-                skipped(reason)
+                if absent is None:
+                    raise
+                absent(name, error)
                 break
             exact = reference.config.linear == "ternary" or name not in LIBRARY_PRODUCTS
             bound = None if exact else BOUNDS[kv_cache]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bitskip_ref.arithmetic.quant import quantize_activations, quantize_weights
 from bitskip_ref.config import HEAD_BITS, PRESETS, ModelConfig, small_twin
+from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.engine import Engine
 from bitskip_ref.folder import write_folder
 from bitskip_ref.packing import pack_ternary
 from bitskip_ref.tensors import expected_tensors, parameter_shapes
@@ -72,3 +76,16 @@ def random_folder(path: Path, config: ModelConfig, seed: int = 0) -> Path:
 def random_tokens(config: ModelConfig, count: int, seed: int = 1) -> list[int]:
     """Token ids in 0..V-1."""
     return np.random.default_rng(seed).integers(0, config.vocab_size, count).tolist()
+
+
+def chosen_round(
+    engine: Engine, token: int, cache: Any, count: int, draft: Draft,
+    choose: Callable[[np.ndarray], int], exit_layer: int | None = None,
+) -> tuple[list[int], np.ndarray]:  # fmt: skip
+    """`Engine.speculate` with drafts by `choose`, run by way of `Engine.round`."""
+    under_way, ids = engine.round(cache, draft, exit_layer), [token]
+    while True:
+        z = under_way.draft(ids[-1])
+        if len(ids) > count or not draft.sure(z):
+            return ids[1:], under_way.verify()
+        ids.append(choose(z))

@@ -8,57 +8,58 @@ from typing import Any
 import numpy as np
 
 from bitskip_ref.cache import CacheFill
-from bitskip_ref.checks import check_input
 from bitskip_ref.config import ModelConfig, small_twin
-from bitskip_ref.decoding.draft import Choose, Draft
+from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.engine import Engine, Run
 
 
 class TableCache(CacheFill):
     """Holds the ids themselves."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
+        super().__init__(config, kv_cache)
         self.ids: list[int] = []
 
 
-class TableEngine:
-    """The next logits depend on the last id alone: `full` f32 [V, V], and `early` for drafts."""
+class TableEngine(Engine):
+    """The next logits depend on the last id alone: `full` f32 [V, V], and `early` for drafts.
+
+    Hidden states are the ids.
+    """
+
+    cache_type = TableCache
 
     def __init__(self, full: np.ndarray, early: np.ndarray, context: int = 64) -> None:
+        config = small_twin("bitskip-v1")
+        super().__init__(config.replace(vocab_size=len(full), max_position_embeddings=context))
         self.full, self.early = full.astype(np.float32), early.astype(np.float32)
-        self.config = small_twin("bitskip-v1").replace(
-            vocab_size=len(full), max_position_embeddings=context
-        )
         self.cache: TableCache
-        self.counts: list[int] = []  # drafts that each round was allowed
+        self.counts: list[int] = []  # drafts that each greedy round was allowed
 
     def new_cache(self) -> TableCache:
-        self.cache = TableCache(self.config)
+        self.cache = super().new_cache()
         return self.cache
 
-    def extend(
-        self, token_ids: Sequence[int], cache: TableCache, *, exit_layer: int, **_: Any
-    ) -> np.ndarray:
-        ids = check_input(token_ids, cache, exit_layer, self.config)
-        cache.ids[cache.length :] = ids.tolist()
-        cache.advance(len(ids), exit_layer)
-        return self.full[ids]
-
-    def step(self, token_id: int, cache: TableCache, rule: Any) -> tuple[np.ndarray, int]:
-        depth = rule.deepest(self.config)
-        return self.extend([token_id], cache, exit_layer=depth)[0], depth
-
     def speculate(
-        self,
-        token_id: int,
-        cache: TableCache,
-        count: int,
-        draft: Draft,
-        *,
-        exit_layer: int | None = None,
-        choose: Choose | None = None,
+        self, token_id: int, cache: Any, count: int, draft: Draft, *, exit_layer: int | None = None
     ) -> tuple[list[int], np.ndarray]:
-        n = draft.check_round(token_id, cache, count, exit_layer, self.config)
         self.counts.append(count)
-        ids = draft.ids(token_id, count, choose, lambda token, _: self.early[token])
-        return ids[1:], self.extend(ids, cache, exit_layer=n)
+        return super().speculate(token_id, cache, count, draft, exit_layer=exit_layer)
+
+    def _embed(self, run: Run, trace: Any = None) -> np.ndarray:
+        return np.array(run.ids)
+
+    def _blocks(
+        self, x: np.ndarray, run: Run, first: int, last: int, trace: Any = None
+    ) -> np.ndarray:
+        run.cache.ids[run.first :] = x.tolist()
+        return x
+
+    def _exit(self, x: np.ndarray, n: int, first: int = 0, trace: Any = None) -> np.ndarray:
+        table = self.full if n == self.config.num_hidden_layers else self.early
+        return table[x[first:]]
+
+    def _join(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(rows)
+
+    _fill = _gate = _confidence = None  # type: ignore[assignment]

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("bitskip_ref", "bitskip_cpu", "bitskip_train", "export", "bitskip_experiments")
+PACKAGES = (
+    "bitskip", "bitskip_ref", "bitskip_text", "bitskip_cpu", "bitskip_train", "export",
+    "bitskip_experiments",
+)  # fmt: skip
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 LONGEST = 450
 
@@ -20,6 +23,9 @@ FORBIDDEN = {
     "bitskip_cpu": {
         "bitskip_train", "bitskip_export", "bitskip_experiments", "torch", "onnx",
         "onnxruntime", "onnx_ir",
+    },
+    "bitskip_text": {
+        "bitskip_cpu", "bitskip_train", "bitskip_export", "bitskip_experiments", "torch", "numba",
     },
     "bitskip_train": {"bitskip_cpu", "bitskip_export", "bitskip_experiments"},
     "export": {"bitskip_experiments"},
@@ -65,7 +71,7 @@ def problems(path: Path, text: str) -> list[str]:
     wrong = tops & (FORBIDDEN.get(package, set()) | {"tests"})
     if package == "bitskip_ref":
         wrong |= tops - set(sys.stdlib_module_names) - {"bitskip_ref", "numpy"}
-    if package == "bitskip_cpu" and path not in COMPARE:
+    if package in ("bitskip_cpu", "bitskip_text") and path not in COMPARE:
         wrong |= {n for n in names if any(f"{n}.".startswith(f"{a}.") for a in ARITHMETIC)}
     wrong |= {name.split(".")[0] for name in at_import(tree)} & LAZY.get(package, set())
     return sorted(wrong)
@@ -84,6 +90,7 @@ def test_imports_point_one_way(path: Path) -> None:
         ("bitskip_cpu/x.py", "import torch.nn"),
         ("bitskip_cpu/x.py", "from bitskip_ref.arithmetic.quant import ternary_linear"),
         ("bitskip_cpu/x.py", "from bitskip_ref.arithmetic import sums"),
+        ("bitskip_text/x.py", "import bitskip_train.data"),
         ("bitskip_train/x.py", "from tests.helpers import twin"),
         ("export/x.py", "import torch"),
         ("export/x.py", "import bitskip_experiments.runs"),

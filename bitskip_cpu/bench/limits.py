@@ -11,18 +11,23 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from bitskip_cpu import isa
-from bitskip_cpu.kernels.numba_inside.views import emit_prefetch
+from bitskip_cpu.kernels.numba_inside.decorators import intrinsic
+from bitskip_cpu.kernels.numba_inside.emit import (
+    BYTE,
+    INT,
+    LONG,
+    loop,
+    pointer,
+    prefetch,
+    variable,
+)
 
-LONG, INT, BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(8)
 LINE = 64  # bytes
 STREAMS, LINES = 2, 4  # places read at once, cache lines of each: as fast as any of 24 mixtures
 AHEAD = 4096  # bytes between a prefetch and its use
@@ -40,24 +45,20 @@ def _reader() -> Compiled:
     """(address, bytes) -> xor of the memory; reads it once, at the speed it can be had."""
     vector = ir.VectorType(LONG, LINE // 8)
 
-    @intrinsic
-    def read(typing: Any, address: Any, size: Any) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            address, size = args
-            stream = builder.udiv(size, LONG(STREAMS))
-            zero = ir.Constant(vector, [0] * vector.count)
-            sums = [cgutils.alloca_once_value(builder, zero) for _ in range(STREAMS * LINES)]
-            with cgutils.for_range(builder, builder.udiv(stream, LONG(LINES * LINE))) as loop:
-                offset = builder.add(address, builder.mul(loop.index, LONG(LINES * LINE)))
-                for i, total in enumerate(sums):
-                    start = builder.mul(stream, LONG(i // LINES))
-                    at = builder.add(builder.add(offset, start), LONG(i % LINES * LINE))
-                    emit_prefetch(builder, builder.add(at, LONG(AHEAD)), 3)
-                    value = builder.load(builder.inttoptr(at, vector.as_pointer()), align=8)
-                    builder.store(builder.xor(builder.load(total), value), total)
-            return _fold(builder, [builder.load(total) for total in sums])
-
-        return types.int64(types.int64, types.int64), codegen
+    @intrinsic(returns="int64")
+    def read(builder: ir.IRBuilder, address: ir.Value, size: ir.Value) -> ir.Value:
+        stream = builder.udiv(size, LONG(STREAMS))
+        zero = ir.Constant(vector, [0] * vector.count)
+        sums = [variable(builder, zero) for _ in range(STREAMS * LINES)]
+        with loop(builder, builder.udiv(stream, LONG(LINES * LINE))) as index:
+            offset = builder.add(address, builder.mul(index, LONG(LINES * LINE)))
+            for i, total in enumerate(sums):
+                start = builder.mul(stream, LONG(i // LINES))
+                at = builder.add(builder.add(offset, start), LONG(i % LINES * LINE))
+                prefetch(builder, builder.add(at, LONG(AHEAD)), 3)
+                value = builder.load(pointer(builder, at, vector), align=8)
+                builder.store(builder.xor(builder.load(total), value), total)
+        return _fold(builder, [builder.load(total) for total in sums])
 
     return _compile(lambda address, size: read(address, size))
 
@@ -68,48 +69,37 @@ def _multiplier() -> Compiled:
 
     count = ACCUMULATORS[isa.PATH]
 
-    @intrinsic
-    def multiply(typing: Any, turns: Any, seed: Any) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            turns, seed = args
-            start = ir.Constant(INTS, ir.Undefined)
-            for lane in range(INTS.count):
-                start = builder.insert_element(start, builder.trunc(seed, INT), INT(lane))
-            signed = builder.bitcast(builder.mul(start, splat(INTS, 0x01030507)), BYTES)
-            sums = [
-                cgutils.alloca_once_value(builder, builder.add(start, splat(INTS, 7919 * i)))
-                for i in range(count)
-            ]
-            with cgutils.for_range(builder, turns):
-                for i, total in enumerate(sums):
-                    # The neighbour's sum as an operand: no product can be moved out of the loop.
-                    unsigned = builder.load(sums[(i + 1) % count])
-                    operand = builder.bitcast(unsigned, BYTES)
-                    builder.store(dot(builder, builder.load(total), operand, signed), total)
-            longs = ir.VectorType(LONG, INTS.count // 2)
-            return _fold(builder, [builder.bitcast(builder.load(t), longs) for t in sums])
-
-        return types.int64(types.int64, types.int64), codegen
+    @intrinsic(returns="int64")
+    def multiply(builder: ir.IRBuilder, turns: ir.Value, seed: ir.Value) -> ir.Value:
+        start = ir.Constant(INTS, ir.Undefined)
+        for lane in range(INTS.count):
+            start = builder.insert_element(start, builder.trunc(seed, INT), INT(lane))
+        signed = builder.bitcast(builder.mul(start, splat(INTS, 0x01030507)), BYTES)
+        sums = [variable(builder, builder.add(start, splat(INTS, 7919 * i))) for i in range(count)]
+        with loop(builder, turns):
+            for i, total in enumerate(sums):
+                # The neighbour's sum as an operand: no product can be moved out of the loop.
+                unsigned = builder.load(sums[(i + 1) % count])
+                operand = builder.bitcast(unsigned, BYTES)
+                builder.store(dot(builder, builder.load(total), operand, signed), total)
+        longs = ir.VectorType(LONG, INTS.count // 2)
+        return _fold(builder, [builder.bitcast(builder.load(t), longs) for t in sums])
 
     return _compile(lambda turns, seed: multiply(turns, seed))
 
 
 def _matrix_multiplier() -> Compiled:
     """(turns, seed) -> 0; a turn is MATRIX_TURN multiply-adds of the matrix unit, in registers."""
-    from bitskip_cpu.kernels.products.ternary_amx import begin_blocks, call, end_blocks
+    from bitskip_cpu.kernels.products.ternary_amx import begin_blocks, end_blocks, unit
 
-    @intrinsic
-    def multiply(typing: Any, turns: Any) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            for register in range(8):
-                call(builder, "tilezero", BYTE(register))
-            with cgutils.for_range(builder, args[0]):
-                for total in range(4):
-                    operands = BYTE(4 + total // 2), BYTE(6 + total % 2)
-                    call(builder, "tdpbsud", BYTE(total), *operands)
-            return context.get_dummy_value()
-
-        return types.void(types.int64), codegen
+    @intrinsic()
+    def multiply(builder: ir.IRBuilder, turns: ir.Value) -> None:
+        for register in range(8):
+            unit(builder, "tilezero", BYTE(register))
+        with loop(builder, turns):
+            for total in range(4):
+                operands = BYTE(4 + total // 2), BYTE(6 + total % 2)
+                unit(builder, "tdpbsud", BYTE(total), *operands)
 
     def run(turns: int, seed: int) -> int:
         begin_blocks()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitskip_cpu.tables import size, table
+from bitskip.tables import size, table
 
 
 def _number(form: str, scale: float = 1) -> Callable[[float], str]:

@@ -74,12 +74,12 @@ class Case:
     @property
     def threads(self) -> int:
         """Of the engine."""
-        return getattr(self.engine, "threads", 1)
+        return self.engine.threads
 
     @property
     def kv_cache(self) -> str:
         """Of the engine: float32 or float16."""
-        return getattr(self.engine, "kv_cache", "float32")
+        return self.engine.kv_cache
 
     @property
     def name(self) -> str:

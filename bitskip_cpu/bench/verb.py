@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
+from bitskip.terminal import progress_bar
 from bitskip_cpu import isa, models
 from bitskip_cpu.bench.limits import Limits
 from bitskip_cpu.bench.report import Report
 from bitskip_cpu.bench.rows import limit_figures, rows_of
 from bitskip_cpu.bench.timing import Case, Task, measure, plan
+from bitskip_cpu.cli.loading import prepare
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.engine import Engine
 from bitskip_cpu.machine import fingerprint
-from bitskip_cpu.progress import prepare
 from bitskip_cpu.weights import random_tensors
 from bitskip_ref.config import preset as preset_config
 from bitskip_ref.folder import read_folder
@@ -53,9 +55,9 @@ def bench(
         start = time.perf_counter()
     counts: Sequence[int | None] = threads or [None]
     kinds = [(count, kind) for count in counts for kind in kv_caches]
-    engines = [Engine(config, tensors, kinds[0][0], None, kinds[0][1])]
+    engines = [Engine(config, tensors, *kinds[0])]
     load_s = time.perf_counter() - start
-    engines += [Engine(config, engines[0].weights, n, None, kind) for n, kind in kinds[1:]]
+    engines += [Engine(config, engines[0].weights, *kind) for kind in kinds[1:]]
     exits = exits or [config.num_hidden_layers]
     cases = plan(engines, tasks, exits)
     limits = Limits(engines[0].weight_bytes(max(exits)))
@@ -73,14 +75,6 @@ def bench(
 
 
 def _with_progress_bar(cases: Sequence[Case], repetitions: int, limits: Limits, seed: int) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(cases) * (repetitions + 1))
-
-        def show(name: str) -> None:
-            bar.update(task, description=name, advance=1)
-
+    with progress_bar("", len(cases) * (repetitions + 1)) as advance:
+        show = partial(advance, 1)
         measure(cases, repetitions, limits=limits, progress=show, seed=seed)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from bitskip.tables import table
+from bitskip.terminal import progress_bar
 from bitskip_cpu.heldout.scoring import Advance, Stepped, step_through
 from bitskip_cpu.heldout.survey import Costs, Estimate, Survey, look_layers
 from bitskip_cpu.heldout.text import Text, read_text
 from bitskip_cpu.model import Model
-from bitskip_cpu.progress import progress_bar
-from bitskip_cpu.tables import table
 from bitskip_ref.engine import Engine, ExitRule
 from bitskip_ref.exits import FixedExit
 from bitskip_ref.exits.named import DYNAMIC, describe_rule, rule_label

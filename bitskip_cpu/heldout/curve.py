@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bitskip.tables import table
+from bitskip.terminal import progress_bar
 from bitskip_cpu.heldout.points import Point, points
 from bitskip_cpu.heldout.scoring import step_through
 from bitskip_cpu.heldout.text import read_text
 from bitskip_cpu.model import Model
-from bitskip_cpu.progress import progress_bar
-from bitskip_cpu.tables import table
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.heldout import check_windows
@@ -28,10 +28,6 @@ def curve(
     plot: Path | None,
 ) -> str:
     """What `bitskip-cpu exits` prints; the picture, if one is asked for, goes to `plot`."""
-    if plot is not None:
-        from bitskip_cpu.heldout import plotting
-
-        plotting.check(plot)
     config = model.config
     context, _ = check_windows(context, None, config.max_position_embeddings)
     text = read_text(path, model, limit)
@@ -43,6 +39,8 @@ def curve(
         f"{model.threads} thread{'s' * (model.threads > 1)}"
     )
     if plot is not None:
+        from bitskip_cpu.heldout import plotting
+
         plotting.draw(made, plot, f"{model.folder.path.name}: {counted}")
     if as_json:
         about = {"model": str(model.folder.path), "text": str(path), "context": context}

@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from bitskip.tables import table
+from bitskip.terminal import progress_bar
 from bitskip_cpu.heldout.scoring import exit_losses, facts, step_through
 from bitskip_cpu.heldout.text import read_text
 from bitskip_cpu.model import Model
-from bitskip_cpu.progress import progress_bar
-from bitskip_cpu.tables import table
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits.named import rule_label
 from bitskip_ref.heldout import HeldOutLoss, check_windows

@@ -20,15 +20,12 @@ STYLES = {
 
 
 def check(path: Path) -> None:
-    """Raise ValueError if no such picture can be drawn, before anything is measured."""
+    """Raise ValueError or ImportError if no such picture can be drawn."""
     if path.suffix[1:] not in FORMATS:
         raise ValueError(f"{path}: a picture ends in {', '.join('.' + f for f in FORMATS)}")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{path}: no such folder")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'bitskip[plot]'") from None
+    import matplotlib  # noqa: F401
 
 
 def draw(points: Sequence[Point], path: Path, title: str) -> None:

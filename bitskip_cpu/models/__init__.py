@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from bitskip_ref.words import unknown
+
 DEFAULT = "stories-24"
+HERE = Path(__file__).parent
 
 
 def names() -> list[str]:
     """Names of the models in this installation."""
-    return sorted(p.parent.name for p in Path(__file__).parent.glob("*/config.json"))
+    return sorted(p.parent.name for p in HERE.glob("*/config.json"))
 
 
 def path(name: str = DEFAULT) -> Path:
     """The folder of a shipped model. Raises ValueError, listing the names, for an unknown one."""
     if name not in names():
-        raise ValueError(
-            f"no model {name!r} comes with this installation (there are: "
-            f"{', '.join(names()) or 'none'}); give the path of a model folder"
-        )
-    return Path(__file__).parent / name
+        raise ValueError(f"{unknown('model', name, names())}; or give the path of a model folder")
+    return HERE / name
 
 
-def resolve(model: str | None = None) -> Path:
+def resolve(model: str | os.PathLike[str] | None = None) -> Path:
     """What a MODEL argument means: a folder, a shipped name, or the default for None.
 
-    A folder wins over a shipped name. Raises ValueError if it is neither.
+    A folder wins over a shipped name. Raises ValueError, with the remedy, if it is neither.
     """
     if model is None:
         return path()
-    if model in names() and not Path(model).is_dir():
-        return path(model)
-    if not Path(model).is_dir():
-        raise ValueError(
-            f"no model folder at {model}, and no model of that name comes with this installation "
-            f"(there are: {', '.join(names()) or 'none'})"
-        )
-    return Path(model)
+    text = os.fspath(model)
+    place = Path(text)
+    if text and place.is_dir():
+        if not (place / "config.json").exists():
+            for name in ("best.pt", "last.pt"):
+                if (place / name).exists():
+                    raise ValueError(
+                        f"{text} is a training run, not a model: bitskip export {place / name}"
+                    )
+        return place
+    if place.is_file() and place.suffix == ".pt":
+        raise ValueError(f"{text} is a checkpoint, not a model folder: bitskip export {text}")
+    if place.is_file():
+        raise ValueError(f"{text} is a file, not a model folder: give the folder that holds it")
+    if text not in names() and os.sep in text:
+        raise ValueError(f"no model folder at {text}")
+    if text not in names() and " " in text:
+        raise ValueError(f"no model is called {text!r}; a text to continue is given as --prompt")
+    return path(text)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Generator, Sequence
+from typing import Any, NamedTuple
 
+from bitskip_ref.checks import is_whole
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.engine import Engine, ExitRule
 
@@ -16,6 +17,12 @@ class Token(NamedTuple):
     depth: int
 
 
+def check_max_tokens(max_tokens: int) -> None:
+    """Raise ValueError for what is no integer from 0 up."""
+    if not is_whole(max_tokens) or max_tokens < 0:
+        raise ValueError(f"max tokens {max_tokens!r}: must be a whole number, 0 or more")
+
+
 def stream(
     engine: Engine,
     prompt: Sequence[int],
@@ -23,19 +30,24 @@ def stream(
     sampler: Sampler,
     max_tokens: int,
     eos_token_id: int | None = None,
-) -> Iterator[Token]:
+    *,
+    cache: Any = None,
+    seen: Collection[int] = (),
+) -> Generator[Token, None, None]:
     """Yield tokens until end-of-text (not yielded), `max_tokens`, or a full context.
 
+    cache: goes on after what it holds, which `prompt` does not repeat (None: a new one). In the end
+    it holds the prompt and all tokens but the last, from which nothing was predicted. seen: ids
+    before the prompt that count for the repetition penalty (SPEC 9.2).
     Raises ValueError, before any work, for an empty prompt, one longer than the context, or a rule
     that means nothing for the model.
     """
     rule.check(engine.config)
-    if max_tokens < 0:
-        raise ValueError(f"max tokens {max_tokens}: must be 0 or more")
-    cache = engine.new_cache()
+    check_max_tokens(max_tokens)
+    cache = engine.new_cache() if cache is None else cache
     depth = rule.deepest(engine.config)
     z = engine.extend(prompt, cache, exit_layer=depth, last_only=True)[0]
-    seen = set(prompt)
+    seen = {*seen, *prompt}
     for index in range(max_tokens):
         token = sampler.choose(z, seen, index)
         if token == eos_token_id:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitskip_ref.arithmetic.functions import exp
+from bitskip_ref.checks import is_number, is_whole
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+LEAST = 1e-6  # what f32 logits are divided by, and stay finite
 
 
 def splitmix64(state: int) -> int:
@@ -45,17 +47,21 @@ class Sampler:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, good, rule in (
-            ("temperature", self.temperature, 0 <= self.temperature <= 100, "between 0 and 100"),
-            ("top-k", self.top_k, self.top_k >= 0, "0 (all) or more"),
-            ("top-p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("min-p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition penalty", self.repetition_penalty,
-             0 < self.repetition_penalty <= 100, "above 0, at most 100"),
-            ("seed", self.seed, 0 <= self.seed <= _MASK, "between 0 and 2^64 - 1"),
+        t, r = self.temperature, self.repetition_penalty
+        for name, value, whole, good, rule in (
+            ("temperature", t, False, lambda x: x == 0 or LEAST <= x <= 100,
+             "0, or between 1e-06 and 100"),
+            ("top-k", self.top_k, True, lambda x: x >= 0, "0 (all) or more"),
+            ("top-p", self.top_p, False, lambda x: 0 < x <= 1, "above 0, at most 1"),
+            ("min-p", self.min_p, False, lambda x: 0 <= x <= 1, "between 0 and 1"),
+            ("repetition penalty", r, False, lambda x: LEAST <= x <= 100,
+             "between 1e-06 and 100"),
+            ("seed", self.seed, True, lambda x: 0 <= x <= _MASK, "between 0 and 2^64 - 1"),
         ):  # fmt: skip
-            if not good:
-                raise ValueError(f"{name} {value}: must be {rule}")
+            if not (is_whole(value) if whole else is_number(value)) or not good(value):
+                kind = "a whole number, " if whole else ""
+                raise ValueError(f"{name} {value!r}: must be {kind}{rule}")
+        object.__setattr__(self, "seed", int(self.seed))  # its arithmetic has more than 64 bits
 
     def choose(self, logits: np.ndarray, seen: Collection[int], index: int) -> int:
         """The token id for logits f32 [V] (SPEC 9.1, 9.2).

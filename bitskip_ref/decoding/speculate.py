@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
+from typing import Any
 
 import numpy as np
 
-from bitskip_ref.checks import check_input
+from bitskip_ref.checks import check_input, is_whole
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import MOST, Draft
-from bitskip_ref.decoding.generate import Token
+from bitskip_ref.decoding.generate import Token, check_max_tokens
 from bitskip_ref.decoding.sampling import Sampler, pick, splitmix64, uniform
 from bitskip_ref.engine import Engine, ExitRule
 
@@ -39,7 +40,7 @@ class Speculation:
                 "speculation verifies every token at one depth and leaves nothing to an exit that "
                 "decides token by token: choose an exit layer by number, or do not speculate"
             )
-        if count is not None and not 1 <= count <= MOST:
+        if count is not None and not (is_whole(count) and 1 <= count <= MOST):
             raise ValueError(f"speculate {count}: must be 1..{MOST} drafts a round, or auto")
         draft_exit = max(1, depth // 4) if draft_exit is None else draft_exit
         self.exit_layer = depth
@@ -95,19 +96,21 @@ def stream(
     sampler: Sampler,
     max_tokens: int,
     eos_token_id: int | None = None,
-) -> Iterator[Token]:
+    *,
+    cache: Any = None,
+    seen: Collection[int] = (),
+) -> Generator[Token, None, None]:
     """Yield tokens as `bitskip_ref.decoding.generate.stream` does; greedy, the very same ones.
 
     Raises ValueError, before any work, for an empty prompt or one longer than the context.
     """
     config, depth = engine.config, speculation.exit_layer
-    if max_tokens < 0:
-        raise ValueError(f"max tokens {max_tokens}: must be 0 or more")
-    cache = engine.new_cache()
-    check_input(prompt, cache, depth, config)
+    check_max_tokens(max_tokens)
+    cache = engine.new_cache() if cache is None else cache
+    check_input(prompt, cache.require(depth), config)
     if len(prompt) > 1:
         engine.extend(prompt[:-1], cache, exit_layer=depth, last_only=True)
-    verify = Verifier(engine, speculation, sampler, prompt)
+    verify = Verifier(engine, speculation, sampler, {*seen, *prompt})
     token, left = prompt[-1], max_tokens
     while left:
         start = cache.length
@@ -115,12 +118,15 @@ def stream(
         if not room:
             return
         tokens = verify.round(token, cache, min(speculation.count(), left - 1, room - 1))
-        for done, token in enumerate(tokens, 1):
-            if token == eos_token_id:
-                cache.length = start + done
-                return
-            yield Token(token, depth)
-        cache.length = start + len(tokens)
+        done = 0
+        try:
+            for token in tokens:
+                done += 1
+                if token == eos_token_id:
+                    return
+                yield Token(token, depth)
+        finally:  # also where the caller stops within a round
+            cache.length = start + done
         left -= len(tokens)
 
 
@@ -128,54 +134,58 @@ class Verifier:
     """Runs rounds of one text and says what they add to it (SPEC 11.2, 11.3)."""
 
     def __init__(
-        self, engine: Engine, speculation: Speculation, sampler: Sampler, prompt: Sequence[int]
+        self, engine: Engine, speculation: Speculation, sampler: Sampler, seen: Collection[int]
     ) -> None:
+        """seen: ids of the prompt, and before it."""
         self._engine, self._speculation, self._sampler = engine, speculation, sampler
-        self._seen = set(prompt)  # ids of prompt and text
+        self._seen = set(seen)
         self._made = 0  # tokens of the text
-        self._proposed: list[tuple[int, np.ndarray]] = []  # of this round: draft, its logits
         self._plain = sampler.temperature == 0 and sampler.repetition_penalty == 1
 
-    def round(self, token_id: int, cache: object, count: int) -> list[int]:
+    def round(self, token_id: int, cache: Any, count: int) -> list[int]:
         """Draft at most `count` tokens after `token_id`; the tokens that follow it, 1..count + 1.
 
         The cache then holds every drafted position, right or wrong.
         """
-        self._proposed.clear()
-        drafts, z = self._engine.speculate(
-            token_id, cache, count, self._speculation.draft,
-            exit_layer=self._speculation.exit_layer,
-            choose=None if self._plain else self._propose,
-        )  # fmt: skip
         if self._plain:
-            tokens = z.argmax(axis=1).tolist()
-            right = 0
-            while right < len(drafts) and drafts[right] == tokens[right]:
-                right += 1
-            del tokens[right + 1 :]
+            drafted, tokens = self._greedy(token_id, cache, count)
         else:
-            tokens = self._judge(z)
-            right = len(tokens) - 1
-        self._speculation.note(len(drafts), right)
+            drafted, tokens = self._chosen(token_id, cache, count)
+        self._speculation.note(drafted, len(tokens) - 1)
         return tokens
 
-    def _propose(self, z: np.ndarray) -> int | None:
-        seen = self._seen.union(x for x, _ in self._proposed)
-        index = self._made + len(self._proposed)
-        x = self._sampler.choose(z, seen, index)
-        self._proposed.append((x, z.copy()))
-        return x if self._speculation.draft.sure(z) else None
+    def _greedy(self, token_id: int, cache: Any, count: int) -> tuple[int, list[int]]:
+        """SPEC 11.2 without a penalty, one call of the engine: (drafts that were run, tokens)."""
+        how = self._speculation
+        drafts, p = self._engine.speculate(
+            token_id, cache, count, how.draft, exit_layer=how.exit_layer
+        )
+        tokens = p.argmax(axis=1).tolist()
+        right = 0
+        while right < len(drafts) and drafts[right] == tokens[right]:
+            right += 1
+        return len(drafts), tokens[: right + 1]
 
-    def _judge(self, verified: np.ndarray) -> list[int]:
+    def _chosen(self, token_id: int, cache: Any, count: int) -> tuple[int, list[int]]:
+        """SPEC 11.3, or 11.2 with a penalty: draft, verify, settle."""
+        how, sampler, seen = self._speculation, self._sampler, set(self._seen)
+        round_ = self._engine.round(cache, how.draft, how.exit_layer)
+        proposed: list[tuple[int, np.ndarray]] = []  # draft, the logits it was drawn from
+        token, go_on = token_id, True
+        while go_on:
+            q = round_.draft(token)
+            token = sampler.choose(q, seen, self._made + len(proposed))
+            go_on = len(proposed) < count and how.draft.sure(q)
+            seen.add(token)
+            proposed.append((token, q))
         tokens: list[int] = []
-        for (draft, q), p in zip(self._proposed, verified, strict=True):
-            token = settle(self._sampler, p, q, draft, self._seen, self._made)
-            tokens.append(token)
-            self._seen.add(token)
+        for (draft, q), p in zip(proposed, round_.verify(), strict=True):
+            tokens.append(settle(sampler, p, q, draft, self._seen, self._made))
+            self._seen.add(tokens[-1])
             self._made += 1
-            if token != draft:
+            if tokens[-1] != draft:
                 break
-        return tokens
+        return len(proposed) - 1, tokens
 
 
 def settle(

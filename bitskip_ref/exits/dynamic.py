@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bitskip_ref.checks import check_exit_layer
+from bitskip_ref.checks import check_exit_layer, is_whole
 from bitskip_ref.config import ModelConfig
 
 
@@ -33,6 +33,6 @@ class DynamicExit:
             raise ValueError(f"exit threshold {self.threshold}: must be between 0 and 1")
         deepest = self.deepest(config)
         for n in self.layers or ():
-            if not 1 <= n < deepest:
+            if not is_whole(n) or not 1 <= n < deepest:
                 rule = f"choose 1..{deepest - 1}" if deepest > 1 else "there is nothing to skip"
                 raise ValueError(f"exit look {n}: must be below block {deepest}, the last; {rule}")

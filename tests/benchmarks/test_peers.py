@@ -16,8 +16,8 @@ from benchmarks import peers, tables
 from benchmarks.linear_layers import onnx_layers, speeds
 from benchmarks.random_gguf import nearest, write
 from benchmarks.runtimes import Runtime, bitskip, llama_cpp
+from bitskip.program import runtime as main
 from bitskip_cpu.bench import limits
-from bitskip_cpu.cli import main
 from bitskip_ref.config import ModelConfig, preset, small_twin
 from tests.helpers import random_folder
 

@@ -51,6 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class ScriptEngine:
     """Predicts the given tokens one after the other, whatever it is fed, at the given depths."""
 
+    threads, kv_cache = 1, "float32"
+    extend_exits = step_many = speculate = round = None
+
     def __init__(self, config: ModelConfig, script: list[int], depths: list[int] | None = None):
         self.config, self.script, self.depths = config, script, depths or []
         self.fed: list[int] = []

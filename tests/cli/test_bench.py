@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from bitskip.program import runtime as main
 from bitskip_cpu import isa
 from bitskip_cpu.bench import costs, limits, rows
 from bitskip_cpu.bench.timing import Case, Sample, Task, measure, plan, tasks_of
-from bitskip_cpu.cli import main
 from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS, tile_bytes
 from bitskip_ref.config import preset
 from tests.cli.conftest import CONFIG, ScriptEngine
@@ -327,14 +327,14 @@ def test_a_preset_has_random_weights_and_the_context_it_needs() -> None:
         (["-p", "65"], "pp65 at depth 0 needs 65 positions, but the model's context is 64"),
         (["-n", "4", "-p", "0", "-d", "61"], "tg4 at depth 61 needs 65 positions"),
         (["-p", "0", "-n", "0"], "nothing to measure"),
-        (["-pg", "4"], "not a pair of whole numbers like 512,64"),
-        (["-pg", "4,0"], "0 is below 1"),
-        (["-d", "-1"], "below 0"),
+        (["-pg", "4"], "'4': must be 2 values, separated by commas"),
+        (["-pg", "4,0"], "0 is not in the range x>=1"),
+        (["-d", "-1"], "-1 is not in the range x>=0"),
         (["--exit-layer", "9"], "choose 1..4"),
         (["-r", "0"], "-r"),
-        (["-t", "0"], "below 1"),
-        (["-p", "1;2"], "whole numbers"),
-        (["--kv-cache", "float32,int8"], "'int8' is not one of float32, float16"),
+        (["-t", "0"], "0 is not in the range x>=1"),
+        (["-p", "1;2"], "'1;2' is not a valid integer"),
+        (["--kv-cache", "float32,int8"], "unknown KV cache 'int8'; known: float32, float16"),
         (["-o", "xml"], "'md', 'json', 'jsonl', 'csv'"),
         (["--preset", "tiny"], "exclude each other"),
     ],
@@ -347,5 +347,5 @@ def test_bad_options(folder: Path, options: list[str], message: str) -> None:
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
     result = run("--preset", "huge")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "unknown preset 'huge'" in result.stderr and "tiny" in result.stderr

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import bitskip_cpu
-from bitskip_cpu.cli import main
+from bitskip.program import runtime as main
 from bitskip_cpu.engine import Engine
 from bitskip_cpu.heldout import calibrate as module
 from bitskip_cpu.heldout import scoring
@@ -176,9 +176,9 @@ def test_nothing_is_lost_when_it_breaks_off(
     [
         (["--budget", "-0.1"], "between 0 and 10"),
         (["--budget", "nan"], "between 0 and 10"),
-        (["--rule", "fixed,fast"], "choose of fixed, gate, max, margin, entropy"),
+        (["--rule", "fixed,fast"], "unknown rule 'fast'; known: fixed, gate, max, margin, entropy"),
         (["--ctx", "65"], "choose 1..64"),
-        (["--text", "nowhere.txt"], "No such file"),
+        (["--text", "nowhere.txt"], "does not exist"),
     ],
 )
 def test_bad_input(copy: Path, text_file: Path, options: list[str], message: str) -> None:

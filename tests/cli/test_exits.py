@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from bitskip_cpu.cli import main
+from bitskip.program import runtime as main
 from bitskip_cpu.heldout.points import Point, points
 from bitskip_cpu.heldout.scoring import Stepped
 from bitskip_ref.engine import ExitRule
@@ -114,8 +114,8 @@ def test_pictures(folder: Path, text_file: Path, tmp_path: Path, suffix: str) ->
     [
         (["--plot", "exits.gif"], ".png, .svg, .pdf"),
         (["--plot", "nowhere/exits.png"], "no such folder"),
-        (["--thresholds", "high"], "list of numbers"),
-        (["--thresholds", "1.5"], "between 0 and 1"),
+        (["--thresholds", "high"], "'high' is not a valid float"),
+        (["--thresholds", "1.5"], "1.5 is not in the range 0<=x<=1"),
         (["--rule", "fast"], "gate, max, margin, entropy"),
         (["--exit-layer", "5"], "choose 1..4"),
     ],
@@ -130,9 +130,9 @@ def test_without_matplotlib_one_line_says_what_to_install(folder: Path, text_fil
     code = f"""
 import sys
 sys.modules["matplotlib"] = None
-from bitskip_cpu.cli import main
+from bitskip.program import runtime as main
 main(["exits", {str(folder)!r}, "--text", {str(text_file)!r}, "--plot", "x.png"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr == "error: --plot needs matplotlib: pip install 'bitskip[plot]'\n"
+    assert done.stderr == 'error: matplotlib is not installed: pip install "bitskip[plot]"\n'

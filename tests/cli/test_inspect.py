@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from bitskip_cpu.cli import main
+from bitskip.program import runtime as main
 from bitskip_cpu.inspect import inspect
 from bitskip_ref.config import small_twin
 from bitskip_ref.exits import ConfidenceExit

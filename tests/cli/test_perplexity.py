@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import bitskip_cpu
 import bitskip_ref
-from bitskip_cpu.cli import main
+from bitskip.program import runtime as main
 from bitskip_cpu.heldout import scoring
 from bitskip_cpu.heldout.scoring import exit_losses, step_through
 from bitskip_cpu.heldout.text import Text, read_text
@@ -216,7 +216,7 @@ def test_table(folder: Path, text_file: Path) -> None:
     [
         (b"", [], "at least 2"),
         (b"caf\xe9", [], "not UTF-8"),
-        (None, [], "No such file"),
+        (None, [], "does not exist"),
         (b"the cat", ["--exit-layer", "5"], "choose 1..4"),
         (b"the cat", ["--ctx", "65"], "choose 1..64"),
         (b"the cat", ["--ctx", "8", "--stride", "9"], "within 1..8"),

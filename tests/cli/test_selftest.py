@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import bitskip_ref
-from bitskip_cpu.cli import main
+from bitskip.program import runtime as main
 from bitskip_cpu.selftest import half_cache, selftest
 from bitskip_ref.exits import FixedExit
 from tests.cli.conftest import write_model

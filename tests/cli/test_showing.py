@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 import bitskip_cpu
-from bitskip_cpu.cli import main
+from bitskip.program import runtime as main
+from bitskip_cpu.cli.page import RAMP as PAGE_RAMP
+from bitskip_cpu.cli.page import _luminance, page
+from bitskip_cpu.cli.showing import RAMP, counts, ramp
 from bitskip_cpu.generate import Piece
 from bitskip_cpu.model import Model
-from bitskip_cpu.page import RAMP as PAGE_RAMP
-from bitskip_cpu.page import _luminance, page
-from bitskip_cpu.showing import RAMP, counts, ramp
 from bitskip_ref.folder import read_folder
 from tests.cli.conftest import CONFIG, ScriptEngine
 

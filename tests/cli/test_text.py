@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 import bitskip_cpu
 from bitskip_cpu.model import Model
-from bitskip_cpu.tokenizer import StopStrings, StreamDecoder, Tokenizer
 from bitskip_ref.folder import Folder
 from bitskip_ref.tensors import FormatError
+from bitskip_text.streaming import StopStrings, StreamDecoder
+from bitskip_text.tokenizer import Tokenizer, read_tokenizer
 from tests.cli.conftest import CONFIG, ScriptEngine, byte_level_bpe
 
 
@@ -22,7 +23,7 @@ from tests.cli.conftest import CONFIG, ScriptEngine, byte_level_bpe
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     path.write_text(byte_level_bpe(), "utf-8")
-    return Tokenizer(path, CONFIG.vocab_size)
+    return read_tokenizer(path, CONFIG.vocab_size)
 
 
 @pytest.fixture
@@ -86,10 +87,10 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer: Tokenizer, tmp_path:
     path = tmp_path / "tokenizer.json"
     path.write_text(byte_level_bpe(), "utf-8")
     with pytest.raises(FormatError, match="belongs to another model"):
-        Tokenizer(path, 100)
+        read_tokenizer(path, 100)
     path.write_text("{}", "utf-8")
     with pytest.raises(FormatError, match="not a tokenizer"):
-        Tokenizer(path, 100)
+        read_tokenizer(path, 100)
 
 
 # ---- stop strings -------------------------------------------------------------------
@@ -215,14 +216,15 @@ def test_bad_options_are_refused_with_the_rule(say, options, message) -> None:
         say("the").generate(**{"prompt": "a", **options})
 
 
-def test_threads_of_one_generation(folder: Path) -> None:
-    model = bitskip_cpu.load(folder, threads=1)
-    alone = model.generate("Once", max_tokens=6)
-    assert model.threads == 1
-    assert model.generate("Once", max_tokens=6, threads=2).token_ids == alone.token_ids
-    assert model.threads == 2
+def test_threads_belong_to_the_model(folder: Path) -> None:
+    models = [bitskip_cpu.load(folder, threads=n) for n in (1, 2)]
+    assert [m.threads for m in models] == [1, 2]
+    alone, shared = (m.generate("Once", max_tokens=6).token_ids for m in models)
+    assert alone == shared
+    with pytest.raises(TypeError, match="threads"):
+        models[0].generate("Once", threads=2)
     with pytest.raises(ValueError, match="at least 1"):
-        model.generate("Once", threads=0)
+        bitskip_cpu.load(folder, threads=0)
 
 
 def test_a_folder_without_tokenizer_says_so(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import bitskip_cpu
+from bitskip_cpu.generation_options import GenerationOptions
 from bitskip_export.pack import ExportError, export_checkpoint
 from bitskip_export.renumber import frequent_first
 from bitskip_ref.documents import END_OF_TEXT
@@ -37,7 +38,8 @@ def test_the_same_text_with_common_tokens_first(tmp_path: Path, text: Path) -> N
     assert old != new and plain.tokenizer.decode(old) == sorted_.tokenizer.decode(new) == TEXT
     assert max(new) < len(set(new)) + 1 < max(old)  # the text's tokens, and the end of text
     assert sorted_.folder.draft_vocab == 80 and plain.folder.draft_vocab is None
-    assert sorted_.speculation(FixedExit(), "auto").draft.vocab == 80
+    speculation = GenerationOptions(speculate="auto").speculation(FixedExit(), sorted_.folder)
+    assert speculation is not None and speculation.draft.vocab == 80
     z, sorted_z = plain.logits(old), sorted_.logits(new)
     order = np.argsort(sorted_z, kind="stable")[:, ::-1], np.argsort(z, kind="stable")[:, ::-1]
     assert (np.take_along_axis(sorted_z, order[0], 1) == np.take_along_axis(z, order[1], 1)).all()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,7 +93,8 @@ def edit_header(root: Path, change: Callable[[dict], object]) -> None:
 def edit_tensor(root: Path, name: str, change: Callable[[np.ndarray], object]) -> None:
     tensors = {k: np.array(t) for k, t in fd.read_tensors(root / fd.WEIGHTS).items()}
     change(tensors[name])
-    fd.write_tensors(root / fd.WEIGHTS, tensors)
+    shapes = {k: (t.dtype.type, t.shape) for k, t in tensors.items()}
+    fd.write_tensors(root / fd.WEIGHTS, shapes, tensors.values())
     sign(root)
 
 
@@ -104,6 +107,17 @@ def flip_bit(root: Path, at: int) -> None:
 def truncate(root: Path, size: int) -> None:
     raw = (root / fd.WEIGHTS).read_bytes()
     (root / fd.WEIGHTS).write_bytes(raw[:size])
+
+
+def nest(root: Path) -> None:
+    text = b'{"x":' + b"[" * 5000 + b"]" * 5000 + b"}"
+    (root / fd.WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text)
+    sign(root)
+
+
+def calibrated(root: Path, **changes: object) -> None:
+    rule = {"exit_layer": "max", "threshold": 0.5, "looks": [1, 2], "last": 4, **changes}
+    edit_json(root / fd.GENERATION, lambda c: c.update(auto_exit=rule))
 
 
 Q = "layers.0.q_proj.weight"
@@ -156,6 +170,98 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: edit_header(r, lambda h: h[Q].update(data_offsets=[64, 128])),
         "does not lie where",
     ),
+    "B7 a dtype that is a list": (
+        lambda r: edit_header(r, lambda h: h[Q].update(dtype=[])),
+        "dtype",
+    ),
+    "B7 an empty but huge shape": (
+        lambda r: edit_header(r, lambda h: h[Q].update(shape=[0, 1 << 63], data_offsets=[0, 0])),
+        "lie",
+    ),
+    "B7 offsets as floats": (
+        lambda r: edit_header(r, lambda h: h[Q].update(data_offsets=[0.0, 3072.0])),
+        "lie",
+    ),
+    "B7 a shape of booleans": (
+        lambda r: edit_header(r, lambda h: h[Q].update(shape=[True, True])),
+        "lie",
+    ),
+    "B7 deep header": (lambda r: nest(r), "header"),
+    "B7 deep config": (lambda r: (r / fd.CONFIG).write_text("[" * 100_000), "read as JSON"),
+    "B7 deep generation": (
+        lambda r: (r / fd.GENERATION).write_text('{"a":' * 100_000),
+        "read as JSON",
+    ),
+    "B7 deep field": (
+        lambda r: (r / fd.CONFIG).write_text(
+            (r / fd.CONFIG).read_text().replace('"rms"', "[" * 300 + "]" * 300)
+        ),
+        "norm = .*of type str",
+    ),
+    "B7 a number too large for a float": (
+        lambda r: edit_json(r / fd.CONFIG, lambda c: c.update(norm_eps=10**400)),
+        "norm_eps",
+    ),
+    "B7 an infinite number": (
+        lambda r: edit_json(r / fd.CONFIG, lambda c: c.update(norm_eps=float("inf"))),
+        "norm_eps",
+    ),
+    "B7 a number of too many digits": (
+        lambda r: (r / fd.CONFIG).write_text('{"vocab_size": ' + "9" * 5000 + "}"),
+        "read as JSON",
+    ),
+    "B7 exit 0": (
+        lambda r: edit_json(r / fd.GENERATION, lambda c: c.update(exit_layer=0)),
+        "exit_layer = 0 is not in 1..4",
+    ),
+    "B7 drafts among none": (
+        lambda r: edit_json(r / fd.GENERATION, lambda c: c.update(draft_vocab=0)),
+        "draft_vocab = 0 is not in 1..97",
+    ),
+    "B7 a context of bits": (
+        lambda r: edit_json(r / fd.GENERATION, lambda c: c.update(eos_token_id=True)),
+        "eos_token_id = True",
+    ),
+    "B7 looks as floats": (lambda r: calibrated(r, looks=[1.0, 2.0]), "whole numbers"),
+    "B7 looks as text": (lambda r: calibrated(r, looks="12"), "whole numbers"),
+    "B7 last as a float": (lambda r: calibrated(r, last=3.0), "whole numbers"),
+    "B7 a huge threshold": (lambda r: calibrated(r, threshold=10**400), "auto_exit"),
+    "B7 auto_exit a list": (
+        lambda r: edit_json(r / fd.GENERATION, lambda c: c.update(auto_exit=[])),
+        "auto_exit",
+    ),
+    "B1 a million layers": (
+        lambda r: edit_json(r / fd.CONFIG, lambda c: c.update(num_hidden_layers=10**6)),
+        "at most 4096",
+    ),
+    "B1 many layers": (
+        lambda r: edit_json(r / fd.CONFIG, lambda c: c.update(num_hidden_layers=4096)),
+        "lacks tensor",
+    ),
+    "B1 a long context": (
+        lambda r: edit_json(r / fd.CONFIG, lambda c: c.update(max_position_embeddings=1 << 24)),
+        "max_position_embeddings = 16777216 takes",
+    ),
+    "B1 a shape of big numbers": (
+        lambda r: edit_header(r, lambda h: h[Q].update(shape=[10**4000] * 500)),
+        "the header",
+    ),
+    "B1 a shape of numbers": (
+        lambda r: edit_header(r, lambda h: h[Q].update(shape=[10**30] * 300)),
+        "does not lie where",
+    ),
+    "B1 a header of lists": (
+        lambda r: edit_header(r, lambda h: h.update(x=[[]] * 200_000)),
+        "the header",
+    ),
+    "B1 a config of lists": (
+        lambda r: (r / fd.CONFIG).write_text("[" + "[]," * (1 << 20) + "[]]"),
+        "at most 1048576 bytes",
+    ),
+    "B1 a name without end": (
+        lambda r: edit_header(r, lambda h: h.update({"x" * 5000: h.pop("final_norm.weight")})),
+        "tensor",
+    ),
     "no offsets": (lambda r: edit_header(r, lambda h: h[Q].pop("data_offsets")), "header"),
     "renamed": (
         lambda r: edit_header(r, lambda h: h.update(extra=h.pop("final_norm.weight"))),
@@ -182,7 +288,28 @@ def test_faults_are_refused(fault: str, tmp_path: Path) -> None:
     fd.read_folder(root)
     damage, words = FAULTS[fault]
     damage(root)
-    with pytest.raises(fd.FormatError, match=words):
+    tracemalloc.start()
+    try:
+        with pytest.raises(fd.FormatError, match=words) as found:
+            fd.read_folder(root)
+        assert tracemalloc.get_traced_memory()[1] < 150 << 20
+    finally:
+        tracemalloc.stop()
+    assert len(str(found.value)) < 1000
+
+
+def test_a_setting_that_was_calibrated_is_read(tmp_path: Path) -> None:
+    root = random_folder(tmp_path, twin("bitskip-v1"))
+    calibrated(root)
+    assert fd.read_folder(root).auto_exit is not None
+
+
+@pytest.mark.parametrize("name", [fd.CONFIG, fd.GENERATION, fd.WEIGHTS])
+def test_a_file_that_is_none_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    root = random_folder(tmp_path, twin("bitskip-v1"))
+    (root / name).unlink()
+    os.mkfifo(root / name)
+    with pytest.raises(fd.FormatError):
         fd.read_folder(root)
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
-from numba import types
-from numba.extending import intrinsic
+from llvmlite import ir
 
 from bitskip_cpu import isa
 from bitskip_cpu.kernels.arithmetic import float16 as kernels
 from bitskip_cpu.kernels.arithmetic.lanes import store_lanes
 from bitskip_cpu.kernels.layout import LANES
-from bitskip_cpu.kernels.numba_inside.decorators import kernel
+from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
 from bitskip_ref.arithmetic.functions import half
 from tests.kernels.calling import call, same_bits
 
@@ -36,13 +33,9 @@ def test_lanes_of_every_finite_half(hardware: bool, monkeypatch: pytest.MonkeyPa
         pytest.skip("this CPU has no such instruction")
     monkeypatch.setattr(isa, "converts_halfs", lambda: hardware)
 
-    @intrinsic
-    def widen(typing: Any, source: Any, target: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            store_lanes(builder, kernels.load_halfs(builder, args[0]), args[1])
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64), codegen
+    @intrinsic()
+    def widen(builder: ir.IRBuilder, source: ir.Value, target: ir.Value) -> None:
+        store_lanes(builder, kernels.load_halfs(builder, source), target)
 
     def widen_all(source: int, target: int, n: int) -> None:
         for i in range(0, n, LANES):

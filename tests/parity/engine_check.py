@@ -127,7 +127,7 @@ def check(
 ) -> list[str]:
     """All differences between engines on `tensors` and the reference on them, or on `against`."""
     reference = ReferenceModel(config, against or tensors, kv_cache)
-    engines = {f"{n} threads, ": Engine(config, tensors, n, None, kv_cache) for n in threads}
+    engines = {f"{n} threads, ": Engine(config, tensors, n, kv_cache) for n in threads}
     for engine in engines.values():
         engine._space.state["worth"] = 0  # share even the smallest job
     layers, room = config.num_hidden_layers, config.max_position_embeddings

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -133,6 +135,82 @@ def test_a_fork_gets_helpers_of_its_own() -> None:
     assert text(engine).tobytes() == expected.tobytes()
 
 
+def in_child(work: Callable[[], bool]) -> bool:
+    """Whether a forked child finds `work` true, and comes to an end."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # which ends a child that hangs
+        os._exit(0 if work() else 1)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) == 0
+
+
+def forks_in_the_middle(engine: Engine) -> bool:
+    """Whether a child works that was forked while another thread was inside the engine."""
+    expected, cache = text(engine), engine.new_cache()
+    inside, forked = threading.Event(), threading.Event()
+    space = engine._space
+
+    def stay(*_: object) -> None:
+        inside.set()
+        forked.wait()
+
+    thread = threading.Thread(target=engine.extend, args=([1, 2], cache), kwargs={"trace": stay})
+    thread.start()
+    inside.wait()
+    vocab = int(space.state["vocab"])
+    space.state["vocab"] = 3  # as a draft does, which puts it back in the end
+    try:
+        whole = in_child(lambda: text(engine).tobytes() == expected.tobytes())
+        reused = in_child(lambda: engine.extend([1, 2], cache).shape == (2, CONFIG.vocab_size))
+    finally:
+        space.state["vocab"] = vocab
+        forked.set()
+        thread.join()
+    return whole and reused and text(engine).tobytes() == expected.tobytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_fork_while_another_thread_is_in_the_engine(threads: int) -> None:
+    assert forks_in_the_middle(eager(threads))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+@pytest.mark.parametrize("planted", ["bitskip_ref.turn._TURNS", "bitskip_cpu.engine._ENGINES"])
+def test_what_a_fork_leaves_behind_is_seen(monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
+    """Without a new lock the child waits for ever; without a new workspace it has odd numbers."""
+    engine = eager(1)
+    monkeypatch.setattr(planted, set())
+    monkeypatch.setattr(signal, "alarm", lambda _, alarm=signal.alarm: alarm(3))
+    assert not forks_in_the_middle(engine)
+
+
+@pytest.mark.filterwarnings("ignore:.*threads.*:RuntimeWarning")
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_threads_that_cannot_start(monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
+    """The text is the same, with those that could; one line says so, and the next engine tries."""
+    expected, started = text(eager(1)), []
+    start = threading.Thread.start
+
+    def limited(self: threading.Thread) -> None:
+        started.append(self)
+        if len(started) >= fails_at:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    engine = eager(4)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", limited)
+        with pytest.warns(RuntimeWarning, match=f"computes with {fails_at} instead of 4 threads"):
+            assert text(engine).tobytes() == expected.tobytes()
+    assert len(started) == fails_at and text(engine).tobytes() == expected.tobytes()
+    assert engine.threads == 4
+    assert text(eager(4)).tobytes() == expected.tobytes()
+
+
 def test_the_interpreter_ends_cleanly(tmp_path: Path) -> None:
     folder = random_folder(tmp_path / "model", CONFIG)
     program = (
@@ -204,10 +282,9 @@ def test_a_cache_serves_only_the_blocks_it_holds() -> None:
 
 def test_embeddings_are_used_where_they_are_mapped(tmp_path: Path) -> None:
     config = preset("tiny").replace(hidden_size=128)
-    engine = load(random_folder(tmp_path / "model", config))
-    assert engine.folder is not None
-    state, tensors = engine._space.state, engine.folder.tensors
-    assert state["embedding"] == tensors["embed_tokens.weight"].ctypes.data
+    tensors = read_folder(random_folder(tmp_path / "model", config)).tensors
+    engine = Engine(config, tensors)
+    assert engine._space.state["embedding"] == tensors["embed_tokens.weight"].ctypes.data
 
 
 def test_packed_rows_given_back_can_be_read_again(tmp_path: Path) -> None:

@@ -55,19 +55,10 @@ def rules(seen: dict[str, list[float]]) -> Iterator[ExitRule]:
 
 def generate(engine: Any, prompt: list[int], rule: Any, seed: int) -> tuple[list[Any], Any]:
     """What is generated after a prompt, (id, depth) each, and the cache that it leaves."""
-    caches = []
-
-    class Watched:
-        config = engine.config
-        extend, step = engine.extend, engine.step
-
-        def new_cache(self) -> Any:
-            caches.append(engine.new_cache())
-            return caches[-1]
-
+    cache = engine.new_cache()
     sampler = Sampler(temperature=float(seed % 2), seed=seed)
-    tokens = stream(Watched(), prompt, rule, sampler, STEPS)
-    return [(t.id, t.depth) for t in tokens], caches[0]
+    tokens = stream(engine, prompt, rule, sampler, STEPS, cache=cache)
+    return [(t.id, t.depth) for t in tokens], cache
 
 
 def layers_of(cache: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -126,6 +126,21 @@ def test_a_fixed_exit_without_a_number_is_full_depth(folder: Folder) -> None:
     equal("logits", stages("tiny", 4)[-1][1][0], logits)
 
 
+@pytest.mark.parametrize("name", ["tiny", "float32-head", "bitnet-2b4t"])
+def test_a_graph_refuses_ids_that_the_engine_refuses(name: str, folder: Folder) -> None:
+    engine = load_onnx(folder(name))  # faults B10: -1 was the last token
+    c = engine.config
+    assert c.tie_word_embeddings == (name == "bitnet-2b4t")
+    past = np.zeros((0, c.num_key_value_heads, c.head_dim), np.float32)
+    feeds = {f"past.{i}.{kind}": past for i in range(2) for kind in ("key", "value")}
+    session = engine.session(2)
+    for wrong in (-1, -c.vocab_size, c.vocab_size):
+        with pytest.raises(ValueError, match="token ids must be"):
+            engine.logits([1, wrong], 2)
+        with pytest.raises(Exception, match=r"(?i)out of.*bounds"):
+            session.run(["logits"], {"token_ids": np.array([1, wrong]), **feeds})
+
+
 def test_last_only_is_the_last_row(folder: Folder) -> None:
     engine, expected = load_onnx(folder("tiny")), stages("tiny", 4)[-1][1]
     ids = random_tokens(twin("tiny"), 7)

@@ -18,7 +18,7 @@ from bitskip_ref.decoding.speculate import stream as speculate
 from bitskip_ref.exits import FixedExit
 from bitskip_ref.model import ReferenceModel
 from bitskip_train.loaded import TorchEngine
-from tests.helpers import QUANTIZED, random_tensors, random_tokens, twin
+from tests.helpers import QUANTIZED, chosen_round, random_tensors, random_tokens, twin
 
 # Presets with twins of their own, and heads and exits that no preset has.
 NAMES = [*{twin(n): n for n in QUANTIZED}.values(), "per-layer-exits", "float16-head"]
@@ -36,20 +36,10 @@ def layers_of(cache: Any, depth: int = 4) -> Iterator[tuple[np.ndarray, np.ndarr
             yield keys[first][: cache.length], values[first][: cache.length]
 
 
-def generate(engine: Any, tokens: Callable[[Any], Iterator[Any]]) -> tuple[list[int], Any]:
-    """Ids of a stream over an engine, and the cache that it leaves behind."""
-    caches = []
-
-    class Watched:
-        config, extend, step, speculate = (
-            engine.config, engine.extend, engine.step, engine.speculate,
-        )  # fmt: skip
-
-        def new_cache(self) -> Any:
-            caches.append(engine.new_cache())
-            return caches[-1]
-
-    return [token.id for token in tokens(Watched())], caches[0]
+def generate(engine: Any, tokens: Callable[[Any, Any], Iterator[Any]]) -> tuple[list[int], Any]:
+    """Ids of a stream over an engine and a new cache, and the cache that it leaves behind."""
+    cache = engine.new_cache()
+    return [token.id for token in tokens(engine, cache)], cache
 
 
 def same(expected: Any, actual: Any, depth: int = 4) -> None:
@@ -86,7 +76,10 @@ def test_200_prompts(name: str, kv_cache: str) -> None:
         for each in (reference, engine):
             speculation, sampler = settings(config, seed)
             made.append((
-                generate(each, lambda e: speculate(e, prompt, speculation, sampler, 6)),  # noqa: B023
+                generate(
+                    each,
+                    lambda e, c: speculate(e, prompt, speculation, sampler, 6, cache=c),  # noqa: B023
+                ),
                 speculation.statistics(),
             ))  # fmt: skip
         depth = speculation.exit_layer
@@ -95,7 +88,7 @@ def test_200_prompts(name: str, kv_cache: str) -> None:
         if sampler.temperature == 0:
             plain = generate(
                 engine,
-                lambda e: stream(e, prompt, FixedExit(depth), sampler, 6),  # noqa: B023
+                lambda e, c: stream(e, prompt, FixedExit(depth), sampler, 6, cache=c),  # noqa: B023
             )
             same(plain, made[1][0], depth)
 
@@ -107,7 +100,7 @@ def test_two_threads() -> None:
     for sampler in (Sampler(), Sampler(1.0, seed=1)):
         speculations = [Speculation(config, FixedExit(), 2, 3) for _ in engines]
         same(*(
-            generate(e, lambda e: speculate(e, [5, 7], s, sampler, 60))  # noqa: B023
+            generate(e, lambda e, c: speculate(e, [5, 7], s, sampler, 60, cache=c))  # noqa: B023
             for e, s in zip(engines, speculations, strict=True)
         ))  # fmt: skip
 
@@ -119,7 +112,8 @@ def test_pytorch(name: str) -> None:
         made, kind = [], ("float32", "float16")[seed % 2]
         for engine in (ReferenceModel(config, tensors, kind), TorchEngine(config, tensors, kind)):
             speculation, sampler = settings(config, seed)
-            made.append(generate(engine, lambda e: speculate(e, [5, 7], speculation, sampler, 8)))  # noqa: B023
+            tokens = lambda e, c: speculate(e, [5, 7], speculation, sampler, 8, cache=c)  # noqa: B023, E731
+            made.append(generate(engine, tokens))
         same(*made, speculation.exit_layer)
 
 
@@ -132,14 +126,14 @@ def test_rounds_one_by_one() -> None:
         e.extend([3, 1, 4], cache)
     for seed in range(12):
         draft = Draft(1 + seed % 3, (None, 30)[seed % 2], (0.0, 0.3)[seed % 3 == 1])
-        choose = (lambda z: int(z[:7].argmax())) if seed % 4 == 3 else None
-        drafts, logits = zip(
-            *(
-                e.speculate(seed, cache, seed % 5, draft, choose=choose)
-                for e, cache in zip(engines, caches, strict=True)
-            ),
-            strict=True,
-        )
+        made = []
+        for e, cache in zip(engines, caches, strict=True):
+            arguments = seed, cache, seed % 5, draft
+            if seed % 4 == 3:
+                made.append(chosen_round(e, *arguments, lambda z: int(z[:7].argmax())))
+            else:
+                made.append(e.speculate(*arguments))
+        drafts, logits = zip(*made, strict=True)
         assert drafts[0] == drafts[1]
         assert difference("logits", *logits) is None
         assert caches[0].length == caches[1].length
@@ -164,7 +158,9 @@ def test_a_draft_vocabulary_of_one(choose: Any) -> None:
     rounds = []
     for engine in (ReferenceModel(config, tensors), Engine(config, tensors, 1)):
         draft = Draft(2, vocab=1, least_lead=0.7)
-        rounds.append(engine.speculate(96, engine.new_cache(), 2, draft, choose=choose))
+        arguments = 96, engine.new_cache(), 2, draft
+        made = chosen_round(engine, *arguments, choose) if choose else engine.speculate(*arguments)
+        rounds.append(made)
     assert rounds[0][0] == rounds[1][0] == [0, 0]
     assert difference("logits", rounds[0][1], rounds[1][1]) is None
 
@@ -181,7 +177,6 @@ def test_the_compiled_engine_refuses_what_the_reference_refuses() -> None:
         ((1, cache, 1, Draft(1)), {}, "filled at exit layer 3"),
         ((97, cache, 1, Draft(1)), {"exit_layer": 3}, "0..96"),
         ((1, cache, 1, Draft(3)), {"exit_layer": 3}, "choose 1..2"),
-        ((1, cache, 1, Draft(1)), {"exit_layer": 3, "choose": lambda _: 97}, "draft 97"),
         ((1, other, 1, Draft(1)), {}, "another model"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bitskip_export.foreign import hf_names
 from bitskip_ref.arithmetic.quant import quantize_weights
 from bitskip_ref.config import ModelConfig, small_twin
 from bitskip_ref.model import ReferenceModel
@@ -29,22 +30,6 @@ CASES: dict[str, tuple[ModelConfig, float]] = {  # with the bound on the worst s
     "llama-ternary": (LLAMA.replace(linear="ternary"), 3e-2),
     "bitnet-fp32": (BITNET.replace(linear="float32"), 1e-5),
     "bitnet-ternary": (BITNET, 3e-2),
-}
-
-NAMES = {
-    "embed_tokens": "model.embed_tokens",
-    "final_norm": "model.norm",
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "attn_sub_norm": "self_attn.attn_sub_norm",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-    "ffn_sub_norm": "mlp.ffn_sub_norm",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
 }
 
 
@@ -67,11 +52,7 @@ def theirs(config: ModelConfig, parameters: dict[str, np.ndarray]) -> object:
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
     )
     made = (transformers.BitNetForCausalLM if bitnet else transformers.LlamaForCausalLM)(settings)
-    state = {}
-    for name, value in parameters.items():
-        *layer, part, end = name.split(".")
-        prefix = f"model.{'.'.join(layer)}." if layer else ""
-        state[f"{prefix}{NAMES.get(part, part)}.{end}"] = torch.from_numpy(value)
+    state = {hf_names.theirs(n): torch.from_numpy(value) for n, value in parameters.items()}
     missing, unexpected = made.load_state_dict(state, strict=False)
     assert not unexpected and all("lm_head" in name for name in missing), (missing, unexpected)
     made.tie_weights()

@@ -16,7 +16,7 @@ from bitskip_ref.decoding.speculate import Speculation
 from bitskip_ref.decoding.speculate import stream as speculate
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.model import ReferenceModel
-from tests.helpers import random_tensors, random_tokens, twin
+from tests.helpers import chosen_round, random_tensors, random_tokens, twin
 from tests.tables import TableEngine
 
 NEXT = np.roll(np.eye(8), 1, axis=1) * 5  # after id i comes i + 1, by a lead of 5
@@ -111,8 +111,8 @@ def test_a_draft_vocabulary_only_costs_drafts() -> None:
     assert first_ids.accepted < all_ids.accepted
     seen = []
     draft = Draft(2, vocab=10)
-    model.speculate(5, model.new_cache(), 3, draft, choose=lambda z: seen.append(len(z)) or 9)
-    assert seen == [10] * 4
+    chosen_round(model, 5, model.new_cache(), 3, draft, lambda z: seen.append(len(z)) or 9)
+    assert seen == [10] * 3
 
 
 @pytest.mark.parametrize("count", KS)
@@ -304,7 +304,6 @@ def test_an_engine_refuses_rounds_that_do_not_fit() -> None:
         ((1, cache, 1, Draft(1)), {}, "filled at exit layer 3"),
         ((97, cache, 1, Draft(1)), {"exit_layer": 3}, "0..96"),
         ((1, cache, 1, Draft(1, least_lead=-1.0)), {"exit_layer": 3}, "0 or more"),
-        ((1, cache, 1, Draft(1)), {"exit_layer": 3, "choose": lambda _: 97}, "draft 97"),
     ):
         with pytest.raises(ValueError, match=words):
             model.speculate(*arguments, **options)

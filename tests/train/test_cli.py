@@ -38,7 +38,9 @@ def train_arguments(text: Path, out: Path, *sets: str) -> list[str]:
 def test_train_then_evaluate(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(*train_arguments(text, out, "steps=3")).exit_code == 0
-    assert sorted(p.name for p in out.iterdir()) == ["best.pt", "history.jsonl", "last.pt"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "best.pt", "config.toml", "history.jsonl", "last.pt",
+    ]  # fmt: skip
     arguments = ["evaluate", out / "last.pt", "--text", text, "--token-cache", tmp_path / "cache"]
     result = run(*arguments, "--exit-layer", "1,4", "--json")
     figures = json.loads(result.stdout)
@@ -49,7 +51,7 @@ def test_train_then_evaluate(text: Path, tmp_path: Path) -> None:
     assert len(lines) == 3
     refused = run(*arguments, "--exit-layer", "9")
     assert refused.exit_code == 1
-    assert refused.stderr == "Error: exit layer 9: must be within 1..4\n"
+    assert refused.stderr == "error: exit layer 9: must be within 1..4\n"
     assert run(*arguments, "--exit-layer", "all").exit_code == 2
 
 
@@ -66,7 +68,7 @@ def test_ctrl_c_saves_and_resume_goes_on(text: Path, tmp_path: Path) -> None:
             break
     rest = process.stderr.read()
     assert process.wait() == 130
-    assert rest.splitlines()[-1] == f"stopped; go on with: train --resume --out {out}"
+    assert rest.splitlines()[-1] == f"stopped; go on with: bitskip train --resume --out {out}"
     step = load_checkpoint(out / "last.pt").step
     assert step >= 2
     assert not list(out.glob("*.tmp"))
@@ -90,7 +92,7 @@ def test_ctrl_c_saves_and_resume_goes_on(text: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["rate=1"], "unknown key; known: model.activation_bits"),
+        (["rate=1"], "--set rate=1: unknown setting 'rate'"),
         (["steps=1.5"], "steps = 1.5: must be of type int"),
         (["vocab_size=280"], "tokenizer has 300 tokens, the model 280: --set model.vocab_size=300"),
         (["tokenizer=nothing"], "no such file"),
@@ -107,10 +109,10 @@ def test_mistakes_are_one_line(text: Path, tmp_path: Path, sets: list[str], mess
 
 def test_missing_arguments(text: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "run")
-    assert "--preset is missing" in run("train", "--out", out).stderr
+    assert "--preset or --config is missing" in run("train", "--out", out).stderr
     assert "no such file" in run("train", "--out", out, "--resume").stderr
     assert "hub names" in run("train", "--preset", "tiny", "--data", "x", "--out", out).stderr
-    assert "no such file" in run("evaluate", tmp_path / "a.pt", "--text", text).stderr
+    assert "does not exist" in run("evaluate", tmp_path / "a.pt", "--text", text).stderr
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer as Library
+from tokenizers import models
 
 from bitskip_ref.documents import END_OF_TEXT
+from bitskip_text.tokenizer import Tokenizer
 from bitskip_train.data import TextSource, Windows, load_split
 from bitskip_train.errors import DataError
 from bitskip_train.tokenizer import make_tokenizer
@@ -25,20 +27,20 @@ def bpe(size: int = 300) -> Tokenizer:
 
 def test_trained_tokenizer_is_lossless_and_reproducible() -> None:
     tokenizer = bpe()
-    assert tokenizer.get_vocab_size() == 300
-    assert tokenizer.token_to_id(END_OF_TEXT) == 0
+    assert tokenizer.size == 300
+    assert tokenizer.token_id(END_OF_TEXT) == 0
     text = "Über 日本語 \x00\n\n  Lily's ball 😀"
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    assert bpe().to_str() == tokenizer.to_str()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert bpe().json == tokenizer.json
 
 
 def test_tokenizer_from_a_file_and_from_a_folder(tmp_path: Path) -> None:
     tokenizer = bpe()
-    tokenizer.save(str(tmp_path / "t.json"))
-    assert make_tokenizer(str(tmp_path / "t.json"), []).to_str() == tokenizer.to_str()
-    tokenizer.model.save(str(tmp_path))
+    (tmp_path / "t.json").write_text(tokenizer.json, "utf-8")
+    assert make_tokenizer(str(tmp_path / "t.json"), []).json == tokenizer.json
+    Library.from_str(tokenizer.json).model.save(str(tmp_path))
     again = make_tokenizer(str(tmp_path), [])
-    assert again.encode("Lily saw a dog").ids == tokenizer.encode("Lily saw a dog").ids
+    assert again.encode("Lily saw a dog") == tokenizer.encode("Lily saw a dog")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_wrong_tokenizers(tmp_path: Path, spec: str, content: str | None, messag
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
-    Tokenizer(models.BPE({"a": 0, "b": 1}, [])).save(str(tmp_path / "t.json"))
+    Library(models.BPE({"a": 0, "b": 1}, [])).save(str(tmp_path / "t.json"))
     with pytest.raises(DataError, match="has no token"):
         make_tokenizer(str(tmp_path / "t.json"), [])
 
@@ -69,7 +71,7 @@ def test_documents_are_joined_with_end_of_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     tokenizer = bpe()
     split = load_split(TextSource((str(tmp_path),), "train"), tokenizer, tmp_path / "cache")
-    want = [*tokenizer.encode("One.\nTwo.").ids, 0, *tokenizer.encode("Three ü.").ids, 0]
+    want = [*tokenizer.encode("One.\nTwo."), 0, *tokenizer.encode("Three ü."), 0]
     assert split.tokens.tolist() == want
     assert split.tokens.dtype == np.uint16
     assert split.bytes == len("One.\nTwo.") + len("Three ü.".encode())
@@ -100,13 +102,37 @@ def test_the_cache_is_used_and_its_key_sees_every_change(
     assert not list(cache.glob("*.tmp"))
 
 
-def test_a_damaged_cache_is_refused(text: Path, tmp_path: Path) -> None:
-    source = TextSource((str(text),), "train")
-    load_split(source, bpe(), tmp_path / "cache")
-    (tokens,) = (tmp_path / "cache").glob("*.bin")
-    tokens.write_bytes(tokens.read_bytes()[:-2])
-    with pytest.raises(DataError, match="damaged token cache"):
-        load_split(source, bpe(), tmp_path / "cache")
+DAMAGE = {
+    "shorter": lambda raw: raw[:-2],
+    "odd": lambda raw: raw[:-1],
+    "longer": lambda raw: raw + b"\0\0",
+    "empty": lambda raw: b"",
+    "another byte": lambda raw: bytes([raw[0] ^ 1]) + raw[1:],
+    "no JSON": lambda raw: b"{",
+    "no object": lambda raw: b"[1, 2]",
+    "another object": lambda raw: b"{}",
+    "a number": lambda raw: b"7",
+    "deep": lambda raw: b"[" * 100_000,
+    "not UTF-8": lambda raw: b"\xff\xfe",
+    "other numbers": lambda raw: raw.replace(b'"bytes": ', b'"bytes": "x", "other": '),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("suffix", [".bin", ".json"])
+def test_a_damaged_cache_is_made_anew(text: Path, tmp_path: Path, suffix: str, damage: str) -> None:
+    source, cache = TextSource((str(text),), "train"), tmp_path / "cache"
+    first = load_split(source, bpe(), cache)
+    want = np.array(first.tokens)
+    (path,) = cache.glob(f"*{suffix}")
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGE[damage](whole))
+    again = load_split(source, bpe(), cache)
+    assert np.array_equal(again.tokens, want) and again.bytes == first.bytes
+    if suffix == ".json":
+        assert path.read_bytes() == whole
+    path.unlink()
+    assert np.array_equal(load_split(source, bpe(), cache).tokens, want)
 
 
 def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

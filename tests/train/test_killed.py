@@ -144,4 +144,6 @@ def test_killed_and_resumed(text: Path, tmp_path: Path, kills: int, dtype: str) 
             for i, state in a.optimizer["state"].items():
                 assert all(torch.equal(state[k], b.optimizer["state"][i][k]) for k in state)
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
-    assert sorted(p.name for p in out.iterdir()) == ["best.pt", "history.jsonl", "last.pt"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "best.pt", "config.toml", "history.jsonl", "last.pt",
+    ]  # fmt: skip

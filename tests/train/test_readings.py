@@ -15,8 +15,7 @@ from bitskip_train.layers import Cache
 from bitskip_train.model import BitskipModel
 from bitskip_train.objective import Objective
 from bitskip_train.readings import AfterOps, UnscaledOps, departures, public_init, shifted
-from bitskip_train.settings import TrainConfig
-from bitskip_train.trainer import check_settings
+from bitskip_train.settings import TrainConfig, check_settings
 from tests.train.conftest import small_config, small_trainer
 
 

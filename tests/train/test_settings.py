@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from bitskip_ref.config import PRESETS, ConfigError
+from bitskip_ref.config import PRESETS, ConfigError, ModelConfig
+from bitskip_train.described import to_toml
 from bitskip_train.recipes import RECIPES, apply, parse_overrides, read_toml, recipe
-from bitskip_train.settings import TrainConfig
-from bitskip_train.trainer import check_settings
+from bitskip_train.settings import TrainConfig, check_settings
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -83,9 +86,9 @@ def test_overrides() -> None:
     ("text", "message"),
     [
         ("lr", "must be KEY=VALUE"),
-        ("rate=1", r"unknown key; known: model\.activation_bits, .*train\.lr"),
-        ("model.lr=1", r"unknown key; known: model\.activation_bits"),
-        ("optimizer.lr=1", "no table; known: model, train"),
+        ("rate=1", "unknown setting 'rate'"),
+        ("model.lr=1", "unknown setting 'lr'; known: activation_bits"),
+        ("optimizer.lr=1", "unknown table 'optimizer'; known: model, train"),
     ],
 )
 def test_wrong_overrides(text: str, message: str) -> None:
@@ -103,7 +106,7 @@ def test_no_key_is_in_both_tables() -> None:
         ("[model", "not TOML"),
         ("lr = 1", "'lr' is no table"),
         ("[data]\nx = 1", "'data' is no table"),
-        ("[train]\nrate = 1", r"train\.rate: unknown key; known: train\.accumulation"),
+        ("[train]\nrate = 1", r"train\.rate: unknown setting 'rate'; known: accumulation"),
     ],
 )
 def test_wrong_files(tmp_path: Path, text: str, message: str) -> None:
@@ -118,3 +121,36 @@ def test_a_file(tmp_path: Path) -> None:
     path.write_text("[model]\nhidden_size = 32\n[train]\nexit_layers = [1, 2]\nlr = 1\n")
     model, train = apply(recipe("tiny"), read_toml(path))
     assert (model.hidden_size, train.exit_layers, train.lr) == (32, (1, 2), 1.0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_settings_as_toml_are_the_same_settings(name: str) -> None:
+    model, train = recipe(name)
+    tables = tomllib.loads(to_toml(model, train))
+    assert (ModelConfig.from_dict(tables["model"]), TrainConfig.from_dict(tables["train"])) == (
+        model, train,
+    )  # fmt: skip
+
+
+@given(
+    places=st.lists(st.text(st.characters(codec="utf-8"))), lr=st.floats(1e-12, 10.0),
+    layers=st.lists(st.integers(1, 99), unique=True),
+)  # fmt: skip
+def test_any_value_survives_toml(places: list[str], lr: float, layers: list[int]) -> None:
+    train = TrainConfig(data=tuple(places), lr=lr, exit_layers=tuple(layers))
+    assert TrainConfig.from_dict(tomllib.loads(to_toml(PRESETS["tiny"], train))["train"]) == train
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ["a\udcff.txt"]}, "must be text in UTF-8"),
+        ({"tokenizer": "\udcff"}, "must be text in UTF-8"),
+        ({"lr": 10**400}, "lr: the number is too large"),
+        ({"warmup": 10**400}, "must be from 0 to"),
+        ({"quant_lambda": math.inf}, "must be from 0 to 1e"),
+    ],
+)
+def test_values_that_no_file_can_spell(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**changes)

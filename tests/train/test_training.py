@@ -270,7 +270,7 @@ def test_bfloat16_trains_float32_weights(tmp_path: Path) -> None:
         ("layerskip", {"quant_lambda": 0.1}, "needs model.linear"),
         ("bitskip-v1", {"context": 65}, "the model holds 64 positions"),
         ("bitskip-v1", {"eval_exits": [5]}, r"within 1\.\.4"),
-        ("bitskip-v1", {"device": "gpu7"}, "must be auto, cpu or cuda"),
+        ("bitskip-v1", {"device": "gpu7"}, "must be auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_settings_that_contradict_each_other(

@@ -12,20 +12,17 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.arithmetic.lanes import (
     FLOATS,
     LANE_BYTES,
-    LONG,
     load_lanes,
     splat,
     store_lanes,
 )
 from bitskip_cpu.kernels.layout import LANES
-from bitskip_cpu.kernels.numba_inside.decorators import kernel
+from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
+from bitskip_cpu.kernels.numba_inside.emit import INT, LONG
 from bitskip_cpu.kernels.numba_inside.views import floats
 from bitskip_ref import constants
 
@@ -53,7 +50,7 @@ def exp(x):
     return ((p * (r * r) + r) + ONE) * power
 
 
-INTS = ir.VectorType(ir.IntType(32), LANES)
+INTS = ir.VectorType(INT, LANES)
 Vectors = list[ir.Value]
 FEW = 4  # vectors whose steps take turns: each is a chain, and a CPU sees only so far ahead
 
@@ -99,55 +96,39 @@ def _store(builder: ir.IRBuilder, vectors: Vectors, at: ir.Value) -> None:
 
 def _exp_lanes(count: int) -> Callable[..., None]:
     """(x, top, out): out = exp(x - top) of so many vectors."""
-    if INTERPRETED:
 
-        def interpreted(x_at: int, top: Any, out_at: int) -> None:
-            n = count * LANES
-            floats(out_at, n)[:] = [exp(x - top) for x in floats(x_at, n)]
+    def twin(x_at: int, top: Any, out_at: int) -> None:
+        n = count * LANES
+        floats(out_at, n)[:] = [exp(x - top) for x in floats(x_at, n)]
 
-        return interpreted
+    @intrinsic(twin, top="float32")
+    def exp_lanes(builder, x_at, top, out_at):
+        top = splat(builder, top)
+        x = [builder.fsub(v, top) for v in _vectors(builder, x_at, count)]
+        _store(builder, _exp(builder, x), out_at)
 
-    @intrinsic
-    def compiled(typing: Any, x_at: Any, top: Any, out_at: Any) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            x_at, top, out_at = args
-            top = splat(builder, top)
-            x = [builder.fsub(v, top) for v in _vectors(builder, x_at, count)]
-            _store(builder, _exp(builder, x), out_at)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.float32, types.int64), codegen
-
-    return compiled  # type: ignore[no-any-return]
+    return exp_lanes
 
 
 def _silu_lanes(count: int) -> Callable[..., None]:
     """(gate, up, out): out = silu(gate) * up of so many vectors."""
-    if INTERPRETED:
 
-        def interpreted(gate_at: int, up_at: int, out_at: int) -> None:
-            n = count * LANES
-            pairs = zip(floats(gate_at, n), floats(up_at, n), strict=True)
-            floats(out_at, n)[:] = [(g / (ONE + exp(-g))) * u for g, u in pairs]
+    def twin(gate_at: int, up_at: int, out_at: int) -> None:
+        n = count * LANES
+        pairs = zip(floats(gate_at, n), floats(up_at, n), strict=True)
+        floats(out_at, n)[:] = [(g / (ONE + exp(-g))) * u for g, u in pairs]
 
-        return interpreted
+    @intrinsic(twin)
+    def silu_lanes(builder, gate_at, up_at, out_at):
+        gates, ups = (_vectors(builder, at, count) for at in (gate_at, up_at))
+        products = []
+        below = _exp(builder, [builder.fneg(gate) for gate in gates])
+        for gate, up, e in zip(gates, ups, below, strict=True):
+            silu = builder.fdiv(gate, builder.fadd(_constant(ONE), e))
+            products.append(builder.fmul(silu, up))
+        _store(builder, products, out_at)
 
-    @intrinsic
-    def compiled(typing: Any, gate_at: Any, up_at: Any, out_at: Any) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            gate_at, up_at, out_at = args
-            gates, ups = (_vectors(builder, at, count) for at in (gate_at, up_at))
-            products = []
-            below = _exp(builder, [builder.fneg(gate) for gate in gates])
-            for gate, up, e in zip(gates, ups, below, strict=True):
-                silu = builder.fdiv(gate, builder.fadd(_constant(ONE), e))
-                products.append(builder.fmul(silu, up))
-            _store(builder, products, out_at)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64), codegen
-
-    return compiled  # type: ignore[no-any-return]
+    return silu_lanes
 
 
 exp_few, exp_one = _exp_lanes(FEW), _exp_lanes(1)

@@ -10,7 +10,8 @@ from llvmlite import ir
 from bitskip_cpu import isa
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
-from bitskip_cpu.kernels.numba_inside.views import floats, halfs, int32s, vector_pointer
+from bitskip_cpu.kernels.numba_inside.emit import INT, WORD, pointer
+from bitskip_cpu.kernels.numba_inside.views import floats, halfs, int32s
 from bitskip_ref.constants import LARGEST_HALF
 
 f32, i32, u16 = np.float32, np.int32, np.uint16
@@ -63,15 +64,15 @@ def load_halfs(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     lanes = ir.VectorType(ir.FloatType(), LANES)
     if isa.converts_halfs():
         kind = ir.VectorType(ir.HalfType(), LANES)
-        found = builder.load(vector_pointer(builder, address, kind), align=2)
+        found = builder.load(pointer(builder, address, kind), align=2)
         return builder.fpext(found, lanes)
-    ints = ir.VectorType(ir.IntType(32), LANES)
+    ints = ir.VectorType(INT, LANES)
 
     def number(value: Any) -> ir.Constant:
         return ir.Constant(ints, [value] * LANES)
 
-    kind = ir.VectorType(ir.IntType(16), LANES)
-    bits = builder.zext(builder.load(vector_pointer(builder, address, kind), align=2), ints)
+    kind = ir.VectorType(WORD, LANES)
+    bits = builder.zext(builder.load(pointer(builder, address, kind), align=2), ints)
     moved = builder.shl(builder.and_(bits, number(0x7FFF)), number(13))
     sign = builder.shl(builder.and_(bits, number(0x8000)), number(16))
     x = builder.bitcast(builder.or_(moved, sign), lanes)

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.arithmetic.float16 import load_halfs
-from bitskip_cpu.kernels.arithmetic.lanes import LONG, load_lanes, load_splat, paired, store_lanes
+from bitskip_cpu.kernels.arithmetic.lanes import load_lanes, load_splat, paired, store_lanes
 from bitskip_cpu.kernels.layout import FULL, HALF, LANES, QUERIES
-from bitskip_cpu.kernels.numba_inside.views import emit_prefetch, floats, halfs
+from bitskip_cpu.kernels.numba_inside.decorators import intrinsic
+from bitskip_cpu.kernels.numba_inside.emit import LONG, prefetch
+from bitskip_cpu.kernels.numba_inside.views import floats, halfs
 
 Kernel = Callable[..., None]
 Emit = Callable[[ir.IRBuilder, int, int, bool, Sequence[ir.Value]], None]
@@ -77,7 +76,7 @@ def _emit_products(leaves: int) -> Emit:
             for j in range(first, first + count):
                 offset = builder.mul(step, LONG(j * size))
                 if cold:
-                    emit_prefetch(builder, builder.add(soon, offset), 2)
+                    prefetch(builder, builder.add(soon, offset), 2)
                 keys.append(_load(builder, size, builder.add(k, offset)))
             for base in query_at:
                 products = []
@@ -102,7 +101,7 @@ def _emit_weighed(
     for j in range(LANES):
         offset = builder.mul(step, LONG(j * size))
         if cold:
-            emit_prefetch(builder, builder.add(soon, offset), 2)
+            prefetch(builder, builder.add(soon, offset), 2)
         values.append(_load(builder, size, builder.add(v, offset)))
     for _ in range(queries):
         products = []
@@ -117,36 +116,27 @@ def _load(builder: ir.IRBuilder, size: int, at: ir.Value) -> ir.Value:
     return (load_halfs if size == HALF else load_lanes)(builder, at)
 
 
-def _compiled(emit: Emit) -> Kernel:
+def _pass(twin: Kernel, emit: Emit) -> Kernel:
     """Code for each of CASES, and a branch to it."""
 
-    @intrinsic
-    def kernel(
-        typing: Any, queries: Any, size: Any,
-        query: Any, stride: Any, cached: Any, step: Any, soon: Any, out: Any, out_stride: Any,
-    ) -> Any:  # fmt: skip
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            queries, size, soon = args[0], args[1], args[6]
-            end = builder.append_basic_block("end")
-            cold = builder.zext(builder.icmp_signed("!=", soon, LONG(0)), LONG)
-            case = builder.or_(queries, builder.shl(size, LONG(8)))
-            chosen = builder.switch(builder.or_(case, builder.shl(cold, LONG(16))), end)
-            for count, bytes_of, asks in CASES:
-                block = builder.append_basic_block(f"{count}_queries_{bytes_of}_bytes")
-                chosen.add_case(LONG(count | bytes_of << 8 | asks << 16), block)
-                builder.position_at_end(block)
-                emit(builder, count, bytes_of, asks, args[2:])
-                builder.branch(end)
-            builder.position_at_end(end)
-            return context.get_dummy_value()
+    @intrinsic(twin)
+    def passed(builder, queries, size, query, stride, cached, step, soon, out, out_stride):
+        end = builder.append_basic_block("end")
+        cold = builder.zext(builder.icmp_signed("!=", soon, LONG(0)), LONG)
+        case = builder.or_(queries, builder.shl(size, LONG(8)))
+        chosen = builder.switch(builder.or_(case, builder.shl(cold, LONG(16))), end)
+        for count, bytes_of, asks in CASES:
+            block = builder.append_basic_block(f"{count}_queries_{bytes_of}_bytes")
+            chosen.add_case(LONG(count | bytes_of << 8 | asks << 16), block)
+            builder.position_at_end(block)
+            arguments = query, stride, cached, step, soon, out, out_stride
+            emit(builder, count, bytes_of, asks, arguments)
+            builder.branch(end)
+        builder.position_at_end(end)
 
-        return types.void(*[types.int64] * 9), codegen
-
-    return kernel  # type: ignore[no-any-return]
+    return passed
 
 
-products_8, products_64 = (
-    _products(leaves) if INTERPRETED else _compiled(_emit_products(leaves)) for leaves in (8, 64)
-)
+products_8, products_64 = (_pass(_products(n), _emit_products(n)) for n in (8, 64))
 """out = sum 2.2 over 8 or 64 features of q * k, in the order of `key_slots`, of LANES positions."""
-weighed = _weighed if INTERPRETED else _compiled(_emit_weighed)
+weighed = _pass(_weighed, _emit_weighed)

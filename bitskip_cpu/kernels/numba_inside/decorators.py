@@ -1,4 +1,4 @@
-"""`kernel`: `numba.njit` for functions that only compiled functions call.
+"""`kernel` and `intrinsic`: functions that only compiled functions call.
 
 Numba optimizes and generates machine code for every function on its own, together with all that it
 calls; a deep forward pass would be compiled about ten times over. A kernel is only typed and
@@ -7,10 +7,13 @@ lowered; LLVM sees it once, inside the outermost function (`object_code`) that c
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit
+import numba.extending
+from llvmlite import ir
+from numba import njit, types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 
@@ -65,3 +68,34 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
         _nrt=False,  # no reference counts: nothing is ever allocated
         pipeline_class=KernelCompiler,
     )(function)
+
+
+def intrinsic(
+    twin: Callable[..., Any] | None = None, *, returns: str = "void", **kinds: str
+) -> Callable[[Callable[..., ir.Value | None]], Callable[..., Any]]:
+    """Let kernels call a function that writes its instructions itself.
+
+    The decorated function takes an `ir.IRBuilder` and the arguments as LLVM values. They are int64,
+    or what `kinds` says under their names; the result is None, or an LLVM value of type `returns`
+    (names of Numba's types: "int32", "float32"). `twin`: what stands for it where JIT is off.
+    """
+
+    def decorate(emit: Callable[..., ir.Value | None]) -> Callable[..., Any]:
+        if INTERPRETED:
+            return twin or emit
+        form = inspect.signature(emit)  # the builder stands where Numba has its typing context
+        _, *names = form.parameters
+        arguments = [getattr(types, kinds.get(name, "int64")) for name in names]
+        signature = getattr(types, returns)(*arguments)
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+            result = emit(builder, *values)
+            return context.get_dummy_value() if result is None else result
+
+        def typed(typing: Any, *arguments: Any) -> Any:
+            return signature, generate
+
+        typed.__name__, typed.__signature__ = emit.__name__, form  # type: ignore[attr-defined]
+        return numba.extending.intrinsic(typed)  # type: ignore[no-any-return]
+
+    return decorate

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -68,17 +67,3 @@ uint8s = _view(np.uint8)
 int32s = _view(np.int32)
 state_structs = _view(STATE)
 product_structs = _view(PRODUCT)
-
-
-def emit_prefetch(builder: ir.IRBuilder, address: ir.Value, level: int) -> None:
-    """Ask for the cache line there. `level`: 3 the first cache, 2 the second."""
-    number = ir.IntType(32)
-    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer, number(0), number(level), number(1)])  # read, level, data
-
-
-def vector_pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.VectorType) -> ir.Value:
-    """An address as a pointer to an LLVM vector."""
-    return builder.inttoptr(address, kind.as_pointer())

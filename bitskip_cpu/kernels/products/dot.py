@@ -13,14 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llvmlite import ir
-from numba.core import cgutils
 
 from bitskip_cpu.isa import PATH
-from bitskip_cpu.kernels.numba_inside.views import emit_prefetch, vector_pointer
+from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, LONG, WORD, call, pointer, prefetch
 
 FAR, NEAR = 8192, 1280  # bytes; measured
 WIDTH = {"vnni256": 32, "avx2": 32, "dotprod": 16}.get(PATH, 64)  # bytes in a register
-BYTE, WORD, INT, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 BYTES = ir.VectorType(BYTE, WIDTH)
 WORDS = ir.VectorType(WORD, WIDTH // 2)
 INTS = ir.VectorType(INT, WIDTH // 4)
@@ -31,22 +29,16 @@ def splat(kind: ir.VectorType, value: int) -> ir.Constant:
     return ir.Constant(kind, [value] * kind.count)
 
 
-def call_llvm(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
-    """An LLVM intrinsic."""
-    kind = ir.FunctionType(result, [a.type for a in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
-
-
 def dot(builder: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
     """total int32 lanes + sums of four u8 * s8 products each."""
     if PATH == "avx2":
-        pairs = call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", WORDS, u, s)
-        fours = call_llvm(builder, "llvm.x86.avx2.pmadd.wd", INTS, pairs, splat(WORDS, 1))
+        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", WORDS, u, s)
+        fours = call(builder, "llvm.x86.avx2.pmadd.wd", INTS, pairs, splat(WORDS, 1))
         return builder.add(total, fours)
     if PATH == "dotprod":
-        return call_llvm(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", INTS, total, u, s)
+        return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", INTS, total, u, s)
     name = f"llvm.x86.avx512.vpdpbusd.{WIDTH * 8}"
-    return call_llvm(builder, name, INTS, total, builder.bitcast(u, INTS), builder.bitcast(s, INTS))
+    return call(builder, name, INTS, total, builder.bitcast(u, INTS), builder.bitcast(s, INTS))
 
 
 def starts(
@@ -65,15 +57,14 @@ Tile = Callable[..., None]
 
 def load(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
     """WIDTH bytes at base + offset."""
-    pointer = vector_pointer(builder, builder.add(base, offset), BYTES)
-    return builder.load(pointer, align=1)
+    return builder.load(pointer(builder, builder.add(base, offset), BYTES), align=1)
 
 
-def prefetch(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:
+def fetch_ahead(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:
     """Ask for the bytes FAR further on in the second cache, NEAR further on in the first.
 
     Without it, memory is read at half its speed.
     """
     at = builder.add(base, offset)
     for distance, level in ((FAR, 2), (NEAR, 3)):
-        emit_prefetch(builder, builder.add(at, LONG(distance)), level)
+        prefetch(builder, builder.add(at, LONG(distance)), level)

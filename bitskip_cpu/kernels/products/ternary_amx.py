@@ -11,13 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from bitskip_cpu.kernels.numba_inside.decorators import kernel
-from bitskip_cpu.kernels.numba_inside.views import vector_pointer
-from bitskip_cpu.kernels.products.dot import BYTE, INTS, LONG, Tile
+from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
+from bitskip_cpu.kernels.numba_inside.emit import BYTE, LONG, call, constant_bytes, loop, pointer
+from bitskip_cpu.kernels.products.dot import INTS, Tile
 from bitskip_cpu.kernels.products.ternary_layout import (
     COLUMNS,
     LINE,
@@ -32,17 +29,15 @@ BLOCK_TILES, BLOCK_TOKENS = 2, 32
 STEP = 64  # columns; activation codes and unpacked tiles are padded to it
 
 
-def call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> None:
+def unit(builder: ir.IRBuilder, name: str, *args: ir.Value) -> None:
     """An instruction of the matrix unit."""
-    kind = ir.FunctionType(ir.VoidType(), [a.type for a in args])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}")
-    builder.call(function, args)
+    call(builder, f"llvm.x86.{name}", ir.VoidType(), *args)
 
 
 def address(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value | int) -> ir.Value:
     """base + offset bytes, as a pointer."""
     at = builder.add(base, LONG(offset) if isinstance(offset, int) else offset)
-    return builder.inttoptr(at, BYTE.as_pointer())
+    return pointer(builder, at, BYTE)
 
 
 def settings(name: str, rows: Sequence[int]) -> Any:
@@ -50,14 +45,9 @@ def settings(name: str, rows: Sequence[int]) -> Any:
     widths = [b for _ in range(8) for b in (64, 0)] + [0] * 16
     values = bytes([1] + [0] * 15 + widths + [*rows] + [0] * 8)
 
-    @intrinsic
-    def begin(typing: Any) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            memory = cgutils.global_constant(builder, name, cgutils.make_bytearray(values))
-            call(builder, "ldtilecfg", builder.bitcast(memory, BYTE.as_pointer()))
-            return context.get_dummy_value()
-
-        return types.void(), codegen
+    @intrinsic()
+    def begin(builder):
+        unit(builder, "ldtilecfg", constant_bytes(builder, name, values))
 
     return begin
 
@@ -67,15 +57,10 @@ begin_4 = settings("bitskip_tiles_of_4_tokens", [4] * 5 + [16] * 3)
 begin_8 = settings("bitskip_tiles_of_8_tokens", [8] * 5 + [16] * 3)
 
 
-@intrinsic
-def end_blocks(typing: Any) -> Any:
+@intrinsic()
+def end_blocks(builder):
     """Give the tile registers up, so that a change of threads need not save them."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        call(builder, "tilerelease")
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+    unit(builder, "tilerelease")
 
 
 def bytes_kernel(adding: bool) -> Tile:
@@ -84,66 +69,58 @@ def bytes_kernel(adding: bool) -> Tile:
     A second half of tokens or tiles that is not wanted is left out. `adding`: to what is there.
     """
 
-    @intrinsic
-    def kernel(
-        typing: Any, tile: Any, stride: Any, last_tile: Any, fours: Any, codes: Any,
-        codes_stride: Any, last: Any, out: Any, out_stride: Any,
-    ) -> Any:  # fmt: skip
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            tile, stride, last_tile, fours, codes, codes_stride, last, out, out_stride = args
-            steps = builder.udiv(fours, LONG(STEP // 4))
-            half = builder.mul(codes_stride, LONG(16))
+    @intrinsic()
+    def block_sums(
+        builder, tile, stride, last_tile, fours, codes, codes_stride, last, out, out_stride
+    ):
+        steps = builder.udiv(fours, LONG(STEP // 4))
+        half = builder.mul(codes_stride, LONG(16))
 
-            def block(tokens: int, tiles: int) -> None:
-                """`tokens` and `tiles`: groups of 16, 1 or 2."""
-                sums_at = []
+        def block(tokens: int, tiles: int) -> None:
+            """`tokens` and `tiles`: groups of 16, 1 or 2."""
+            sums_at = []
+            for i in range(tokens):
+                for j in range(tiles):
+                    at = builder.add(builder.mul(out_stride, LONG(16 * i)), LONG(64 * j))
+                    sums_at.append(address(builder, out, at))
+            for total, at in enumerate(sums_at):
+                if adding:
+                    unit(builder, "tileloadd64", BYTE(total), at, out_stride)
+                else:
+                    unit(builder, "tilezero", BYTE(total))
+            with loop(builder, steps) as index:
+                for i in range(tokens):
+                    at = builder.add(builder.mul(half, LONG(i)), builder.mul(index, LONG(STEP)))
+                    source = address(builder, codes, at)
+                    unit(builder, "tileloadd64", BYTE(4 + i), source, codes_stride)
+                for j in range(tiles):
+                    at = builder.add(
+                        builder.mul(stride, LONG(j)), builder.mul(index, LONG(16 * LINE))
+                    )
+                    source = address(builder, tile, at)
+                    unit(builder, "tileloadd64", BYTE(6 + j), source, LONG(64))
                 for i in range(tokens):
                     for j in range(tiles):
-                        at = builder.add(builder.mul(out_stride, LONG(16 * i)), LONG(64 * j))
-                        sums_at.append(address(builder, out, at))
-                for total, at in enumerate(sums_at):
-                    if adding:
-                        call(builder, "tileloadd64", BYTE(total), at, out_stride)
-                    else:
-                        call(builder, "tilezero", BYTE(total))
-                with cgutils.for_range(builder, steps) as loop:
-                    for i in range(tokens):
-                        at = builder.add(
-                            builder.mul(half, LONG(i)), builder.mul(loop.index, LONG(STEP))
-                        )
-                        source = address(builder, codes, at)
-                        call(builder, "tileloadd64", BYTE(4 + i), source, codes_stride)
-                    for j in range(tiles):
-                        at = builder.add(
-                            builder.mul(stride, LONG(j)), builder.mul(loop.index, LONG(16 * LINE))
-                        )
-                        source = address(builder, tile, at)
-                        call(builder, "tileloadd64", BYTE(6 + j), source, LONG(64))
-                    for i in range(tokens):
-                        for j in range(tiles):
-                            total = BYTE(i * tiles + j)
-                            call(builder, "tdpbsud", total, BYTE(4 + i), BYTE(6 + j))
-                for total, at in enumerate(sums_at):
-                    call(builder, "tilestored64", BYTE(total), at, out_stride)
+                        total = BYTE(i * tiles + j)
+                        unit(builder, "tdpbsud", total, BYTE(4 + i), BYTE(6 + j))
+            for total, at in enumerate(sums_at):
+                unit(builder, "tilestored64", BYTE(total), at, out_stride)
 
-            def by_tiles(tokens: int) -> None:
-                two = builder.icmp_signed(">", last_tile, LONG(0))
-                with builder.if_else(two) as (both, one):
-                    with both:
-                        block(tokens, 2)
-                    with one:
-                        block(tokens, 1)
-
-            with builder.if_else(builder.icmp_signed(">=", last, LONG(16))) as (both, one):
+        def by_tiles(tokens: int) -> None:
+            two = builder.icmp_signed(">", last_tile, LONG(0))
+            with builder.if_else(two) as (both, one):
                 with both:
-                    by_tiles(2)
+                    block(tokens, 2)
                 with one:
-                    by_tiles(1)
-            return context.get_dummy_value()
+                    block(tokens, 1)
 
-        return types.void(*[types.int64] * 9), codegen
+        with builder.if_else(builder.icmp_signed(">=", last, LONG(16))) as (both, one):
+            with both:
+                by_tiles(2)
+            with one:
+                by_tiles(1)
 
-    return kernel  # type: ignore[no-any-return]
+    return block_sums
 
 
 bytes_block, more_block = bytes_kernel(adding=False), bytes_kernel(adding=True)
@@ -195,67 +172,44 @@ FEW_BYTES = FEW_STEPS * STEP * TILE_ROWS
 SUMS_BYTES = 1024 * CHAINS  # of a tile
 
 
-@intrinsic
-def clear(typing: Any) -> Any:
+@intrinsic()
+def clear(builder):
     """Accumulators of zeros, before `few_steps`."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        for i in range(CHAINS):
-            call(builder, "tilezero", BYTE(i))
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+    for i in range(CHAINS):
+        unit(builder, "tilezero", BYTE(i))
 
 
-@intrinsic
-def few_steps(typing: Any, tile: Any, steps: Any, codes: Any, row: Any) -> Any:
+@intrinsic()
+def few_steps(builder, tile, steps, codes, row):
     """Add 1..FEW_STEPS times 64 columns of an unpacked tile with few tokens (`begin_*`).
-
     codes: `row` bytes a token.
     """
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        tile, steps, codes, row = args
-        for i in range(FEW_STEPS):
-            with builder.if_then(builder.icmp_signed(">", steps, LONG(i)), likely=True):
-                a, b = BYTE(CHAINS + i % 2), BYTE(CHAINS + 2 + i % 3)
-                call(builder, "tileloadd64", a, address(builder, codes, i * STEP), row)
-                call(builder, "tileloadd64", b, address(builder, tile, i * 16 * LINE), LONG(64))
-                call(builder, "tdpbsud", BYTE(i % CHAINS), a, b)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
+    for i in range(FEW_STEPS):
+        with builder.if_then(builder.icmp_signed(">", steps, LONG(i)), likely=True):
+            a, b = BYTE(CHAINS + i % 2), BYTE(CHAINS + 2 + i % 3)
+            unit(builder, "tileloadd64", a, address(builder, codes, i * STEP), row)
+            unit(builder, "tileloadd64", b, address(builder, tile, i * 16 * LINE), LONG(64))
+            unit(builder, "tdpbsud", BYTE(i % CHAINS), a, b)
 
 
-@intrinsic
-def store_few(typing: Any, out: Any) -> Any:
+@intrinsic()
+def store_few(builder, out):
     """The accumulators, one behind the other, 1 KiB each."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        for i in range(CHAINS):
-            call(builder, "tilestored64", BYTE(i), address(builder, args[0], 1024 * i), LONG(64))
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    for i in range(CHAINS):
+        unit(builder, "tilestored64", BYTE(i), address(builder, out, 1024 * i), LONG(64))
 
 
-@intrinsic
-def add_chains(typing: Any, sums: Any, tokens: Any, out: Any, out_stride: Any) -> Any:
+@intrinsic()
+def add_chains(builder, sums, tokens, out, out_stride):
     """What `store_few` stored, added up: a tile's rows side by side for each token."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        sums, tokens, out, out_stride = args
-        with cgutils.for_range(builder, tokens) as loop:
-            at = builder.add(sums, builder.mul(loop.index, LONG(64)))
-            total: ir.Value = ir.Constant(INTS, [0] * TILE_ROWS)
-            for i in range(CHAINS):
-                pointer = vector_pointer(builder, builder.add(at, LONG(1024 * i)), INTS)
-                total = builder.add(total, builder.load(pointer, align=4))
-            to = builder.add(out, builder.mul(loop.index, out_stride))
-            builder.store(total, vector_pointer(builder, to, INTS), align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
+    with loop(builder, tokens) as index:
+        at = builder.add(sums, builder.mul(index, LONG(64)))
+        total = ir.Constant(INTS, [0] * TILE_ROWS)
+        for i in range(CHAINS):
+            part = pointer(builder, builder.add(at, LONG(1024 * i)), INTS)
+            total = builder.add(total, builder.load(part, align=4))
+        to = builder.add(out, builder.mul(index, out_stride))
+        builder.store(total, pointer(builder, to, INTS), align=4)
 
 
 @kernel

@@ -14,25 +14,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from bitskip_cpu.isa import PATH
-from bitskip_cpu.kernels.numba_inside.decorators import kernel
-from bitskip_cpu.kernels.numba_inside.views import vector_pointer
+from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
+from bitskip_cpu.kernels.numba_inside.emit import INT, LONG, call, loop, pointer, variable
 from bitskip_cpu.kernels.products.dot import (
     BYTES,
-    INT,
     INTS,
-    LONG,
     WIDTH,
     WORDS,
     Tile,
-    call_llvm,
     dot,
+    fetch_ahead,
     load,
-    prefetch,
     splat,
     starts,
 )
@@ -90,7 +84,7 @@ def plane(builder: ir.IRBuilder, x: ir.Value, p: int) -> ir.Value:
     # The lookup sees 6 bits; the sixth is garbage, hence every entry twice.
     digits = [(min(i & 31, 26) // 3**p) % 3 for i in range(64)]
     table = ir.Constant(BYTES, digits)
-    return call_llvm(builder, "llvm.x86.avx512.permvar.qi.512", BYTES, table, x)
+    return call(builder, "llvm.x86.avx512.permvar.qi.512", BYTES, table, x)
 
 
 def planes(builder: ir.IRBuilder, lines: list[Line]) -> Iterator[tuple[int, list[ir.Value]]]:
@@ -118,7 +112,7 @@ class Sums:
         self.builder, self.chains = builder, chains
         self.shape = tokens, registers
         self.totals = [
-            [[cgutils.alloca_once_value(builder, splat(INTS, 0)) for _ in range(chains)]
+            [[variable(builder, splat(INTS, 0)) for _ in range(chains)]
              for _ in range(registers)] for _ in range(tokens)
         ]  # fmt: skip
         self.pairs: dict[tuple[int, int], ir.Value] = {}
@@ -128,7 +122,7 @@ class Sums:
         builder = self.builder
         if PATH == "avx2":
             name = "llvm.x86.avx2.pmadd.ub.sw"
-            pairs = call_llvm(builder, name, WORDS, weights, codes)
+            pairs = call(builder, name, WORDS, weights, codes)
             before = self.pairs.get((t, r))
             self.pairs[t, r] = builder.add(before, pairs) if before else pairs
             return
@@ -140,7 +134,7 @@ class Sums:
         builder = self.builder
         for (t, r), pairs in self.pairs.items():
             name = "llvm.x86.avx2.pmadd.wd"
-            fours = call_llvm(builder, name, INTS, pairs, splat(WORDS, 1))
+            fours = call(builder, name, INTS, pairs, splat(WORDS, 1))
             total = self.totals[t][r][0]
             builder.store(builder.add(builder.load(total), fours), total)
         self.pairs = {}
@@ -154,76 +148,62 @@ class Sums:
                 while len(parts) > 1:
                     parts = [builder.add(a, b) for a, b in zip(parts[::2], parts[1::2])]  # noqa: B905
                 at = builder.add(out, LONG(r * WIDTH))
-                builder.store(parts[0], vector_pointer(builder, at, INTS), align=4)
+                builder.store(parts[0], pointer(builder, at, INTS), align=4)
             out = builder.add(out, out_stride)
 
 
 def over_lines(builder: ir.IRBuilder, tile: ir.Value, units: ir.Value, tail: ir.Value, step: Any):
     """step(lines, first column) along a tile: for each unit, then for each line of its tail."""
-    with cgutils.for_range(builder, units) as loop:
-        at = builder.add(tile, builder.mul(loop.index, LONG(UNIT_LINES * LINE)))
+    with loop(builder, units) as index:
+        at = builder.add(tile, builder.mul(index, LONG(UNIT_LINES * LINE)))
         for i in range(UNIT_LINES):
-            prefetch(builder, at, LONG(i * LINE))
+            fetch_ahead(builder, at, LONG(i * LINE))
         stored = [load_line(builder, at, i * LINE) for i in range(UNIT_LINES)]
-        step(worth(builder, stored), builder.mul(loop.index, LONG(UNIT_COLUMNS)))
+        step(worth(builder, stored), builder.mul(index, LONG(UNIT_COLUMNS)))
     rest = builder.add(tile, builder.mul(units, LONG(UNIT_LINES * LINE)))
     first = builder.mul(units, LONG(UNIT_COLUMNS))
-    with cgutils.for_range(builder, tail) as loop:
-        at = builder.add(rest, builder.mul(loop.index, LONG(LINE)))
-        prefetch(builder, at, LONG(0))
-        column = builder.add(first, builder.mul(loop.index, LONG(LINE_COLUMNS)))
+    with loop(builder, tail) as index:
+        at = builder.add(rest, builder.mul(index, LONG(LINE)))
+        fetch_ahead(builder, at, LONG(0))
+        column = builder.add(first, builder.mul(index, LONG(LINE_COLUMNS)))
         step([load_line(builder, at, 0)], column)
 
 
 def packed_tile(tokens: int, chains: int) -> Tile:
     """(tile, units, tail, codes, codes stride, last, out, out stride): 16 rows x tokens."""
 
-    @intrinsic
-    def kernel(
-        typing: Any, tile: Any, units: Any, tail: Any, codes: Any, codes_stride: Any, last: Any,
-        out: Any, out_stride: Any,
-    ) -> Any:  # fmt: skip
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            tile, units, tail, codes, codes_stride, last, out, out_stride = args
-            token_at = starts(builder, codes, codes_stride, last, tokens)
-            sums = Sums(builder, tokens, HALVES, chains)
-
-            def step(lines: list[Line], first: ir.Value) -> None:
-                for turn, (column, weights) in enumerate(planes(builder, lines)):
-                    at = builder.add(first, LONG(column))
-                    for t in range(tokens):
-                        four = broadcast(builder, token_at[t], at)
-                        for h in range(HALVES):
-                            sums.add(t, h, weights[h], four, turn)
-                sums.flush()
-
-            over_lines(builder, tile, units, tail, step)
-            sums.store(out, out_stride)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 8), codegen
-
-    return kernel  # type: ignore[no-any-return]
-
-
-@intrinsic
-def unpack_tile(typing: Any, tile: Any, units: Any, tail: Any, out: Any) -> Any:
-    """The tile's codes as bytes: 64 for every 4 columns, in the order of a line."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        tile, units, tail, out = args
+    @intrinsic()
+    def tile_sums(builder, tile, units, tail, codes, codes_stride, last, out, out_stride):
+        token_at = starts(builder, codes, codes_stride, last, tokens)
+        sums = Sums(builder, tokens, HALVES, chains)
 
         def step(lines: list[Line], first: ir.Value) -> None:
-            for column, weights in planes(builder, lines):
-                at = builder.mul(builder.add(first, LONG(column)), LONG(LINE // COLUMNS))
-                for h, codes in enumerate(weights):
-                    to = builder.add(builder.add(out, at), LONG(h * WIDTH))
-                    builder.store(codes, vector_pointer(builder, to, BYTES), align=1)
+            for turn, (column, weights) in enumerate(planes(builder, lines)):
+                at = builder.add(first, LONG(column))
+                for t in range(tokens):
+                    four = broadcast(builder, token_at[t], at)
+                    for h in range(HALVES):
+                        sums.add(t, h, weights[h], four, turn)
+            sums.flush()
 
         over_lines(builder, tile, units, tail, step)
-        return context.get_dummy_value()
+        sums.store(out, out_stride)
 
-    return types.void(*[types.int64] * 4), codegen
+    return tile_sums
+
+
+@intrinsic()
+def unpack_tile(builder, tile, units, tail, out):
+    """The tile's codes as bytes: 64 for every 4 columns, in the order of a line."""
+
+    def step(lines: list[Line], first: ir.Value) -> None:
+        for column, weights in planes(builder, lines):
+            at = builder.mul(builder.add(first, LONG(column)), LONG(LINE // COLUMNS))
+            for h, codes in enumerate(weights):
+                to = builder.add(builder.add(out, at), LONG(h * WIDTH))
+                builder.store(codes, pointer(builder, to, BYTES), align=1)
+
+    over_lines(builder, tile, units, tail, step)
 
 
 def bytes_tile(tiles: int, tokens: int, unroll: int) -> Tile:
@@ -232,35 +212,29 @@ def bytes_tile(tiles: int, tokens: int, unroll: int) -> Tile:
     16 * tiles rows x tokens, along `fours` times 4 columns (a multiple of `unroll`).
     """
 
-    @intrinsic
-    def kernel(
-        typing: Any, tile: Any, stride: Any, last_tile: Any, fours: Any, codes: Any,
-        codes_stride: Any, last: Any, out: Any, out_stride: Any,
-    ) -> Any:  # fmt: skip
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            tile, stride, last_tile, fours, codes, codes_stride, last, out, out_stride = args
-            tile_at = starts(builder, tile, stride, last_tile, tiles)
-            token_at = starts(builder, codes, codes_stride, last, tokens)
-            sums = Sums(builder, tokens, tiles * HALVES, 1)
-            with cgutils.for_range(builder, builder.udiv(fours, LONG(unroll))) as loop:
-                for u in range(unroll):
-                    index = builder.add(builder.mul(loop.index, LONG(unroll)), LONG(u))
-                    at = builder.mul(index, LONG(LINE))
-                    weights = [
-                        load(builder, builder.add(base, at), LONG(h * WIDTH))
-                        for base in tile_at for h in range(HALVES)
-                    ]  # fmt: skip
-                    for t in range(tokens):
-                        four = broadcast(builder, token_at[t], builder.mul(index, LONG(COLUMNS)))
-                        for r, w in enumerate(weights):
-                            sums.add(t, r, w, four, 0)
-                sums.flush()
-            sums.store(out, out_stride)
-            return context.get_dummy_value()
+    @intrinsic()
+    def tile_sums(
+        builder, tile, stride, last_tile, fours, codes, codes_stride, last, out, out_stride
+    ):
+        tile_at = starts(builder, tile, stride, last_tile, tiles)
+        token_at = starts(builder, codes, codes_stride, last, tokens)
+        sums = Sums(builder, tokens, tiles * HALVES, 1)
+        with loop(builder, builder.udiv(fours, LONG(unroll))) as turn:
+            for u in range(unroll):
+                index = builder.add(builder.mul(turn, LONG(unroll)), LONG(u))
+                at = builder.mul(index, LONG(LINE))
+                weights = [
+                    load(builder, builder.add(base, at), LONG(h * WIDTH))
+                    for base in tile_at for h in range(HALVES)
+                ]  # fmt: skip
+                for t in range(tokens):
+                    four = broadcast(builder, token_at[t], builder.mul(index, LONG(COLUMNS)))
+                    for r, w in enumerate(weights):
+                        sums.add(t, r, w, four, 0)
+            sums.flush()
+        sums.store(out, out_stride)
 
-        return types.void(*[types.int64] * 9), codegen
-
-    return kernel  # type: ignore[no-any-return]
+    return tile_sums
 
 
 packed_1, packed_2 = packed_tile(1, 4), packed_tile(2, 4)

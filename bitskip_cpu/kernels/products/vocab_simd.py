@@ -6,20 +6,15 @@ of 8 bits one, signs moved to the activations: 2 * 127 * 127 = 32258.
 
 from __future__ import annotations
 
-from typing import Any
-
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from bitskip_cpu.isa import PATH
+from bitskip_cpu.kernels.numba_inside.decorators import intrinsic
+from bitskip_cpu.kernels.numba_inside.emit import LONG, call, loop
 from bitskip_cpu.kernels.products.dot import (
     BYTES,
-    LONG,
     Tile,
-    call_llvm,
-    prefetch,
+    fetch_ahead,
     splat,
     starts,
 )
@@ -52,46 +47,38 @@ def planes(builder: ir.IRBuilder, bits: int, lines: list[Line], h: int) -> list[
 def unsigned(builder: ir.IRBuilder, w: ir.Value, codes: ir.Value) -> tuple[ir.Value, ir.Value]:
     """|w| and codes * sign w, whose products are the same."""
     sign = "llvm.x86.avx2.psign.b"
-    return call_llvm(builder, sign, BYTES, w, w), call_llvm(builder, sign, BYTES, codes, w)
+    return call(builder, sign, BYTES, w, w), call(builder, sign, BYTES, codes, w)
 
 
 def head_tile(bits: int, tokens: int, chains: int) -> Tile:
     """(tile, groups, codes, codes stride, last, out, out stride): 16 rows x tokens."""
 
-    @intrinsic
-    def kernel(
-        typing: Any, tile: Any, groups: Any, codes: Any, codes_stride: Any, last: Any, out: Any,
-        out_stride: Any,
-    ) -> Any:  # fmt: skip
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            tile, groups, codes, codes_stride, last, out, out_stride = args
-            token_at = starts(builder, codes, codes_stride, last, tokens)
-            sums = Sums(builder, tokens, HALVES, chains)
-            with cgutils.for_range(builder, groups) as loop:
-                at = builder.add(tile, builder.mul(loop.index, LONG(LINES[bits] * LINE)))
-                lines = []
-                for i in range(LINES[bits]):
-                    prefetch(builder, at, LONG(i * LINE))
-                    lines.append(load_line(builder, at, i * LINE))
-                weights = [planes(builder, bits, lines, h) for h in range(HALVES)]
-                first = builder.mul(loop.index, LONG(GROUP))
-                for p in range(4):
-                    column = builder.add(first, LONG(p * COLUMNS))
-                    for t in range(tokens):
-                        four = broadcast(builder, token_at[t], column)
-                        for h in range(HALVES):
-                            operands = weights[h][p], four
-                            if bits == 8 and PATH == "avx2":
-                                operands = unsigned(builder, *operands)
-                            sums.add(t, h, *operands, p)
-                    if p % 2 or bits == 8:
-                        sums.flush()
-            sums.store(out, out_stride)
-            return context.get_dummy_value()
+    @intrinsic()
+    def tile_sums(builder, tile, groups, codes, codes_stride, last, out, out_stride):
+        token_at = starts(builder, codes, codes_stride, last, tokens)
+        sums = Sums(builder, tokens, HALVES, chains)
+        with loop(builder, groups) as index:
+            at = builder.add(tile, builder.mul(index, LONG(LINES[bits] * LINE)))
+            lines = []
+            for i in range(LINES[bits]):
+                fetch_ahead(builder, at, LONG(i * LINE))
+                lines.append(load_line(builder, at, i * LINE))
+            weights = [planes(builder, bits, lines, h) for h in range(HALVES)]
+            first = builder.mul(index, LONG(GROUP))
+            for p in range(4):
+                column = builder.add(first, LONG(p * COLUMNS))
+                for t in range(tokens):
+                    four = broadcast(builder, token_at[t], column)
+                    for h in range(HALVES):
+                        operands = weights[h][p], four
+                        if bits == 8 and PATH == "avx2":
+                            operands = unsigned(builder, *operands)
+                        sums.add(t, h, *operands, p)
+                if p % 2 or bits == 8:
+                    sums.flush()
+        sums.store(out, out_stride)
 
-        return types.void(*[types.int64] * 7), codegen
-
-    return kernel  # type: ignore[no-any-return]
+    return tile_sums
 
 
 int4_1, int4_4 = head_tile(4, 1, 4), head_tile(4, 4, 4)

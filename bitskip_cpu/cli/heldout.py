@@ -7,54 +7,47 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitskip_cpu.options import KV_CACHE, MODEL, THREADS, Numbers, load_model
+from bitskip.options import (
+    COUNT,
+    EXIT,
+    FILE,
+    JSON,
+    KV_CACHE,
+    MODEL,
+    NEW_FILE,
+    RULE,
+    SHARE,
+    THREADS,
+    Listed,
+    Word,
+    exit_layer,
+)
+from bitskip_cpu.cli.loading import load_model
 
 if TYPE_CHECKING:
     from bitskip_cpu.model import Model
     from bitskip_ref.engine import ExitRule
 
 TEXT = click.option(
-    "--text", "text_file", required=True, type=click.Path(path_type=Path),
+    "--text", "text_file", required=True, type=FILE,
     help="UTF-8 text; lines <|endoftext|> separate documents.",
 )  # fmt: skip
-CONTEXT = click.option("--ctx", type=int, help="Tokens of a window. Default: the model's context.")
+CONTEXT = click.option(
+    "--ctx", "--context", "ctx", type=COUNT,
+    help="Tokens of a window. Default: the model's context.",
+)  # fmt: skip
 STRIDE = click.option(
-    "--stride", type=int, help="From window to window. Default: --ctx, no overlap."
+    "--stride", type=COUNT, help="From window to window. Default: --ctx, no overlap."
 )
+THRESHOLD = click.option("--exit-threshold", "threshold", type=SHARE, help="As of generate.")
+LOOKS = click.option(
+    "--exit-looks", "looks", type=Listed(COUNT), metavar="N,N,...", help="As of generate."
+)
+LAST = click.option("--exit-last", "last", type=COUNT, metavar="N", help="As of generate.")
 
 
-class ExitLayers(click.ParamType):
-    """Exits separated by commas: numbers of blocks, and words of `Model.exit_rule`."""
-
-    name = "N|WORD,..."
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[int | str]:
-        """Numbers as int, words as they are, without repeats."""
-        parts = dict.fromkeys(part.strip() for part in str(value).split(","))
-        return [int(part) if part.lstrip("-").isdigit() else part for part in parts]
-
-
-class Words(click.ParamType):
-    """Words separated by commas; an empty text is none."""
-
-    name = "WORD,..."
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[str]:
-        """The words, without repeats."""
-        return [w for w in dict.fromkeys(part.strip() for part in str(value).split(",")) if w]
-
-
-class Shares(click.ParamType):
-    """Numbers separated by commas."""
-
-    name = "X,X,..."
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[float]:
-        """The numbers in the order given, without repeats."""
-        try:
-            return list(dict.fromkeys(float(part) for part in str(value).split(",")))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers like 0.5,0.9", param, ctx)
+RULE_OR_NONE = Word("rule", lambda: [*RULE.known(), "none"])
+KIND = Word("rule", lambda: ["fixed", *RULE.known()])
 
 
 def _rules(model: Model, exits: list[int | str], *beside: Any) -> list[ExitRule]:
@@ -66,21 +59,19 @@ def _rules(model: Model, exits: list[int | str], *beside: Any) -> list[ExitRule]
 @click.command()
 @MODEL
 @TEXT
-@click.option(
-    "--exit-layer", "--exit", "exits", type=ExitLayers(),
-    help="Blocks to run, or what decides for each token, as of generate. Default: all blocks.",
+@exit_layer(
+    "exits", Listed(EXIT), "Blocks to run, or what decides for each token, as of generate. "
+    "Default: all blocks.", "N|WORD,...",
 )  # fmt: skip
-@click.option("--exit-threshold", "threshold", type=float, help="As of generate.")
-@click.option("--exit-looks", "looks", type=Numbers(1), help="As of generate.")
-@click.option("--exit-last", "last", type=int, help="As of generate.")
+@THRESHOLD
+@LOOKS
+@LAST
 @CONTEXT
 @STRIDE
-@click.option(
-    "--tokens", type=click.IntRange(1), help="Read documents up to so many. Default: all."
-)
+@click.option("--tokens", type=COUNT, help="Read documents up to so many. Default: all.")
 @KV_CACHE
 @THREADS
-@click.option("--json", "as_json", is_flag=True)
+@JSON
 def perplexity(
     model: str | None, text_file: Path, exits: list[int | str] | None, threshold: float | None,
     looks: list[int] | None, last: int | None, ctx: int | None, stride: int | None,
@@ -106,17 +97,17 @@ def perplexity(
     help="How much perplexity may rise over full depth's: 0.04 is 4 %.",
 )  # fmt: skip
 @click.option(
-    "--rule", "rules", type=Words(), default="", metavar="WORD,...",
+    "--rule", "rules", type=Listed(KIND, empty=True), default="", metavar="WORD,...",
     help="Kinds to try: fixed, gate, max, margin, entropy. Default: all that the model has.",
 )  # fmt: skip
 @CONTEXT
 @click.option(
-    "--tokens", type=click.IntRange(1), default=8192, show_default=True,
+    "--tokens", type=COUNT, default=8192, show_default=True,
     help="Read documents up to so many.",
 )  # fmt: skip
 @THREADS
 @click.option("--dry-run", is_flag=True, help="Print the table, write nothing.")
-@click.option("--json", "as_json", is_flag=True)
+@JSON
 def calibrate(
     model: str | None, text_file: Path, budget: float, rules: list[str], ctx: int | None,
     tokens: int, threads: int | None, dry_run: bool, as_json: bool,
@@ -135,26 +126,26 @@ def calibrate(
 @click.command()
 @MODEL
 @TEXT
-@click.option("--exit-layer", "--exit", "layers", type=Numbers(1), help="Default: every one.")
+@exit_layer("layers", Listed(COUNT), "Default: every one.", "N,N,...")
 @click.option(
-    "--rule", "words", type=Words(), metavar="WORD,...",
+    "--rule", "words", type=Listed(RULE_OR_NONE), metavar="WORD,...",
     help="What decides for each token: gate, max, margin, entropy. Default: all there are; "
     "none: fixed exits only.",
 )  # fmt: skip
 @click.option(
-    "--thresholds", type=Shares(), default="0.5,0.7,0.8,0.9,0.95,0.98", show_default=True,
-    help="For each --rule.",
+    "--thresholds", type=Listed(SHARE), default="0.5,0.7,0.8,0.9,0.95,0.98", show_default=True,
+    metavar="X,X,...", help="For each --rule.",
 )  # fmt: skip
-@click.option("--exit-looks", "looks", type=Numbers(1), help="As of generate.")
-@click.option("--exit-last", "last", type=int, help="As of generate.")
+@LOOKS
+@LAST
 @CONTEXT
 @click.option(
-    "--tokens", type=click.IntRange(1), default=4096, show_default=True,
+    "--tokens", type=COUNT, default=4096, show_default=True,
     help="Read documents up to so many.",
 )  # fmt: skip
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw to this .png, .svg or .pdf.")
+@click.option("--plot", type=NEW_FILE, help="Draw to this .png, .svg or .pdf.")
 @THREADS
-@click.option("--json", "as_json", is_flag=True)
+@JSON
 def exits(
     model: str | None, text_file: Path, layers: list[int] | None, words: list[str] | None,
     thresholds: list[float], looks: list[int] | None, last: int | None, ctx: int | None,
@@ -165,13 +156,18 @@ def exits(
     Every setting predicts the text token by token, in turns, so that the speeds compare. Marked
     are those that no other beats in both.
     """
+    if plot is not None:
+        from bitskip_cpu.heldout.plotting import check
+
+        check(plot)
     from bitskip_cpu.heldout.curve import curve
-    from bitskip_ref.exits.named import DYNAMIC
 
     loaded = load_model(model, threads)
     blocks = loaded.config.num_hidden_layers
     if words is None:
-        words = [w for w in DYNAMIC if w != "gate" or loaded.config.gates] if blocks > 1 else []
+        words = (
+            [w for w in RULE.known() if w != "gate" or loaded.config.gates] if blocks > 1 else []
+        )
     rules = [loaded.exit_rule(n) for n in layers or range(1, blocks + 1)]
     rules += [loaded.exit_rule(w, x, looks, last) for w in words if w != "none" for x in thresholds]
     click.echo(curve(loaded, text_file, rules, ctx, tokens, as_json, plot))

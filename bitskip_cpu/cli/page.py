@@ -6,11 +6,11 @@ import html
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from bitskip_cpu.cli.showing import RGB, counts, ramp
 from bitskip_cpu.generate import Piece, TextStream
+from bitskip_cpu.generation_options import GenerationOptions
 from bitskip_cpu.model import Model
-from bitskip_cpu.showing import RGB, counts, ramp
 from bitskip_ref.exits.named import rule_label
 from bitskip_ref.files import replace_file
 
@@ -53,9 +53,9 @@ def write_page(
     pieces: Sequence[Piece],
     stream: TextStream,
     model: Model,
-    options: Mapping[str, Any],
+    options: GenerationOptions,
 ) -> None:
-    """Write the page of what `stream` gave, whole or not at all; options: as of `generate`."""
+    """Write the page of what `stream` gave, whole or not at all; `options` made it."""
     g, config = stream.generation(), model.config
     settings: dict[str, object] = {
         "model": model.folder.path.name,
@@ -73,7 +73,7 @@ def write_page(
         settings |= g.speculation.statistics()
     settings["threads"] = model.threads
     shown = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens")
-    settings |= {name.replace("_", " "): options[name] for name in shown}
+    settings |= {name.replace("_", " "): getattr(options, name) for name in shown}
     with replace_file(path) as file:
         file.write(page(prompt, pieces, config.num_hidden_layers, settings).encode())
 

@@ -1,0 +1,67 @@
+"""The programs `bitskip` and `bitskip-cpu`. Only click is imported: `--help` answers at once."""
+
+from __future__ import annotations
+
+import click
+
+import bitskip
+from bitskip.group import Sections, Verbs
+
+_CPU = "bitskip_cpu.cli"
+
+RUN: Sections = {
+    "Run a model": {
+        "generate": (f"{_CPU}.generate:generate", "Continue a prompt."),
+        "bench": (f"{_CPU}.bench:bench", "Measure tokens a second."),
+        "inspect": (f"{_CPU}.machine:inspect", "Shapes, sizes and statistics of a model."),
+    },
+    "Choose an exit": {
+        "perplexity": (f"{_CPU}.heldout:perplexity", "Held-out loss of a model, per exit."),
+        "exits": (f"{_CPU}.heldout:exits", "Loss and speed per exit and threshold."),
+        "calibrate": (f"{_CPU}.heldout:calibrate", "Find the exit within a budget of loss."),
+    },
+    "This machine": {
+        "selftest": (f"{_CPU}.machine:selftest", "The compiled engine against the reference."),
+        "warmup": (f"{_CPU}.machine:warmup", "Compile the kernels."),
+        "doctor": (f"{_CPU}.machine:doctor", "What this machine offers and lacks."),
+    },
+}
+MAKE: Sections = {
+    "Make a model": {
+        "train": ("bitskip_train.cli:train", "Train a model."),
+        "evaluate": ("bitskip_train.cli:evaluate", "Held-out loss of a checkpoint, per exit."),
+        "average": ("bitskip_train.cli:average", "The mean of several checkpoints' weights."),
+        "fit-gates": ("bitskip_train.cli:fit_gates", "Give a checkpoint routing gates."),
+        "export": ("bitskip_export.cli:export", "To a model folder, ONNX or Hugging Face."),
+        "import": ("bitskip_export.foreign.verbs:bring", "A model of another program."),
+        "verify": (
+            "bitskip_export.cli:verify",
+            "Every engine against the reference, by bits.",
+        ),
+        "reproduce": ("bitskip_experiments.cli:reproduce", "A table or figure of the papers."),
+    },
+}
+INSPECT = ("bitskip.inspect:inspect", "Shapes, sizes and statistics of a model or checkpoint.")
+WHOLE: Sections = {**RUN, **MAKE, "Run a model": {**RUN["Run a model"], "inspect": INSPECT}}
+SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+@click.command(
+    cls=Verbs, sections=WHOLE, elsewhere={}, context_settings=SETTINGS,
+)  # fmt: skip
+@click.version_option(bitskip.__version__, prog_name="bitskip")
+def main() -> None:
+    """Train, export and run ternary language models that can stop early.
+
+    bitskip VERB -h lists a verb's options.
+    """
+
+
+@click.command(cls=Verbs, sections=RUN, elsewhere=MAKE, context_settings=SETTINGS)
+@click.version_option(bitskip.__version__, prog_name="bitskip-cpu")
+def runtime() -> None:
+    """Run ternary language models with early exits on the CPU.
+
+    MODEL is a model folder or the name of a model that comes with the package; without it the
+    verbs take the one that ships. bitskip-cpu VERB -h lists a verb's options.
+    """

@@ -1,0 +1,1 @@
+"""The runtime's verbs, a file for each group of them; `bitskip.program` lists them."""

@@ -1,0 +1,253 @@
+"""The verb `generate`. Only click is imported here: `--help` must answer at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from bitskip.options import (
+    COUNT,
+    EXIT,
+    JSON,
+    KV_CACHE,
+    MODEL,
+    NEW_FILE,
+    SHARE,
+    THREADS,
+    WHOLE,
+    Listed,
+    NumberOr,
+    exit_layer,
+)
+from bitskip_cpu.cli.loading import load_model
+
+if TYPE_CHECKING:
+    from bitskip_cpu.generate import Piece, TextStream
+    from bitskip_cpu.model import Model
+
+STORY = "Once upon a time"  # the prompt of the models that come with the package
+
+
+@click.command()
+@MODEL
+@click.option(
+    "--prompt", "-p", "prompts", multiple=True, help="Text to continue; - reads standard input."
+)
+@click.option(
+    "--prompt-file", "-f", type=click.File("rb"),
+    help="UTF-8 file with the prompt, without its last newline; - is standard input.",
+)  # fmt: skip
+@click.option("--max-tokens", "-n", type=WHOLE, default=200, show_default=True)
+@exit_layer(
+    "exit_layer", EXIT, "Blocks to run, or what decides for each token: gate, max (probability), "
+    "margin, entropy; auto: the model's calibrated setting. Default: the model's recommendation, "
+    "else all.", "N|WORD",
+)  # fmt: skip
+@click.option(
+    "--exit-threshold", type=SHARE,
+    help="0 to 1; a token stops above it. Default: 0.5 for gate, 0.9 for the others.",
+)  # fmt: skip
+@click.option(
+    "--exit-looks", type=Listed(COUNT), metavar="N,N,...",
+    help="Blocks after which it may stop. Default: all for gate, the quarters for the others.",
+)  # fmt: skip
+@click.option(
+    "--exit-last",
+    type=COUNT,
+    metavar="N",
+    help="Stop there at the latest. Default: the last block.",
+)
+@click.option(
+    "--speculate", type=NumberOr("speculation", lambda: ["auto"]), metavar="K|auto",
+    help="Draft K tokens at an early exit and verify them at once; auto adapts K. Greedy text "
+    "stays the same.",
+)  # fmt: skip
+@click.option("--draft-exit", type=COUNT, help="Blocks that draft. Default: a quarter.")
+@click.option(
+    "--draft-vocab", type=COUNT,
+    help="Draft among so many first ids. Default: the folder's, else all.",
+)  # fmt: skip
+@click.option(
+    "--temperature", "--temp", type=float, default=0.0, show_default=True,
+    help="0 always takes the likeliest token; the next three then change nothing.",
+)  # fmt: skip
+@click.option("--top-k", type=WHOLE, default=0, help="Keep the k likeliest tokens; 0: all.")
+@click.option("--top-p", type=float, default=1.0, help="Keep the likeliest with this sum.")
+@click.option("--min-p", type=float, default=0.0, help="Drop below this share of the likeliest.")
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=WHOLE, default=0, show_default=True, help="Same seed, same text.")
+@click.option(
+    "--special", is_flag=True,
+    help="Special tokens spelled in the prompt, as <|endoftext|>, are those tokens, not text.",
+)  # fmt: skip
+@click.option("--stop", multiple=True, help="End before this string. Repeatable.")
+@click.option(
+    "--ctx", "--context", "ctx", type=COUNT, help="Positions to use. Default: the model's context."
+)
+@KV_CACHE
+@THREADS
+@click.option(
+    "--show-exits", is_flag=True,
+    help="Colour each token by its exit layer; FORCE_COLOR=1 does so without a terminal, too.",
+)  # fmt: skip
+@click.option(
+    "--html", type=NEW_FILE,
+    help="Also write a page with each token's exit layer and time.",
+)  # fmt: skip
+@click.option("--quiet", "-q", is_flag=True, help="Print the generated text and nothing else.")
+@JSON
+@click.pass_context
+def generate(
+    click_context: click.Context, model: str | None, prompts: tuple[str, ...],
+    prompt_file: IO[bytes] | None, threads: int | None, kv_cache: str, ctx: int | None,
+    quiet: bool, as_json: bool, show_exits: bool, html: Path | None, **options: Any,
+) -> None:  # fmt: skip
+    """Continue a prompt. The text streams to standard output, statistics go to standard error.
+
+    Ctrl-C ends the text, keeps what was said, and exits with 130.
+    """
+    from bitskip_cpu.generation_options import GenerationOptions
+
+    chosen = GenerationOptions(context=ctx, **options)
+    text = _prompt(model, prompts, prompt_file)
+    if html is not None and not html.absolute().parent.is_dir():
+        raise ValueError(f"{html}: no such folder")
+    loaded = load_model(model, threads, quiet, kv_cache)
+    stream = loaded.stream(text, chosen)
+    if not quiet:
+        _note_what_changes_nothing(click_context)
+    colours = None
+    if show_exits:
+        from bitskip_cpu.cli.showing import Colours
+
+        colours = Colours(loaded.config.num_hidden_layers, sys.stdout)
+    pieces: list[Piece] = []
+
+    def say(piece: Piece) -> None:
+        pieces.append(piece)
+        if not as_json:
+            painted = colours.paint(piece) if colours else piece.text
+            click.echo(painted, nl=False, color=True if colours else None)
+
+    if not as_json and not quiet:
+        click.secho(text, dim=True, nl=False)
+    interrupted = False
+    try:
+        for piece in stream:
+            say(piece)
+    except KeyboardInterrupt:
+        interrupted = True
+        say(stream.finish())
+    if html is not None:
+        from bitskip_cpu.cli.page import write_page
+
+        write_page(html, text, pieces, stream, loaded, chosen)
+    if as_json:
+        click.echo(json.dumps(_generation(stream, loaded, text, chosen.seed)))
+    else:
+        click.echo()
+        if colours and not quiet:
+            legend = Colours(colours.blocks, sys.stderr).legend(stream.generation().exit_layers)
+            click.echo(legend, err=True, color=True)
+        if not quiet:
+            click.echo(_statistics(stream, loaded), err=True)
+    if interrupted:
+        click_context.exit(130)
+
+
+def _prompt(model: str | None, prompts: tuple[str, ...], file: IO[bytes] | None) -> str:
+    """The prompt from its option, a file, or standard input; a story's start if none was given."""
+    if len(prompts) > 1:
+        raise click.UsageError("--prompt is given more than once: join the texts")
+    if prompts and file is not None:
+        raise click.UsageError("--prompt and --prompt-file exclude each other: give one")
+    if not prompts and file is None:
+        return _story(model)
+    if prompts and prompts[0] != "-":
+        return prompts[0]
+    from bitskip_ref.documents import decode_utf8
+
+    stream = file or sys.stdin.buffer
+    return decode_utf8(stream.read(), "the prompt").removesuffix("\n")
+
+
+def _story(model: str | None) -> str:
+    """The prompt of the models that come with the package, which tell stories."""
+    from bitskip_cpu import models
+
+    models.resolve(model)
+    if model is not None and model not in models.names():
+        raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE")
+    if _is_piped(sys.stdin):
+        click.echo("standard input is not read: --prompt - takes it as the prompt", err=True)
+    return STORY
+
+
+def _is_piped(stream: IO[str] | None) -> bool:
+    """Whether somebody may have put text there: a pipe, or a file that is not empty."""
+    try:
+        status = os.fstat(stream.fileno()) if stream is not None else None
+    except (OSError, ValueError):  # closed, or no file at all
+        return False
+    if status is None:
+        return False
+    return stat.S_ISFIFO(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_size > 0)
+
+
+def _note_what_changes_nothing(context: click.Context) -> None:
+    """Name on standard error the sampling options that greedy text ignores."""
+    if context.params["temperature"] != 0:
+        return
+    for name in ("top_k", "top_p", "min_p"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = f"--{name.replace('_', '-')}"
+            click.echo(f"{option} changes nothing at --temperature 0, which is greedy", err=True)
+
+
+def _generation(stream: TextStream, model: Model, prompt: str, seed: int) -> dict[str, Any]:
+    """What `generate --json` prints."""
+    from bitskip_cpu.machine import peak_rss_bytes
+
+    g = stream.generation()
+    return {
+        "model": str(model.folder.path),
+        "prompt": prompt,
+        "text": g.text,
+        "token_ids": g.token_ids,
+        "prompt_tokens": g.prompt_tokens,
+        "generated_tokens": len(g.token_ids),
+        "exit_layers": g.exit_layers,
+        "mean_exit_layer": g.mean_exit_layer,
+        "speculation": g.speculation.statistics() if g.speculation else None,
+        "stop_reason": g.stop_reason,
+        "seed": seed,
+        "threads": model.threads,
+        "kv_cache": model.kv_cache,
+        "ttft_s": g.ttft_s,
+        "prefill_tokens_per_s": g.prefill_tokens_per_s,
+        "decode_tokens_per_s": g.decode_tokens_per_s,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _statistics(stream: TextStream, model: Model) -> str:
+    """One line about a generation."""
+    g = stream.generation()
+    parts = [f"{len(g.token_ids)} tokens"]
+    if g.decode_tokens_per_s:
+        parts.append(f"{g.decode_tokens_per_s:.1f} tokens/s")
+    if g.ttft_s is not None:
+        parts.append(f"first after {g.ttft_s * 1e3:.0f} ms ({g.prompt_tokens} of prompt)")
+    if g.mean_exit_layer is not None:
+        depth = f"{g.mean_exit_layer:.2f}".removesuffix(".00")
+        parts.append(f"exit layer {depth} of {model.config.num_hidden_layers}")
+    if g.speculation and g.speculation.drafted:
+        s = g.speculation.statistics()
+        parts.append(f"{s['acceptance']:.0%} of {s['drafted']} drafts at {s['draft_exit']} right")
+    return f"[{', '.join(parts)}; ended: {g.stop_reason.replace('_', ' ')}]"

@@ -1,0 +1,46 @@
+"""Loading a MODEL argument, and compiling the kernels first where they never were."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from bitskip.terminal import animated
+
+if TYPE_CHECKING:
+    from bitskip_cpu.model import Model
+
+
+def load_model(
+    model: str | None, threads: int | None, quiet: bool = False, kv_cache: str = "float32"
+) -> Model:
+    """A MODEL argument, loaded. What is no model is refused before anything is compiled."""
+    import bitskip_cpu
+    from bitskip_cpu import models
+
+    path = models.resolve(model)
+    prepare(quiet)
+    return bitskip_cpu.load(path, threads, kv_cache=kv_cache)
+
+
+def prepare(quiet: bool = False) -> None:
+    """Load the kernels; where they must be compiled first, say so on standard error."""
+    from bitskip_cpu.compiling import KERNELS, warmup
+
+    if quiet or KERNELS.compiled:
+        warmup()
+        return
+    start, done = time.perf_counter(), 0
+
+    def count(_: int) -> None:
+        nonlocal done
+        done += 1
+        click.echo(f"\r{done} functions\r", err=True, nl=False)
+
+    click.echo("compiling kernels, once on this machine: half a minute or so ...", err=True)
+    warmup(count if animated(sys.stderr) else None)
+    kept = "" if KERNELS.directory else "; not kept, the cache folder cannot be written"
+    click.echo(f"compiled in {time.perf_counter() - start:.0f} s{kept}", err=True)

@@ -1,0 +1,140 @@
+"""How a text is generated: every option of it, checked when made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from bitskip_ref.checks import is_number, is_whole
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.decoding.generate import check_max_tokens
+from bitskip_ref.decoding.sampling import Sampler
+from bitskip_ref.decoding.speculate import Speculation
+from bitskip_ref.engine import ExitRule
+from bitskip_ref.exits.named import named_rule
+from bitskip_ref.folder import Folder
+from bitskip_text.streaming import StopStrings
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Options of one text. What depends on the model is checked when a text begins.
+
+    A wrong type or a value out of range raises ValueError with the option and the rule. A list is
+    taken where a tuple is stored; NumPy's numbers are numbers, too.
+    """
+
+    max_tokens: int = 200
+    exit_layer: int | str | None = None
+    """Blocks that every token runs, or what decides token by token: `gate`, `max`, `margin`,
+    `entropy`. `auto`: the setting that `calibrate` wrote into the folder. None: the folder's
+    recommendation, else all blocks."""
+    exit_threshold: float | None = None
+    """A token stops above it, 0 to 1. None: 0.5 for `gate`, 0.9 for the others."""
+    exit_looks: tuple[int, ...] | None = None
+    """Blocks after which it may stop. None: all for `gate`, the quarters for the others."""
+    exit_last: int | None = None
+    """Where it stops at the latest. None: the last block."""
+    speculate: int | str | None = None
+    """Drafts of a round, 1..16, or `auto`, which adapts it (SPEC 11.4). None: no speculation."""
+    draft_exit: int | None = None
+    """Blocks that draft. None: a quarter of those that verify."""
+    draft_vocab: int | None = None
+    """Draft among that many first ids. None: as the folder recommends, else all."""
+    temperature: float = 0.0
+    """0 is greedy; the next three then change nothing (SPEC 9.2)."""
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Strings before which the text ends."""
+    context: int | None = None
+    """Positions that may be used. None: all that the model has."""
+    special: bool = False
+    """Special tokens spelled in the prompt (`<|endoftext|>`) are those tokens, not text."""
+
+    def __post_init__(self) -> None:
+        check_max_tokens(self.max_tokens)
+        for name in ("exit_layer", "speculate"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str) or is_whole(value)):
+                raise ValueError(f"{name} = {value!r}: must be a whole number, a word or None")
+        for name in ("exit_last", "draft_exit", "draft_vocab", "context"):
+            value = getattr(self, name)
+            if not (value is None or is_whole(value)):
+                raise ValueError(f"{name} = {value!r}: must be a whole number or None")
+        if not (self.exit_threshold is None or is_number(self.exit_threshold)):
+            raise ValueError(f"exit_threshold = {self.exit_threshold!r}: must be a number or None")
+        if not isinstance(self.special, bool):
+            raise ValueError(f"special = {self.special!r}: must be True or False")
+        if self.exit_looks is not None:
+            self._keep("exit_looks", is_whole, "whole numbers, like [6, 12]")
+        self._keep("stop", lambda s: isinstance(s, str), 'strings, like ["\\n"]')
+        StopStrings(self.stop)  # which refuses an empty one
+        if isinstance(self.speculate, str) and self.speculate != "auto":
+            raise ValueError(f"speculate {self.speculate!r}: must be a number of drafts, or auto")
+        if self.speculate is None and (self.draft_exit, self.draft_vocab) != (None, None):
+            raise ValueError("a draft exit or vocabulary needs speculate, a number or auto")
+        _ = self.sampler  # which checks its part
+
+    def _keep(self, name: str, good: Any, what: str) -> None:
+        """Store a sequence as a tuple, once all of its items are good."""
+        value = getattr(self, name)
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+            raise ValueError(f"{name} = {value!r}: must be a list of {what}")
+        items = tuple(value)
+        if not all(map(good, items)):
+            raise ValueError(f"{name} = {value!r}: must be a list of {what}")
+        object.__setattr__(self, name, items)
+
+    def replace(self, **changes: Any) -> GenerationOptions:
+        """A checked copy with some options changed. Raises TypeError for one that there is not."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def sampler(self) -> Sampler:
+        """How tokens are chosen."""
+        return Sampler(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed
+        )
+
+    def rule(self, folder: Folder) -> ExitRule:
+        """How many blocks a token runs, checked for a folder's model. Raises ValueError."""
+        beside = (self.exit_threshold, self.exit_looks, self.exit_last)
+        if self.exit_layer == "auto":
+            if beside != (None, None, None):
+                raise ValueError(
+                    "exit layer auto brings its own threshold, looks and last block: leave them out"
+                )
+            if folder.auto_exit is None:
+                raise ValueError(
+                    f"{folder.path} holds no calibrated exit for auto: run `bitskip-cpu "
+                    "calibrate MODEL --text FILE`, or choose a number of blocks, gate, max, ..."
+                )
+            return folder.auto_exit
+        exit_layer = self.exit_layer
+        if exit_layer is None and beside == (None, None, None):
+            exit_layer = folder.exit_layer
+        return named_rule(exit_layer, *beside, folder.config)
+
+    def speculation(self, rule: ExitRule, folder: Folder) -> Speculation | None:
+        """How one text is drafted and verified; None without `speculate`.
+
+        Raises ValueError for what does not combine with `rule`, or with a folder's model.
+        """
+        if self.speculate is None:
+            return None
+        count = None if isinstance(self.speculate, str) else self.speculate
+        vocab = folder.draft_vocab if self.draft_vocab is None else self.draft_vocab
+        return Speculation(folder.config, rule, self.draft_exit, count, vocab)
+
+    def positions(self, config: ModelConfig) -> int:
+        """Positions that may be used: `context`, or all. Raises ValueError beyond the model's."""
+        limit = config.max_position_embeddings
+        if self.context is not None and not 1 <= self.context <= limit:
+            raise ValueError(f"context {self.context}: this model's is {limit}, choose 1..{limit}")
+        return limit if self.context is None else int(self.context)

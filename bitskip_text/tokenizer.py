@@ -1,0 +1,208 @@
+"""A `tokenizer.json` as training, export and the runtime use it: ids of a text, text of ids.
+
+What is stored in the file beside the vocabulary and would make the ids something else than the
+text is off: truncation, padding, and dropout of merges. A text that spells a special token is text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer as Library
+
+from bitskip_ref.documents import decode_utf8
+from bitskip_ref.tensors import FormatError
+from bitskip_text.decoders import Decoder, decoder_of
+
+LARGEST = 1 << 24  # ids, as of a ModelConfig
+RANDOM = ("dropout", "alpha", "nbest_size")  # settings of a model that make ids a matter of chance
+
+
+class TokenizerError(FormatError):
+    """A tokenizer that cannot be used, or a text that it cannot encode."""
+
+
+def read_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`.
+
+    vocab_size: of the model that it belongs to. Raises TokenizerError for a file that is none, or
+    whose ids the model lacks; OSError if it cannot be read.
+    """
+    try:
+        text = decode_utf8(path.read_bytes(), str(path))
+    except ValueError as error:
+        raise TokenizerError(str(error)) from None
+    return parse_tokenizer(text, str(path), vocab_size)
+
+
+def parse_tokenizer(text: str, source: str, vocab_size: int | None = None) -> Tokenizer:
+    """`read_tokenizer` of a text at hand; `source` names it in errors."""
+    with _errors_of_the_library(f"{source}: not a tokenizer.json"), _panics_unprinted():
+        library = Library.from_str(text)
+    return Tokenizer(library, source, vocab_size, text)
+
+
+class Tokenizer:
+    """Ids of a text and text of ids. Several threads may call it."""
+
+    def __init__(
+        self, library: Library, source: str, vocab_size: int | None = None, text: str | None = None
+    ) -> None:
+        """library: becomes this object's own. source, vocab_size: as of `parse_tokenizer`.
+
+        text: what `library` was made from. Raises TokenizerError for ids from `vocab_size` up, and
+        for a decoder that the library cannot run.
+        """
+        model = library.model
+        random = [name for name in RANDOM if getattr(model, name, None) is not None]
+        for name in random:
+            setattr(model, name, None)
+        if random or library.truncation is not None or library.padding is not None:
+            text = None
+        library.no_truncation()
+        library.no_padding()
+        self._library, self._source, self._text = library, source, text
+        self._lock = threading.Lock()  # whether special tokens are text is a state of the library
+        added = library.get_added_tokens_decoder()
+        self._special = {i: token.content for i, token in added.items() if token.special}
+        self.size = max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        """One more than the highest id."""
+        if self.size > LARGEST:  # the library lists every id below it, when it writes a file
+            raise TokenizerError(
+                f"{source}: has token id {self.size - 1}; the largest vocabulary has {LARGEST} ids"
+            )
+        if vocab_size is not None and self.size > vocab_size:
+            raise TokenizerError(
+                f"{source}: has token id {self.size - 1}, but the model's vocabulary ends at "
+                f"{vocab_size - 1}: this tokenizer belongs to another model"
+            )
+        stored = None if library.decoder is None else json.loads(library.decoder.__getstate__())
+        try:
+            self.decoder: Decoder = decoder_of(stored)
+        except ValueError as error:
+            raise TokenizerError(f"{source}: {error}") from None
+
+    @cached_property
+    def json(self) -> str:
+        """The text of a tokenizer.json that gives the same ids in any program.
+
+        The text that this tokenizer was made from, unless something stored there had to be off.
+        """
+        return self._library.to_str() if self._text is None else self._text
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of a text, nothing added.
+
+        special: a special token spelled in the text (`<|endoftext|>`) is that token; otherwise it
+        is text like any other. Raises ValueError for what is no text (lone surrogates), and for a
+        character that the tokenizer neither has nor can mark as unknown.
+        """
+        return self.encode_batch([text], special)[0]
+
+    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """`encode` of several texts, on several threads of the library."""
+        for text in texts:
+            check_text(text)
+        with self._lock, _errors_of_the_library(f"{self._source}: cannot encode the text"):
+            self._library.encode_special_tokens = not special
+            batch = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [found.ids if special else self._spelled(found.ids) for found in batch]
+
+    def _spelled(self, ids: list[int]) -> list[int]:
+        """Special tokens that the model itself found in a text (Unigram) as their characters' ids.
+
+        The unknown token, special or not, is the model's answer to a character and stays.
+        """
+        if self._special.keys().isdisjoint(ids):
+            return ids
+        spelled: list[int] = []
+        for i in ids:
+            token, model = self._special.get(i, ""), self._library.model
+            parts = (token[:1], token[1:]) if i in self._reserved and len(token) > 1 else ()
+            found = [t.id for part in parts for t in model.tokenize(part)]
+            spelled += found or [i]
+        return spelled
+
+    @cached_property
+    def _reserved(self) -> set[int]:
+        model = json.loads(self._library.model.__getstate__())
+        unknown = {model.get("unk_id"), self.token_id(model.get("unk_token") or "")}
+        return self._special.keys() - unknown
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids as the library decodes them; special tokens and unknown ids give none.
+
+        Bytes that are no character give U+FFFD.
+        """
+        if not ids:
+            return ""
+        with _errors_of_the_library(f"{self._source}: cannot decode"):
+            return self._library.decode(list(ids), skip_special_tokens=True)
+
+    def token(self, token_id: int) -> str | None:
+        """The token that `decode` takes for an id; None if it leaves the id out."""
+        return None if token_id in self._special else self._library.id_to_token(token_id)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token written out, or None."""
+        return self._library.token_to_id(token)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, added tokens too."""
+        return self._library.get_vocab(with_added_tokens=True)
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError unless `text` is a string that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise ValueError(f"a text must be a string, not {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("the text is not valid Unicode (it was not UTF-8)") from None
+
+
+@contextmanager
+def _errors_of_the_library(doing: str) -> Iterator[None]:
+    """The library's plain Exceptions, and its panics, as a TokenizerError of one line."""
+    try:
+        yield
+    except TokenizerError:
+        raise
+    except (Exception, BaseException) as error:
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise  # Ctrl-C
+        raise TokenizerError(f"{doing} ({one_line(error)})") from None
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, as a part of a line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"  # pyo3 has no name for it to import
+
+
+@contextmanager
+def _panics_unprinted() -> Iterator[None]:
+    """Keep off standard error the many lines that the library writes there when it panics."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -1,0 +1,186 @@
+"""A `Source` written as a model folder (FORMAT), a tensor at a time."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from bitskip_export.foreign.source import Floats, RefusedError, Report, Source, Ternary
+from bitskip_export.pack import CHUNK, check_target
+from bitskip_ref.arithmetic.quant import quantize_activations, quantize_weights
+from bitskip_ref.config import HEAD_BITS, ModelConfig
+from bitskip_ref.folder import write_folder
+from bitskip_ref.packing import pack_ternary, packed_width
+from bitskip_ref.tensors import expected_tensors
+from bitskip_text.tokenizer import parse_tokenizer
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes written so far, bytes in all)."""
+
+
+def import_model(
+    source: Source,
+    out: Path,
+    *,
+    head_format: str | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Report:
+    """Write the folder `out`, whole or not at all; memory is that of the largest tensor.
+
+    head_format: instead of `source.config.head_format`. Raises RefusedError, ExportError for a
+    place that holds something else (unless `force`), and FormatError for values that FORMAT has no
+    place for.
+    """
+    check_target(out, force)
+    config = source.config.replace(head_format=head_format or source.config.head_format)
+    if source.tokenizer_json is not None:
+        parse_tokenizer(source.tokenizer_json, source.origin, config.vocab_size)
+    tensors = Tensors(config, source, progress)
+    with replace_directory(out) as folder:
+        write_folder(
+            folder, config, tensors,
+            tokenizer_json=source.tokenizer_json,
+            eos_token_id=source.eos_token_ids[0] if source.eos_token_ids else None,
+            bos_token_id=source.bos_token_id,
+            exit_layer=source.exit_layer,
+            draft_vocab=source.draft_vocab,
+        )  # fmt: skip
+    return _report(source, config)
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """A folder's tensors in file order, each made when it is asked for and then forgotten.
+
+    Scales, which lie behind their weights in the file, are kept from when those were made.
+    """
+
+    def __init__(self, config: ModelConfig, source: Source, progress: Progress) -> None:
+        self.expected = expected_tensors(config)
+        self._config, self._source, self._progress = config, source, progress
+        self._scales: dict[str, np.ndarray] = {}
+        sizes = [np.dtype(k).itemsize * int(np.prod(s)) for k, s in self.expected.values()]
+        self._done, self._total = 0, sum(sizes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.expected)
+
+    def __len__(self) -> int:
+        return len(self.expected)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        made = self._scales[name] if name.endswith(".scale") else self._make(name)
+        self._done += made.nbytes
+        self._progress(self._done, self._total)
+        return made
+
+    def _make(self, name: str) -> np.ndarray:
+        kind, shape = self.expected[name]
+        weight = self._source.weights[name]
+        scale = name.removesuffix("weight") + "scale"
+        if kind is np.uint8:
+            made, alpha = packed(weight)
+            self._scales[scale] = np.array([alpha], np.float32)
+            return made
+        if isinstance(weight, Ternary):
+            raise RefusedError(f"{name} is ternary, but {self._source.origin} is float32 there")
+        if kind is np.int8:
+            made, self._scales[scale] = integer_rows(weight, HEAD_BITS[self._config.head_format])
+            return made
+        made = np.empty(shape, kind)
+        for first in range(0, shape[0], CHUNK):
+            part = weight.rows(first, min(first + CHUNK, shape[0]))
+            if kind is np.float16 and np.abs(part).max(initial=0) > np.finfo(np.float16).max:
+                raise RefusedError(f"{name} exceeds float16 (65504): choose another head format")
+            made[first : first + CHUNK] = part
+        return made
+
+
+def packed(weight: Floats | Ternary) -> tuple[np.ndarray, np.float32]:
+    """Codes as FORMAT 2 packs them, uint8 [out, bytes], and alpha; floats by SPEC 4.1."""
+    if isinstance(weight, Floats):
+        codes, alpha = quantize_weights(weight.whole())
+        return pack_ternary(codes), alpha
+    rows, width = weight.shape
+    made = np.empty((rows, packed_width(width)), np.uint8)
+    for first in range(0, rows, CHUNK):
+        end = min(first + CHUNK, rows)
+        made[first:end] = pack_ternary(weight.codes(first, end))
+    return made, weight.alpha
+
+
+def integer_rows(weight: Floats, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """SPEC 4.4: codes int8 [V, D] and scales f32 [V].
+
+    A row that is whole multiples of a step already keeps that step, which dividing its largest
+    value by the largest code would miss by a last bit.
+    """
+    codes = np.empty(weight.shape, np.int8)
+    scales = np.empty(weight.shape[0], np.float32)
+    for first in range(0, weight.shape[0], CHUNK):
+        end = min(first + CHUNK, weight.shape[0])
+        part = weight.rows(first, end)
+        found, step = quantize_activations(part, bits)
+        down, up = np.nextafter(step, np.float32(0)), np.nextafter(step, np.float32(1))
+        for other in (up, down, step):  # the last that fits stays
+            same = (found * other == part).all(-1, keepdims=True)
+            step = np.where(same, other, step)
+        codes[first:end], scales[first:end] = found, step[:, 0]
+    return codes, scales
+
+
+def _report(source: Source, config: ModelConfig) -> Report:
+    """What became of the weights, beside what the reader said."""
+    kept, converted = list(source.report.kept), list(source.report.converted)
+    counts: dict[tuple[str, bool], int] = {}
+    for weight in source.weights.values():
+        if len(weight.shape) == 2:
+            key = weight.stored, isinstance(weight, Ternary)
+            counts[key] = counts.get(key, 0) + 1
+    linear = {
+        (w.stored, isinstance(w, Ternary))
+        for name, w in source.weights.items()
+        if name.endswith("_proj.weight")
+    }
+    for stored, codes in sorted(linear):
+        if codes:
+            kept.append(f"linear weights: codes and scales ({stored})")
+        elif config.linear == "ternary":
+            converted.append(f"linear weights: {stored} masters to ternary (SPEC 4.1)")
+        else:
+            kept.append(f"linear weights: {stored} as float32")
+    stored = source.weights["embed_tokens.weight"].stored
+    if config.head_format == "float32":
+        kept.append(f"embedding and head: {stored} as float32")
+    else:
+        converted.append(f"embedding and head: {stored} to {config.head_format}")
+    return replace(source.report, kept=tuple(kept), converted=tuple(converted))
+
+
+@contextmanager
+def replace_directory(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place when the block ends without an exception.
+
+    What `out` held is gone then; after an exception it is what it was.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
+    try:
+        made.chmod(0o755)
+        yield made
+        if out.exists():
+            old = made.with_suffix(".old")
+            out.rename(old)
+            made.rename(out)
+            shutil.rmtree(old)
+        else:
+            made.rename(out)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise

@@ -1,0 +1,82 @@
+"""A model folder, cut at an exit, as other programs are given it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitskip_export.pack import CHUNK
+from bitskip_ref.config import HEAD_BITS, ModelConfig
+from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.folder import Folder
+from bitskip_ref.packing import unpack_ternary
+from bitskip_ref.tensors import parameter_shapes
+
+
+@dataclass(frozen=True)
+class Given:
+    """Blocks 1..N of a model with the norm and head of exit N: a plain model without exits."""
+
+    folder: Folder
+    config: ModelConfig  # of N blocks, exits shared, no gates
+    names: dict[str, str]  # FORMAT 3's names in this model -> in the folder
+    dropped: tuple[str, ...]
+
+    def rows(self, name: str, first: int, end: int) -> np.ndarray:
+        """Values of a float or integer tensor as f32 [end - first, ...] (SPEC 4.4)."""
+        stored = self.names[name]
+        part = self.folder.tensors[stored][first:end].astype(np.float32)
+        if self.folder.config.head_format in HEAD_BITS and self.is_vocabulary(name):
+            scales = self.folder.tensors[stored.removesuffix("weight") + "scale"]
+            part *= scales[first:end, None]
+        return part
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """`rows` from the first to the last, some thousand at a time."""
+        count = len(self.folder.tensors[self.names[name]])
+        for first in range(0, count, CHUNK):
+            yield self.rows(name, first, min(first + CHUNK, count))
+
+    def codes(self, name: str) -> np.ndarray:
+        """A ternary matrix, int8 [out, in] in -1..1."""
+        width = self.config.linear_shapes()[name.split(".")[2]][1]
+        return unpack_ternary(self.folder.tensors[self.names[name]], width)
+
+    def alpha(self, name: str) -> np.float32:
+        """Its scale (SPEC 4.1)."""
+        stored = self.names[name].removesuffix("weight") + "scale"
+        return np.float32(self.folder.tensors[stored][0])
+
+    @staticmethod
+    def is_vocabulary(name: str) -> bool:
+        """Whether it is the embedding or a head."""
+        return name in ("embed_tokens.weight", "lm_head.weight")
+
+
+def at_exit(folder: Folder, exit_layer: int | None) -> Given:
+    """The model that stops after `exit_layer` blocks; None: after all.
+
+    Raises ValueError for an exit out of range.
+    """
+    full = folder.config
+    n = check_exit_layer(exit_layer, full)
+    config = full.replace(num_hidden_layers=n, gates=False, exit_norm="shared", exit_head="shared")
+    norm, head = full.exit_names(n)
+    table = {name: name for name in parameter_shapes(config)}
+    for name in table:
+        if name.startswith("final_norm."):
+            table[name] = norm + name.removeprefix("final_norm")
+        elif name == "lm_head.weight":
+            table[name] = f"{head}.weight"
+    dropped = []
+    if n < full.num_hidden_layers:
+        dropped.append(f"blocks {n + 1} to {full.num_hidden_layers}: exported is exit {n}")
+    if full.gates:
+        dropped.append("routing gates")
+    if "per_layer" in (full.exit_norm, full.exit_head) and n > 1:
+        dropped.append(f"norms and heads of exits other than {n}")
+    if folder.auto_exit is not None:
+        dropped.append("the calibrated exit")
+    return Given(folder, config, table, tuple(dropped))

@@ -1,0 +1,95 @@
+"""Models of other programs opened, and converted once into the user's cache for any verb."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitskip.terminal import progress_bar
+
+if TYPE_CHECKING:
+    from bitskip_export.foreign.convert import Progress
+    from bitskip_export.foreign.source import Source
+
+CONVERTER = "1"  # raised when what is imported changes: folders in users' caches are made anew
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]  # and never a pickle or a program
+
+
+def open_source(path: Path) -> Source:
+    """The reader for what lies there. Raises RefusedError."""
+    from bitskip_export.foreign.hf_read import read_huggingface
+    from bitskip_export.foreign.source import RefusedError
+
+    if not path.is_dir():
+        raise RefusedError(f"{path}: neither a Hugging Face folder nor owner/name of one")
+    if (path / "config.json").is_file() and _is_ours(path):
+        raise RefusedError(f"{path} is a model folder of bitskip already")
+    return read_huggingface(path)
+
+
+def _is_ours(path: Path) -> bool:
+    from bitskip_export.foreign.safetensors_shards import read_json
+
+    return read_json(path / "config.json").get("model_type") == "bitskip"
+
+
+def cached(path: Path) -> Path:
+    """The model folder of another program's model, converted once into the user's cache.
+
+    It is found by the content of the files; what was hashed before is known by its times.
+    """
+    import click
+
+    from bitskip_cpu.compiling import user_cache
+    from bitskip_export.foreign.convert import import_model
+    from bitskip_ref.files import replace_file
+
+    root = user_cache() / "models"
+    files = sorted(_parts(path))
+    facts = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
+    known = root / f"seen-{hashlib.sha256(repr((CONVERTER, facts)).encode()).hexdigest()[:24]}"
+    if known.is_file():
+        folder = root / known.read_text("ascii")
+        if (folder / "config.json").is_file():
+            return folder
+    digest = hashlib.sha256(CONVERTER.encode())
+    for file in files:
+        with open(file, "rb") as opened:
+            digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    folder = root / digest.hexdigest()[:24]
+    if not (folder / "config.json").is_file():
+        source = open_source(path)
+        click.echo(f"{path}: converted once, kept in {folder}", err=True)
+        with bar("converting") as progress:
+            report = import_model(source, folder, progress=progress)
+        for line in report.lines():
+            click.echo(line, err=True)
+    with replace_file(known) as made:
+        made.write(folder.name.encode("ascii"))
+    return folder
+
+
+def _parts(path: Path) -> Iterator[Path]:
+    """The files that a model consists of."""
+    if path.is_file():
+        yield path
+        return
+    for pattern in HUB_FILES:
+        yield from path.glob(pattern)
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Progress]:
+    """A bar on standard error, in bytes."""
+    with progress_bar(what, 1.0) as advance:
+        before = 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal before
+            advance(done / total - before)
+            before = done / total
+
+        yield progress

@@ -1,0 +1,74 @@
+"""A model of another program as its reader gives it: our configuration, weights piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitskip_ref.config import ModelConfig
+
+
+class RefusedError(ValueError):
+    """A model that would not run as it was meant; the message names what is missing."""
+
+
+@dataclass(frozen=True)
+class Floats:
+    """A tensor of numbers, read by rows so that a large one is never whole in memory."""
+
+    shape: tuple[int, ...]
+    stored: str  # the file's own word for its type, for reports
+    rows: Callable[[int, int], np.ndarray]  # (first, end) -> f32 [end - first, ...]
+
+    def whole(self) -> np.ndarray:
+        """All of it, f32 of `shape`."""
+        return self.rows(0, self.shape[0])
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """A matrix that is codes times one scale already."""
+
+    shape: tuple[int, int]
+    stored: str
+    codes: Callable[[int, int], np.ndarray]  # (first, end) -> int8 [end - first, in] in -1..1
+    alpha: np.float32  # the value of code 1 (SPEC 4.3)
+
+
+Weight = Floats | Ternary
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a model's parts, one sentence each."""
+
+    kept: tuple[str, ...] = ()  # bit for bit
+    converted: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """The report, a line for each part."""
+        return [
+            f"{word}: {part}"
+            for word, parts in (
+                ("kept", self.kept), ("converted", self.converted), ("dropped", self.dropped),
+            )
+            for part in parts
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A foreign model, opened: its configuration is known, its weights are read when asked for."""
+
+    origin: str  # what it was read from, for messages
+    config: ModelConfig  # head_format: what the file itself says or a lossless one
+    weights: Mapping[str, Weight]  # FORMAT 3's names of parameters (no scales)
+    tokenizer_json: str | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    exit_layer: int | None = None  # what the folder recommends, if the file carries it
+    draft_vocab: int | None = None
+    report: Report = Report()

@@ -1,0 +1,75 @@
+"""The verb `import`, and what `export` does for other programs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+
+from bitskip.options import FOLDER
+from bitskip_export.foreign.opened import HUB_FILES, bar, open_source
+from bitskip_ref.config import CHOICES
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@click.command("import")
+@click.argument("source")
+@click.option("--out", "-o", type=FOLDER, required=True, help="The model folder to write.")
+@click.option(
+    "--head", type=click.Choice(CHOICES["head_format"]),
+    help="How embedding and head are stored. Default: int8 with ternary weights, else float32.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Write over a folder that holds other files.")
+def bring(source: str, out: Path, head: str | None, force: bool) -> None:
+    """Convert SOURCE, a Hugging Face folder (or owner/name there), to a model folder.
+
+    SOURCE is only read; OUT appears whole or not at all. A model that needs what bitskip has
+    not is refused by its name.
+    """
+    from bitskip_export.foreign.convert import import_model
+    from bitskip_export.pack import check_target
+
+    check_target(out, force)
+    opened = open_source(_local(source))
+    with bar("importing") as progress:
+        report = import_model(opened, out, head_format=head, force=force, progress=progress)
+    c = opened.config
+    click.echo(
+        f"{out}: {c.num_hidden_layers} blocks of width {c.hidden_size}, {c.parameters():,} "
+        f"parameters, {c.linear} linear weights, context {c.max_position_embeddings}"
+    )
+    for line in report.lines():
+        click.echo(line)
+
+
+def _local(source: str) -> Path:
+    """A path, or what the hub has under that name, downloaded into its own cache."""
+    path = Path(source)
+    if path.exists() or not HUB_NAME.fullmatch(source):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{source}: no such folder, and not to be had from the hub ({reason})"
+        ) from None
+
+
+def give(to: str, folder: Path, out: Path, exit_layer: int | None, force: bool) -> None:
+    """What `export --to hf` does with a model folder."""
+    from bitskip_export.foreign.hf_write import write_huggingface
+    from bitskip_ref.folder import read_folder
+
+    with bar(f"writing {to}") as progress:
+        report = write_huggingface(
+            read_folder(folder), out, exit_layer=exit_layer, force=force, progress=progress
+        )
+    click.echo(out)
+    for line in report.lines():
+        click.echo(line)

@@ -1,0 +1,404 @@
+"""Hugging Face folders, read and written, against transformers itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bitskip_cpu
+from bitskip_export.foreign.convert import import_model
+from bitskip_export.foreign.hf_read import read_huggingface
+from bitskip_export.foreign.hf_write import pack_rows, write_huggingface
+from bitskip_export.foreign.source import RefusedError
+from bitskip_ref.arithmetic.quant import quantize_weights
+from bitskip_ref.compare import difference
+from bitskip_ref.config import ModelConfig, small_twin
+from bitskip_ref.folder import read_folder
+from bitskip_ref.tensors import expected_tensors
+from bitskip_text.tokenizer import TokenizerError
+from tests.helpers import random_folder
+from tests.interop.blocks import (
+    assert_close,
+    distances,
+    edit,
+    load,
+    random_model,
+    save,
+    torch,
+)  # fmt: skip
+
+STORIES = Path(bitskip_cpu.__file__).parent / "models/stories-24"
+safetensors = pytest.importorskip("safetensors.numpy")
+
+
+def bring(path: Path, out: Path, **options: Any) -> Path:
+    """Import a Hugging Face folder."""
+    import_model(read_huggingface(path), out, **options)
+    return out
+
+
+def quantized(path: Path, inverse: bool) -> Path:
+    """Pack a saved float model's linear weights as the two classes of transformers store them."""
+    file = path / "model.safetensors"
+    tensors = safetensors.load_file(file)
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        codes, alpha = quantize_weights(tensors[name])
+        tensors[name] = pack_rows(codes)
+        scale = np.float32(1) / alpha if inverse else alpha
+        tensors[f"{name}_scale"] = np.array([scale], np.float32)
+    safetensors.save_file(tensors, file, {"format": "pt"})
+    return path
+
+
+TERNARY = {
+    "bitlinear": {"quant_method": "bitnet"},
+    "offline": {
+        "quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline",
+    },
+    "online": {
+        "quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online",
+    },
+}  # fmt: skip
+
+
+def ternary_model(path: Path, kind: str, form: str, **changes: Any) -> Path:
+    """A random ternary model in one of the three forms."""
+    save(random_model(kind, **changes), path, quantization_config=TERNARY[form])
+    return path if form == "online" else quantized(path, inverse=form == "bitlinear")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("form", TERNARY)
+@pytest.mark.parametrize("kind", ["BitNet", "Llama"])
+def test_ternary_blocks_are_theirs(kind: str, form: str, tied: bool, tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", kind, form, tie_word_embeddings=tied)
+    folder = bring(path, tmp_path / "out", head_format="float32")
+    config = read_folder(folder).config
+    assert config.linear == "ternary" and config.sub_norm == (kind == "BitNet")
+    assert config.ffn == ("gated_relu2" if kind == "BitNet" else "swiglu")
+    assert_close(distances(load(path), folder, length=4))
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"tie_word_embeddings": True}, {"head_dim": 32}, {"num_key_value_heads": None},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}},
+], ids=str)  # fmt: skip
+def test_float_blocks_are_theirs(changes: dict[str, Any], tmp_path: Path) -> None:
+    path = save(random_model("Llama", **changes), tmp_path / "hf")
+    folder = bring(path, tmp_path / "out")
+    assert read_folder(folder).config.head_format == "float32"
+    found = distances(load(path), folder)
+    assert found.max() < 1e-5
+
+
+def test_the_old_spelling_of_rope(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 50_000.0}
+    path = save(random_model("Llama", rope_parameters=rope), tmp_path / "hf")
+    new = read_huggingface(path).config
+    edit(path / "config.json", rope_parameters=None, rope_theta=50_000.0, rope_scaling=None)
+    assert read_huggingface(path).config == new and new.rope_theta == 50_000.0
+
+
+def test_sharded_and_bfloat16_masters(tmp_path: Path) -> None:
+    model = random_model("BitNet", tie_word_embeddings=True).to(torch.bfloat16)
+    config = {"quantization_config": TERNARY["online"]}
+    whole = save(model, tmp_path / "whole", **config)
+    model.save_pretrained(tmp_path / "parts", max_shard_size="40KB")
+    edit(tmp_path / "parts/config.json", **config)
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    one, other = (
+        read_folder(bring(p, tmp_path / f"{p.name}-out", head_format="float32"))
+        for p in (whole, tmp_path / "parts")
+    )
+    assert one.config == other.config
+    for name, t in one.tensors.items():
+        assert difference(name, t, other.tensors[name]) is None
+    assert_close(distances(load(whole), one.path, length=4))
+
+
+def test_1bitllm_names(tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "BitNet", "online", hidden_act="silu")
+    expected = read_folder(bring(path, tmp_path / "a"))
+    tensors = safetensors.load_file(path / "model.safetensors")
+    renamed = {
+        name.replace("attn_sub_norm", "inner_attn_ln").replace("ffn_sub_norm", "ffn_layernorm"): t
+        for name, t in tensors.items()
+    }
+    safetensors.save_file(renamed, path / "model.safetensors", {"format": "pt"})
+    edit(path / "config.json", quantization_config=None, model_type="llama", weight_bits=1,
+         architectures=["BitnetForCausalLM"], input_bits=8)  # fmt: skip
+    found = read_folder(bring(path, tmp_path / "b"))
+    assert found.config == expected.config and found.config.ffn == "swiglu"
+    for name, t in expected.tensors.items():
+        assert difference(name, t, found.tensors[name]) is None
+
+
+def test_stops_are_those_of_generation_config(tmp_path: Path) -> None:
+    path = save(random_model("Llama"), tmp_path / "hf")
+    assert read_huggingface(path).eos_token_ids == (3, 5)
+    edit(path / "generation_config.json", eos_token_id=[7, 9])
+    assert read_huggingface(path).eos_token_ids == (7, 9)
+
+
+# ---- planted mistakes ---------------------------------------------------------------
+
+
+def test_an_inverted_scale_is_seen(tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "Llama", "offline")
+    theirs = load(path)
+    edit(path / "config.json", quantization_config=TERNARY["bitlinear"])
+    folder = bring(path, tmp_path / "out", head_format="float32")
+    with pytest.raises(AssertionError):
+        assert_close(distances(theirs, folder, length=4))
+
+
+def test_a_wrong_activation_is_seen(tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "BitNet", "offline")
+    theirs = load(path)
+    edit(path / "config.json", hidden_act="silu")
+    folder = bring(path, tmp_path / "out", head_format="float32")
+    with pytest.raises(AssertionError):
+        assert_close(distances(theirs, folder, length=4))
+
+
+# ---- written ------------------------------------------------------------------------
+
+LLAMA = small_twin("bitskip-v1")
+BITNET = small_twin("bitnet-2b4t").replace(hidden_size=64)
+GIVEN: dict[str, ModelConfig] = {
+    "llama": LLAMA.replace(head_format="float32"),
+    "llama-int8": LLAMA,
+    "llama-int4": LLAMA.replace(head_format="int4"),
+    "llama-float16": LLAMA.replace(head_format="float16"),
+    "llama-relu2": LLAMA.replace(ffn="gated_relu2", head_format="float32"),
+    "llama-float": small_twin("llama3"),
+    "bitnet": BITNET.replace(head_format="float32"),
+    "bitnet-silu": BITNET.replace(ffn="swiglu", tie_word_embeddings=False, head_format="float32"),
+    "bitnet-float": BITNET.replace(linear="float32", head_format="float32"),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_is_written_comes_back(name: str, tmp_path: Path) -> None:
+    first = read_folder(random_folder(tmp_path / "model", GIVEN[name]))
+    write_huggingface(first, tmp_path / "hf")
+    if first.config.head_format == "float32":
+        assert_close(distances(load(tmp_path / "hf"), first.path, length=4))
+    again = read_folder(bring(tmp_path / "hf", tmp_path / "again"))
+    assert again.config == first.config and again.eos_token_id == first.eos_token_id
+    for key, t in first.tensors.items():
+        assert difference(key, t, again.tensors[key]) is None
+
+
+def test_an_exit_is_written_as_a_model(tmp_path: Path) -> None:
+    config = LLAMA.replace(
+        exit_norm="per_layer", exit_head="per_layer", gates=True, head_format="float32"
+    )
+    full = read_folder(random_folder(tmp_path / "model", config))
+    report = write_huggingface(full, tmp_path / "hf", exit_layer=2)
+    assert len(report.dropped) == 3
+    cut = bitskip_ref_logits(bring(tmp_path / "hf", tmp_path / "cut"), None)
+    assert np.array_equal(cut, bitskip_ref_logits(full.path, 2))
+
+
+def bitskip_ref_logits(path: Path, exit_layer: int | None) -> np.ndarray:
+    """Of the reference, f32 [T, V]."""
+    from bitskip_ref.model import load as load_reference
+
+    return load_reference(path).logits([1, 2, 3, 4, 5], exit_layer)
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("bitskip-v2", "hadamard"), ("wt2-baseline", "layer norms"),
+], ids=str)  # fmt: skip
+def test_what_transformers_cannot_compute_is_refused(name: str, words: str, tmp_path: Path) -> None:
+    folder = read_folder(random_folder(tmp_path / "model", small_twin(name)))
+    with pytest.raises(RefusedError, match=words):
+        write_huggingface(folder, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_the_shipped_model_there_and_back(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    shipped = read_folder(STORIES)
+    write_huggingface(shipped, tmp_path / "hf")
+    assert "pipeline_tag: text-generation" in (tmp_path / "hf/README.md").read_text()
+    again = read_folder(bring(tmp_path / "hf", tmp_path / "again"))
+    assert again.config == shipped.config.replace(gates=False)
+    for key in expected_tensors(again.config):
+        assert difference(key, shipped.tensors[key], again.tensors[key]) is None
+    assert (again.eos_token_id, again.bos_token_id) == (shipped.eos_token_id, None)
+    assert again.draft_vocab == shipped.draft_vocab
+
+    ours, theirs = bitskip_cpu.load(tmp_path / "again"), load(tmp_path / "hf")
+    text = ours.generate("Once upon a time", max_tokens=60, temperature=0.9).text
+    words = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert words(text).input_ids == ours.tokenizer.encode(text)
+    assert words.eos_token_id == shipped.eos_token_id
+    same, losses = [], []
+    for seed in range(4):  # texts of the model's own: 4 x 250 tokens
+        told = ours.generate("Once upon a time", max_tokens=250, temperature=1.0, seed=seed)
+        ids = ours.tokenizer.encode("Once upon a time") + told.token_ids
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids])).logits[0].numpy()
+        both = [logits[:-1].astype(np.float64), ours.logits(ids)[:-1].astype(np.float64)]
+        same.append(both[0].argmax(1) == both[1].argmax(1))
+        chosen = np.arange(len(ids) - 1), np.array(ids[1:])
+        losses.append([np.log(np.exp(z).sum(1)) - z[chosen] for z in both])
+    # 99 % and 0.002 nats on held-out text; on text drawn from the model more choices are even.
+    assert np.concatenate(same).mean() >= 0.98
+    means = np.concatenate(losses, axis=1).mean(1)
+    assert abs(means[0] - means[1]) < 0.005
+
+
+# ---- hostile folders ----------------------------------------------------------------
+
+
+def change_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite the header of a folder's safetensors file."""
+    file = path / "model.safetensors"
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+
+
+def change_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Rewrite a folder's tensors."""
+    tensors = safetensors.load_file(path / "model.safetensors")
+    change(tensors)
+    safetensors.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def cut(path: Path, size: int) -> None:
+    """Shorten the weights' file."""
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda p: (p / "config.json").unlink(), "cannot be read"),
+    "nested config": (lambda p: (p / "config.json").write_text("[" * 100_000), "as JSON"),
+    "config of bytes": (lambda p: (p / "config.json").write_bytes(b"\xff\xfe{"), "as JSON"),
+    "other model": (lambda p: edit(p / "config.json", model_type="gpt2"), "model_type 'gpt2'"),
+    "gelu": (lambda p: edit(p / "config.json", hidden_act="gelu"), "hidden_act 'gelu'"),
+    "biases": (lambda p: edit(p / "config.json", attention_bias=True), "biases"),
+    "no width": (lambda p: edit(p / "config.json", hidden_size=None), "lacks hidden_size"),
+    "text width": (lambda p: edit(p / "config.json", hidden_size="64"), "type int"),
+    "absurd blocks": (lambda p: edit(p / "config.json", num_hidden_layers=4096), "lacks tensors"),
+    "more blocks": (lambda p: edit(p / "config.json", num_hidden_layers=4), "lacks tensor"),
+    "fewer blocks": (lambda p: edit(p / "config.json", num_hidden_layers=2), "has no place"),
+    "no heads": (lambda p: edit(p / "config.json", num_attention_heads=0), "config.json"),
+    "other vocabulary": (lambda p: edit(p / "config.json", vocab_size=97), "asks for"),
+    "group scales": (
+        lambda p: change_tensors(p, lambda t: t.update({f"{Q}_scale": np.ones(4, np.float32)})),
+        "4 scales",
+    ),
+    "scale of zero": (
+        lambda p: change_tensors(p, lambda t: t.update({f"{Q}_scale": np.zeros(1, np.float32)})),
+        "must be positive",
+    ),
+    "scale not finite": (
+        lambda p: change_tensors(
+            p, lambda t: t.update({f"{Q}_scale": np.full(1, np.nan, np.float32)})
+        ),
+        "not finite",
+    ),
+    "no scale": (lambda p: change_tensors(p, lambda t: t.pop(f"{Q}_scale")), "no weight_scale"),
+    "code 3": (lambda p: change_tensors(p, lambda t: t[Q].__setitem__(0, 255)), "code 3"),
+    "a norm of NaN": (
+        lambda p: change_tensors(p, lambda t: t["model.norm.weight"].__setitem__(0, np.nan)),
+        "not finite",
+    ),
+    "query norm": (
+        lambda p: change_tensors(
+            p, lambda t: t.update({Q.replace("q_proj", "q_norm"): np.ones(16, np.float32)})
+        ),
+        "norms of queries",
+    ),
+    "unknown tensor": (
+        lambda p: change_tensors(p, lambda t: t.update(extra=np.ones(1, np.float32))),
+        "extra",
+    ),
+    "wrong eos": (lambda p: edit(p / "generation_config.json", eos_token_id=96), "eos_token_id"),
+    "gptq": (
+        lambda p: edit(p / "config.json", quantization_config={"quant_method": "gptq"}),
+        "gptq",
+    ),
+    "norm in linears": (
+        lambda p: edit(
+            p / "config.json",
+            quantization_config={"quant_method": "bitnet", "use_rms_norm": True},
+        ),
+        "norm inside each linear",
+    ),
+    "tokenizer": (lambda p: (p / "tokenizer.json").write_text("{}"), "not a tokenizer"),
+    "empty": (lambda p: cut(p, 0), "truncated"),
+    "short header": (lambda p: cut(p, 100), "truncated"),
+    "short data": (lambda p: cut(p, -1), "cut off"),
+    "huge header": (
+        lambda p: (p / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x7f" + b"{}"),
+        "truncated",
+    ),
+    "product overflows": (
+        lambda p: change_header(p, lambda h: h[Q].update(shape=[1 << 40, 1 << 40])),
+        "lie",
+    ),
+    "negative": (lambda p: change_header(p, lambda h: h[Q].update(shape=[-16, -64])), "lie"),
+    "offsets": (
+        lambda p: change_header(p, lambda h: h[Q].update(data_offsets=[1 << 60, 1 << 61])),
+        "lie",
+    ),
+    "dtype": (lambda p: change_header(p, lambda h: h[Q].update(dtype="F8_E4M3")), "F8_E4M3"),
+    "entry": (lambda p: change_header(p, lambda h: h.update({Q: 5})), "damaged"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_refused(fault: str, tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "Llama", "offline")
+    FAULTS[fault][0](path)
+    with pytest.raises((RefusedError, TokenizerError), match=FAULTS[fault][1]) as caught:
+        bring(path, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]  # nothing is left
+
+
+def test_pickles_are_not_opened(tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "Llama", "offline")
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    with pytest.raises(RefusedError, match="pickle"):
+        read_huggingface(path)
+
+
+def test_an_index_cannot_lead_elsewhere(tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "Llama", "offline")
+    (path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    index = {"weight_map": {Q: "../other.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(RefusedError, match="not the name of a file"):
+        read_huggingface(path)
+
+
+def test_every_changed_byte_of_a_header_is_an_error_or_harmless(tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "Llama", "offline")
+    file = path / "model.safetensors"
+    raw = file.read_bytes()
+    size = 8 + int.from_bytes(raw[:8], "little")
+    rng = np.random.default_rng(0)
+    for at in rng.integers(0, size, 150).tolist():
+        changed = bytearray(raw)
+        changed[at] ^= 1 << int(rng.integers(8))
+        file.write_bytes(changed)
+        with suppress(RefusedError):
+            bring(path, tmp_path / "out", force=True)

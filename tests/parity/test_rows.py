@@ -1,0 +1,436 @@
+"""What an engine is asked, and by whom: rows, threads and callbacks, the same in every engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitskip_ref.config import small_twin
+from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.engine import Row
+from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
+from bitskip_ref.turn import Turn
+from tests.helpers import random_tensors, random_tokens
+from tests.parity.engines import ENGINES, make
+
+CONFIG = small_twin("wt2-bitskip")  # with gates
+TENSORS = random_tensors(CONFIG)
+IDS = random_tokens(CONFIG, 40)
+WHOLE = ("reference", "numba", "torch")  # engines that can stop on the way
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Any:
+    return make(request.param, CONFIG, TENSORS)
+
+
+@pytest.fixture(scope="module", params=WHOLE)
+def deciding(request: pytest.FixtureRequest) -> Any:
+    return make(request.param, CONFIG, TENSORS)
+
+
+def rules(engine: Any) -> list[Any]:
+    fixed = [FixedExit(), FixedExit(2)]
+    if "Onnx" in type(engine).__name__:
+        return fixed
+    return [*fixed, ConfidenceExit(0.02), GateExit(0.5), ConfidenceExit(0.02, layers=(2,), last=3)]
+
+
+# ---- rows of many sequences (SPEC 12.2) -------------------------------------------------
+
+
+def test_rows_of_many_sequences_have_the_bits_of_each_alone(engine: Any) -> None:
+    """Sequences of all lengths and rules, also two rows of one, in turns over several calls."""
+    choices = rules(engine)
+    sequences = []
+    for i in range(7):
+        rule, alone, mixed = choices[i % len(choices)], engine.new_cache(), engine.new_cache()
+        for cache in (alone, mixed):
+            engine.extend(IDS[: 1 + 2 * i], cache, exit_layer=rule.deepest(CONFIG))
+        sequences.append((rule, alone, mixed))
+    for turn in range(4):
+        rows = [
+            Row((5 * turn + i) % 97, mixed, rule) for i, (rule, _, mixed) in enumerate(sequences)
+        ]
+        rows += rows[:2]
+        expected = [engine.step(row.token_id, sequences[i % 7][1], row.rule)
+                    for i, row in enumerate(rows)]  # fmt: skip
+        found = engine.step_many(rows)
+        assert [n for _, n in found] == [n for _, n in expected]
+        for (a, _), (b, _) in zip(expected, found, strict=True):
+            assert a.tobytes() == b.tobytes() and a.shape == b.shape == (CONFIG.vocab_size,)
+    for _, alone, mixed in sequences:
+        assert alone.length == mixed.length
+        assert (
+            engine.extend([1], alone, exit_layer=2).tobytes()
+            == engine.extend([1], mixed, exit_layer=2).tobytes()
+        )
+    assert engine.step_many([]) == []
+
+
+def test_a_wrong_row_is_refused(engine: Any) -> None:
+    full, cache = engine.new_cache(), engine.new_cache()
+    engine.extend([1] * CONFIG.max_position_embeddings, full)
+    for row, words in (
+        (Row(97, cache, FixedExit()), "0..96"),
+        (Row(1, full, FixedExit()), "exceed the context"),
+        (Row(1, cache, FixedExit(5)), "choose 1..4"),
+        (Row(1, None, FixedExit()), "not this engine's"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            engine.step_many([row])
+        assert cache.length == 0 and full.length == CONFIG.max_position_embeddings
+
+
+# ---- what is asked (faults A2, B7) ----------------------------------------------------
+
+
+class Odd:
+    """A rule that says what it was told."""
+
+    def __init__(self, deepest: Any = 4, looks: Any = (), stops: Any = lambda probe: False) -> None:
+        self._deepest, self._looks, self.stops = deepest, looks, stops
+
+    def deepest(self, config: Any) -> Any:
+        return self._deepest
+
+    def looks(self, config: Any) -> Any:
+        return self._looks
+
+    def check(self, config: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (ConfidenceExit(1.0, layers=(1000,)), "exit looks"),
+        (ConfidenceExit(1.0, layers=(5,)), "stay below 4"),
+        (ConfidenceExit(1.0, layers=(4,)), "stay below 4"),
+        (ConfidenceExit(1.0, layers=(-1,)), "exit looks"),
+        (ConfidenceExit(1.0, layers=(0, 1)), "exit looks"),
+        (ConfidenceExit(1.0, layers=(1.0,)), "whole numbers"),
+        (ConfidenceExit(1.0, layers=("1",)), "whole numbers"),
+        (ConfidenceExit(1.0, layers=(True,)), "whole numbers"),
+        (Odd(4, (2, 1)), "rise"),
+        (Odd(4, (2, 2)), "rise"),
+        (Odd(4, (1 << 40,)), "exit looks"),
+        (Odd(4, (None,)), "whole numbers"),
+        (Odd(0), "choose 1..4"),
+        (Odd(5), "choose 1..4"),
+        (Odd(2.0), "whole number"),
+        (Odd(float("nan")), "whole number"),
+        (18, "no exit rule"),
+        (None, "no exit rule"),
+    ],
+    ids=repr,
+)
+def test_a_rule_is_checked_in_step(engine: Any, rule: Any, words: str) -> None:
+    cache = engine.new_cache()
+    engine.extend(IDS[:3], cache)
+    with pytest.raises(ValueError, match=words):
+        engine.step(1, cache, rule)
+    assert cache.length == 3
+    assert engine.extend([1], cache).tobytes() == engine.logits([*IDS[:3], 1])[3:].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda e, c: e.extend([1], c, exit_layer=1.5), "whole number"),
+        (lambda e, c: e.extend([1], c, exit_layer=True), "whole number"),
+        (lambda e, c: e.extend([1], c, exit_layer="2"), "whole number"),
+        (lambda e, c: e.extend([1.0], c), "integers"),
+        (lambda e, c: e.extend([True], c), "integers"),
+        (lambda e, c: e.extend([1 << 70], c), "integers"),
+        (lambda e, c: e.extend(["1"], c), "integers"),
+        (lambda e, c: e.extend([[1]], c), "no tokens"),
+        (lambda e, c: e.extend(1, c), "no tokens"),
+        (lambda e, c: e.step(1.5, c, FixedExit()), "integers"),
+        (lambda e, c: e.step(-1, c, FixedExit()), "integers"),
+        (lambda e, c: e.extend_exits([1], c, [], lambda *_: None), "no exit layers"),
+        (lambda e, c: e.extend_exits([1], c, [1, 2.5], lambda *_: None), "whole number"),
+        (lambda e, c: e.extend([1], None), "not this engine's"),
+        (lambda e, c: e.speculate(1, c, 2.0, Draft(1)), "0..16"),
+        (lambda e, c: e.speculate(1, c, 2, Draft(1.5)), "draft exit"),
+        (lambda e, c: e.speculate(1, c, 2, Draft(1, vocab=2.5)), "draft vocabulary"),
+        (lambda e, c: e.round(c, Draft(4)), "choose 1..3"),
+        (lambda e, c: e.round(c, Draft(1)).verify(), "nothing to verify"),
+    ],
+)
+def test_odd_arguments(engine: Any, call: Callable[[Any, Any], Any], words: str) -> None:
+    cache = engine.new_cache()
+    with pytest.raises(ValueError, match=words):
+        call(engine, cache)
+    assert cache.length == 0
+
+
+@pytest.mark.parametrize("length", [-1, 1.5, "3", None, 4, 1 << 70, float("nan")])
+def test_a_length_that_cannot_be(engine: Any, length: Any) -> None:
+    cache = engine.new_cache()
+    engine.extend(IDS[:3], cache)
+    cache.length = length
+    with pytest.raises(ValueError, match="cache"):
+        engine.extend([1], cache)
+
+
+def test_numpy_integers_are_integers(engine: Any) -> None:
+    cache = engine.new_cache()
+    engine.extend(np.array(IDS[:4], np.int32), cache, exit_layer=np.int64(4))
+    cache.length = np.int64(3)
+    z, n = engine.step(np.int64(IDS[3]), cache, FixedExit(np.int32(4)))
+    assert n == 4 and z.tobytes() == engine.logits(IDS[:4])[3].tobytes()
+
+
+# ---- who asks: threads (faults A1) ------------------------------------------------------
+
+
+def test_two_threads_step_one_cache_to_its_end(engine: Any) -> None:
+    """As many steps as fit are run, all others refused, whoever asks; nothing is overwritten."""
+    for start in (40, 60):
+        for rule in rules(engine)[:3]:
+            cache, outcomes = engine.new_cache(), []
+            engine.extend([3] * start, cache)
+
+            def steps(cache: Any = cache, rule: Any = rule, found: list[str] = outcomes) -> None:
+                for _ in range(30):
+                    try:
+                        engine.step(5, cache, rule)
+                        found.append("run")
+                    except ValueError as error:
+                        assert "exceed the context" in str(error)
+                        found.append("refused")
+
+            with ThreadPoolExecutor(4) as pool:
+                for done in [pool.submit(steps) for _ in range(4)]:
+                    done.result()
+            assert outcomes.count("run") == CONFIG.max_position_embeddings - start
+            assert cache.length == CONFIG.max_position_embeddings
+            cache.length = start
+            expected = engine.logits([3] * start + [9])[-1:]
+            assert engine.extend([9], cache).tobytes() == expected.tobytes()
+
+
+def test_what_is_asked_is_checked_in_its_turn(engine: Any) -> None:
+    """Asked for the last position amid a call that takes it: refused, when that has ended."""
+    cache, said = engine.new_cache(), []
+    engine.extend([3] * (CONFIG.max_position_embeddings - 1), cache)
+
+    def second() -> None:
+        try:
+            engine.step(5, cache, FixedExit())
+        except ValueError as error:
+            said.append(str(error))
+
+    other = threading.Thread(target=second)
+
+    def meanwhile(stage: str, _: np.ndarray) -> None:
+        if stage == "embed":
+            other.start()
+            other.join(0.2)
+
+    z = engine.extend([9], cache, trace=meanwhile)
+    other.join()
+    assert len(said) == 1 and "exceed the context" in said[0]
+    assert cache.length == CONFIG.max_position_embeddings
+    expected = engine.logits([3] * (CONFIG.max_position_embeddings - 1) + [9])[-1:]
+    assert z.tobytes() == expected.tobytes()
+
+
+def test_a_check_before_the_turn_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake that was: nobody waits. (In the reference, where it overwrites nothing.)"""
+    for name in ("__enter__", "__exit__"):
+        monkeypatch.setattr(Turn, name, lambda *_: None)
+    with pytest.raises((AssertionError, ValueError)):
+        test_what_is_asked_is_checked_in_its_turn(make("reference", CONFIG, TENSORS))
+
+
+def test_two_engines_do_not_share_a_cache_at_once() -> None:
+    """Only one of them can run on it; the other says so."""
+    one, two = (make("reference", CONFIG, TENSORS) for _ in range(2))
+    cache = one.new_cache()
+    with pytest.raises(RuntimeError, match="in the middle of another call"):
+        one.extend([1], cache, trace=lambda *_: two.extend([1], cache))
+    assert cache.length == 0
+    one.extend([1], cache)
+    assert two.extend([2], cache).tobytes() == one.logits([1, 2])[1:].tobytes()
+
+
+def test_a_length_set_by_another_thread(engine: Any) -> None:
+    """Whatever is set at whatever time: a call ends, or is refused, and touches only its own."""
+    cache, stop = engine.new_cache(), threading.Event()
+
+    def meddle() -> None:
+        while not stop.is_set():
+            for n in (0, 3, 1 << 40, -5, 63):
+                cache.length = n
+
+    thread = threading.Thread(target=meddle)
+    thread.start()
+    try:
+        for _ in range(200):
+            try:
+                engine.extend(IDS[:2], cache)
+            except ValueError as error:
+                assert "cache" in str(error) or "exceed" in str(error)
+    finally:
+        stop.set()
+        thread.join()
+    cache.length = 0
+    assert engine.extend(IDS, cache).tobytes() == engine.logits(IDS).tobytes()
+
+
+# ---- who asks: callbacks ------------------------------------------------------------------
+
+
+def callbacks(engine: Any, act: Callable[[Any], None]) -> list[Callable[[Any], Any]]:
+    """Calls on a cache with a callback that does `act` on it."""
+
+    def stops(cache: Any) -> Callable[[Any], bool]:
+        return lambda probe: bool(act(cache))
+
+    calls = [
+        lambda c: engine.extend([1, 2], c, trace=lambda *_: act(c)),
+        lambda c: engine.extend_exits([1, 2], c, [2, 4], lambda *_: act(c)),
+        lambda c: engine.step(1, c, FixedExit(), lambda *_: act(c)),
+    ]
+    if "Onnx" not in type(engine).__name__:
+        calls += [
+            lambda c: engine.step(1, c, ConfidenceExit(1.0), lambda *_: act(c)),
+            lambda c: engine.step(1, c, Odd(4, (1, 2), stops(c))),
+        ]
+    return calls
+
+
+def test_a_callback_that_calls_the_engine_is_refused(engine: Any) -> None:
+    """It would wait for itself for ever."""
+    for use in (
+        lambda c: engine.extend([1], c), lambda c: engine.logits([1]),
+        lambda c: engine.step(1, engine.new_cache(), FixedExit()),
+        lambda c: engine.step_many([Row(1, engine.new_cache(), FixedExit())]),
+    ):  # fmt: skip
+        for call in callbacks(engine, use):
+            cache = engine.new_cache()
+            with pytest.raises(RuntimeError, match="called by its own trace, visit or exit rule"):
+                call(cache)
+            assert cache.length == 0
+    assert engine.logits([1]).shape == (1, CONFIG.vocab_size)  # and it works on
+
+
+def test_a_callback_that_sets_the_length_is_seen(engine: Any) -> None:
+    for length in (0, 2, 4, 63, 1 << 40, -1):
+        for call in callbacks(engine, lambda c, n=length: setattr(c, "length", n)):
+            cache = engine.new_cache()
+            engine.extend(IDS[:3], cache)
+            with pytest.raises(ValueError, match="length was set to"):
+                call(cache)
+            cache.length = 2
+            assert engine.extend([1], cache).tobytes() == engine.logits([*IDS[:2], 1])[2:].tobytes()
+
+
+def test_an_error_in_a_callback_leaves_the_cache(engine: Any) -> None:
+    def fail(cache: Any) -> None:
+        raise ZeroDivisionError
+
+    for call in callbacks(engine, fail):
+        cache = engine.new_cache()
+        engine.extend(IDS[:3], cache)
+        with pytest.raises(ZeroDivisionError):
+            call(cache)
+        assert cache.length == 3
+        assert engine.extend([1], cache).tobytes() == engine.logits([*IDS[:3], 1])[3:].tobytes()
+
+
+def test_a_probe_answers_only_while_it_is_asked(deciding: Any) -> None:
+    probes: list[Any] = []
+
+    def keep(probe: Any) -> bool:
+        probes.append(probe)
+        for measure in ("max", "margin", "entropy"):
+            assert isinstance(probe.confidence(measure), np.float32)
+        with pytest.raises(ValueError, match="confidence measure 'sum'"):
+            probe.confidence("sum")
+        errors: list[BaseException] = []
+
+        def elsewhere() -> None:
+            try:
+                probe.gate()
+            except RuntimeError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        return not errors
+
+    z, n = deciding.step(1, deciding.new_cache(), Odd(4, (1, 3), keep))
+    assert n == 4 and len(probes) == 2
+    assert z.tobytes() == deciding.logits([1])[0].tobytes()
+    for probe in probes:
+        for ask in (probe.gate, lambda p=probe: p.confidence("max")):
+            with pytest.raises(RuntimeError, match="a probe answers within"):
+                ask()
+
+
+def test_a_gate_that_is_not_there() -> None:
+    config = small_twin("bitskip-v1")
+    for name in WHOLE:
+        engine = make(name, config, random_tensors(config))
+        with pytest.raises(ValueError, match="no routing gates"):
+            engine.step(1, engine.new_cache(), GateExit())
+
+
+# ---- rounds of speculation ----------------------------------------------------------------
+
+
+def test_other_sequences_between_the_drafts_of_a_round(deciding: Any) -> None:
+    cache, other = deciding.new_cache(), deciding.new_cache()
+    for c in (cache, other):
+        deciding.extend(IDS[:9], c)
+    expected = deciding.logits([*IDS[:9], 4, 8, 15, 16])[9:]
+    round_ = deciding.round(cache, Draft(2))
+    for token in (4, 8, 15, 16):
+        round_.draft(token)
+        deciding.step(3, other, ConfidenceExit(0.02))
+    assert round_.verify().tobytes() == expected.tobytes() and cache.length == 13
+
+
+def test_a_round_notices_another_use_of_its_cache(deciding: Any) -> None:
+    cache = deciding.new_cache()
+    deciding.extend(IDS[:9], cache)
+
+    def used() -> None:
+        deciding.step(1, cache, FixedExit())
+        cache.length = 9
+
+    for meddle in (used, cache.fork, lambda: setattr(cache, "length", 3)):
+        cache.length = 9
+        round_ = deciding.round(cache, Draft(2))
+        round_.draft(4)
+        meddle()
+        for go_on in (lambda r=round_: r.draft(5), lambda r=round_: r.verify()):
+            with pytest.raises(ValueError, match="used by another call during a round"):
+                go_on()
+
+
+def test_a_round_is_no_longer_than_it_may_be(deciding: Any) -> None:
+    cache = deciding.new_cache()
+    round_ = deciding.round(cache, Draft(2))
+    for _ in range(17):
+        round_.draft(4)
+    with pytest.raises(ValueError, match="verify it"):
+        round_.draft(4)
+    with pytest.raises(ValueError, match="integers"):
+        round_.draft(97)
+    assert round_.verify().shape == (17, 97)
+    deciding.extend([1] * (62 - cache.length), cache)
+    round_ = deciding.round(cache, Draft(2))
+    round_.draft(4)
+    round_.draft(4)
+    with pytest.raises(ValueError, match="exceed the context"):
+        round_.draft(4)
+    assert len(round_.verify()) == 2 and cache.length == 64
