@@ -20,7 +20,7 @@ from bitskip.terminal import visible
 EXTRAS = {
     "torch": "train", "tensorboard": "train", "datasets": "hub", "onnx": "onnx",
     "onnxruntime": "onnx", "matplotlib": "plot", "optuna": "experiments",
-    "transformers": "experiments", "gguf": "peers",
+    "transformers": "experiments", "gguf": "gguf",
 }  # fmt: skip
 LONGEST = 2000  # characters of an error line; names from files may have any length
 

@@ -45,7 +45,7 @@ def read_huggingface(root: Path) -> Source:
                 raise RefusedError(f"{root}: {name} and {named[mine].name} are the same tensor")
             named[mine] = tensor
         else:
-            raise RefusedError(f"{root}: tensor {name}{_meaning(name)}")
+            raise RefusedError(f"{root}: tensor {name}{meaning(name)}")
     sub_norm = any(name.endswith("_sub_norm.weight") for name in named)
     config, quantization = read_config(raw, sub_norm)
     dropped = []
@@ -89,7 +89,7 @@ def read_huggingface(root: Path) -> Source:
     )
 
 
-def _meaning(name: str) -> str:
+def meaning(name: str) -> str:
     """What a tensor without a place says about its model."""
     for part, what in (
         (".q_norm", "the model needs norms of queries and keys"),
