@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,10 @@ from bitskip_ref.config import small_twin
 from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.engine import Row
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
-from bitskip_ref.turn import Turn
+from bitskip_ref.model import ReferenceModel
 from tests.helpers import random_tensors, random_tokens
 from tests.parity.engines import ENGINES, make
+from tests.tables import TableEngine
 
 CONFIG = small_twin("wt2-bitskip")  # with gates
 TENSORS = random_tensors(CONFIG)
@@ -243,17 +245,39 @@ def test_what_is_asked_is_checked_in_its_turn(engine: Any) -> None:
 
 def test_a_check_before_the_turn_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mistake that was: nobody waits. (In the reference, where it overwrites nothing.)"""
-    for name in ("__enter__", "__exit__"):
-        monkeypatch.setattr(Turn, name, lambda *_: None)
+    for verb in ("extend", "step"):
+        monkeypatch.setattr(ReferenceModel, verb, getattr(ReferenceModel, verb).__wrapped__)
     with pytest.raises((AssertionError, ValueError)):
         test_what_is_asked_is_checked_in_its_turn(make("reference", CONFIG, TENSORS))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
+def test_ctrl_c_at_any_time_ends_the_turn() -> None:
+    """Wherever it strikes, the engine and the cache are free for others afterwards."""
+    engine = TableEngine(np.eye(4), np.eye(4))
+    cache = engine.new_cache()
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with ThreadPoolExecutor(1) as other:
+            for i in range(300):
+                with pytest.raises(KeyboardInterrupt):
+                    signal.setitimer(signal.ITIMER_REAL, 1e-5 * (1 + i % 50))
+                    while True:
+                        cache.length = 0
+                        engine.step(1, cache, FixedExit())
+                for turn in (engine._turn, cache.turn):
+                    assert turn.owner is None
+                    assert other.submit(turn.lock.acquire, False).result()
+                    other.submit(turn.lock.release).result()
+    finally:
+        signal.signal(signal.SIGALRM, handler)
 
 
 def test_two_engines_do_not_share_a_cache_at_once() -> None:
     """Only one of them can run on it; the other says so."""
     one, two = (make("reference", CONFIG, TENSORS) for _ in range(2))
     cache = one.new_cache()
-    with pytest.raises(RuntimeError, match="in the middle of another call"):
+    with pytest.raises(RuntimeError, match="in the middle of a call"):
         one.extend([1], cache, trace=lambda *_: two.extend([1], cache))
     assert cache.length == 0
     one.extend([1], cache)
@@ -407,7 +431,7 @@ def test_a_round_notices_another_use_of_its_cache(deciding: Any) -> None:
         deciding.step(1, cache, FixedExit())
         cache.length = 9
 
-    for meddle in (used, cache.fork, lambda: setattr(cache, "length", 3)):
+    for meddle in (used, lambda: setattr(cache, "length", 3)):
         cache.length = 9
         round_ = deciding.round(cache, Draft(2))
         round_.draft(4)
