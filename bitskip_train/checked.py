@@ -117,6 +117,7 @@ def check_tensor(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
         (tensor.is_quantized, "quantized"),
         (tensor.is_meta, "without values (meta)"),
         (tensor.dtype != torch.float32, kind),
+        (tensor.requires_grad, "asking for a gradient"),
     ):
         if wrong:
             raise Damage(f"{name[:80]} is {word}, must be plain float32")

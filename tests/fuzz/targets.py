@@ -53,6 +53,9 @@ SHAPES: dict[str, list[int]] = {
 
 
 def _prepare_folders(root: Path) -> None:
+    from bitskip_cpu.compiling import warmup
+
+    warmup()
     tokenizer = KINDS["byte-fallback"]().to_str()
     for name in BASES:
         random_folder(root / name, twin(name))
@@ -136,7 +139,7 @@ def _use_folder(out: Path) -> str:
         if folder.config.max_position_embeddings > 1 << 12:
             return "used"  # its caches are as large as it says; that is not the reader's fault
         inspect(out)
-        model = Model(Engine(folder.config, folder.tensors, 1, folder), folder)
+        model = Model(Engine(folder.config, folder.tensors, 1), folder)
         ids = [0, folder.config.vocab_size - 1][: folder.config.max_position_embeddings]
         cache = model.new_cache()
         model.extend(ids, cache)
@@ -344,7 +347,15 @@ def _resume(loaded: Any, out: Path) -> None:
     tokens = np.arange(300, dtype=np.uint16) % loaded.config.vocab_size
     split = Split(tokens, 300)
     trainer = Trainer(
-        loaded.config, settings, split, None, loaded.tokenizer_json, out / "run", loaded, World()
+        loaded.config,
+        settings,
+        split,
+        None,
+        loaded.tokenizer_json,
+        out / "run",
+        loaded,
+        World(),
+        accept_changes=True,
     )
     trainer.train_step()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -142,6 +143,7 @@ class _Worker:
 
     def _run(self, out: IO[str]) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        faulthandler.disable()  # the parent says what happened
         for case in range(self.next, self.end):
             print(json.dumps([case, "running", 0]), file=out)
             what, memory = self._case(case)
