@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bitskip_ref.checks import check_input, is_whole
+from bitskip_ref.checks import check_input, check_logits, is_whole
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import MOST, Draft
 from bitskip_ref.decoding.generate import Token, check_max_tokens
@@ -164,7 +164,10 @@ class Verifier:
         right = 0
         while right < len(drafts) and drafts[right] == tokens[right]:
             right += 1
-        return len(drafts), tokens[: right + 1]
+        del tokens[right + 1 :]
+        check_logits(p[range(right + 1), tokens], self._made)
+        self._made += right + 1
+        return len(drafts), tokens
 
     def _chosen(self, token_id: int, cache: Any, count: int) -> tuple[int, list[int]]:
         """SPEC 11.3, or 11.2 with a penalty: draft, verify, settle."""
@@ -198,6 +201,7 @@ def settle(
     """
     if sampler.temperature == 0:
         return sampler.choose(p, seen, index)
+    check_logits(p.max(keepdims=True), index)
     ids, weights = sampler.candidates(sampler.penalised(p, seen))
     wanted = weights / np.cumsum(weights)[-1]
     q_ids, q_weights = sampler.candidates(sampler.penalised(q, seen))

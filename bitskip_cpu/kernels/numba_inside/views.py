@@ -61,7 +61,7 @@ def _view(kind: DTypeLike) -> View:
 
 
 floats = _view(np.float32)
-halfs = _view(np.uint16)
+float16s = _view(np.uint16)
 int8s = _view(np.int8)
 uint8s = _view(np.uint8)
 int32s = _view(np.int32)
