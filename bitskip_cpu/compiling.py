@@ -27,7 +27,7 @@ Progress = Callable[[int], None]
 """Called with the number of functions compiled so far."""
 
 ARGUMENTS = {"run": 5, "repack": 7}
-"""The kernels that Python calls (`kernels.objects`), each with the number of its arguments."""
+"""The kernels that Python calls (`kernels.object_code`), each with the number of its arguments."""
 
 DIGEST = 32  # bytes of the checksum before the code
 
