@@ -216,7 +216,9 @@ def missing_code(text: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("name", ["docs/TRAINING.md", "docs/SPEC.md"])
+@pytest.mark.parametrize(
+    "name", ["ARCHITECTURE.md", "CONTRIBUTING.md", "docs/TRAINING.md", "docs/SPEC.md"]
+)
 def test_files_that_are_named_exist(name: str) -> None:
     assert missing_code((ROOT / name).read_text("utf-8")) == []
 
