@@ -20,7 +20,7 @@ from bitskip.terminal import visible
 EXTRAS = {
     "torch": "train", "tensorboard": "train", "datasets": "hub", "huggingface_hub": "hub",
     "onnx": "onnx", "onnxruntime": "onnx", "matplotlib": "plot", "optuna": "experiments",
-    "transformers": "experiments", "gguf": "gguf",
+    "transformers": "experiments", "gguf": "gguf", "jinja2": "chat",
 }  # fmt: skip
 LONGEST = 2000  # characters of an error line; names from files may have any length
 

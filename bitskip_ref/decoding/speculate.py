@@ -10,7 +10,7 @@ import numpy as np
 from bitskip_ref.checks import check_input, check_logits, is_whole
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import MOST, Draft
-from bitskip_ref.decoding.generate import Token, check_max_tokens
+from bitskip_ref.decoding.generate import EndIds, Token, check_max_tokens, end_ids
 from bitskip_ref.decoding.sampling import Sampler, pick, splitmix64, uniform
 from bitskip_ref.engine import Engine, ExitRule
 
@@ -95,7 +95,7 @@ def stream(
     speculation: Speculation,
     sampler: Sampler,
     max_tokens: int,
-    eos_token_id: int | None = None,
+    eos_token_id: EndIds = None,
     *,
     cache: Any = None,
     seen: Collection[int] = (),
@@ -106,7 +106,7 @@ def stream(
     """
     config, depth = engine.config, speculation.exit_layer
     check_max_tokens(max_tokens)
-    cache = engine.new_cache() if cache is None else cache
+    cache, ends = engine.new_cache() if cache is None else cache, end_ids(eos_token_id)
     check_input(prompt, cache.require(depth), config)
     if len(prompt) > 1:
         engine.extend(prompt[:-1], cache, exit_layer=depth, last_only=True)
@@ -122,7 +122,7 @@ def stream(
         try:
             for token in tokens:
                 done += 1
-                if token == eos_token_id:
+                if token in ends:
                     return
                 yield Token(token, depth)
         finally:  # also where the caller stops within a round

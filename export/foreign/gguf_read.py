@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bitskip_export.foreign.gguf_file import Tensor, open_gguf
-from bitskip_export.foreign.gguf_words import end_ids, tokenizer_json
+from bitskip_export.foreign.gguf_words import chat_form, end_ids, tokenizer_json
 from bitskip_export.foreign.hf_read import meaning
 from bitskip_export.foreign.source import (
     Floats,
@@ -93,6 +93,7 @@ def read_gguf(path: Path) -> Source:
         tokenizer_json=words,
         eos_token_ids=end_ids(path, metadata, config.vocab_size),
         bos_token_id=_first_id(path, metadata, config.vocab_size),
+        chat=chat_form(path, metadata),
         report=Report(
             converted=("tokenizer: from the file's lists to tokenizer.json",) if words else ()
         ),

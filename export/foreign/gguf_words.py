@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from bitskip_export.foreign.source import RefusedError
 from bitskip_ref.excerpt import shown
+from bitskip_ref.folder import ChatForm
 
 CONTROL, USER, BYTE, UNKNOWN = 3, 4, 6, 2  # token_type
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -146,3 +147,17 @@ def end_ids(path: Path, metadata: dict[str, Any], vocab_size: int) -> tuple[int,
         if type(i) is not int or not 0 <= i < vocab_size:
             raise RefusedError(f"{path}: eos_token_id {shown(i)} is not in 0..{vocab_size - 1}")
     return tuple(ids)
+
+
+def chat_form(path: Path, metadata: dict[str, Any]) -> ChatForm | None:
+    """How messages become a prompt, if the file says so."""
+    template, tokens = (metadata.get(f"tokenizer.{n}") for n in ("chat_template", "ggml.tokens"))
+    if template is None or not isinstance(tokens, list):
+        return None
+    if not isinstance(template, str):
+        raise RefusedError(f"{path}: tokenizer.chat_template is no text")
+    words = []
+    for name in ("bos", "eos"):
+        i = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        words.append(tokens[i] if type(i) is int and 0 <= i < len(tokens) else "")
+    return ChatForm(template, *words)
