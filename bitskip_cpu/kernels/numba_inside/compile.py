@@ -13,10 +13,12 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from numba import njit, types
-from numba.core import event
+from numba.core import cgutils, event
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 Progress = Callable[[int], None]
 """Called with the number of functions compiled so far."""
@@ -36,6 +38,15 @@ class LinkedLibrary(JITCodeLibrary):
         """Nothing more is added. What it calls is linked when the outermost function is."""
         self._finalized = True
 
+    def _get_module_for_linking(self) -> llvm.ModuleRef:
+        """For callers that Numba compiles in its usual way, as tests do."""
+        if self._shared_module is None:  # type: ignore[has-type]
+            whole = self._final_module.clone()
+            _mergeable(whole)
+            _link_called(self, whole)
+            self._shared_module = whole
+        return self._shared_module  # type: ignore[has-type]
+
     def get_pointer_to_function(self, name: str) -> int:
         return 0
 
@@ -54,12 +65,7 @@ class _WholeLibrary(LinkedLibrary):
     """Code with all that it calls: optimized, but not made executable here."""
 
     def finalize(self) -> None:
-        for library in _called(self, set()):
-            module = library._final_module
-            for function in module.functions:
-                if not function.is_declaration and function.linkage == llvm.Linkage.external:
-                    function.linkage = "linkonce_odr"  # gone once all calls are inlined
-            self._final_module.link_in(module, preserve=True)
+        _link_called(self, self._final_module)
         self._optimize_final_module()
         self._final_module.verify()
         self._finalized = True
@@ -67,6 +73,19 @@ class _WholeLibrary(LinkedLibrary):
     def get_pointer_to_function(self, name: str) -> int:
         self._ensure_finalized()  # Numba asks when everything is in
         return 0
+
+
+def _mergeable(module: llvm.ModuleRef) -> None:
+    """Let a module's functions be found twice, and be gone once all calls are inlined."""
+    for function in module.functions:
+        if not function.is_declaration and function.linkage == llvm.Linkage.external:
+            function.linkage = "linkonce_odr"
+
+
+def _link_called(library: JITCodeLibrary, whole: llvm.ModuleRef) -> None:
+    for other in _called(library, set()):
+        _mergeable(other._final_module)
+        whole.link_in(other._final_module, preserve=True)
 
 
 def _called(library: JITCodeLibrary, seen: set[JITCodeLibrary]) -> Iterator[JITCodeLibrary]:
@@ -102,6 +121,31 @@ def linked(function: Callable[..., Any]) -> Callable[..., Any]:
     # One variant serves every constant that an integer argument may be.
     dispatcher.get_call_template = lambda args, kws: template(list(map(types.unliteral, args)), kws)
     return dispatcher  # type: ignore[no-any-return]
+
+
+def structs(item: types.Type) -> Callable[[Any, Any], Any]:
+    """A function (address, n) -> array of n structs there (`views`), without reference counts."""
+    array = types.Array(item, 1, "C")
+
+    @intrinsic
+    def compiled(typing: Any, address: Any, n: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            data = context.get_data_type(item)
+            size = context.get_constant(types.intp, context.get_abi_sizeof(data))
+            result = context.make_array(array)(context, builder)
+            populate_array(
+                result,
+                data=builder.inttoptr(args[0], data.as_pointer()),
+                shape=cgutils.pack_array(builder, [args[1]]),
+                strides=cgutils.pack_array(builder, [size]),
+                itemsize=size,
+                meminfo=None,
+            )
+            return result._getvalue()
+
+        return array(types.int64, types.int64), codegen
+
+    return compiled  # type: ignore[no-any-return]
 
 
 def target() -> tuple[str, str]:

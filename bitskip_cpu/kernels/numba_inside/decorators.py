@@ -8,15 +8,21 @@ from typing import Any
 
 import numba.extending
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 
 from bitskip_cpu.isa import INTERPRETED
-from bitskip_cpu.kernels.numba_inside.compile import linked
+from bitskip_cpu.kernels import numba_inside
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile as a part of compiled callers; Python code can call it only where JIT is off."""
-    return function if INTERPRETED else linked(function)
+    if INTERPRETED:
+        return function
+    if numba_inside.plain:
+        return njit(error_model="numpy", nogil=True)(function)  # type: ignore[no-any-return]
+    from bitskip_cpu.kernels.numba_inside.compile import linked
+
+    return linked(function)
 
 
 def intrinsic(

@@ -17,6 +17,7 @@ from numba import carray, from_dtype, types
 from numpy.typing import DTypeLike
 
 from bitskip_cpu.isa import INTERPRETED
+from bitskip_cpu.kernels import numba_inside
 from bitskip_cpu.kernels.layout import PRODUCT, STATE
 from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
 from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, WORD, pointer
@@ -44,18 +45,25 @@ def _view(kind: DTypeLike, element: ir.Type = BYTE) -> View:
     def compiled(builder, address, n):
         return pointer(builder, address, element)
 
-    if not dtype.names:
-        return compiled
+    return compiled if not dtype.names else _structs(compiled, dtype)
 
-    @kernel
-    def structs(address, n):
-        return carray(compiled(address, n), n, dtype)
 
-    return structs
+def _structs(at: View, dtype: np.dtype) -> View:
+    """The same of structs, which kernels take as one of an array."""
+    if numba_inside.plain:
+
+        @kernel
+        def array(address, n):
+            return carray(at(address, n), n, dtype)
+
+        return array
+    from bitskip_cpu.kernels.numba_inside.compile import structs
+
+    return structs(from_dtype(dtype))
 
 
 floats = _view(np.float32, ir.FloatType())
-halfs = _view(np.uint16, WORD)
+float16s = _view(np.uint16, WORD)
 int8s = _view(np.int8)
 uint8s = _view(np.uint8)
 int32s = _view(np.int32, INT)
