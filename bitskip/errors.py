@@ -18,9 +18,9 @@ from bitskip.terminal import visible
 
 # Module of a library that not every installation has -> the extra that brings it.
 EXTRAS = {
-    "torch": "train", "tensorboard": "train", "datasets": "hub", "onnx": "onnx",
-    "onnxruntime": "onnx", "matplotlib": "plot", "optuna": "experiments",
-    "transformers": "experiments", "gguf": "peers",
+    "torch": "train", "tensorboard": "train", "datasets": "hub", "huggingface_hub": "hub",
+    "onnx": "onnx", "onnxruntime": "onnx", "matplotlib": "plot", "optuna": "experiments",
+    "transformers": "experiments", "gguf": "gguf", "jinja2": "chat",
 }  # fmt: skip
 LONGEST = 2000  # characters of an error line; names from files may have any length
 

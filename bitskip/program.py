@@ -12,6 +12,7 @@ _CPU = "bitskip_cpu.cli"
 RUN: Sections = {
     "Run a model": {
         "generate": (f"{_CPU}.generate:generate", "Continue a prompt."),
+        "chat": (f"{_CPU}.chat:chat", "Talk with a model that has a chat template."),
         "bench": (f"{_CPU}.bench:bench", "Measure tokens a second."),
         "inspect": (f"{_CPU}.machine:inspect", "Shapes, sizes and statistics of a model."),
     },

@@ -1,18 +1,50 @@
-"""Arrays that start at a cache line, so that no vector a kernel loads lies across two."""
+"""Arrays that start at a cache line, so that no vector a kernel loads lies across two.
+
+With BITSKIP_CHECK=1 each lies between canaries: bytes that no kernel may write. `check_canaries`
+looks at all of them; the engine asks for it after each call.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import weakref
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 LINE = 64  # bytes
+CHECK = os.environ.get("BITSKIP_CHECK", "") not in ("", "0")
+GUARD = 4096 if CHECK else 0  # bytes of canaries before and behind each array
+CANARY = 0xA5
+
+_guarded: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
 
 
 def aligned(shape: tuple[int, ...], kind: DTypeLike, *, zeros: bool = True) -> np.ndarray:
     """An array of zeros, or with `zeros=False` of anything; memory is taken when first used."""
     size = math.prod(shape) * np.dtype(kind).itemsize
-    raw = (np.zeros if zeros else np.empty)(size + LINE, np.uint8)
-    start = -raw.ctypes.data % LINE
+    raw = (np.zeros if zeros else np.empty)(size + LINE + 2 * GUARD, np.uint8)
+    start = _start(raw)
+    if CHECK:
+        raw[:start] = raw[start + size :] = CANARY
+        _guarded[raw.ctypes.data] = raw
     return raw[start : start + size].view(kind).reshape(shape)
+
+
+def _start(raw: np.ndarray) -> int:
+    return GUARD + -(raw.ctypes.data + GUARD) % LINE
+
+
+def check_canaries() -> None:
+    """Raise RuntimeError if something was written before or behind an array of `aligned`."""
+    for reference in _guarded.valuerefs():  # a list: other threads may add and drop arrays
+        raw = reference()
+        if raw is None:
+            continue
+        start, size = _start(raw), len(raw) - LINE - 2 * GUARD
+        for where, canaries in (("before", raw[:start]), ("behind", raw[start + size :])):
+            if (canaries != CANARY).any():
+                raise RuntimeError(
+                    f"a kernel wrote {where} an array of {size} bytes: please report how"
+                )

@@ -1,4 +1,4 @@
-"""The key-value cache of one text, in the layout that attention reads (kernels.attention)."""
+"""The key-value cache of one text, in the layout of `kernels/attention/attend.py`."""
 
 from __future__ import annotations
 

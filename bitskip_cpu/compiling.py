@@ -27,7 +27,7 @@ Progress = Callable[[int], None]
 """Called with the number of functions compiled so far."""
 
 ARGUMENTS = {"run": 5, "repack": 7}
-"""The kernels that Python calls (`kernels.objects`), each with the number of its arguments."""
+"""The kernels that Python calls (`kernels.object_code`), each with the number of its arguments."""
 
 DIGEST = 32  # bytes of the checksum before the code
 
@@ -60,7 +60,7 @@ def cache_directory() -> Path | None:
 
 def _fingerprint() -> str:
     words = [llvmlite.__version__, np.__version__, llvm.get_process_triple()]
-    words += [isa.PATH, isa.cpu_name(), *sorted(isa.cpu_features())]
+    words += [repr(isa.PATH), isa.cpu_name(), *sorted(isa.cpu_features())]
     digest = hashlib.sha256("\n".join(words).encode())
     found = find_spec("numba")
     if found and found.origin:  # its version, without the time to import it

@@ -37,8 +37,8 @@ def doctor() -> dict[str, Any]:
     return {
         "machine": fingerprint(),
         "isa": {
-            "path": isa.PATH,
-            "available": list(isa.available_paths()),
+            "path": isa.PATH.name,
+            "available": [path.name for path in isa.available_paths()],
             "cpu": isa.cpu_name(),
             "features": sorted(isa.cpu_features()),
         },

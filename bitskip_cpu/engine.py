@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from bitskip_cpu.aligned import CHECK, check_canaries
 from bitskip_cpu.cache import KVCache
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.cores import default_threads
@@ -20,7 +21,7 @@ from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, GATE, MEASURE
 from bitskip_cpu.threads import Team
 from bitskip_cpu.weights import Tensors, Weights, random_tensors
-from bitskip_cpu.workspace import Workspace
+from bitskip_cpu.workspace import SHARE_FROM, Workspace
 from bitskip_ref import engine as contract
 from bitskip_ref.checks import is_whole
 from bitskip_ref.config import ModelConfig
@@ -47,15 +48,17 @@ class Engine(contract.Engine):
         tensors: Tensors | Weights,
         threads: int | None = None,
         kv_cache: str = "float32",
+        share_from: int = SHARE_FROM,
     ) -> None:
         """`tensors` as in a model folder, already checked, or another engine's `weights`.
 
         Tensors must not change afterwards.
 
         `threads`: None for every physical core, or one where the weights are so few that waking a
-        helper costs more than it saves. Interpreted kernels always have one. `kv_cache`: what new
-        caches hold, float32 or float16 (SPEC 6.5). Raises ValueError for less than one thread or
-        another word.
+        helper costs more than it saves. Interpreted kernels run on one thread. `kv_cache`: what new
+        caches hold, float32 or float16 (SPEC 6.5). `share_from`: bytes of weights from which
+        threads share a stage; 0: always (for tests). Raises ValueError for less than one thread
+        or another word.
         """
         super().__init__(config, kv_cache)
         if threads is not None and (not is_whole(threads) or threads < 1):
@@ -66,12 +69,13 @@ class Engine(contract.Engine):
         usual = 1 if self.weights.linear.nbytes < SMALL else default_threads()
         self.threads = 1 if INTERPRETED else threads or usual
         self._run = KERNELS.run
+        self._share_from = share_from
         self._begin()
         _ENGINES.add(self)
 
     def _begin(self) -> None:
         """Memory to work in, and helpers."""
-        self._space = Workspace(self.weights, self.threads)
+        self._space = Workspace(self.weights, self.threads, self._share_from)
         self._team: Team | None = None
         if self.threads > 1:
             self._team = Team(self._run, self._space, self.threads - 1)
@@ -214,6 +218,8 @@ class Engine(contract.Engine):
         if self._team:
             self._team.wake()
         self._run(*self._space.structs, actions, first, last)
+        if CHECK:
+            check_canaries()
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from bitskip_ref.decoding.generate import EndIds
 from bitskip_ref.decoding.generate import stream as stream_tokens
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.decoding.speculate import Speculation
@@ -74,7 +75,7 @@ class TextStream:
         max_tokens: int,
         stop: str | Sequence[str] | None = (),
         context: int | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: EndIds = None,
         speculation: Speculation | None = None,
         cache: Any = None,
     ) -> None:

@@ -49,7 +49,8 @@ def inspect(path: Path) -> dict[str, Any]:
         },
         "tokenizer": {"tokens": tokenizer.size} if tokenizer else None,
         "generation": {
-            "eos_token_id": folder.eos_token_id,
+            "eos_token_id": list(folder.end_ids) or None,
+            "chat": folder.chat is not None,
             "bos_token_id": folder.bos_token_id,
             "exit_layer": folder.exit_layer,
             "auto_exit": describe_rule(folder.auto_exit, config) if folder.auto_exit else None,
@@ -126,7 +127,8 @@ def describe(facts: dict[str, Any]) -> str:
         f"exit norms {exits['norm']}, heads "
         f"{exits['head']}, {'with' if exits['gates'] else 'no'} gates",
         f"tokenizer: {tokens['tokens']} tokens" if tokens else "no tokenizer",
-        f"end-of-text {generation['eos_token_id']}, begin {generation['bos_token_id']}",
+        f"end-of-text {', '.join(map(str, generation['eos_token_id'] or ['none']))}, "
+        f"begin {generation['bos_token_id']}, {'a' if generation['chat'] else 'no'} chat template",
         f"weights sha256 {facts['weights_sha256']}",
         "",
         table(("kind", "size"), [(kind, size(n)) for kind, n in facts["bytes"].items()]),

@@ -11,6 +11,7 @@ import ctypes
 import os
 import platform
 import sys
+from dataclasses import dataclass
 
 import llvmlite.binding as llvm
 
@@ -20,18 +21,56 @@ INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "") not in ("", "0")
 ARM64 = platform.machine().lower() in ("aarch64", "arm64")
 """Whether this is an ARM process of 64 bits; some feature names mean something else elsewhere."""
 
-PATHS = ("amx512", "vbmi512", "vnni512", "vnni256", "avx2", "dotprod", "plain")  # best first
+NEVER = 1 << 30  # tokens: more than there ever are
 
-_VBMI512 = {"avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512vbmi"}
-NEEDS = {
-    "amx512": _VBMI512 | {"amx-tile", "amx-int8"},
-    "vbmi512": _VBMI512,
-    "vnni512": {"avx512f", "avx512bw", "avx512vl", "avx512vnni"},
-    "vnni256": {"avx2", "avxvnni"},
-    "avx2": {"avx2"},
-    "dotprod": {"dotprod"},
-    "plain": set(),
-}
+
+@dataclass(frozen=True)
+class Path:
+    """An instruction set: what a CPU needs for it, and what its layouts and kernels ask.
+
+    Adding one is a record in PATHS and, where its product of bytes is new, a function in
+    `kernels/products/dot.py`. Thresholds were measured.
+    """
+
+    name: str
+    needs: tuple[str, ...]  # features of the CPU, by LLVM's names
+    kernels: str = "simd"  # its module in `kernels/products`: which kernel serves how many tokens
+    dot: str = "vpdpbusd"  # the function in `dot.py` that multiplies bytes
+    width: int = 64  # bytes of a vector register
+    dense: bool = False  # ternary digits are looked up in a register: 1.69 bits a weight, not 2
+    pairs: bool = False  # products are summed in 16 bits first: two of 127 * 127 must fit
+    signed_bytes: bool = False  # the vocabulary's 8-bit rows are not stored with 128 added
+    panel: tuple[int, int] = (4, 6)  # unpacked tiles x tokens whose sums fit the registers
+    columns: int = 4  # unpacked rows are padded to a multiple of so many
+    unpack_above: int = 16  # with more tokens, ternary tiles are unpacked before products
+    bytes_above: int = 4  # with more tokens, the vocabulary's 8-bit rows count as unpacked tiles
+    matrix_unit: bool = False  # whether there is one (AMX)
+    few_above: tuple[int, int] = (NEVER, NEVER)  # with more, it takes packed tiles (amx.py)
+    accumulators: int = 0  # sums that hide `dot`'s latency when `bench` takes its peak; 0: none
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its kernels are LLVM code; else plain loops, which can also be interpreted."""
+        return self.kernels != "plain"
+
+
+_VNNI512 = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
+_VBMI512 = (*_VNNI512, "avx512vbmi")
+
+PATHS = [
+    Path("amx512", (*_VBMI512, "amx-tile", "amx-int8"), kernels="amx", dense=True, columns=64,
+         matrix_unit=True, few_above=(2, 4), accumulators=4),
+    Path("vbmi512", _VBMI512, dense=True, accumulators=20),
+    Path("vnni512", _VNNI512, accumulators=20),
+    # More accumulators would not fit its 16 registers.
+    Path("vnni256", ("avx2", "avxvnni"), width=32, panel=(1, 4), accumulators=13),
+    Path("avx2", ("avx2",), dot="vpmaddubsw", width=32, pairs=True, signed_bytes=True,
+         panel=(1, 4), bytes_above=NEVER, accumulators=20),
+    Path("dotprod", ("dotprod",), dot="sdot", width=16, signed_bytes=True, panel=(1, 6),
+         accumulators=16),
+    Path("plain", (), kernels="plain", panel=(1, 4), bytes_above=NEVER),
+]  # fmt: skip
+"""Best first."""
 
 # What a CPU name given in NUMBA_CPU_NAME implies beyond the feature list; others imply nothing.
 _AVX2 = {"avx2", "f16c"}
@@ -76,7 +115,7 @@ def cpu_features() -> frozenset[str]:
     return _features(cpu_name(), listed)
 
 
-def converts_halfs() -> bool:
+def converts_float16() -> bool:
     """Whether the CPU that Numba compiles for turns float16 into float32 by an instruction."""
     return ARM64 or "f16c" in cpu_features()
 
@@ -98,23 +137,23 @@ def _features(name: str, listed: str) -> frozenset[str]:
 
 def check(name: str, listed: str) -> None:
     """Raise IsaError unless Numba's target, as it says itself, is what the path was chosen for."""
-    if name != cpu_name() or not NEEDS[PATH] <= _features(name, listed):
+    if name != cpu_name() or not _features(name, listed).issuperset(PATH.needs):
         raise IsaError(
-            f"Numba compiles for {name}, which the path {PATH} is not for: give it NUMBA_CPU_NAME "
-            "and NUMBA_CPU_FEATURES in the environment alone, or set BITSKIP_ISA=plain"
+            f"Numba compiles for {name}, which the path {PATH.name} is not for: give it "
+            "NUMBA_CPU_NAME and NUMBA_CPU_FEATURES in the environment, or set BITSKIP_ISA=plain"
         )
 
 
-def available_paths() -> tuple[str, ...]:
-    """The paths that can run here, best first. Interpreted (NUMBA_DISABLE_JIT=1): only `plain`."""
+def available_paths() -> tuple[Path, ...]:
+    """The paths that can run here, best first; interpreted (NUMBA_DISABLE_JIT=1), plain loops."""
     if INTERPRETED:
-        return ("plain",)
+        return tuple(path for path in PATHS if not path.compiled)
     features = cpu_features()
     if not tiles_permitted():
         features -= {"amx-tile"}
     if not ARM64:
         features -= {"dotprod"}
-    return tuple(path for path in PATHS if NEEDS[path] <= features)
+    return tuple(path for path in PATHS if features.issuperset(path.needs))
 
 
 def tiles_permitted() -> bool:
@@ -125,16 +164,17 @@ def tiles_permitted() -> bool:
     return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
 
 
-def choose_path(wanted: str | None = None) -> str:
-    """The best available path, or the wanted one. Raises IsaError where that cannot run."""
-    available = available_paths()
+def choose_path(wanted: str | None = None) -> Path:
+    """The best available path, or the one so named. Raises IsaError where that cannot run."""
+    available = {path.name: path for path in available_paths()}
     if not wanted:
-        return available[0]
-    if wanted not in PATHS:
-        raise IsaError(f"BITSKIP_ISA={wanted}: unknown; one of {', '.join(PATHS)}")
-    if wanted not in available:
-        raise IsaError(f"BITSKIP_ISA={wanted}: not possible here; choose {', '.join(available)}")
-    return wanted
+        return next(iter(available.values()))
+    if wanted in available:
+        return available[wanted]
+    names = [path.name for path in PATHS]
+    if wanted not in names:
+        raise IsaError(f"BITSKIP_ISA={wanted}: unknown; one of {', '.join(names)}")
+    raise IsaError(f"BITSKIP_ISA={wanted}: not possible here; choose {', '.join(available)}")
 
 
 PATH = choose_path(os.environ.get("BITSKIP_ISA"))

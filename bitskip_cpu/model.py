@@ -120,6 +120,6 @@ class Model:
             max_tokens=chosen.max_tokens,
             stop=chosen.stop,
             context=chosen.positions(self.config),
-            eos_token_id=self.folder.eos_token_id,
+            eos_token_id=self.folder.end_ids,
             cache=cache,
         )

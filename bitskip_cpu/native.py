@@ -26,7 +26,7 @@ _engines: list[llvm.ExecutionEngine] = []  # they own the memory that code lies 
 
 
 def load(code: bytes, symbol: str, arguments: int) -> Callable[..., None]:
-    """A function of that many int64 from an object file for this machine (`kernels.objects`).
+    """A function of that many int64 from an object file for this machine (`kernels.object_code`).
 
     It runs without the interpreter's lock. The file must be whole: LLVM does not check it.
     """

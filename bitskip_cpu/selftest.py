@@ -47,7 +47,7 @@ def run(model: str | None, threads: int | None, echo: Callable[[str], None]) -> 
     folder = read_folder(models.resolve(model))
     counts = sorted({1, threads or default_threads()})
     start = time.perf_counter()
-    echo(f"{folder.path} on path {isa.PATH}, against the NumPy reference")
+    echo(f"{folder.path} on path {isa.PATH.name}, against the NumPy reference")
     reference = ReferenceModel(folder.config, folder.tensors)
     weights = Weights(folder.config, folder.tensors)
     same: dict[int, list[str]] = {}

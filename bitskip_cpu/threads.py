@@ -1,4 +1,4 @@
-"""Helper threads of an engine, and how many to have."""
+"""Helper threads of an engine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bitskip_cpu.workspace import Workspace
 
 
 class Team:
-    """Threads that take parts of the leader's jobs (kernels.team).
+    """Threads that take parts of the leader's stages (kernels.share).
 
-    They wait in compiled code for some 30 ms after the last job, without the interpreter's lock,
+    They wait in compiled code for some 30 ms after the last stage, without the interpreter's lock,
     and then sleep here until `wake`. They hold the workspace, not the engine.
     """
 
@@ -30,7 +30,7 @@ class Team:
         self._threads: list[threading.Thread] = []
 
     def wake(self) -> None:
-        """Before a job: see that the helpers are there. After a fork they are made anew."""
+        """See that the helpers are there, before a call. After a fork they are made anew."""
         if self._process != os.getpid():
             self._process = os.getpid()
             self._begin()

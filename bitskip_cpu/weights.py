@@ -1,8 +1,8 @@
 """A model's tensors as the kernels read them.
 
-Ternary weights are copied into tiles (kernels.tiles) when a model is loaded, integer heads
-(kernels.heads) when first used, and what was mapped of them is given back; everything else stays
-where it is mapped.
+Ternary weights are copied into tiles (`kernels/products/ternary_layout.py`) when a model is loaded,
+integer heads (`vocab_layout.py`) when first used, and what was mapped of them is given back;
+everything else stays where it is mapped.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from bitskip_cpu.aligned import aligned
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.cores import default_threads
 from bitskip_cpu.kernels.layout import DOWN, OUT, PRODUCT, PRODUCTS, QKV, UP
-from bitskip_cpu.kernels.products import ternary_layout as tiles
-from bitskip_cpu.kernels.products import vocab_layout as heads
+from bitskip_cpu.kernels.products import ternary_layout, vocab_layout
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.packing import packed_width
 from bitskip_ref.safetensors_file import give_back
@@ -26,7 +25,7 @@ from bitskip_ref.tensors import expected_tensors
 
 Tensors = Mapping[str, np.ndarray]
 
-PART = 1024  # rows of a head that are packed together
+PACK_ROWS = 1024  # of a head, packed together
 LARGE = 16 << 20  # bytes of tiles that take more time to make than threads to start
 SCALES = 8  # floats kept for the weight scales of a block
 
@@ -125,13 +124,13 @@ class Weights:
             p["source"] = dict(zip((QKV, UP, OUT, DOWN), (
                 c.hidden_size, c.hidden_size, c.attention_size, c.intermediate_size,
             ), strict=True))[index]  # fmt: skip
-            p["units"], p["tail"] = tiles.units(width), tiles.tail_lines(width)
-            p["padded"] = tiles.padded_width(width)
+            p["units"], p["tail"] = ternary_layout.units(width), ternary_layout.tail_lines(width)
+            p["padded"] = ternary_layout.padded_width(width)
             p["row_bytes"] = 4 * width
             rows = int(p["rows"])
             if c.linear == "ternary":
-                p["row_bytes"] = tiles.tile_bytes(width) // tiles.TILE_ROWS
-                rows = tiles.padded_rows(rows)
+                p["row_bytes"] = ternary_layout.tile_bytes(width) // ternary_layout.TILE_ROWS
+                rows = ternary_layout.padded_rows(rows)
             p["alphas"] = names.index(members[0])
             p["end0"], p["end1"] = ends[0], ends[min(1, len(ends) - 1)]
             offset += rows * int(p["row_bytes"])
@@ -164,7 +163,7 @@ class Weights:
         return self._norms[name]
 
     def head(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, scales f32 [V]): whole numbers in tiles (kernels.heads); floats as they are."""
+        """(rows, scales f32 [V]): whole numbers in tiles (vocab_layout); floats as they are."""
         if name not in self._heads:
             self._heads.setdefault(name, self._head(name))
         return self._heads[name]
@@ -174,15 +173,15 @@ class Weights:
         if self.config.head_format not in HEAD_BITS:
             return rows, np.zeros(0, np.float32)
         bits = HEAD_BITS[self.config.head_format]
-        shape = tiles.padded_rows(len(rows)), heads.row_bytes(rows.shape[1], bits)
+        shape = ternary_layout.padded_rows(len(rows)), vocab_layout.row_bytes(rows.shape[1], bits)
         result = aligned(shape, np.uint8, zeros=False)
 
         def repack(first: int) -> None:
-            part = rows[first : first + PART]
-            heads.pack(part, bits, result[first : first + PART])
+            part = rows[first : first + PACK_ROWS]
+            vocab_layout.pack(part, bits, result[first : first + PACK_ROWS])
             give_back(part)
 
-        in_parallel(repack, range(0, len(rows), PART), result.nbytes)
+        in_parallel(repack, range(0, len(rows), PACK_ROWS), result.nbytes)
         return result, self.tensors[f"{name}.scale"]
 
 

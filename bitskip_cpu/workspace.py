@@ -38,15 +38,30 @@ from bitskip_ref.engine import Run
 from bitskip_ref.rope import rope_table
 
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
-HEAD_KINDS = {"int8": INT8, "int6": INT6, "int4": INT4, "float32": FLOAT32, "float16": FLOAT16}
-LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: no kernel of ternary_amx takes more
-# Fields that lie in a row: writing them one by one takes as long as some kernels.
-CALL, CALL_AT = struct.Struct("=6q"), STATE.fields["keys"][1]  # type: ignore[index]
-EXIT, EXIT_AT = struct.Struct("=4q"), STATE.fields["final_norm"][1]  # type: ignore[index]
+VOCAB_KINDS = {"int8": INT8, "int6": INT6, "int4": INT4, "float32": FLOAT32, "float16": FLOAT16}
+LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: no kernel of products.amx takes more
+SHARE_FROM = 1 << 16  # bytes of weights below which a stage is not worth sharing
+
+
+def _row(*names: str) -> tuple[struct.Struct, int]:
+    """How to write fields of STATE that lie in a row, and where the first lies.
+
+    One by one they would take as long as some kernels.
+    """
+    kinds = {np.dtype(np.int64): "q", np.dtype(np.float32): "f"}
+    fields = [STATE.fields[name] for name in names]  # type: ignore[index]
+    at = fields[0][1]
+    for name, (kind, offset, *_) in zip(names, fields, strict=True):
+        assert offset == at, f"{name} does not lie behind the field before"
+        at += kind.itemsize
+    return struct.Struct("=" + "".join(kinds[kind] for kind, *_ in fields)), fields[0][1]
+
+
+CALL, CALL_AT = _row("keys", "values", "number_bytes", "capacity", "tokens", "position")
+EXIT_ROW, EXIT_AT = _row("final_norm", "vocab_weights", "vocab_row_bytes", "vocab_scale")
+LOGITS, LOGITS_AT = _row("logits", "exit_from")
+DRAFT_ROW, DRAFT_AT = _row("draft_vocab", "least_lead")
 TOKENS = STATE.fields["tokens"][1] // 8  # type: ignore[index]
-DRAFT, DRAFT_AT = struct.Struct("=qf"), STATE.fields["draft_vocab"][1]  # type: ignore[index]
-LOGITS, LOGITS_AT = struct.Struct("=2q"), STATE.fields["logits"][1]  # type: ignore[index]
-WORTH = 1 << 16  # bytes of weights below which a job is not worth sharing
 
 
 def _power_of_two(n: int) -> int:
@@ -56,7 +71,8 @@ def _power_of_two(n: int) -> int:
 class Workspace:
     """Buffers for up to CHUNK tokens; allocated once, reused by every call."""
 
-    def __init__(self, weights: Weights, threads: int) -> None:
+    def __init__(self, weights: Weights, threads: int, share_from: int = SHARE_FROM) -> None:
+        """`share_from`: bytes of weights from which a stage is shared; 0: always."""
         self.weights = weights
         self._arrays: list[np.ndarray] = []  # whose addresses the structs hold
         states, self.products = np.zeros(1, STATE), weights.products.copy()
@@ -65,11 +81,11 @@ class Workspace:
         """Addresses of state and products, as `kernels.forward.run` takes them."""
         self._bytes = states.view(np.uint8).data
         self._words = self._bytes.cast("q")
-        self._exits: dict[int, tuple[int, ...]] = {}  # what EXIT is for each
+        self._exits: dict[int, tuple[int, ...]] = {}  # what EXIT_ROW is for each
         self._shape()
         self._weights()
         self._buffers()
-        self._scratch(threads)
+        self._scratch(threads, share_from)
 
     def _shape(self) -> None:
         c, s = self.weights.config, self.state
@@ -84,7 +100,7 @@ class Workspace:
             "sub_norm": c.sub_norm, "embedding_norm": c.embedding_norm,
             "ffn_kind": FFN_KINDS[c.ffn], "squared": c.relu2_in_linear, "norm_eps": c.norm_eps,
             "largest_code": 2 ** (c.activation_bits - 1) - 1,
-            "head_kind": HEAD_KINDS[c.head_format], "gate_width": c.gate_width,
+            "vocab_kind": VOCAB_KINDS[c.head_format], "gate_width": c.gate_width,
         }.items():  # fmt: skip
             s[name] = value
 
@@ -109,36 +125,36 @@ class Workspace:
         def floats(width: int) -> np.ndarray:
             return aligned((CHUNK, width), np.float32)
 
-        self.ids = np.zeros(CHUNK, np.int32)
+        self.ids = aligned((CHUNK,), np.int32)
         self.x, self.mid, self.y = (floats(c.hidden_size) for _ in range(3))
         self.qkv, self.attended = floats(int(p["rows"][QKV])), floats(c.attention_size)
         self.up, self.act = floats(int(p["rows"][UP])), floats(c.intermediate_size)
-        self.row = floats(int(wide))
+        self.input = floats(int(wide))
         codes = aligned((CHUNK, int(max(*p["padded"], -(-c.hidden_size // 64) * 64))), np.int8)
         for name, array in {
             "ids": self.ids, "x": self.x, "mid": self.mid, "y": self.y, "qkv": self.qkv,
-            "attended": self.attended, "up": self.up, "act": self.act, "row": self.row,
-            "codes": codes, "steps": np.zeros(CHUNK, np.float32),
-            "sums": np.zeros(CHUNK, np.int32),
+            "attended": self.attended, "up": self.up, "act": self.act, "input": self.input,
+            "codes": codes, "steps": aligned((CHUNK,), np.float32),
+            "sums": aligned((CHUNK,), np.int32),
         }.items():  # fmt: skip
             s[name] = self._keep(array)
-        self.logits = np.empty((MOST + 1, c.vocab_size), np.float32)
-        """Room for those of one token, of a draft, or of a round of speculation."""
+        self.logits = aligned((MOST + 1, c.vocab_size), np.float32, zeros=False)
+        """f32 [MOST + 1, V]: of one token, a draft, or a round of speculation."""
         self.logits_at = self.logits.ctypes.data
-        s["row_stride"], s["codes_stride"] = self.row.strides[0], codes.strides[0]
+        s["input_stride"], s["codes_stride"] = self.input.strides[0], codes.strides[0]
         for index, array in ((QKV, self.qkv), (OUT, self.y), (UP, self.up), (DOWN, self.y)):
             p[index]["out"], p[index]["out_stride"] = array.ctypes.data, array.strides[0]
 
-    def _scratch(self, threads: int) -> None:
+    def _scratch(self, threads: int, share_from: int) -> None:
         """Each thread's own: [floats | unpacked rows | int32 sums], each from a cache line on."""
         c, s, p = self.weights.config, self.state, self.products
         padded, seen = int(s["head_padded"]), -(-c.max_position_embeddings // LANES) * LANES
-        parts = (LEVELS + 1) * (int(s["value_width"]) + LANES)
+        partial = (LEVELS + 1) * (int(s["value_width"]) + LANES)
         longest = max(*p["width"], c.hidden_size, c.attention_size, c.intermediate_size)
         floats = max(
             _power_of_two(c.vocab_size),  # confidence
-            _power_of_two(int(longest)) + self.row.shape[1],  # tree sums, a widened row
-            QUERIES * (seen + LANES + padded + parts),  # attention
+            _power_of_two(int(longest)) + self.input.shape[1],  # tree sums, a widened row
+            QUERIES * (seen + LANES + padded + partial),  # attention
         )
         unpacked = -(-4 * floats // 64) * 64
         acc = unpacked + max(BAND * int(p["padded"].max()), LEAST_ROOM)
@@ -147,7 +163,7 @@ class Workspace:
         s["scratch_stride"], s["unpacked"], s["acc"] = stride, unpacked, acc
         self.sync = aligned((sync_words(threads),), np.int64)
         s["sync"] = self._keep(self.sync)
-        s["helpers"], s["worth"] = threads - 1, WORTH
+        s["helpers"], s["share_from"] = threads - 1, share_from
 
     def _keep(self, array: np.ndarray) -> int:
         """Keep the array as long as this workspace; its address."""
@@ -179,7 +195,7 @@ class Workspace:
         return self._words[TOKENS]
 
     def exit(self, n: int) -> tuple[int, ...]:
-        """What EXIT is after n blocks: the same for all that share norm and head."""
+        """What EXIT_ROW is after n blocks: the same for all that share norm and head."""
         if n not in self._exits:
             norm, head = self.weights.config.exit_names(n)
             rows, scales = self.weights.head(head)
@@ -191,7 +207,7 @@ class Workspace:
 
     def set_exit(self, n: int, logits_at: int, first: int = 0) -> None:
         """Logits after n blocks of the tokens from `first` on go there, f32 [T - first, V]."""
-        EXIT.pack_into(self._bytes, EXIT_AT, *self.exit(n))
+        EXIT_ROW.pack_into(self._bytes, EXIT_AT, *self.exit(n))
         self.set_logits(logits_at, first)
 
     def set_logits(self, logits_at: int, first: int = 0) -> None:
@@ -202,7 +218,7 @@ class Workspace:
         """At most `count` drafts behind the one token at hand (SPEC 11.1), at the exit as set."""
         self._words[TOKENS] = count + 1
         vocab = draft.vocab or self.weights.config.vocab_size
-        DRAFT.pack_into(self._bytes, DRAFT_AT, vocab, least_lead)
+        DRAFT_ROW.pack_into(self._bytes, DRAFT_AT, vocab, least_lead)
 
     def set_gate(self, n: int) -> None:
         """The gate of block n, counted from 1."""
@@ -228,4 +244,4 @@ class Workspace:
         return {f"layers.{i}.{name}": value for name, value in stages.items()}
 
     def exit_stages(self, logits: np.ndarray) -> dict[str, np.ndarray]:
-        return {"exit_norm": self.row[: len(logits), : self.x.shape[1]], "logits": logits}
+        return {"exit_norm": self.input[: len(logits), : self.x.shape[1]], "logits": logits}

@@ -60,6 +60,7 @@ def reproduce(
         return
     chosen = definitions.names() if name == "all" else [name]
     experiments = [definitions.load(n, scale) for n in chosen]
+    reproduce.require(experiments, training=not (measure or render))
     if measure:
         reproduce.measure_speeds(experiments, chosen_seeds, data, work, results)
         return

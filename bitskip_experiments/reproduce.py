@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -45,6 +46,14 @@ def train(
     if pool.stopping.is_set():
         console.print("stopped; the same command goes on")
     return pool
+
+
+def require(experiments: list[Experiment], training: bool) -> None:
+    """Import what is needed only after hours, for pictures and sweeps. Raises ImportError."""
+    if any(e.plot for e in experiments):
+        importlib.import_module("matplotlib")
+    if training and any(e.grid for e in experiments):
+        importlib.import_module("optuna")
 
 
 SPEED_ROUNDS = 3

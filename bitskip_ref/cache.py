@@ -9,15 +9,10 @@ from typing import Any, Self
 import numpy as np
 
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.turn import Turn
+from bitskip_ref.turn import IN_USE, Turn
 
 KV_CACHES = ("float32", "float16")
 """What the numbers of a cache may be (SPEC 6.5)."""
-
-IN_USE = (
-    "the cache is in the middle of another call: let that end first, or give each text a cache of "
-    "its own (cache.fork())"
-)
 
 
 def check_kv_cache(kv_cache: str) -> str:
@@ -38,7 +33,7 @@ class CacheFill:
 
     def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
         self.config, self.kv_cache = config, check_kv_cache(kv_cache)
-        self.turn = Turn(IN_USE, wait=False)
+        self.turn = Turn()
         self.length = 0
         self._filled = [0] * config.num_hidden_layers  # positions that each block has run
         self._known, self._depth = 0, config.num_hidden_layers  # a length, and its whole blocks
@@ -84,9 +79,9 @@ class CacheFill:
     # ---- copies ---------------------------------------------------------------------
 
     def fork(self) -> Self:
-        """Another cache with the same positions. Raises RuntimeError while this one is in use."""
-        with self.turn:
-            self.require(0)
+        """Another cache with the same positions. Raises RuntimeError in a callback that uses it."""
+        with self.turn.lock:
+            self._at_rest()
             return _filled_as(type(self), *self._facts(), self._kept())
 
     __copy__ = fork
@@ -95,10 +90,15 @@ class CacheFill:
         return self.fork()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        with self.turn:
-            self.require(0)
+        with self.turn.lock:
+            self._at_rest()
             kept = [np.array(part) for part in self._kept()]  # a view would bring all behind it
             return _filled_as, (type(self), *self._facts(), kept)
+
+    def _at_rest(self) -> None:
+        if self.turn.owner is not None:
+            raise RuntimeError(IN_USE)
+        self.require(0)
 
     def _facts(self) -> tuple[ModelConfig, str, int, list[int]]:
         return self.config, self.kv_cache, self.length, list(self._filled)

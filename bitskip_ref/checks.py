@@ -64,6 +64,20 @@ def check_looks(looks: Iterable[int], deepest: int) -> tuple[int, ...]:
     return tuple(map(int, checked))
 
 
+def check_logits(largest: np.ndarray, first: int) -> None:
+    """Refuse logits that choose no token (SPEC 9.5).
+
+    largest: f32 [T], the largest logit of tokens `first`, `first` + 1, ... (NaN counts as the
+    largest). Raises ValueError where one is not a finite number.
+    """
+    finite = np.isfinite(largest)
+    if not finite.all():
+        raise ValueError(
+            f"the logits of token {first + int(np.argmin(finite))} are not finite numbers: the "
+            "model's weights are too large; train or convert it anew"
+        )
+
+
 def check_input(
     token_ids: Sequence[int] | np.ndarray, first: int, config: ModelConfig
 ) -> np.ndarray:

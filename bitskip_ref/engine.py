@@ -11,9 +11,9 @@ reported to a trace in forward order, under the same names, so that a difference
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ from bitskip_ref.checks import (
 )
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import MOST, Draft
-from bitskip_ref.turn import Turn
+from bitskip_ref.turn import Turn, in_turn
 
 Trace = Callable[[str, np.ndarray], None]
 """Receives (stage, values). Stages, i counting blocks from 0:
@@ -47,11 +47,6 @@ Visit = Callable[[int, int, np.ndarray], None]
 
 MEASURES = ("max", "margin", "entropy")
 """What `Probe.confidence` measures (SPEC 8.5)."""
-
-REENTRY = (
-    "the engine was called by its own trace, visit or exit rule, in the middle of a call: note "
-    "there what is needed, and call it when that has returned"
-)
 
 
 class Probe(Protocol):
@@ -114,7 +109,7 @@ class Engine(ABC):
     def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
         """Raises ValueError for another kind of cache."""
         self.config, self.kv_cache = config, check_kv_cache(kv_cache)
-        self._turn = Turn(REENTRY, wait=True)
+        self._turn = Turn()
 
     # ---- verbs ----------------------------------------------------------------------
 
@@ -126,6 +121,7 @@ class Engine(ABC):
         """`extend` on an empty cache: f32 [T, V]."""
         return self.extend(token_ids, self.new_cache(), exit_layer=exit_layer)
 
+    @in_turn
     def extend(
         self,
         token_ids: Sequence[int],
@@ -141,15 +137,14 @@ class Engine(ABC):
         of the last token with `last_only`. Raises ValueError for an empty list, an id or exit out
         of range, more positions than the context, or blocks that lack earlier positions.
         """
-        self._own(cache)
-        with self._turn, cache.turn:
-            n = check_exit_layer(exit_layer, self.config)
-            first = cache.require(n)
-            run = Run(check_input(token_ids, first, self.config), cache, first)
-            z = self._extend(run, n, len(run.ids) - 1 if last_only else 0, trace)
-            cache.advance(first, len(run.ids), n)
-            return z
+        n = check_exit_layer(exit_layer, self.config)
+        first = cache.require(n)
+        run = Run(check_input(token_ids, first, self.config), cache, first)
+        z = self._extend(run, n, len(run.ids) - 1 if last_only else 0, trace)
+        cache.advance(first, len(run.ids), n)
+        return z
 
+    @in_turn
     def extend_exits(
         self, token_ids: Sequence[int], cache: Any, exit_layers: Sequence[int], visit: Visit
     ) -> None:
@@ -158,14 +153,13 @@ class Engine(ABC):
         Each exit's logits come in pieces, in the order of the tokens. Raises ValueError as
         `extend`, and for no exits.
         """
-        self._own(cache)
-        with self._turn, cache.turn:
-            exits = check_exit_layers(exit_layers, self.config)
-            first = cache.require(exits[-1])
-            run = Run(check_input(token_ids, first, self.config), cache, first)
-            self._extend_exits(run, exits, visit)
-            cache.advance(first, len(run.ids), exits[-1])
+        exits = check_exit_layers(exit_layers, self.config)
+        first = cache.require(exits[-1])
+        run = Run(check_input(token_ids, first, self.config), cache, first)
+        self._extend_exits(run, exits, visit)
+        cache.advance(first, len(run.ids), exits[-1])
 
+    @in_turn
     def step(
         self, token_id: int, cache: Any, rule: ExitRule, trace: Trace | None = None
     ) -> tuple[np.ndarray, int]:
@@ -173,9 +167,24 @@ class Engine(ABC):
 
         Raises ValueError as `extend`, and for a rule whose looks do not rise below its last block.
         """
-        self._own(cache)
-        with self._turn, cache.turn:
-            return self._step(token_id, cache, rule, trace)
+        try:
+            ask_looks, ask_deepest = rule.looks, rule.deepest
+        except AttributeError:
+            raise ValueError(
+                f"{rule!r} is no exit rule: give one like FixedExit(18) (bitskip_ref.exits)"
+            ) from None
+        n = check_exit_layer(ask_deepest(self.config), self.config)
+        looks = ask_looks(self.config)
+        if looks:
+            looks = check_looks(looks, n)
+        first, deepest = cache.require(n), n
+        run = Run((check_token(token_id, first, self.config),), cache, first)
+        if looks:
+            z, n = self._look(run, rule, looks, deepest, trace)
+        else:
+            z = self._one(run, n, trace)
+        cache.advance(first, 1, deepest)
+        return z, n
 
     def step_many(self, rows: Sequence[Row]) -> list[tuple[np.ndarray, int]]:
         """Run rows of any sequences, in one call: `step` for each, in their order (SPEC 12.2).
@@ -185,6 +194,7 @@ class Engine(ABC):
         """
         return [self.step(*row) for row in rows]
 
+    @in_turn
     def speculate(
         self, token_id: int, cache: Any, count: int, draft: Draft, *, exit_layer: int | None = None
     ) -> tuple[list[int], np.ndarray]:
@@ -194,18 +204,40 @@ class Engine(ABC):
         f32 [k + 1, V] after the token and after each of them (SPEC 11.1, 11.2). Raises ValueError
         as `extend` does, and for what cannot draft.
         """
-        self._own(cache)
-        with self._turn, cache.turn:
-            n = check_exit_layer(exit_layer, self.config)
-            draft.check(n, self.config)
-            if not is_whole(count) or not 0 <= count <= MOST:
-                raise ValueError(f"{count} drafts: a round takes 0..{MOST}")
-            first = cache.require(n)
-            token = check_token(token_id, first, self.config)
-            check_room(first, count + 1, self.config)
-            drafts, z = self._speculate(Run((token,), cache, first), count, draft, n)
-            cache.advance(first, len(z), n)
-            return drafts, z
+        n = check_exit_layer(exit_layer, self.config)
+        draft.check(n, self.config)
+        if not is_whole(count) or not 0 <= count <= MOST:
+            raise ValueError(f"{count} drafts: a round takes 0..{MOST}")
+        first = cache.require(n)
+        token = check_token(token_id, first, self.config)
+        check_room(first, count + 1, self.config)
+        drafts, z = self._speculate(Run((token,), cache, first), count, draft, n)
+        cache.advance(first, len(z), n)
+        return drafts, z
+
+    @in_turn
+    def _draft_next(self, token_id: int, cache: Any, under_way: Round) -> np.ndarray:
+        """`Round.draft`."""
+        under_way.go_on()
+        position = under_way.first + len(under_way.ids)
+        token = check_token(token_id, position, self.config)
+        if len(under_way.ids) > MOST:
+            raise ValueError(f"a round takes a token and 0..{MOST} drafts: verify it")
+        x, z = self._drafted(Run((token,), cache, position), under_way.how)
+        under_way.ids.append(token)
+        under_way.hidden.append(x)
+        return z
+
+    @in_turn
+    def _verify(self, ids: list[int], cache: Any, under_way: Round) -> np.ndarray:
+        """`Round.verify`."""
+        under_way.go_on()
+        if not ids:
+            raise ValueError("nothing to verify: draft the token at hand first")
+        n, run = under_way.depth, Run(ids, cache, under_way.first)
+        z = self._verified(run, under_way.hidden, under_way.how, n)
+        cache.advance(run.first, len(ids), n)
+        return z
 
     def round(self, cache: Any, draft: Draft, exit_layer: int | None = None) -> Round:
         """A round of speculation whose drafts the caller chooses (SPEC 11.1, 11.3)."""
@@ -255,29 +287,6 @@ class Engine(ABC):
             x = self._blocks(x, run, done, n)
             visit(n, 0, self._exit(x, n))
             done = n
-
-    def _step(
-        self, token_id: int, cache: Any, rule: ExitRule, trace: Trace | None
-    ) -> tuple[np.ndarray, int]:
-        """`step`, in the engine's turn."""
-        try:
-            ask_looks, ask_deepest = rule.looks, rule.deepest
-        except AttributeError:
-            raise ValueError(
-                f"{rule!r} is no exit rule: give one like FixedExit(18) (bitskip_ref.exits)"
-            ) from None
-        n = check_exit_layer(ask_deepest(self.config), self.config)
-        looks = ask_looks(self.config)
-        if looks:
-            looks = check_looks(looks, n)
-        first, deepest = cache.require(n), n
-        run = Run((check_token(token_id, first, self.config),), cache, first)
-        if looks:
-            z, n = self._look(run, rule, looks, deepest, trace)
-        else:
-            z = self._one(run, n, trace)
-        cache.advance(first, 1, deepest)
-        return z, n
 
     def _one(self, run: Run, n: int, trace: Trace | None) -> np.ndarray:
         """Logits f32 [V] of one row after n blocks."""
@@ -337,7 +346,7 @@ class Round:
     """A round of speculation (SPEC 11.1): `draft` token after token, then `verify` once.
 
     The token at hand comes first, then each draft that the caller chose from the logits before it.
-    Other sequences may use the engine in between, this cache nobody. A round that is not verified
+    Other sequences may use the engine in between, nobody this cache. A round that is not verified
     leaves the cache as it was.
     """
 
@@ -346,49 +355,29 @@ class Round:
     ) -> None:
         """exit_layer: the depth N that verifies (None: L). Raises ValueError for what cannot."""
         engine._own(cache)
-        self._depth = check_exit_layer(exit_layer, engine.config)
-        draft.check(self._depth, engine.config)
-        self._engine, self._cache, self._draft = engine, cache, draft
-        with cache.turn:
-            self._first, self._taken = cache.require(self._depth), cache.turn.taken
-        self._ids: list[int] = []
-        self._hidden: list[Any] = []
+        self.depth = check_exit_layer(exit_layer, engine.config)
+        draft.check(self.depth, engine.config)
+        self._engine, self._cache, self.how = engine, cache, draft
+        with cache.turn.lock:
+            self.first, self._taken = cache.require(self.depth), cache.turn.taken
+        self.ids: list[int] = []
+        self.hidden: list[Any] = []
 
     def draft(self, token_id: int) -> np.ndarray:
         """Run the next token to the draft exit; draft logits f32 [V'] after it.
 
         Raises ValueError as `Engine.extend`, and beyond 17 tokens.
         """
-        engine, cache = self._engine, self._cache
-        with engine._turn, cache.turn:
-            self._go_on()
-            position = self._first + len(self._ids)
-            token = check_token(token_id, position, engine.config)
-            if len(self._ids) > MOST:
-                raise ValueError(f"a round takes a token and 0..{MOST} drafts: verify it")
-            run = Run((token,), cache, position)
-            x, z = engine._drafted(run, self._draft)
-            self._ids.append(token)
-            self._hidden.append(x)
-            return z
+        return self._engine._draft_next(token_id, self._cache, self)
 
     def verify(self) -> np.ndarray:
-        """Run all of them to depth N; logits f32 [k + 1, V]. The cache advances by k + 1."""
-        engine, cache = self._engine, self._cache
-        with engine._turn, cache.turn:
-            self._go_on()
-            if not self._ids:
-                raise ValueError("nothing to verify: draft the token at hand first")
-            run = Run(self._ids, cache, self._first)
-            z = engine._verified(run, self._hidden, self._draft, self._depth)
-            cache.advance(self._first, len(self._ids), self._depth)
-            self._ids, self._hidden = [], []
-            return z
+        """Run all of them to depth N, once; logits f32 [k + 1, V]. The cache advances by k + 1."""
+        return self._engine._verify(self.ids, self._cache, self)
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
         """In the cache's turn: refuse to, if it was used since this round's last call."""
         self._taken += 1
-        if self._cache.turn.taken != self._taken or self._cache.length != self._first:
+        if self._cache.turn.taken != self._taken or self._cache.length != self.first:
             raise ValueError(
                 "the cache was used by another call during a round of speculation: begin a new one"
             )
@@ -400,15 +389,15 @@ class _Asked:
     def __init__(self, engine: Engine, x: Any, n: int) -> None:
         self._engine, self._x, self._n = engine, x, n
         self._logits: np.ndarray | None = None
-        self._open = False
+        self._asked: int | None = None  # the thread that asks just now
 
     def whether(self, rule: ExitRule) -> bool:
         """What the rule says here."""
-        self._open = True
+        self._asked = get_ident()
         try:
             return bool(rule.stops(self))
         finally:
-            self._open = False
+            self._asked = None
 
     def gate(self) -> np.float32:
         self._check()
@@ -429,5 +418,5 @@ class _Asked:
         return self._logits
 
     def _check(self) -> None:
-        if not self._open or self._engine._turn.owner != threading.get_ident():
+        if self._asked != get_ident():
             raise RuntimeError("a probe answers within ExitRule.stops, in its thread, alone")

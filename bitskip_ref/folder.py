@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,16 @@ LARGEST_JSON = 1 << 20  # bytes of a config; they have some hundred
 ROOM = 256 << 20  # bytes that tables of positions may take with a model of any size
 CONFIG = "config.json"
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
+CHAT = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """A Jinja template in transformers' manner, and the two tokens that it may name."""
+
+    template: str
+    bos_token: str = ""
+    eos_token: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,11 +53,19 @@ class Folder:
     config: ModelConfig
     tensors: dict[str, np.ndarray]
     tokenizer: Path | None
-    eos_token_id: int | None = None
+    eos_token_id: int | None = None  # ends a text, and in files of text a document
     bos_token_id: int | None = None
     exit_layer: int | None = None  # where it stops unless told otherwise; None: at full depth
     draft_vocab: int | None = None  # speculation drafts among so many first ids; None: all
     auto_exit: ExitRule | None = None  # what `--exit-layer auto` means; None: not calibrated
+    more_eos_token_ids: tuple[int, ...] = ()  # that end a text, too
+    chat: ChatForm | None = None  # how messages become a prompt; None: the model does not chat
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """All ids that end a text (SPEC 9.4)."""
+        first = () if self.eos_token_id is None else (self.eos_token_id,)
+        return first + self.more_eos_token_ids
 
 
 # ---- reading ------------------------------------------------------------------------
@@ -96,6 +114,14 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
         raise problems[0]
     extra = _read_json(root / GENERATION) if (root / GENERATION).exists() else {}
     numbers = {}
+    ends = extra.get("eos_token_id")
+    if isinstance(ends, list):
+        extra["eos_token_id"], *more = ends or [None]
+        for end in more:
+            if type(end) is not int or not 0 <= end < config.vocab_size:
+                raise FormatError(f"{root / GENERATION}: eos_token_id holds {shown(end)}")
+    else:
+        more = []
     for name, least, most in (
         ("eos_token_id", 0, config.vocab_size - 1),
         ("bos_token_id", 0, config.vocab_size - 1),
@@ -112,7 +138,7 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
     tokenizer = root / TOKENIZER
     return Folder(
         root, config, tensors, tokenizer if tokenizer.is_file() else None,
-        **numbers, auto_exit=auto_exit,
+        **numbers, auto_exit=auto_exit, more_eos_token_ids=tuple(more), chat=_chat(root, extra),
     )  # fmt: skip
 
 
@@ -125,6 +151,22 @@ def _check_positions(root: Path, config: ModelConfig, size: int) -> None:
             f"{table} bytes of tables for {size} bytes of weights; at most {2 * size + ROOM} are "
             "taken: lower it"
         )
+
+
+def _chat(root: Path, extra: dict[str, Any]) -> ChatForm | None:
+    path = root / CHAT
+    if not path.exists():
+        return None
+    words = {name: extra.get(name) or "" for name in ("bos_token", "eos_token")}
+    for name, word in words.items():
+        if not isinstance(word, str):
+            raise FormatError(f"{root / GENERATION}: {name} = {shown(word)} is no text")
+    try:
+        if not path.is_file() or path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"not a file of at most {LARGEST_JSON} bytes")
+        return ChatForm(read_text(path), **words)
+    except (ValueError, OSError) as error:
+        raise FormatError(f"{path}: cannot be read ({error})") from None
 
 
 def _auto_exit(path: Path, extra: dict[str, Any], config: ModelConfig) -> ExitRule | None:
@@ -168,10 +210,11 @@ def write_folder(
     tensors: Mapping[str, np.ndarray],
     *,
     tokenizer_json: str | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     bos_token_id: int | None = None,
     exit_layer: int | None = None,
     draft_vocab: int | None = None,
+    chat: ChatForm | None = None,
 ) -> None:
     """Write a model folder; each file appears whole or not at all, config.json last.
 
@@ -184,12 +227,19 @@ def write_folder(
     digest = write_tensors(root / WEIGHTS, expected_tensors(config), checked)
     if tokenizer_json is not None:
         _write_text(root / TOKENIZER, tokenizer_json)
-    generation = {
+    if isinstance(eos_token_id, Sequence):  # one is written as one, none as null
+        eos_token_id = eos_token_id if eos_token_id[1:] else next(iter(eos_token_id), None)
+    generation: dict[str, Any] = {
         "eos_token_id": eos_token_id,
         "bos_token_id": bos_token_id,
         "exit_layer": exit_layer,
         "draft_vocab": draft_vocab,
     }
+    if chat is None:
+        (root / CHAT).unlink(missing_ok=True)  # an older model's
+    else:
+        _write_text(root / CHAT, chat.template)
+        generation |= {"bos_token": chat.bos_token, "eos_token": chat.eos_token}
     _write_text(root / GENERATION, json.dumps(generation, indent=2) + "\n")
     stored = {
         "model_type": "bitskip",

@@ -9,6 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
+from bitskip_ref.checks import check_logits
+
 
 def check_windows(context: int | None, stride: int | None, limit: int) -> tuple[int, int]:
     """(context, stride): None is the most there is, `limit` positions, and no overlap.
@@ -40,9 +42,14 @@ def windows(count: int, context: int, stride: int) -> Iterator[tuple[int, int, i
 
 
 def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-log softmax(logits)[target] in binary64: logits f32 [T, V], targets [T] -> [T]."""
+    """-log softmax(logits)[target] in binary64: logits f32 [T, V], targets [T] -> [T].
+
+    Raises ValueError for logits that have no loss (SPEC 9.5); tokens are counted from 0.
+    """
     z = logits.astype(np.float64)
-    z -= z.max(1, keepdims=True)
+    largest = z.max(1, keepdims=True)
+    check_logits(largest[:, 0], 0)
+    z -= largest
     chosen = np.take_along_axis(z, targets[:, None], 1)[:, 0]
     np.exp(z, out=z)
     return np.log(z.sum(1)) - chosen

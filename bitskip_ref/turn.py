@@ -1,53 +1,52 @@
-"""A lock that never waits for its own thread, nor for one that a fork has left behind."""
+"""Turns with an engine or a cache, which neither a callback nor a fork can spoil."""
 
 from __future__ import annotations
 
 import os
 import threading
 import weakref
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+REENTRY = (
+    "the engine was called by its own trace, visit or exit rule, in the middle of a call: note "
+    "there what is needed, and call it when that has returned"
+)
+IN_USE = (
+    "the cache is in the middle of a call: let that end first, or give each text a cache of its "
+    "own (cache.fork())"
+)
 
 
 class Turn:
-    """Whose turn it is with an engine or a cache; a context manager.
+    """Whose turn it is with an engine or a cache.
 
-    Python's own locks stop for ever where a thread waits for itself, as a callback would that calls
-    the engine which called it. This one raises RuntimeError. In a forked child, turns of threads
-    that did not come along are over.
+    A call takes the lock, then looks at `owner`, which only a call further up in its own thread can
+    have set: a callback's, and waiting for that would be for ever. (Python leaves its own locks
+    right where Ctrl-C comes between; it would not leave a context manager written here.)
+    In a forked child, turns of threads that did not come along are over.
     """
 
-    __slots__ = ("__weakref__", "_lock", "_refusal", "_wait", "cut_off", "owner", "taken")
+    __slots__ = ("__weakref__", "cut_off", "lock", "owner", "taken")
 
-    def __init__(self, refusal: str, wait: bool) -> None:
-        """refusal: what to say to a thread that has the turn already, and to others unless `wait`.
-
-        wait: whether others wait for their turn.
-        """
-        self._refusal, self._wait = refusal, wait
-        self._lock = threading.Lock()
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
         self.owner: int | None = None
-        """The thread (`threading.get_ident`) whose turn it is; None: nobody's."""
+        """The thread (`threading.get_ident`) that is in a call; None: none."""
         self.taken = 0
-        """How often there was a turn."""
+        """How many calls there were."""
         self.cut_off = False
-        """Whether the last fork, seen from the child, ended somebody's turn in the middle."""
+        """Whether the last fork, seen from the child, ended a call in the middle."""
         _TURNS.add(self)
-
-    def __enter__(self) -> None:
-        me = threading.get_ident()
-        if self.owner == me or not self._lock.acquire(self._wait):
-            raise RuntimeError(self._refusal)
-        self.owner = me
-        self.taken += 1
-
-    def __exit__(self, *_: object) -> None:
-        self.owner = None
-        self._lock.release()
 
     def forked(self) -> None:
         """In a child, by its only thread: end the turn of any other."""
-        self.cut_off = self.owner != threading.get_ident() and self._lock.locked()
+        self.cut_off = not self.lock.acquire(blocking=False)
         if self.cut_off:
-            self._lock, self.owner = threading.Lock(), None
+            self.lock, self.owner = threading.RLock(), None
+        else:
+            self.lock.release()
 
 
 _TURNS: weakref.WeakSet[Turn] = weakref.WeakSet()
@@ -60,3 +59,32 @@ def _forked() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def in_turn(verb: Verb) -> Verb:
+    """A method `verb(engine, tokens, cache, ...)` that waits for its turn with both.
+
+    Raises ValueError for what is no cache of the engine's, RuntimeError in a callback of either.
+    """
+
+    @wraps(verb)
+    def call(engine: Any, *arguments: Any, **options: Any) -> Any:
+        cache: Any = arguments[1] if len(arguments) > 1 else options.get("cache")
+        engine._own(cache)
+        mine, its = engine._turn, cache.turn
+        with mine.lock, its.lock:
+            if mine.owner is not None:
+                raise RuntimeError(REENTRY)
+            if its.owner is not None:
+                raise RuntimeError(IN_USE)
+            its.taken += 1
+            me = threading.get_ident()
+            mine.owner = its.owner = me
+            try:
+                return verb(engine, *arguments, **options)
+            finally:
+                mine.owner = its.owner = None
+
+    return cast(Verb, call)

@@ -28,8 +28,8 @@ class Damage(ValueError):
 def check_archive(path: str | Path) -> int:
     """The size of a checkpoint's file in bytes.
 
-    Raises Damage unless the file is a zip archive that stores everything as it is: reading it then
-    takes no more memory than that. Raises OSError where there is no file.
+    Raises Damage unless the file is a zip archive that stores everything as it is, with the right
+    checksums: reading it then takes no more memory than that. Raises OSError where there is none.
     """
     about = os.stat(path)
     if stat.S_ISDIR(about.st_mode):
@@ -38,10 +38,12 @@ def check_archive(path: str | Path) -> int:
         raise Damage("no regular file")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise Damage("the archive is compressed")
-    if sum(entry.file_size for entry in entries) > about.st_size:
-        raise Damage("the archive claims more than its file holds")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise Damage("the archive is compressed")
+        if sum(entry.file_size for entry in entries) > about.st_size:
+            raise Damage("the archive claims more than its file holds")
+        if archive.testzip() is not None:  # PyTorch does not look
+            raise Damage("damaged: a checksum differs")
     return about.st_size
 
 
@@ -115,6 +117,7 @@ def check_tensor(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
         (tensor.is_quantized, "quantized"),
         (tensor.is_meta, "without values (meta)"),
         (tensor.dtype != torch.float32, kind),
+        (tensor.requires_grad, "asking for a gradient"),
     ):
         if wrong:
             raise Damage(f"{name[:80]} is {word}, must be plain float32")

@@ -78,7 +78,7 @@ _out_option = click.option("--out", "-o", required=True, type=NEW_FILE, help="Ch
 @click.option("--preset", type=Word("preset", lambda: RECIPES), help="Model and training settings.")
 @click.option(
     "--config", "config_file", type=FILE,
-    help="TOML file with the tables [model] and [train], on top of the preset.",
+    help="TOML file with [model] and [train]: all settings, or changes to the preset.",
 )  # fmt: skip
 @click.option(
     "--set", "overrides", multiple=True, type=_Setting(), metavar="KEY=VALUE",
@@ -249,13 +249,16 @@ def evaluate(
     from bitskip_train.checkpoint import load_checkpoint
     from bitskip_train.data import TextSource, load_split
     from bitskip_train.model import BitskipModel
+    from bitskip_train.threads import use_threads
     from bitskip_train.tokenizer import parse_tokenizer
     from bitskip_train.trainer import pick_device
 
     loaded = load_checkpoint(checkpoint)
     if loaded.tokenizer_json is None:
         raise CheckpointError(f"{checkpoint}: holds no tokenizer")
-    context = context or TrainConfig.from_dict(loaded.train).context
+    settings = TrainConfig.from_dict(loaded.train)
+    use_threads(settings)
+    context = context or settings.context
     if context > loaded.config.max_position_embeddings:
         raise ConfigError(
             f"--context {context}: must be at most {loaded.config.max_position_embeddings}, the "
@@ -321,11 +324,13 @@ def fit_gates(
     from bitskip_train import gates
     from bitskip_train.checkpoint import load_checkpoint, save_checkpoint
     from bitskip_train.data import TextSource, Windows, load_split
+    from bitskip_train.threads import use_threads
     from bitskip_train.tokenizer import parse_tokenizer
     from bitskip_train.trainer import pick_device
 
     loaded = load_checkpoint(checkpoint)
     settings = TrainConfig.from_dict(loaded.train)
+    use_threads(settings)
     if loaded.tokenizer_json is None:
         raise CheckpointError(f"{checkpoint}: holds no tokenizer")
     tokenizer = parse_tokenizer(loaded.tokenizer_json, str(checkpoint))

@@ -92,8 +92,8 @@ def _load_hub(name: str, split: str) -> Any:
         from datasets import load_dataset
     except ImportError:
         raise DataError(
-            f"data {name!r}: needs the package 'datasets' (pip install datasets), or the path of a "
-            "text file"
+            f'data {name!r}: needs the package datasets (pip install "bitskip[hub]"), or the '
+            "path of a text file"
         ) from None
     try:
         return load_dataset(repository, subset, split=split)

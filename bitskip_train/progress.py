@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bitskip_ref.files import replace_file
-from bitskip_train.errors import TrainingError
 
 
 class Report:
@@ -28,7 +27,7 @@ class Report:
         """out: None keeps the history and says nothing (all processes but the main one).
 
         tensorboard: None writes its files if the package is there, True insists on it. Raises
-        TrainingError if it is asked for and missing.
+        ImportError if it is asked for and missing.
         """
         self.history = history
         self.console = Console(stderr=True, quiet=out is None)
@@ -57,7 +56,7 @@ class Report:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             if wanted:
-                raise TrainingError("--tensorboard: pip install tensorboard") from None
+                raise
             self.note("tensorboard is not installed: no event files")
             return None
         return SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from bitskip_train.settings import TrainConfig
+
 PASSES = 3
 ENOUGH_S = 1.0
 
@@ -32,3 +34,9 @@ def time_threads(
         times[threads] = min(found)
         threads = 0 if slower else threads // 2
     return times
+
+
+def use_threads(train: TrainConfig) -> None:
+    """Give PyTorch the threads that a run had, as far as this machine has them."""
+    if train.threads:
+        torch.set_num_threads(min(train.threads, torch.get_num_threads()))

@@ -1,6 +1,6 @@
 """ARCHITECTURE, "Adding things": an example of each, made here as one would make it there.
 
-An instruction set: tests/kernels/test_isa.py.
+An instruction set: tests/parity/added_path.py.
 """
 
 from __future__ import annotations

@@ -197,3 +197,32 @@ def test_commands_can_be_read(path: Path) -> None:
 def test_a_planted_mistake_in_a_command_is_seen(text: str) -> None:
     (words,) = commands(text)
     assert mistake(words)
+
+
+# ---- files and names --------------------------------------------------------------
+
+CODE = re.compile(r"`([\w./]+\.py)(?::([\w.]+))?`")
+SOURCES = [p for p in ROOT.rglob("*.py") if not {"build", ".venv"} & set(p.parts)]
+
+
+def missing_code(text: str) -> list[str]:
+    """The files `folder/file.py`, and names in them `file.py:Class.name`, that are not there."""
+    wrong = []
+    for file, name in CODE.findall(text):
+        found = [p for p in SOURCES if p.as_posix().endswith(f"/{file}")]
+        pattern = rf"(def|class) {name.split('.')[-1]}\b|^ *{name.split('.')[-1]}\b.*="
+        if not any(not name or re.search(pattern, p.read_text("utf-8"), re.M) for p in found):
+            wrong.append(f"{file}:{name}")
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "name", ["ARCHITECTURE.md", "CONTRIBUTING.md", "docs/TRAINING.md", "docs/SPEC.md"]
+)
+def test_files_that_are_named_exist(name: str) -> None:
+    assert missing_code((ROOT / name).read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize("text", ["`kernels/jobs.py`", "`bitskip_ref/engine.py:Nothing.at_all`"])
+def test_a_planted_name_is_seen(text: str) -> None:
+    assert missing_code(f"`bitskip_ref/engine.py:Engine.step` {text}") != []

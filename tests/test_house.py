@@ -155,6 +155,42 @@ def test_a_planted_circle_is_seen() -> None:
     assert circle(graph(texts | {"bitskip_ref.c": ""})) is None
 
 
+def by_name(text: str) -> list[int]:
+    """Lines that tell instruction sets apart by comparing or looking up PATH or its name."""
+
+    def names_path(node: ast.AST) -> bool:
+        if isinstance(node, ast.Attribute) and node.attr in ("name", "PATH"):
+            return node.attr == "PATH" or names_path(node.value)
+        return isinstance(node, ast.Name) and node.id == "PATH"
+
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        parts: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.Subscript):
+            parts = [node.slice]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            parts = node.args if node.func.attr == "get" else []
+        elif isinstance(node, ast.Match):
+            parts = [node.subject]
+        if any(map(names_path, parts)):
+            found.append(node.lineno)
+    return found
+
+
+def test_paths_are_asked_not_named() -> None:
+    """Kernels ask `PATH.width`: a path is a record in isa.py and nothing else."""
+    files = [p for p in FILES if p.is_relative_to(ROOT / "bitskip_cpu") and p.name != "isa.py"]
+    assert {p: lines for p in files if (lines := by_name(p.read_text("utf-8")))} == {}
+    for planted in (
+        'if PATH.name == "avx2": pass', 'x = isa.PATH in ("avx2",)', 'if PATH == other: pass',
+        'W = {"avx2": 32}[PATH.name]', 'W = {"avx2": 32}.get(isa.PATH.name, 64)',
+    ):  # fmt: skip
+        assert by_name(planted), planted
+    assert not by_name("if PATH.width == 16 and not isa.PATH.dense: pass")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_what_is_public_has_a_docstring(path: Path) -> None:
     tree = ast.parse(path.read_text("utf-8"))

@@ -32,11 +32,8 @@ LINE = 64  # bytes
 STREAMS, LINES = 2, 4  # places read at once, cache lines of each: as fast as any of 24 mixtures
 AHEAD = 4096  # bytes between a prefetch and its use
 ENOUGH = 1 << 30  # bytes of one sample: some 50 ms
-# Sums that hide the latency of `dot`, each path's best number; more of vnni256 leave 16 registers.
-ACCUMULATORS = {"vbmi512": 20, "vnni512": 20, "vnni256": 13, "avx2": 20, "dotprod": 16}
-PATHS_WITH_PEAK = {"amx512", *ACCUMULATORS}
 TURNS = 1 << 21  # of one sample: some 20 ms
-MATRIX_TURN = 4 * 16 * 16 * 64  # path amx512: four products of 16 tokens, 16 rows, 64 columns
+MATRIX_TURN = 4 * 16 * 16 * 64  # four products of 16 tokens, 16 rows, 64 columns
 
 Compiled = Callable[[int, int], int]
 
@@ -64,18 +61,20 @@ def _reader() -> Compiled:
 
 
 def _multiplier() -> Compiled:
-    """(turns, seed) -> anything; a turn is ACCUMULATORS of the path's own `dot`, in registers."""
-    from bitskip_cpu.kernels.products.dot import BYTES, INTS, dot, splat
+    """(turns, seed) -> anything; a turn is the path's own `dot` on each of its accumulators."""
+    from bitskip_cpu.kernels.products.dot import BYTES, INTS, constant, dot
 
-    count = ACCUMULATORS[isa.PATH]
+    count = isa.PATH.accumulators
 
     @intrinsic(returns="int64")
     def multiply(builder: ir.IRBuilder, turns: ir.Value, seed: ir.Value) -> ir.Value:
         start = ir.Constant(INTS, ir.Undefined)
         for lane in range(INTS.count):
             start = builder.insert_element(start, builder.trunc(seed, INT), INT(lane))
-        signed = builder.bitcast(builder.mul(start, splat(INTS, 0x01030507)), BYTES)
-        sums = [variable(builder, builder.add(start, splat(INTS, 7919 * i))) for i in range(count)]
+        signed = builder.bitcast(builder.mul(start, constant(INTS, 0x01030507)), BYTES)
+        sums = [
+            variable(builder, builder.add(start, constant(INTS, 7919 * i))) for i in range(count)
+        ]
         with loop(builder, turns):
             for i, total in enumerate(sums):
                 # The neighbour's sum as an operand: no product can be moved out of the loop.
@@ -90,21 +89,21 @@ def _multiplier() -> Compiled:
 
 def _matrix_multiplier() -> Compiled:
     """(turns, seed) -> 0; a turn is MATRIX_TURN multiply-adds of the matrix unit, in registers."""
-    from bitskip_cpu.kernels.products.ternary_amx import begin_blocks, end_blocks, unit
+    from bitskip_cpu.kernels.products.amx import configure_16, matrix, release
 
     @intrinsic()
     def multiply(builder: ir.IRBuilder, turns: ir.Value) -> None:
         for register in range(8):
-            unit(builder, "tilezero", BYTE(register))
+            matrix(builder, "tilezero", BYTE(register))
         with loop(builder, turns):
             for total in range(4):
                 operands = BYTE(4 + total // 2), BYTE(6 + total % 2)
-                unit(builder, "tdpbsud", BYTE(total), *operands)
+                matrix(builder, "tdpbsud", BYTE(total), *operands)
 
     def run(turns: int, seed: int) -> int:
-        begin_blocks()
+        configure_16()
         multiply(turns)
-        end_blocks()
+        release()
         return 0
 
     return _compile(run)
@@ -140,8 +139,8 @@ def together(work: Callable[[int], object], threads: int) -> float:
 class Limits:
     """Samples of both speeds per number of threads, taken when `sample` is called.
 
-    Interpreted, nothing is measured, and on the path `plain` no multiplication: the medians are
-    then None.
+    Interpreted, nothing is measured, and without accumulators (path `plain`) no multiplication: the
+    medians are then None.
     """
 
     def __init__(self, size: int) -> None:
@@ -160,14 +159,14 @@ class Limits:
 
     @cached_property
     def _multiplier(self) -> Compiled:
-        return _matrix_multiplier() if isa.PATH == "amx512" else _multiplier()
+        return _matrix_multiplier() if isa.PATH.matrix_unit else _multiplier()
 
     def sample(self, threads: int) -> None:
         """Measure once more, on that many threads: bytes/s and 8-bit multiply-adds/s."""
         if isa.INTERPRETED:
             return
         self.read.setdefault(threads, []).append(self._read_speed(threads))
-        if isa.PATH in PATHS_WITH_PEAK:
+        if isa.PATH.accumulators:
             self.multiply.setdefault(threads, []).append(self._multiply_speed(threads))
 
     def _read_speed(self, threads: int) -> float:
@@ -182,10 +181,8 @@ class Limits:
         return passes * part * threads / together(work, threads)
 
     def _multiply_speed(self, threads: int) -> float:
-        from bitskip_cpu.kernels.products.dot import WIDTH
-
-        multiply = self._multiplier
-        turn = MATRIX_TURN if isa.PATH == "amx512" else ACCUMULATORS[isa.PATH] * WIDTH
+        multiply, path = self._multiplier, isa.PATH
+        turn = MATRIX_TURN if path.matrix_unit else path.accumulators * path.width
         seconds = together(lambda thread: multiply(TURNS, 12345 + thread), threads)
         return TURNS * turn * threads / seconds
 

@@ -113,7 +113,7 @@ class Case:
 
 
 class Sampler(Protocol):
-    """What is measured beside the cases (`bitskip_cpu.limits.Limits`)."""
+    """What is measured beside the cases (`bitskip_cpu.bench.limits.Limits`)."""
 
     def sample(self, threads: int) -> None:
         """Measure once, on that many threads."""

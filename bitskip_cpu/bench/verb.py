@@ -38,7 +38,7 @@ def bench(
     float16 or both. A preset's context grows to what the tasks need. Returns the report and whether
     Ctrl-C ended it early, which passes once every row has a sample. Raises ValueError.
     """
-    machine = {**fingerprint(), "isa": isa.PATH}
+    machine = {**fingerprint(), "isa": isa.PATH.name}
     compiled, start = KERNELS.compiled, time.perf_counter()
     prepare()
     compile_s = 0.0 if compiled else time.perf_counter() - start

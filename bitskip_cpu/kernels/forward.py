@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from bitskip_cpu.kernels.arithmetic.elementwise import (
-    LOWEST,
     confidence,
     copy,
+    decides,
     dot_tree,
     first_of,
     layer_norm,
@@ -27,13 +27,13 @@ from bitskip_cpu.kernels.layout import (
     FLOAT16,
     FLOAT32,
     GATE,
-    HEAD,
     HELP,
     MEASURE,
     OUT,
     PRODUCTS,
     QKV,
     UP,
+    VOCAB,
 )
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import (
@@ -44,7 +44,7 @@ from bitskip_cpu.kernels.numba_inside.views import (
     state_structs,
 )
 from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS
-from bitskip_cpu.kernels.share import help_out, share
+from bitskip_cpu.kernels.share import help_out, run_stage
 from bitskip_cpu.kernels.stages import (
     ATTEND,
     ATTENTION_IN,
@@ -67,12 +67,12 @@ PART_BYTES = 1 << 15  # of weights, about, in one part of a product
 def embed(s, t):
     """Token t's embedding, and its norm if there is one (SPEC 4.4, 7.4)."""
     n, token, x_at = s.hidden, np.int64(int32s(s.ids, s.tokens)[t]), s.x + t * 4 * s.hidden
-    if s.head_kind != FLOAT16 and s.head_kind != FLOAT32:
+    if s.vocab_kind != FLOAT16 and s.vocab_kind != FLOAT32:
         codes, x = int8s(s.embedding + token * n, n), floats(x_at, n)
         scale = floats(s.embedding_scale, s.vocab)[token]
         for i in range(n):
             x[i] = f32(codes[i]) * scale
-    elif s.head_kind == FLOAT16:
+    elif s.vocab_kind == FLOAT16:
         widen(s.embedding + token * 2 * n, x_at, n)
     else:
         copy(s.embedding + token * 4 * n, x_at, n)
@@ -85,35 +85,35 @@ def product(s, products, index, first, last, row_bytes):
     """Rows first..last-1 of a product for all tokens."""
     s.product, s.first_row, s.last_row = index, first, last
     bands = max(1, PART_BYTES // (row_bytes * BAND), (last - first) // (BAND * 60_000))
-    s.grain = bands * BAND
-    count = (last - first + s.grain - 1) // s.grain
-    share(s, products, ROWS, count, (last - first) * row_bytes * ((s.tokens + 3) // 4))
+    s.part_rows = bands * BAND
+    parts = (last - first + s.part_rows - 1) // s.part_rows
+    run_stage(s, products, ROWS, parts, (last - first) * row_bytes * ((s.tokens + 3) // 4))
 
 
 @kernel
 def keys_values(s, products, first_row):
-    """Up to the cache: norm, product of q|k|v from `first_row` on, keys turned and stored."""
+    """Run a block up to the cache; of q|k|v only the rows from `first_row` on."""
     p, tokens = products[QKV], s.tokens
-    share(s, products, ATTENTION_IN, tokens, tokens * s.row_stride)
+    run_stage(s, products, ATTENTION_IN, tokens, tokens * s.input_stride)
     product(s, products, QKV, first_row, p.rows, p.row_bytes)
-    share(s, products, STORE, tokens, tokens * 8 * s.kv)
+    run_stage(s, products, STORE, tokens, tokens * 8 * s.kv)
 
 
 @kernel
 def block(s, products, layer):
-    """One block on the tokens at hand (SPEC 7.2, 7.3)."""
+    """Run one block on the tokens at hand: the stages of `stages.py` in order (SPEC 7.2, 7.3)."""
     s.layer = layer
-    tokens, cost = s.tokens, s.tokens * s.row_stride
+    tokens, cost = s.tokens, s.tokens * s.input_stride
     keys_values(s, products, 0)
     seen = 4 * (s.position + tokens) * s.attention
-    share(s, products, ATTEND, tokens * s.kv_heads, tokens * seen)
-    share(s, products, OUT_IN, tokens, cost)
+    run_stage(s, products, ATTEND, tokens * s.kv_heads, tokens * seen)
+    run_stage(s, products, OUT_IN, tokens, cost)
     product(s, products, OUT, 0, products[OUT].rows, products[OUT].row_bytes)
-    share(s, products, FFN_IN, tokens, cost)
+    run_stage(s, products, FFN_IN, tokens, cost)
     product(s, products, UP, 0, products[UP].rows, products[UP].row_bytes)
-    share(s, products, DOWN_IN, tokens, cost)
+    run_stage(s, products, DOWN_IN, tokens, cost)
     product(s, products, DOWN, 0, products[DOWN].rows, products[DOWN].row_bytes)
-    share(s, products, BLOCK_OUT, tokens, cost)
+    run_stage(s, products, BLOCK_OUT, tokens, cost)
 
 
 @kernel
@@ -121,8 +121,8 @@ def exit_logits(s, products):
     """Final norm and head for the tokens from `exit_from` on (SPEC 8.1)."""
     tokens = s.tokens
     s.tokens = tokens - s.exit_from
-    share(s, products, EXIT_IN, s.tokens, s.tokens * s.row_stride)
-    product(s, products, HEAD, 0, s.vocab, s.head_row_bytes)
+    run_stage(s, products, EXIT_IN, s.tokens, s.tokens * s.input_stride)
+    product(s, products, VOCAB, 0, s.vocab, s.vocab_row_bytes)
     s.tokens = tokens
 
 
@@ -144,10 +144,8 @@ def draft(s, products, last):
         s.vocab = s.draft_vocab
         exit_logits(s, products)
         s.vocab = vocab
-        first, second = floats(s.logits, 1)[0], LOWEST
-        if s.draft_vocab > 1:
-            first, second = two_largest(s.logits, s.draft_vocab, s.scratch)
-        if first - second < s.least_lead:
+        first, second = two_largest(s.logits, s.draft_vocab, s.scratch)
+        if first - second < s.least_lead or not decides(s.logits, s.draft_vocab, first):
             break
         drafted = first_of(s.logits, s.draft_vocab, first)
         int32s(ids, wanted)[run] = drafted
@@ -158,16 +156,16 @@ def draft(s, products, last):
 @kernel
 def gate(s):
     """The routing gate on the first token at hand (SPEC 8.4)."""
-    layer_norm(s.x, s.gate_norm, s.row, s.hidden, s.norm_eps, s.scratch)
-    hidden_at = s.row + 4 * s.hidden
-    hidden = floats(hidden_at, s.gate_width)
+    layer_norm(s.x, s.gate_norm, s.input, s.hidden, s.norm_eps, s.scratch)
+    middle_at = s.input + 4 * s.hidden
+    middle = floats(middle_at, s.gate_width)
     for i in range(s.gate_width):
-        hidden[i] = relu(dot_tree(s.row, s.gate_fc1 + 4 * i * s.hidden, s.hidden, s.scratch))
-    return sigmoid(dot_tree(hidden_at, s.gate_fc2, s.gate_width, s.scratch))
+        middle[i] = relu(dot_tree(s.input, s.gate_fc1 + 4 * i * s.hidden, s.hidden, s.scratch))
+    return sigmoid(dot_tree(middle_at, s.gate_fc2, s.gate_width, s.scratch))
 
 
 def run(state_at, products_at, actions, first, last):
-    """Do `actions` (`layout`) on a state and its products; BLOCKS, FILL: first..last-1.
+    """Do `actions` (`layout`) on a state and its products; BLOCKS and FILL: blocks first..last-1.
 
     DRAFT: through blocks 0..first-1. HELP: live as helper thread `first`. No argument is checked:
     `bitskip_cpu.engine` does.

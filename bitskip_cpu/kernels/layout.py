@@ -1,8 +1,8 @@
 """The structs that every kernel reads: one model, its workspace and the work at hand.
 
 Sizes count elements, `*_stride` and `*_bytes` bytes; a field that names an array holds its address
-(int64). `bitskip_cpu.engine` fills them in and keeps the arrays alive. Letters as in
-`bitskip_ref.config`; T tokens at hand, R a token's row in the workspace.
+(int64). `bitskip_cpu.workspace` fills them in and keeps the arrays alive. Letters as in
+`bitskip_ref.config`; T tokens at hand.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ _STATE = """
     norm_eps largest_code
 
     weights layer_bytes params params_stride attn_norm ffn_norm attn_sub_norm ffn_sub_norm
-    first_norm cos sin key_slots embedding embedding_scale head_kind
-    final_norm head head_row_bytes head_scale
+    first_norm cos sin key_slots embedding embedding_scale vocab_kind
+    final_norm vocab_weights vocab_row_bytes vocab_scale
     gate_norm gate_fc1 gate_fc2 gate_width
 
-    ids x mid qkv attended y up act row row_stride codes codes_stride steps sums
+    ids x mid qkv attended y up act input input_stride codes codes_stride steps sums
     scratch scratch_stride unpacked acc
 
-    keys values cache_size capacity tokens position logits exit_from draft_vocab least_lead
+    keys values number_bytes capacity tokens position logits exit_from draft_vocab least_lead
     gate_probability confidence_max confidence_margin confidence_entropy
 
-    helpers worth sync job layer product first_row last_row grain
+    helpers share_from sync stage layer product first_row last_row part_rows
 """
 _FLOATS = {
     "norm_eps", "largest_code", "gate_probability", "confidence_max", "confidence_margin",
@@ -36,30 +36,34 @@ STATE = np.dtype(
     [(name, np.float32 if name in _FLOATS else np.int64) for name in _STATE.split()], align=True
 )
 """One model on one workspace. In order: shape and kind (SPEC 1); where its weights are; workspace
-of up to CHUNK tokens; the call at hand; the job that threads share (`kernels.threads`)."""
+of up to CHUNK tokens; the call at hand; the stage at hand, which threads share (`kernels.share`).
+
+It is argument and scratch: `forward` changes `tokens`, `x`, `position` and the like for a while and
+puts them back."""
 
 _PRODUCT = "weights rows width source row_bytes padded units tail alphas end0 end1 out out_stride"
 
 PRODUCT = np.dtype([(name, np.int64) for name in _PRODUCT.split()])
 """One of a block's four products: q|k|v, o, gate|up, down. `weights`: its bytes' offset in a block;
 `source`: floats of input, `width`: with the Hadamard padding, `padded`: with that of tiles, which
-have `units` and `tail` (kernels.tiles); `row_bytes` of a packed row: a tile's over its rows;
+have `units` and a `tail` (`ternary_layout`); `row_bytes` of a packed row: a tile's over its rows;
 `alphas`: index of its first weight scale, whose rows end at `end0`, the second's at `end1`."""
 
-QKV, OUT, UP, DOWN, HEAD = 0, 1, 2, 3, 4
+QKV, OUT, UP, DOWN, VOCAB = 0, 1, 2, 3, 4
 PRODUCTS = 4  # of a block
-INT8, FLOAT32, FLOAT16, INT6, INT4 = range(5)  # head_kind
-FULL, HALF = 4, 2  # cache_size: bytes of a number in the cache
+INT8, FLOAT32, FLOAT16, INT6, INT4 = range(5)  # vocab_kind
+CACHED_FLOAT32, CACHED_FLOAT16 = 4, 2  # number_bytes: of a number in the cache
 SWIGLU, GATED_RELU2, RELU2 = 0, 1, 2  # ffn_kind
 CHUNK = 128  # most tokens at a time
 LANES = 16  # positions in a group of cached keys
 QUERIES = 4  # most heads that share a pass over keys and values
 LEVELS = 24  # of the streamed tree: up to 2^24 groups of positions
 BAND = 64  # rows of a product whose int32 sums are converted together; whole tiles
+ACC_STRIDE = 4 * BAND  # bytes from one token's sums to the next
 
 
 def key_slots(padded: int) -> np.ndarray:
-    """Where a cached key of E' features holds each, int32 [E'].
+    """Where a cached key of E' features (a power of two) holds each, int32 [E'].
 
     Their numbers' bits are reversed: what the tree of SPEC 2.2 adds lies side by side.
     """
@@ -70,10 +74,10 @@ def key_slots(padded: int) -> np.ndarray:
 # What `kernels.forward.run` does, added up; in this order.
 EMBED, DRAFT, BLOCKS, FILL, EXIT, MEASURE, GATE, HELP = 1, 2, 4, 8, 16, 32, 64, 128
 
-SYNC_JOB, SYNC_PENDING, SYNC_STOP, SYNC_RANGES = 0, 64, 128, 192
-"""Bytes from `sync` to what threads share (`kernels.team`)."""
+SYNC_STAGE, SYNC_PENDING, SYNC_STOP, SYNC_RANGES = 0, 64, 128, 192
+"""Bytes from `sync` to what threads share (`kernels.share`)."""
 
 
 def sync_words(threads: int) -> int:
-    """int64 numbers in `sync`."""
+    """How many int64 numbers `sync` has."""
     return SYNC_RANGES // 8 + 8 * threads

@@ -1,33 +1,32 @@
-"""Sharing a job's parts between the leader and helper threads.
+"""Sharing a stage's parts between the leader and helper threads.
 
 `sync` (address of int64 [sync_words], one cache line each) holds
 
-    JOB       number of the job
+    STAGE     number of the stage: shared stages are counted
     PENDING   parts not yet finished
     STOP      not 0: helpers leave
-    RANGES    for each thread: number of the job << 32 | begin << 16 | end of its parts left
+    RANGES    for each thread: number of the stage << 32 | begin << 16 | end of its parts left
 
-The leader writes the job into the state, then PENDING, the ranges and JOB. Each thread takes parts
-from its own range upwards, so that it reads memory in order, and when that is empty from the ends
-of the others'. Whoever changes a range's word owns the part, and the state cannot change before
-PENDING is 0; the job's number in the word keeps a helper that was away from mistaking a later job
-for the one it saw. A helper that the operating system keeps waiting holds up at most the part in
-its hands.
+The leader writes the stage into the state, then PENDING, the ranges and STAGE. Each thread takes
+parts from its own range upwards, so that it reads memory in order, and when that is empty from the
+ends of the others'. Whoever changes a range's word owns the part, and the state cannot change
+before PENDING is 0; the stage's number in the word keeps a helper that was away from mistaking a
+later stage for the one it saw. A helper that the operating system keeps waiting holds up at most
+the part in its hands.
 """
 
 from __future__ import annotations
 
-from bitskip_cpu.kernels.layout import SYNC_JOB, SYNC_PENDING, SYNC_RANGES, SYNC_STOP
-from bitskip_cpu.kernels.numba_inside import atomics as sync
+from bitskip_cpu.kernels.layout import SYNC_PENDING, SYNC_RANGES, SYNC_STAGE, SYNC_STOP
+from bitskip_cpu.kernels.numba_inside import atomics
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.stages import run_part
 
-atomic_read, atomic_write, atomic_add = sync.read, sync.write, sync.add
-exchange, pause, sleep = sync.exchange, sync.pause, sync.sleep
+atomic_read, atomic_write, atomic_add = atomics.read, atomics.write, atomics.add
+exchange, pause, sleep = atomics.exchange, atomics.pause, atomics.sleep
 
 MOST_PARTS = 0xFFFF
 NUMBER = 0xFFFFFFFF
-
 
 SPINS = 2_000  # of some 40 ns: as long as the gaps within a token
 NAP = 100  # microseconds between looks after that
@@ -36,7 +35,7 @@ NAPS = 300  # then the helper goes back to Python, to sleep until it is called
 
 @kernel
 def take_parts(s, products, thread):
-    """Run parts of the present job until none is left to take."""
+    """Run parts of the stage at hand until none is left to take."""
     threads = s.helpers + 1
     for i in range(threads):
         at = s.sync + SYNC_RANGES + 64 * ((thread + i) % threads)
@@ -53,22 +52,22 @@ def take_parts(s, products, thread):
 
 
 @kernel
-def share(s, products, job, count, cost):
-    """Run `count` <= MOST_PARTS parts of a job, alone if it is the only one or too cheap to share.
+def run_stage(s, products, stage, parts, cost):
+    """Run a stage of `parts` <= MOST_PARTS; alone, if sharing would cost more than it saves.
 
-    `cost` is in bytes to read, about; SHARED of them take as long as waking somebody.
+    `cost`: bytes read, roughly; sharing pays from `share_from` on.
     """
-    s.job = job
-    if s.helpers == 0 or count == 1 or cost < s.worth:
-        for part in range(count):
+    s.stage = stage
+    if s.helpers == 0 or parts == 1 or cost < s.share_from:
+        for part in range(parts):
             run_part(s, products, 0, part)
         return
-    atomic_write(s.sync + SYNC_PENDING, count)
-    threads, number = s.helpers + 1, (atomic_read(s.sync + SYNC_JOB) + 1) & NUMBER
+    atomic_write(s.sync + SYNC_PENDING, parts)
+    threads, number = s.helpers + 1, (atomic_read(s.sync + SYNC_STAGE) + 1) & NUMBER
     for i in range(threads):
-        begin, end = i * count // threads, (i + 1) * count // threads
+        begin, end = i * parts // threads, (i + 1) * parts // threads
         atomic_write(s.sync + SYNC_RANGES + 64 * i, number << 32 | begin << 16 | end)
-    atomic_write(s.sync + SYNC_JOB, number)
+    atomic_write(s.sync + SYNC_STAGE, number)
     take_parts(s, products, 0)
     spins = 0
     while atomic_read(s.sync + SYNC_PENDING):
@@ -80,10 +79,10 @@ def share(s, products, job, count, cost):
 
 @kernel
 def help_out(s, products, thread):
-    """A helper's life: parts while there are any, then waiting, then leave."""
+    """Live as a helper: run parts while there are any, then wait, then leave."""
     idle, seen = 0, -1
     while atomic_read(s.sync + SYNC_STOP) == 0 and idle < SPINS + NAPS:
-        number = atomic_read(s.sync + SYNC_JOB)
+        number = atomic_read(s.sync + SYNC_STAGE)
         if number != seen:
             seen = number
             take_parts(s, products, thread)

@@ -1,7 +1,8 @@
-"""The parts of a block's work that threads may share, one token, head or band of rows each.
+"""The stages of a block, in the order in which `forward.block` runs them.
 
-A part owns what it writes: floats are never added across parts, so that neither the number of
-threads nor the order in which they take parts can change a bit.
+A stage is cut into parts that threads may share: one token, key-value head or band of rows each. A
+part owns what it writes: floats are never added across parts, so that neither the number of threads
+nor the order in which they take parts can change a bit.
 """
 
 from __future__ import annotations
@@ -17,83 +18,178 @@ from bitskip_cpu.kernels.arithmetic.elementwise import (
     quantize,
     rms_norm,
 )
-from bitskip_cpu.kernels.attention.attend import attend, store_key, store_value, turn
+from bitskip_cpu.kernels.attention.attend import attend, rope, store_key, store_value
 from bitskip_cpu.kernels.layout import (
     DOWN,
     FLOAT16,
     FLOAT32,
-    HEAD,
     OUT,
     QKV,
     QUERIES,
     UP,
+    VOCAB,
 )
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int32s
-from bitskip_cpu.kernels.products.rows import float_rows, head_rows, ternary_rows
+from bitskip_cpu.kernels.products.rows import float_rows, ternary_rows, vocab_rows
 
-ATTENTION_IN, STORE, ATTEND, OUT_IN, FFN_IN, DOWN_IN, BLOCK_OUT, EXIT_IN, ROWS = range(9)
-EIGHT_BITS = np.float32(127.0)
+ATTENTION_IN, ROWS, STORE, ATTEND, OUT_IN, FFN_IN, DOWN_IN, BLOCK_OUT, EXIT_IN = range(9)
+LARGEST_INT8 = np.float32(127.0)
 
 
 @kernel
 def run_part(s, products, thread, part):
-    """One part of the state's job."""
-    job = s.job
+    """Run one part of the stage at hand."""
     scratch = s.scratch + thread * s.scratch_stride
-    if job == ROWS:
+    stage = s.stage
+    if stage == ROWS:
         rows(s, products, scratch, part)
-    elif job == ATTEND:
-        attention_part(s, scratch, part)
-    elif job == STORE:
+    elif stage == ATTEND:
+        attend_part(s, scratch, part)
+    elif stage == STORE:
         store(s, part)
+    elif stage == ATTENTION_IN:
+        attention_in(s, products, scratch, part)
+    elif stage == OUT_IN:
+        out_in(s, products, scratch, part)
+    elif stage == FFN_IN:
+        ffn_in(s, products, scratch, part)
+    elif stage == DOWN_IN:
+        down_in(s, products, scratch, part)
+    elif stage == BLOCK_OUT:
+        block_out(s, scratch, part)
     else:
-        token_part(s, products, scratch, job, part)
+        exit_in(s, scratch, part)
+
+
+# ---- a block's stages, token t each but for ATTEND and ROWS --------------------------
 
 
 @kernel
-def token_part(s, products, scratch, job, t):
-    """What lies between two products, for token t."""
-    wide = 4 * s.hidden
-    x, mid, y = s.x + t * wide, s.mid + t * wide, s.y + t * wide
-    row = s.row + t * s.row_stride
-    params = s.params + s.layer * s.params_stride
-    if job == ATTENTION_IN:
-        if s.post_norm:
-            copy(x, row, s.hidden)
-        else:
-            norm(s, x, params + s.attn_norm, row, s.hidden, scratch)
-        feed(s, products[QKV], t)
-    elif job == OUT_IN:
-        a = s.attended + t * 4 * s.attention
-        if s.sub_norm:
-            norm(s, a, params + s.attn_sub_norm, row, s.attention, scratch)
-        else:
-            copy(a, row, s.attention)
-        feed(s, products[OUT], t)
-    elif job == FFN_IN:
-        residual(x, y, mid, s.hidden)
-        if s.post_norm:
-            norm(s, mid, params + s.attn_norm, mid, s.hidden, scratch)
-            copy(mid, row, s.hidden)
-        else:
-            norm(s, mid, params + s.ffn_norm, row, s.hidden, scratch)
-        feed(s, products[UP], t)
-    elif job == DOWN_IN:
-        act = s.act + t * 4 * s.ffn
-        up = s.up + t * products[UP].out_stride
-        ffn_activation(s.ffn_kind, s.squared, up, act, s.ffn)
-        if s.sub_norm:
-            norm(s, act, params + s.ffn_sub_norm, row, s.ffn, scratch)
-        else:
-            copy(act, row, s.ffn)
-        feed(s, products[DOWN], t)
-    elif job == BLOCK_OUT:
-        residual(mid, y, x, s.hidden)
-        if s.post_norm:
-            norm(s, x, params + s.ffn_norm, x, s.hidden, scratch)
+def attention_in(s, products, scratch, t):
+    """x -> input of q, k, v: its norm, in a pre-norm block (SPEC 7.2)."""
+    x, input_at = s.x + t * 4 * s.hidden, s.input + t * s.input_stride
+    if s.post_norm:
+        copy(x, input_at, s.hidden)
     else:
-        exit_in(s, s.x + (s.exit_from + t) * wide, t, scratch)
+        norm(s, x, params(s) + s.attn_norm, input_at, s.hidden, scratch)
+    feed(s, products[QKV], t)
+
+
+@kernel
+def store(s, t):
+    """Turn the keys by RoPE; keys and values into the cache (SPEC 6.1, 6.4, 6.5)."""
+    position, size = s.position + t, 4 * s.head_dim
+    turned = position * 2 * s.head_dim  # bytes: a position has E / 2 cosines
+    key = s.qkv + t * 4 * (s.attention + 2 * s.kv) + 4 * s.attention
+    value = key + 4 * s.kv
+    for h in range(s.kv_heads):
+        rope(key + h * size, s.cos + turned, s.sin + turned, s.head_dim)
+        store_key(key + h * size, keys_of(s, h), s.number_bytes, s.head_padded, s.head_dim,
+                  s.key_slots, position)  # fmt: skip
+        store_value(value + h * size, values_of(s, h), s.number_bytes, s.value_width, s.head_dim,
+                    position)  # fmt: skip
+
+
+@kernel
+def attend_part(s, scratch, part):
+    """Turn and run the query heads of one token that share a key-value head (SPEC 6.1 to 6.3)."""
+    kv_head, t = part // s.tokens, part % s.tokens  # a head's keys stay at hand
+    position, size, sharing = s.position + t, 4 * s.head_dim, s.heads // s.kv_heads
+    turned = position * 2 * s.head_dim
+    h, end = kv_head * sharing, (kv_head + 1) * sharing
+    q_at, out_at = s.qkv + t * 4 * (s.attention + 2 * s.kv), s.attended + t * 4 * s.attention
+    for i in range(h, end):
+        rope(q_at + i * size, s.cos + turned, s.sin + turned, s.head_dim)
+    while h < end:
+        queries = min(QUERIES, end - h)
+        attend(queries, q_at + h * size, keys_of(s, kv_head), values_of(s, kv_head),
+               s.number_bytes, s.head_padded, s.head_dim, s.key_slots, s.value_width, position + 1,
+               t == 0, out_at + h * size, scratch)  # fmt: skip
+        h += queries
+
+
+@kernel
+def out_in(s, products, scratch, t):
+    """Attention's result -> input of o: its sub-norm, if there is one (SPEC 7.1)."""
+    attended, input_at = s.attended + t * 4 * s.attention, s.input + t * s.input_stride
+    if s.sub_norm:
+        norm(s, attended, params(s) + s.attn_sub_norm, input_at, s.attention, scratch)
+    else:
+        copy(attended, input_at, s.attention)
+    feed(s, products[OUT], t)
+
+
+@kernel
+def ffn_in(s, products, scratch, t):
+    """x + o -> mid; its norm -> input of gate, up and, post-norm, mid itself (SPEC 7.2, 7.3)."""
+    at, input_at = t * 4 * s.hidden, s.input + t * s.input_stride
+    mid = s.mid + at
+    residual(s.x + at, s.y + at, mid, s.hidden)
+    if s.post_norm:
+        norm(s, mid, params(s) + s.attn_norm, mid, s.hidden, scratch)
+        copy(mid, input_at, s.hidden)
+    else:
+        norm(s, mid, params(s) + s.ffn_norm, input_at, s.hidden, scratch)
+    feed(s, products[UP], t)
+
+
+@kernel
+def down_in(s, products, scratch, t):
+    """gate, up -> act, and its sub-norm, if there is one -> input of down (SPEC 7.1)."""
+    act, input_at = s.act + t * 4 * s.ffn, s.input + t * s.input_stride
+    ffn_activation(s.ffn_kind, s.squared, s.up + t * products[UP].out_stride, act, s.ffn)
+    if s.sub_norm:
+        norm(s, act, params(s) + s.ffn_sub_norm, input_at, s.ffn, scratch)
+    else:
+        copy(act, input_at, s.ffn)
+    feed(s, products[DOWN], t)
+
+
+@kernel
+def block_out(s, scratch, t):
+    """mid + down -> x; its norm, in a post-norm block (SPEC 7.2, 7.3)."""
+    at = t * 4 * s.hidden
+    x = s.x + at
+    residual(s.mid + at, s.y + at, x, s.hidden)
+    if s.post_norm:
+        norm(s, x, params(s) + s.ffn_norm, x, s.hidden, scratch)
+
+
+@kernel
+def exit_in(s, scratch, t):
+    """x of a token from `exit_from` on -> final norm, and its codes if needed (SPEC 8.1, 4.4)."""
+    input_at = s.input + t * s.input_stride
+    norm(s, s.x + (s.exit_from + t) * 4 * s.hidden, s.final_norm, input_at, s.hidden, scratch)
+    if s.vocab_kind == FLOAT16 or s.vocab_kind == FLOAT32:
+        return
+    at = s.codes + t * s.codes_stride
+    step, total = quantize(input_at, s.hidden, LARGEST_INT8, at, (s.hidden + 63) // 64 * 64)
+    floats(s.steps, s.tokens)[t] = step
+    int32s(s.sums, s.tokens)[t] = total
+
+
+@kernel
+def rows(s, products, scratch, part):
+    """Input -> some rows of a product, for all tokens (SPEC 4.3 to 4.6)."""
+    first = s.first_row + part * s.part_rows
+    last = min(first + s.part_rows, s.last_row)
+    if s.product == VOCAB:
+        vocab_rows(s, first, last, scratch, scratch + s.acc)
+    elif s.ternary:
+        p = products[s.product]
+        ternary_rows(s, p, first, last, scratch + s.acc, scratch + s.unpacked)
+    else:
+        float_rows(s, products[s.product], first, last, scratch)
+
+
+# ---- what they have in common --------------------------------------------------------
+
+
+@kernel
+def params(s):
+    """Where the block's weight scales and norms are."""
+    return s.params + s.layer * s.params_stride
 
 
 @kernel
@@ -115,86 +211,26 @@ def residual(x_at, y_at, out_at, n):
 
 @kernel
 def feed(s, p, t):
-    """Make token t's row the input of a product: pad, rotate, quantize (SPEC 5.1, 4.2)."""
+    """Pad, rotate and quantize token t's input of a product (SPEC 5.1, 4.2)."""
     if not s.ternary:
         return
-    row = s.row + t * s.row_stride
+    input_at = s.input + t * s.input_stride
     if s.hadamard:
-        fill_zero(row + 4 * p.source, p.width - p.source)
-        fwht(row, p.width)
-    step, total = quantize(row, p.width, s.largest_code, s.codes + t * s.codes_stride, p.padded)
+        fill_zero(input_at + 4 * p.source, p.width - p.source)
+        fwht(input_at, p.width)
+    codes = s.codes + t * s.codes_stride
+    step, total = quantize(input_at, p.width, s.largest_code, codes, p.padded)
     floats(s.steps, s.tokens)[t] = step
     int32s(s.sums, s.tokens)[t] = total
-
-
-@kernel
-def exit_in(s, x, t, scratch):
-    """Final norm of one token, and its codes for an integer head (SPEC 8.1, 4.4)."""
-    row = s.row + t * s.row_stride
-    norm(s, x, s.final_norm, row, s.hidden, scratch)
-    if s.head_kind == FLOAT16 or s.head_kind == FLOAT32:
-        return
-    at = s.codes + t * s.codes_stride
-    step, total = quantize(row, s.hidden, EIGHT_BITS, at, (s.hidden + 63) // 64 * 64)
-    floats(s.steps, s.tokens)[t] = step
-    int32s(s.sums, s.tokens)[t] = total
-
-
-@kernel
-def store(s, t):
-    """Turn token t's keys; keys and values into the cache (SPEC 6.1, 6.4, 6.5)."""
-    position, e = s.position + t, 4 * s.head_dim
-    half = e >> 1
-    key = s.qkv + t * 4 * (s.attention + 2 * s.kv) + 4 * s.attention
-    value = key + 4 * s.kv
-    for h in range(s.kv_heads):
-        turn(key + h * e, s.cos + position * half, s.sin + position * half, s.head_dim)
-        store_key(key + h * e, keys_of(s, h), s.cache_size, s.head_padded, s.head_dim, s.key_slots,
-                  position)  # fmt: skip
-        store_value(
-            value + h * e, values_of(s, h), s.cache_size, s.value_width, s.head_dim, position
-        )
 
 
 @kernel
 def keys_of(s, h):
     """Where the block's cache holds key-value head h's keys."""
-    return s.keys + s.cache_size * (s.layer * s.kv_heads + h) * s.capacity * s.head_padded
+    return s.keys + s.number_bytes * (s.layer * s.kv_heads + h) * s.capacity * s.head_padded
 
 
 @kernel
 def values_of(s, h):
     """Where the block's cache holds key-value head h's values."""
-    return s.values + s.cache_size * (s.layer * s.kv_heads + h) * s.capacity * s.value_width
-
-
-@kernel
-def attention_part(s, scratch, part):
-    """The query heads of one token that share a key-value head (SPEC 6)."""
-    kv_head, t = part // s.tokens, part % s.tokens  # a head's keys stay at hand
-    position, e, group = s.position + t, 4 * s.head_dim, s.heads // s.kv_heads
-    half = e >> 1
-    h, end = kv_head * group, (kv_head + 1) * group
-    q_at, out_at = s.qkv + t * 4 * (s.attention + 2 * s.kv), s.attended + t * 4 * s.attention
-    for i in range(h, end):
-        turn(q_at + i * e, s.cos + position * half, s.sin + position * half, s.head_dim)
-    while h < end:
-        queries = min(QUERIES, end - h)
-        attend(queries, q_at + h * e, keys_of(s, kv_head), values_of(s, kv_head), s.cache_size,
-               s.head_padded, s.head_dim, s.key_slots, s.value_width, position + 1, t == 0,
-               out_at + h * e, scratch)  # fmt: skip
-        h += queries
-
-
-@kernel
-def rows(s, products, scratch, part):
-    """A band of a product's rows."""
-    first = s.first_row + part * s.grain
-    last = min(first + s.grain, s.last_row)
-    if s.product == HEAD:
-        head_rows(s, first, last, scratch, scratch + s.acc)
-    elif s.ternary:
-        p = products[s.product]
-        ternary_rows(s, p, first, last, scratch + s.acc, scratch + s.unpacked)
-    else:
-        float_rows(s, products[s.product], first, last, scratch)
+    return s.values + s.number_bytes * (s.layer * s.kv_heads + h) * s.capacity * s.value_width

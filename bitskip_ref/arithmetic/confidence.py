@@ -11,7 +11,9 @@ f32 = np.float32
 
 
 def confidence(z: np.ndarray) -> dict[str, np.float32]:
-    """Logits f32 [V] -> `max`, `margin` and `entropy`, each in 0..1 up to rounding."""
+    """Logits f32 [V] -> `max`, `margin` and `entropy`, each in 0..1 up to rounding, or all NaN."""
+    if not np.isfinite(z.max()):
+        return dict.fromkeys(("max", "margin", "entropy"), f32(np.nan))  # SPEC 9.5
     d = z - z.max()
     e = exp(d)
     total = feature_sum(e)

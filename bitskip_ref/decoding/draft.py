@@ -45,7 +45,9 @@ class Draft:
         return int(np.argmax(z)) if self.sure(z) else None
 
     def sure(self, z: np.ndarray) -> bool:
-        """Whether the largest logit leads the second largest by `least_lead`."""
+        """Whether the largest logit is finite and leads the second largest by `least_lead`."""
+        if not np.isfinite(z.max()):
+            return False
         if self.least_lead == 0 or len(z) == 1:
             return True
         second, first = np.partition(z, -2)[-2:]

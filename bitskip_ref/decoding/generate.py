@@ -23,13 +23,24 @@ def check_max_tokens(max_tokens: int) -> None:
         raise ValueError(f"max tokens {max_tokens!r}: must be a whole number, 0 or more")
 
 
+EndIds = int | Collection[int] | None
+"""The id that ends a text, or several; None: nothing but its length does (SPEC 9.4)."""
+
+
+def end_ids(eos_token_id: EndIds) -> frozenset[int]:
+    """All ids that end a text."""
+    if eos_token_id is None:
+        return frozenset()
+    return frozenset((eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id)
+
+
 def stream(
     engine: Engine,
     prompt: Sequence[int],
     rule: ExitRule,
     sampler: Sampler,
     max_tokens: int,
-    eos_token_id: int | None = None,
+    eos_token_id: EndIds = None,
     *,
     cache: Any = None,
     seen: Collection[int] = (),
@@ -44,13 +55,13 @@ def stream(
     """
     rule.check(engine.config)
     check_max_tokens(max_tokens)
-    cache = engine.new_cache() if cache is None else cache
+    cache, ends = engine.new_cache() if cache is None else cache, end_ids(eos_token_id)
     depth = rule.deepest(engine.config)
     z = engine.extend(prompt, cache, exit_layer=depth, last_only=True)[0]
     seen = {*seen, *prompt}
     for index in range(max_tokens):
         token = sampler.choose(z, seen, index)
-        if token == eos_token_id:
+        if token in ends:
             return
         yield Token(token, depth)
         if index + 1 == max_tokens or cache.length == engine.config.max_position_embeddings:

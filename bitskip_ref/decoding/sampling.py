@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitskip_ref.arithmetic.functions import exp
-from bitskip_ref.checks import is_number, is_whole
+from bitskip_ref.checks import check_logits, is_number, is_whole
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -67,7 +67,9 @@ class Sampler:
         """The token id for logits f32 [V] (SPEC 9.1, 9.2).
 
         `seen`: ids of prompt and text so far; `index`: how many tokens were generated before.
+        Raises ValueError for logits that choose none (SPEC 9.5).
         """
+        check_logits(logits.max(keepdims=True), index)
         z = self.penalised(logits, seen)
         if self.temperature == 0:
             return int(np.argmax(z))

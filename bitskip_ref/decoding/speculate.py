@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from bitskip_ref.checks import check_input, is_whole
+from bitskip_ref.checks import check_input, check_logits, is_whole
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import MOST, Draft
-from bitskip_ref.decoding.generate import Token, check_max_tokens
+from bitskip_ref.decoding.generate import EndIds, Token, check_max_tokens, end_ids
 from bitskip_ref.decoding.sampling import Sampler, pick, splitmix64, uniform
 from bitskip_ref.engine import Engine, ExitRule
 
@@ -95,7 +95,7 @@ def stream(
     speculation: Speculation,
     sampler: Sampler,
     max_tokens: int,
-    eos_token_id: int | None = None,
+    eos_token_id: EndIds = None,
     *,
     cache: Any = None,
     seen: Collection[int] = (),
@@ -106,7 +106,7 @@ def stream(
     """
     config, depth = engine.config, speculation.exit_layer
     check_max_tokens(max_tokens)
-    cache = engine.new_cache() if cache is None else cache
+    cache, ends = engine.new_cache() if cache is None else cache, end_ids(eos_token_id)
     check_input(prompt, cache.require(depth), config)
     if len(prompt) > 1:
         engine.extend(prompt[:-1], cache, exit_layer=depth, last_only=True)
@@ -122,7 +122,7 @@ def stream(
         try:
             for token in tokens:
                 done += 1
-                if token == eos_token_id:
+                if token in ends:
                     return
                 yield Token(token, depth)
         finally:  # also where the caller stops within a round
@@ -164,7 +164,10 @@ class Verifier:
         right = 0
         while right < len(drafts) and drafts[right] == tokens[right]:
             right += 1
-        return len(drafts), tokens[: right + 1]
+        del tokens[right + 1 :]
+        check_logits(p[range(right + 1), tokens], self._made)
+        self._made += right + 1
+        return len(drafts), tokens
 
     def _chosen(self, token_id: int, cache: Any, count: int) -> tuple[int, list[int]]:
         """SPEC 11.3, or 11.2 with a penalty: draft, verify, settle."""
@@ -198,6 +201,7 @@ def settle(
     """
     if sampler.temperature == 0:
         return sampler.choose(p, seen, index)
+    check_logits(p.max(keepdims=True), index)
     ids, weights = sampler.candidates(sampler.penalised(p, seen))
     wanted = weights / np.cumsum(weights)[-1]
     q_ids, q_weights = sampler.candidates(sampler.penalised(q, seen))

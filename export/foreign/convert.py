@@ -47,10 +47,11 @@ def import_model(
         write_folder(
             folder, config, tensors,
             tokenizer_json=source.tokenizer_json,
-            eos_token_id=source.eos_token_ids[0] if source.eos_token_ids else None,
+            eos_token_id=source.eos_token_ids,
             bos_token_id=source.bos_token_id,
             exit_layer=source.exit_layer,
             draft_vocab=source.draft_vocab,
+            chat=source.chat,
         )  # fmt: skip
     return _report(source, config)
 

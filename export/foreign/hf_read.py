@@ -19,7 +19,7 @@ from bitskip_export.foreign.source import (
 )
 from bitskip_export.foreign.words import added_first
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.folder import CONFIG, GENERATION, TOKENIZER
+from bitskip_ref.folder import CHAT, CONFIG, GENERATION, TOKENIZER, ChatForm
 from bitskip_ref.tensors import parameter_shapes
 
 PACKED = 4  # rows in a byte of transformers' 2-bit matrices
@@ -45,7 +45,7 @@ def read_huggingface(root: Path) -> Source:
                 raise RefusedError(f"{root}: {name} and {named[mine].name} are the same tensor")
             named[mine] = tensor
         else:
-            raise RefusedError(f"{root}: tensor {name}{_meaning(name)}")
+            raise RefusedError(f"{root}: tensor {name}{meaning(name)}")
     sub_norm = any(name.endswith("_sub_norm.weight") for name in named)
     config, quantization = read_config(raw, sub_norm)
     dropped = []
@@ -85,11 +85,12 @@ def read_huggingface(root: Path) -> Source:
         bos_token_id=_bos(root, tokenizer, raw, config),
         exit_layer=_number(own, "exit_layer", config.num_hidden_layers),
         draft_vocab=_number(own, "draft_vocab", config.vocab_size),
+        chat=_chat(root),
         report=Report(dropped=tuple(dropped)),
     )
 
 
-def _meaning(name: str) -> str:
+def meaning(name: str) -> str:
     """What a tensor without a place says about its model."""
     for part, what in (
         (".q_norm", "the model needs norms of queries and keys"),
@@ -216,6 +217,26 @@ def _bos(
     if bos is not None and (type(bos) is not int or not 0 <= bos < config.vocab_size):
         raise RefusedError(f"bos_token_id {bos!r} is not in 0..{config.vocab_size - 1}")
     return bos
+
+
+def _chat(root: Path) -> ChatForm | None:
+    """chat_template.jinja, else what tokenizer_config.json holds: a text, or several by name."""
+    path = root / "tokenizer_config.json"
+    stored = read_json(path) if path.is_file() else {}
+    template = stored.get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if (root / CHAT).is_file():
+        template = (root / CHAT).read_text("utf-8", errors="replace")
+    if not isinstance(template, str):
+        return None
+    words = []
+    for name in ("bos_token", "eos_token"):
+        word = stored.get(name)
+        word = word.get("content") if isinstance(word, dict) else word
+        words.append(word if isinstance(word, str) else "")
+    return ChatForm(template, *words)
 
 
 def _number(values: Any, name: str, limit: int) -> int | None:

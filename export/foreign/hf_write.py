@@ -18,7 +18,7 @@ from bitskip_export.foreign.source import RefusedError, Report
 from bitskip_export.pack import check_target
 from bitskip_ref.config import HEAD_BITS
 from bitskip_ref.files import replace_file
-from bitskip_ref.folder import CONFIG, GENERATION, TOKENIZER, Folder
+from bitskip_ref.folder import CHAT, CONFIG, GENERATION, TOKENIZER, Folder
 from bitskip_ref.safetensors_file import write_tensors
 from bitskip_ref.tensors import WEIGHTS, parameter_shapes
 from bitskip_text.tokenizer import parse_tokenizer
@@ -43,7 +43,7 @@ def write_huggingface(
     check_target(out, force)
     model = at_exit(folder, exit_layer)
     end, begin = folder.eos_token_id, folder.bos_token_id
-    config = write_config(model.config, eos=[] if end is None else [end], bos=begin)
+    config = write_config(model.config, eos=list(folder.end_ids), bos=begin)
     for name, (rows, _) in model.config.linear_shapes().items():
         if model.config.linear == "ternary" and rows % PACKED:
             raise RefusedError(f"{name} has {rows} rows: transformers packs {PACKED} to a byte")
@@ -68,8 +68,11 @@ def write_huggingface(
                 "clean_up_tokenization_spaces": False,
             })  # fmt: skip
         _write_json(root / GENERATION, {
-            "eos_token_id": end, "bos_token_id": begin, "do_sample": False,
+            "eos_token_id": list(folder.end_ids) if folder.more_eos_token_ids else end,
+            "bos_token_id": begin, "do_sample": False,
         })  # fmt: skip
+        if folder.chat is not None:
+            _write(root / CHAT, folder.chat.template)
         _write(root / "README.md", _card(model))
         _write_json(root / CONFIG, config)
     ternary = model.config.linear == "ternary"

@@ -23,8 +23,14 @@ def open_source(path: Path) -> Source:
     from bitskip_export.foreign.hf_read import read_huggingface
     from bitskip_export.foreign.source import RefusedError
 
+    if path.is_file() and path.suffix == ".gguf":
+        from bitskip_export.foreign.gguf_read import read_gguf
+
+        return read_gguf(path)
     if not path.is_dir():
-        raise RefusedError(f"{path}: neither a Hugging Face folder nor owner/name of one")
+        raise RefusedError(
+            f"{path}: neither a Hugging Face folder, nor owner/name of one, nor a file *.gguf"
+        )
     if (path / "config.json").is_file() and _is_ours(path):
         raise RefusedError(f"{path} is a model folder of bitskip already")
     return read_huggingface(path)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.folder import ChatForm
 
 
 class RefusedError(ValueError):
@@ -71,4 +72,5 @@ class Source:
     bos_token_id: int | None = None
     exit_layer: int | None = None  # what the folder recommends, if the file carries it
     draft_vocab: int | None = None
+    chat: ChatForm | None = None
     report: Report = Report()

@@ -23,7 +23,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Write over a folder that holds other files.")
 def bring(source: str, out: Path, head: str | None, force: bool) -> None:
-    """Convert SOURCE, a Hugging Face folder (or owner/name there), to a model folder.
+    """Convert SOURCE to a model folder: a Hugging Face folder, owner/name of one, or a GGUF file.
 
     SOURCE is only read; OUT appears whole or not at all. A model that needs what bitskip has
     not is refused by its name.

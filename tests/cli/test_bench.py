@@ -114,7 +114,7 @@ def test_shares_of_the_limits_of_the_same_run(facts: dict[str, Any]) -> None:
             assert row["read_share"] == pytest.approx(read * speed / bandwidth)
         else:
             assert row["roofline"] is row["read_bytes_per_token"] is row["read_share"] is None
-        if row["generated_tokens"] == 0 and isa.PATH in limits.PATHS_WITH_PEAK:
+        if row["generated_tokens"] == 0 and isa.PATH.accumulators:
             tokens = row["prompt_tokens"]
             products = tokens * n * weights + CONFIG.vocab_size * CONFIG.hidden_size
             done = products * speed / tokens
@@ -240,18 +240,18 @@ def test_the_read_loop_reads_everything() -> None:
     assert read(memory.ctypes.data, 4096) == np.bitwise_xor.reduce(memory[:512])
 
 
-@pytest.mark.skipif(isa.PATH not in limits.ACCUMULATORS, reason="no vector instruction of the path")
+@pytest.mark.skipif(
+    isa.PATH.matrix_unit or not isa.PATH.accumulators, reason="no vector instruction of the path"
+)
 def test_the_multiply_loop_does_every_product() -> None:
-    from bitskip_cpu.kernels.products.dot import WIDTH
-
-    turns, seed, count = 3, 12345, limits.ACCUMULATORS[isa.PATH]
-    lanes = WIDTH // 4
+    turns, seed, count = 3, 12345, isa.PATH.accumulators
+    lanes = isa.PATH.width // 4
     signed = np.full(lanes, seed * 0x01030507 % 2**32, np.uint32).view(np.int8).astype(np.int32)
     sums = [np.full(lanes, seed + 7919 * i, np.int32) for i in range(count)]
     for _ in range(turns):
         for i in range(count):
             products = sums[(i + 1) % count].view(np.uint8).astype(np.int32) * signed
-            if isa.PATH == "avx2":
+            if isa.PATH.pairs:
                 pairs = products.reshape(-1, 2).sum(1)
                 sums[i] = sums[i] + np.clip(pairs, -(2**15), 2**15 - 1).reshape(-1, 2).sum(1)
             else:
@@ -262,7 +262,7 @@ def test_the_multiply_loop_does_every_product() -> None:
 
 
 def test_the_path_plain_has_no_peak(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isa, "PATH", "plain")
+    monkeypatch.setattr(isa, "PATH", isa.PATHS[-1])
     facts = rows_in_json(folder, "-p", 4, "-n", 2, "-t", 1, "-r", 1)
     assert facts["limits"][0]["multiply_adds_per_s"] is None
     prompt, decoding = facts["rows"]
@@ -280,7 +280,7 @@ def test_json_lines_and_csv_have_the_same_rows(folder: Path) -> None:
     assert [row["test"] for row in by_line] == [row["test"] for row in table] == ["pp4", "tg2"]
     for line, row in zip(by_line, table, strict=True):
         assert list(line) == list(row)
-        assert line["model"] == row["model"] == str(folder) and line["isa"] == isa.PATH
+        assert line["model"] == row["model"] == str(folder) and line["isa"] == isa.PATH.name
         assert len(line["tokens_per_s_samples"]) == len(row["tokens_per_s_samples"].split()) == 2
         assert float(row["tokens_per_s_median"]) > 0 and float(row["limit_read_bytes_per_s"]) > 0
         assert row["gain_percent"] == "" and line["gain_percent"] is None

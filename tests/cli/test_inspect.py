@@ -54,7 +54,8 @@ def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
     facts = json.loads(result.stdout)
     assert facts["tokenizer"] is None
     assert facts["generation"] == {
-        "eos_token_id": 0, "bos_token_id": None, "exit_layer": None, "auto_exit": None,
+        "eos_token_id": [0], "chat": False, "bos_token_id": None, "exit_layer": None,
+        "auto_exit": None,
     }  # fmt: skip
     assert "auto: not calibrated" in plain.stdout
     write_auto_exit(read_folder(path), ConfidenceExit(0.5, layers=(1,), last=3), {})

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bitskip_ref.folder import read_folder
-from bitskip_ref.model import KVCache, ReferenceModel
+from bitskip_ref.model import ReferenceModel
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -89,7 +89,7 @@ def distances(theirs: Any, folder: Path, length: int = 120) -> np.ndarray:
     for s, ids in enumerate(batch):
         assert np.array_equal(passed[0][0][s], ours.embed(ids))
         pairs = [
-            (out[s], ours.block(i, x[s], KVCache(read.config))) for i, (x, out) in enumerate(passed)
+            (out[s], ours.block(i, x[s], ours.new_cache(), 0)) for i, (x, out) in enumerate(passed)
         ]
         pairs.append((logits[s], ours.exit(passed[-1][1][s], last)))
         found.append([np.abs(a - b).max(1) / np.abs(a).max(1) for a, b in pairs])

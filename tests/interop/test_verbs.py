@@ -49,7 +49,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     for arguments, words in [
         (["export", folder, "--to", "hf"], "hadamard: a rotation before each linear"),
         (["import", folder, "-o", tmp_path / "x"], "is a model folder of bitskip already"),
-        (["import", tmp_path / "none", "-o", tmp_path / "x"], "neither a Hugging Face folder"),
+        (["import", tmp_path / "none", "-o", tmp_path / "x"], "neither a Hugging Face folder, nor"),
         (["import", tmp_path / "m-hf", "-o", other], "holds files and no model"),
         (["import", other, "-o", tmp_path / "x"], "config.json: cannot be read"),
     ]:

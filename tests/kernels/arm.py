@@ -20,8 +20,8 @@ from bitskip_cpu import isa
 TRIPLE = "aarch64-unknown-linux-gnu"
 WIDTH, ROWS, TOKENS = 300, 29, 8  # one unit of columns and a tail; two tiles; all that a call takes
 TERNARY = {f"packed_{n}": n for n in (1, 2, 3, 4, 8)}  # tokens of a call
-HEADS = {f"int{bits}_{tokens}": (bits, tokens) for bits in (4, 6, 8) for tokens in (1, 4)}
-FLOATS = {"silu_products": 4, "dot_tree": 4, "turn": 4, "weigh_group": 9}  # number of arguments
+VOCAB = {f"int{bits}_{tokens}": (bits, tokens) for bits in (4, 6, 8) for tokens in (1, 4)}
+FLOATS = {"silu_products": 4, "dot_tree": 4, "rope": 4, "weigh_group": 9}  # number of arguments
 
 
 def for_arm(module: llvm.ModuleRef, folder: Path, name: str) -> None:
@@ -90,15 +90,14 @@ int main(int count, char **words) {{
 
 def ternary(program: Program) -> None:
     """Packed rows -> tiles -> sums, packed and unpacked."""
-    from bitskip_cpu.kernels.products import rows as linear
-    from bitskip_cpu.kernels.products import ternary_layout as tiles
+    from bitskip_cpu.kernels.products import ternary_layout
     from bitskip_ref.packing import pack_ternary
 
     rng = np.random.default_rng(0)
     weights = rng.integers(-1, 2, (ROWS, WIDTH)).astype(np.int8)
     packed = pack_ternary(weights)
-    padded, size = tiles.padded_width(WIDTH), tiles.tile_bytes(WIDTH)
-    units, tail = tiles.units(WIDTH), tiles.tail_lines(WIDTH)
+    padded, size = ternary_layout.padded_width(WIDTH), ternary_layout.tile_bytes(WIDTH)
+    units, tail = ternary_layout.units(WIDTH), ternary_layout.tail_lines(WIDTH)
     codes = np.zeros((TOKENS, padded), np.int8)
     codes[:, :WIDTH] = rng.integers(-127, 128, (TOKENS, WIDTH))
     codes[0, :WIDTH] = 127
@@ -118,27 +117,27 @@ def ternary(program: Program) -> None:
     for i in range(2):
         unpacked = f"bytes + {i * 16 * padded}"
         program.call("unpack_tile", f"tiled + {i * size}", units, tail, unpacked)
-        program.call("bytes_block", unpacked, 16 * padded, 0, padded // 4,
-                     "codes", padded, linear.BLOCK_TOKENS - 1, f"out + {16 * i}", 256)  # fmt: skip
-    program.compare("bytes_block", "out", exact[: linear.BLOCK_TOKENS], 64)
+        program.call("bytes_panel", unpacked, 16 * padded, 0, padded // 4,
+                     "codes", padded, isa.PATH.panel[1] - 1, f"out + {16 * i}", 256)  # fmt: skip
+    program.compare("bytes_panel", "out", exact[: isa.PATH.panel[1]], 64)
 
 
-def heads(program: Program) -> None:
+def vocabulary(program: Program) -> None:
     """Rows of 8, 6 and 4 bits."""
-    from bitskip_cpu.kernels.products.vocab_layout import GROUP, OFFSET, pack, row_bytes
+    from bitskip_cpu.kernels.products.vocab_layout import OFFSET, VOCAB_COLUMNS, pack, row_bytes
 
     rng = np.random.default_rng(1)
     rows = rng.integers(-127, 128, (16, 192)).astype(np.int8)
     codes = rng.integers(-127, 128, (4, 192)).astype(np.int8)
     rows[0], codes[0] = -127, 127
     program.array("head_codes", codes)
-    for kernel, (bits, tokens) in HEADS.items():
+    for kernel, (bits, tokens) in VOCAB.items():
         top = 2 ** (bits - 1) - 1
         clipped = np.clip(rows, -top, top)
         packed = np.zeros((16, row_bytes(192, bits)), np.uint8)
         pack(clipped, bits, packed)
         tile = program.array(f"{kernel}_rows", packed)
-        program.call(kernel, tile, 192 // GROUP, "head_codes", 192, tokens - 1, "out", 256)
+        program.call(kernel, tile, 192 // VOCAB_COLUMNS, "head_codes", 192, tokens - 1, "out", 256)
         exact = codes.astype(np.int32) @ (clipped.astype(np.int32) + OFFSET[bits]).T
         program.compare(kernel, "out", exact[:tokens], 64)
 
@@ -151,29 +150,29 @@ def outermost(kernel: Callable[..., None], arguments: int) -> Callable[..., None
 
 def main(folder: Path) -> None:
     """Write all of it."""
-    isa.ARM64, isa.PATH = True, "dotprod"  # before any kernel is declared
-    from bitskip_cpu.kernels import object_code as objects
-    from bitskip_cpu.kernels.arithmetic import elementwise as floats
-    from bitskip_cpu.kernels.arithmetic import exponential
-    from bitskip_cpu.kernels.attention import attend as attention
-    from bitskip_cpu.kernels.products import rows as linear
+    isa.ARM64 = True  # before any kernel is declared
+    isa.PATH = next(path for path in isa.PATHS if path.name == "dotprod")
+    from bitskip_cpu.kernels import object_code
+    from bitskip_cpu.kernels.arithmetic import elementwise, exponential
+    from bitskip_cpu.kernels.attention import attend
+    from bitskip_cpu.kernels.products import simd
 
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     wanted: dict[str, tuple[Callable[..., None], int]] = {}  # kernel, arguments
-    wanted["repack"] = objects.FUNCTIONS["repack"], 7
-    wanted |= {name: (getattr(linear, name), 8) for name in TERNARY}
-    wanted |= {"unpack_tile": (linear.unpack_tile, 4), "bytes_block": (linear.bytes_block, 9)}
-    wanted |= {name: (getattr(linear, name), 7) for name in HEADS}
+    wanted["repack"] = object_code.FUNCTIONS["repack"], 7
+    wanted |= {name: (getattr(simd, name), 8) for name in TERNARY}
+    wanted |= {"unpack_tile": (simd.unpack_tile, 4), "bytes_panel": (simd.bytes_panel, 9)}
+    wanted |= {name: (getattr(simd, name), 7) for name in VOCAB}
     for name, arguments in FLOATS.items():
-        found = (getattr(m, name, None) for m in (exponential, floats, attention))
+        found = (getattr(m, name, None) for m in (exponential, elementwise, attend))
         wanted[name] = next(f for f in found if f), arguments
     for name, (kernel, arguments) in wanted.items():
-        objects.FUNCTIONS.setdefault(name, outermost(kernel, arguments))
-        for_arm(objects.module(name, arguments), folder, name)
+        object_code.FUNCTIONS.setdefault(name, outermost(kernel, arguments))
+        for_arm(object_code.module(name, arguments), folder, name)
     program = Program()
     ternary(program)
-    heads(program)
+    vocabulary(program)
     (folder / "main.c").write_text(program.source())
     (folder / "kernels.json").write_text(json.dumps(list(wanted)))
 

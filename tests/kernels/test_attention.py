@@ -22,10 +22,10 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("head_dim", [2, 6, 64])
-def test_turn(head_dim: int) -> None:
+def test_rope(head_dim: int) -> None:
     x, cos, sin = random(head_dim), random(head_dim // 2, seed=1), random(head_dim // 2, seed=2)
     expected = apply_rope(x[None, None], cos[None], sin[None])[0, 0]
-    call(kernels.turn, x, cos, sin, head_dim)
+    call(kernels.rope, x, cos, sin, head_dim)
     assert same_bits(expected, x)
 
 

@@ -127,9 +127,9 @@ def check(
 ) -> list[str]:
     """All differences between engines on `tensors` and the reference on them, or on `against`."""
     reference = ReferenceModel(config, against or tensors, kv_cache)
-    engines = {f"{n} threads, ": Engine(config, tensors, n, kv_cache) for n in threads}
-    for engine in engines.values():
-        engine._space.state["worth"] = 0  # share even the smallest job
+    engines = {  # that share even the smallest stage
+        f"{n} threads, ": Engine(config, tensors, n, kv_cache, share_from=0) for n in threads
+    }
     layers, room = config.num_hidden_layers, config.max_position_embeddings
     ids = random_tokens(config, min(23, room) if room < 150 else 140)
     prompt, rest = ids[: len(ids) // 3], ids[len(ids) // 3 :][:6]
@@ -212,4 +212,4 @@ if __name__ == "__main__":
     from bitskip_cpu.isa import PATH
 
     found = {name: check_named(name) for name in sys.argv[1:]}
-    print(json.dumps({"path": PATH, "problems": found}))
+    print(json.dumps({"path": PATH.name, "problems": found}))

@@ -127,7 +127,7 @@ def test_kept_addresses_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def shallow(self: Any) -> Any:
         other = kind.__new__(kind)
         other.__dict__.update(self.__dict__)
-        other.turn = type(self.turn)("", False)
+        other.turn = type(self.turn)()
         other._filled = list(self._filled)
         return other
 
@@ -141,6 +141,6 @@ def test_a_cache_in_use_is_not_copied() -> None:
     engine = make("reference", CONFIG, TENSORS)
     cache = engine.new_cache()
     for how in COPIES.values():
-        with pytest.raises(RuntimeError, match="in the middle of another call"):
+        with pytest.raises(RuntimeError, match="in the middle of a call"):
             engine.extend([1], cache, trace=lambda *_, how=how: how(cache))
     assert cache.length == 0

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bitskip_cpu.isa import available_paths
+from bitskip_cpu import isa
+from tests.parity.added_path import ADDED as ADDED_PATHS
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -25,11 +26,18 @@ COMPILED = ["extreme", "wide", "wide-hadamard", "wt2-bitskip", "bitskip-v2", "bi
             "layerskip", "float16-head", "per-layer-exits", "smallest", "long:float16",
             "wide:float16", "bitnet-2b4t:float16"]  # fmt: skip
 INTERPRETED = ["smallest", "smallest:float16"]
+ADDED = {  # paths of `added_path`: environment, what they run
+    "narrow": ({}, ["extreme", "wide", "bitnet-2b4t", "layerskip"]),
+    "widening": ({}, ["extreme", "wide", "bitnet-2b4t", "layerskip"]),
+    "eager": ({"NUMBA_DISABLE_JIT": "1"}, ["smallest"]),
+}  # fmt: skip
 
 
-def start(environment: dict[str, str], names: list[str]) -> subprocess.Popen[str]:
+def start(
+    environment: dict[str, str], names: list[str], module: str = "engine_check"
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.parity.engine_check", *names],
+        [sys.executable, "-m", f"tests.parity.{module}", *names],
         env=os.environ | environment, cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -38,8 +46,14 @@ def start(environment: dict[str, str], names: list[str]) -> subprocess.Popen[str
 @pytest.fixture(scope="module")
 def processes() -> Iterator[dict[str, subprocess.Popen[str]]]:
     """One process per path, side by side: most of the time goes into compiling."""
-    found = {path: start(X86[path], COMPILED) for path in X86 if path in available_paths()}
+    possible = {path.name for path in isa.available_paths()}
+    found = {path: start(X86[path], COMPILED) for path in X86 if path in possible}
     found["interpreted"] = start({"NUMBA_DISABLE_JIT": "1"}, INTERPRETED)
+    features = isa.cpu_features()
+    for path in ADDED_PATHS:
+        if features.issuperset(path.needs):
+            environment, names = ADDED[path.name]
+            found[path.name] = start(environment, [path.name, *names], "added_path")
     yield found
     for process in found.values():
         process.kill()
@@ -55,4 +69,16 @@ def test_path(processes: dict[str, subprocess.Popen[str]], name: str) -> None:
     report = json.loads(out)
     assert report["path"] == ("plain" if name == "interpreted" else name)
     assert set(report["problems"]) == set(INTERPRETED if name == "interpreted" else COMPILED)
+    assert not any(report["problems"].values()), report["problems"]
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_an_added_path(processes: dict[str, subprocess.Popen[str]], name: str) -> None:
+    """An instruction set is one record and, where needed, one `dot`."""
+    if name not in processes:
+        pytest.skip(f"this machine cannot run {name}")
+    out, errors = processes[name].communicate()
+    assert processes[name].returncode == 0, errors
+    report = json.loads(out)
+    assert report["path"] == name and set(report["problems"]) == set(ADDED[name][1])
     assert not any(report["problems"].values()), report["problems"]

@@ -18,6 +18,7 @@ import pytest
 
 from bitskip_cpu.cores import default_threads
 from bitskip_cpu.engine import Engine, load, random_model
+from bitskip_cpu.weights import random_tensors
 from bitskip_ref.config import preset, small_twin
 from bitskip_ref.exits import ConfidenceExit, FixedExit
 from bitskip_ref.folder import read_folder
@@ -29,10 +30,8 @@ IDS = random_tokens(CONFIG, 20)
 
 
 def eager(threads: int, seed: int = 0) -> Engine:
-    """An engine that shares even the smallest job."""
-    engine = random_model(CONFIG, seed, threads)
-    engine._space.state["worth"] = 0
-    return engine
+    """An engine that shares even the smallest stage."""
+    return Engine(CONFIG, random_tensors(CONFIG, seed), threads, share_from=0)
 
 
 def text(engine: Engine) -> np.ndarray:
@@ -77,9 +76,8 @@ def test_four_threads_on_one_busy_core() -> None:
 def test_engines_may_share_weights() -> None:
     """Turn by turn and side by side: each has its own workspace."""
     first = eager(1)
-    engines = [first, *(Engine(CONFIG, first.weights, n) for n in (1, 2, 3))]
+    engines = [first, *(Engine(CONFIG, first.weights, n, share_from=0) for n in (1, 2, 3))]
     for engine in engines:
-        engine._space.state["worth"] = 0
         assert engine.weights is first.weights
     expected = text(eager(1))
     for engine in engines:
@@ -214,9 +212,9 @@ def test_threads_that_cannot_start(monkeypatch: pytest.MonkeyPatch, fails_at: in
 def test_the_interpreter_ends_cleanly(tmp_path: Path) -> None:
     folder = random_folder(tmp_path / "model", CONFIG)
     program = (
-        "import sys, bitskip_cpu.engine as e\n"
-        f"engine = e.load({str(folder)!r}, 3)\n"
-        "engine._space.state['worth'] = 0\n"
+        "import bitskip_cpu.engine as e, bitskip_ref.folder as f\n"
+        f"folder = f.read_folder({str(folder)!r})\n"
+        "engine = e.Engine(folder.config, folder.tensors, 3, share_from=0)\n"
         "print(engine.logits([1, 2, 3]).shape)\n"
     )
     done = subprocess.run(

@@ -95,8 +95,7 @@ def test_200_prompts(name: str, kv_cache: str) -> None:
 
 def test_two_threads() -> None:
     config, tensors = twin("bitskip-v1"), random_tensors(twin("bitskip-v1"))
-    engines = [Engine(config, tensors, n) for n in (1, 2)]
-    engines[1]._space.state["worth"] = 0  # share even the smallest job
+    engines = [Engine(config, tensors, n, share_from=0) for n in (1, 2)]
     for sampler in (Sampler(), Sampler(1.0, seed=1)):
         speculations = [Speculation(config, FixedExit(), 2, 3) for _ in engines]
         same(*(

@@ -224,6 +224,16 @@ def test_archives_that_unfold(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "c.pt")
 
 
+def test_a_flipped_bit_of_a_weight_is_seen(tmp_path: Path) -> None:
+    weights = STATE["layers.2.down_proj.weight"].numpy().tobytes()
+    save_checkpoint(tmp_path / "a.pt", small_checkpoint(state=STATE))
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[content.index(weights) + 100] ^= 1
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="a checksum differs"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="no regular file"):

@@ -20,7 +20,7 @@ from bitskip_train.data import Split
 from bitskip_train.errors import CheckpointError, TrainingError
 from bitskip_train.run_folder import locked
 from bitskip_train.settings import TrainConfig
-from bitskip_train.threads import time_threads
+from bitskip_train.threads import time_threads, use_threads
 from bitskip_train.trainer import Trainer, pick_device
 from tests.train.conftest import small_split, small_train, small_trainer
 from tests.train.test_cli import run, train_arguments
@@ -248,6 +248,17 @@ def test_measuring_changes_no_bit_and_a_resume_keeps_the_threads(
         loaded = load_checkpoint(tmp_path / "last.pt")
         assert loaded.train["threads"] == 1
         assert all(torch.equal(v, told.model.state_dict()[n]) for n, v in loaded.state.items())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_later_verbs_take_the_threads_of_the_run() -> None:
+    before = torch.get_num_threads()
+    try:
+        for most, wanted, used in ((4, 2, 2), (2, 4, 2), (4, 0, 4)):
+            torch.set_num_threads(most)
+            use_threads(TrainConfig(threads=wanted))
+            assert torch.get_num_threads() == used
     finally:
         torch.set_num_threads(before)
 

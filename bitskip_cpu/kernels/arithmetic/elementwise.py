@@ -1,6 +1,6 @@
-"""Float kernels: the same operations in the same order as SPEC sections 2, 3, 4.2, 5 and 7.
+"""Elementwise arithmetic, trees and norms, operation by operation as in SPEC 2, 3, 4.2, 5 and 7.
 
-Arguments named `*_at` are addresses (see `memory`); lengths count elements. Loops have no
+Arguments named `*_at` are addresses (see `views`); lengths count elements. Loops have no
 dependence between iterations except where a tree's halves are added, so that LLVM vectorizes them
 without being allowed to reassociate: nothing here is compiled with fastmath.
 """
@@ -31,10 +31,11 @@ f32, i32 = np.float32, np.int32
 ZERO = f32(0.0)
 SCALE_FLOOR = f32(constants.SCALE_FLOOR)
 L0, L1, L2, L3, L4, L5, L6, L7, L8 = map(f32, constants.LOG_COEFFICIENTS)
-HALF, SQRT_HALF = f32(0.5), f32(constants.SQRT_HALF)
+ONE_HALF, SQRT_HALF = f32(0.5), f32(constants.SQRT_HALF)
 MAGNITUDE = i32(0x7FFFFFFF)
-FRACTION, HALF_BITS = i32(0x007FFFFF), i32(0x3F000000)  # of a float; of 0.5
-LOWEST = f32(np.finfo(np.float32).min)
+FRACTION, ONE_HALF_BITS = i32(0x007FFFFF), i32(0x3F000000)  # of a float; of 0.5
+LEAST_FLOAT = f32(np.finfo(np.float32).min)
+INFINITY, NAN, INFINITY_BITS = f32(np.inf), f32(np.nan), i32(0x7F800000)
 
 
 @kernel
@@ -62,7 +63,7 @@ def tree_sum(at, n):
 
 @kernel
 def fill_zero(at, n):
-    """n zeros."""
+    """Write n zeros."""
     x = floats(at, n)
     for i in range(n):
         x[i] = ZERO
@@ -70,7 +71,7 @@ def fill_zero(at, n):
 
 @kernel
 def copy(source_at, target_at, n):
-    """n floats; the two may not overlap."""
+    """Copy n floats; the two may not overlap."""
     source, target = floats(source_at, n), floats(target_at, n)
     for i in range(n):
         target[i] = source[i]
@@ -100,14 +101,14 @@ def log(x):
     """SPEC 2.9, of one normal float32 > 0."""
     bits = f32(x).view(i32)
     k = f32((bits >> MANTISSA) - i32(126))
-    m = i32((bits & FRACTION) | HALF_BITS).view(f32)
+    m = i32((bits & FRACTION) | ONE_HALF_BITS).view(f32)
     if m < SQRT_HALF:
         m, k = m + m, k - ONE
     r = m - ONE
     q = r * r
     p = (((((L0 * r + L1) * r + L2) * r + L3) * r + L4) * r + L5) * r + L6
     p = (p * r + L7) * r + L8
-    return (r + (((p * r) * q + k * LN2_LOW) - HALF * q)) + k * LN2_HIGH
+    return (r + (((p * r) * q + k * LN2_LOW) - ONE_HALF * q)) + k * LN2_HIGH
 
 
 @kernel
@@ -192,20 +193,20 @@ def layer_norm(x_at, weight_at, y_at, n, eps, scratch_at):
 
 @kernel
 def fwht(at, n):
-    """In place, n a power of two."""
+    """Transform in place (SPEC 5.2), n a power of two."""
     h = n >> 1
     shortest = LANES if n >= LANES else 1
     while h >= shortest:
-        for block in range(0, n, 2 * h):
-            a, b = floats(at + 4 * block, h), floats(at + 4 * (block + h), h)
+        for start in range(0, n, 2 * h):
+            a, b = floats(at + 4 * start, h), floats(at + 4 * (start + h), h)
             for i in range(h):
                 low, high = a[i], b[i]
                 a[i] = low + high
                 b[i] = low - high
         h >>= 1
     if n >= LANES:
-        for block in range(0, n, LANES):
-            butterflies(at + 4 * block)
+        for start in range(0, n, LANES):
+            butterflies(at + 4 * start)
     scale = f32(1.0 / math.sqrt(float(n)))
     x = floats(at, n)
     for i in range(n):
@@ -213,13 +214,20 @@ def fwht(at, n):
 
 
 @kernel
-def quantize(x_at, n, largest, codes_at, padded):
-    """SPEC 4.2 -> (step, sum of the codes); int8 codes, zeros from n to `padded`."""
-    x, bits, codes = floats(x_at, n), int32s(x_at, n), int8s(codes_at, padded)
-    top = i32(0)  # bits of floats without a sign order as the floats do
+def magnitude_bits(x_at, n):
+    """The largest |x| of n floats, as its bits: without a sign they order as floats, NaN on top."""
+    bits = int32s(x_at, n)
+    top = i32(0)
     for i in range(n):
         top = max(top, i32(bits[i] & MAGNITUDE))
-    s = i32(top).view(f32)
+    return top
+
+
+@kernel
+def quantize(x_at, n, largest, codes_at, padded):
+    """SPEC 4.2 -> (step, sum of the codes); int8 codes, zeros from n to `padded`."""
+    x, codes = floats(x_at, n), int8s(codes_at, padded)
+    s = i32(magnitude_bits(x_at, n)).view(f32)
     s = s if s > SCALE_FLOOR else SCALE_FLOOR
     factor = largest / s
     total = i32(0)
@@ -237,7 +245,9 @@ def quantize(x_at, n, largest, codes_at, padded):
 
 @kernel
 def two_largest(x_at, n, scratch_at):
-    """The largest and the second largest of n > 1 floats; scratch: power_of_two(n) floats."""
+    """The largest and the second largest of n floats; scratch: power_of_two(n) floats."""
+    if n == 1:
+        return floats(x_at, n)[0], LEAST_FLOAT
     half = power_of_two(n) >> 1
     first, second = floats(scratch_at, half), floats(scratch_at + 4 * half, half)
     low, high = floats(x_at, half), floats(x_at + 4 * half, n - half)
@@ -250,7 +260,7 @@ def two_largest(x_at, n, scratch_at):
     second_at = scratch_at + 4 * half
     lowest = floats(second_at + at, rest)
     for i in range(rest):
-        lowest[i] = LOWEST
+        lowest[i] = LEAST_FLOAT
     while half > 1:
         half >>= 1
         first_high = floats(scratch_at + 4 * half, half)
@@ -266,20 +276,28 @@ def two_largest(x_at, n, scratch_at):
 
 @kernel
 def first_of(x_at, n, value):
-    """Index of the first of n floats that equals a value among them."""
+    """Index of the first of n floats that equals a value; the last if none does."""
     x = floats(x_at, n)
     i = 0
-    while x[i] != value:
+    while i < n - 1 and x[i] != value:
         i += 1
     return i
 
 
 @kernel
+def decides(x_at, n, first):
+    """SPEC 9.5: whether the largest of n floats, `first` if none is NaN, is a finite number."""
+    return magnitude_bits(x_at, n) <= INFINITY_BITS and abs(first) < INFINITY
+
+
+@kernel
 def confidence(logits_at, n, scratch_at):
     """-> (max, margin, entropy); scratch: power_of_two(n) floats."""
+    first, second = two_largest(logits_at, n, scratch_at)
+    if not decides(logits_at, n, first):
+        return NAN, NAN, NAN
     if n == 1:
         return ONE, ONE, ONE
-    first, second = two_largest(logits_at, n, scratch_at)
     # The first addition of both trees is done on the way: their halves share the scratch.
     half = power_of_two(n) >> 1
     e, weighted = floats(scratch_at, half), floats(scratch_at + 4 * half, half)

@@ -14,15 +14,16 @@ import numpy as np
 from llvmlite import ir
 
 from bitskip_cpu.kernels.arithmetic.lanes import (
-    FLOATS,
     LANE_BYTES,
+    LANE_FLOATS,
+    LANE_INTS,
     load_lanes,
     splat,
     store_lanes,
 )
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
-from bitskip_cpu.kernels.numba_inside.emit import INT, LONG
+from bitskip_cpu.kernels.numba_inside.emit import LONG
 from bitskip_cpu.kernels.numba_inside.views import floats
 from bitskip_ref import constants
 
@@ -50,12 +51,11 @@ def exp(x):
     return ((p * (r * r) + r) + ONE) * power
 
 
-INTS = ir.VectorType(INT, LANES)
 Vectors = list[ir.Value]
-FEW = 4  # vectors whose steps take turns: each is a chain, and a CPU sees only so far ahead
+AT_ONCE = 4  # vectors whose steps take turns: each is a chain, and a CPU sees only so far ahead
 
 
-def _constant(value: np.float32 | np.int32, kind: ir.VectorType = FLOATS) -> ir.Constant:
+def _constant(value: np.float32 | np.int32, kind: ir.VectorType = LANE_FLOATS) -> ir.Constant:
     return ir.Constant(kind, [value.item()] * LANES)
 
 
@@ -78,10 +78,9 @@ def _exp(builder: ir.IRBuilder, x: Vectors) -> Vectors:
     p = [_constant(E0)] * len(x)
     for factor in (E1, E2, E3, E4, E5):
         p = add(mul(p, r), _constant(factor))
-    exponent = each(lambda v: builder.add(builder.fptosi(v, INTS), _constant(BIAS, INTS)), k)
-    power = each(
-        lambda v: builder.bitcast(builder.shl(v, _constant(MANTISSA, INTS)), FLOATS), exponent
-    )
+    bias, mantissa = _constant(BIAS, LANE_INTS), _constant(MANTISSA, LANE_INTS)
+    exponent = each(lambda v: builder.add(builder.fptosi(v, LANE_INTS), bias), k)
+    power = each(lambda v: builder.bitcast(builder.shl(v, mantissa), LANE_FLOATS), exponent)
     return mul(add(add(mul(p, mul(r, r)), r), _constant(ONE)), power)
 
 
@@ -95,7 +94,7 @@ def _store(builder: ir.IRBuilder, vectors: Vectors, at: ir.Value) -> None:
 
 
 def _exp_lanes(count: int) -> Callable[..., None]:
-    """(x, top, out): out = exp(x - top) of so many vectors."""
+    """(x, top, out): out = exp(x - top) of `count` vectors."""
 
     def twin(x_at: int, top: Any, out_at: int) -> None:
         n = count * LANES
@@ -111,7 +110,7 @@ def _exp_lanes(count: int) -> Callable[..., None]:
 
 
 def _silu_lanes(count: int) -> Callable[..., None]:
-    """(gate, up, out): out = silu(gate) * up of so many vectors."""
+    """(gate, up, out): out = silu(gate) * up of `count` vectors."""
 
     def twin(gate_at: int, up_at: int, out_at: int) -> None:
         n = count * LANES
@@ -131,18 +130,18 @@ def _silu_lanes(count: int) -> Callable[..., None]:
     return silu_lanes
 
 
-exp_few, exp_one = _exp_lanes(FEW), _exp_lanes(1)
-silu_few, silu_one = _silu_lanes(FEW), _silu_lanes(1)
+exp_vectors, exp_vector = _exp_lanes(AT_ONCE), _exp_lanes(1)
+silu_vectors, silu_vector = _silu_lanes(AT_ONCE), _silu_lanes(1)
 
 
 @kernel
 def exp_differences(x_at, top, out_at, n):
     """out = exp(x - top)."""
-    few, whole = n // (FEW * LANES) * FEW * LANES, n // LANES * LANES
-    for i in range(0, few, FEW * LANES):
-        exp_few(x_at + 4 * i, top, out_at + 4 * i)
-    for i in range(few, whole, LANES):
-        exp_one(x_at + 4 * i, top, out_at + 4 * i)
+    most, whole = n // (AT_ONCE * LANES) * AT_ONCE * LANES, n // LANES * LANES
+    for i in range(0, most, AT_ONCE * LANES):
+        exp_vectors(x_at + 4 * i, top, out_at + 4 * i)
+    for i in range(most, whole, LANES):
+        exp_vector(x_at + 4 * i, top, out_at + 4 * i)
     x, out = floats(x_at, n), floats(out_at, n)
     for i in range(whole, n):
         out[i] = exp(x[i] - top)
@@ -151,11 +150,11 @@ def exp_differences(x_at, top, out_at, n):
 @kernel
 def silu_products(gate_at, up_at, out_at, n):
     """out = silu(gate) * up (SPEC 7.1)."""
-    few, whole = n // (FEW * LANES) * FEW * LANES, n // LANES * LANES
-    for i in range(0, few, FEW * LANES):
-        silu_few(gate_at + 4 * i, up_at + 4 * i, out_at + 4 * i)
-    for i in range(few, whole, LANES):
-        silu_one(gate_at + 4 * i, up_at + 4 * i, out_at + 4 * i)
+    most, whole = n // (AT_ONCE * LANES) * AT_ONCE * LANES, n // LANES * LANES
+    for i in range(0, most, AT_ONCE * LANES):
+        silu_vectors(gate_at + 4 * i, up_at + 4 * i, out_at + 4 * i)
+    for i in range(most, whole, LANES):
+        silu_vector(gate_at + 4 * i, up_at + 4 * i, out_at + 4 * i)
     gate, up, out = floats(gate_at, n), floats(up_at, n), floats(out_at, n)
     for i in range(whole, n):
         out[i] = (gate[i] / (ONE + exp(-gate[i]))) * up[i]

@@ -8,30 +8,33 @@ import numpy as np
 from llvmlite import ir
 
 from bitskip_cpu import isa
+from bitskip_cpu.kernels.arithmetic.lanes import LANE_FLOATS, LANE_INTS
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
-from bitskip_cpu.kernels.numba_inside.emit import INT, WORD, pointer
-from bitskip_cpu.kernels.numba_inside.views import floats, halfs, int32s
+from bitskip_cpu.kernels.numba_inside.emit import WORD, pointer
+from bitskip_cpu.kernels.numba_inside.views import float16s, floats, int32s
 from bitskip_ref.constants import LARGEST_HALF
 
 f32, i32, u16 = np.float32, np.int32, np.uint16
 
-SCALE = f32(2.0**112)  # moves float16's exponent to float32's
+EXPONENT_SHIFT = f32(2.0**112)  # moves float16's exponent to float32's
 MAGNITUDE, SIGN = i32(0x7FFFFFFF), i32(0x8000)
 LARGEST = f32(LARGEST_HALF).view(i32)  # its bits
 LEAST_NORMAL = i32(0x38800000)  # of 2^-14
-ROUNDER, ROUNDER_BITS = f32(0.5), i32(0x3F000000)  # its last bit: float16's least subnormal
+SUBNORMAL_ROUNDER = f32(0.5)  # whose last bit is float16's least subnormal
+SUBNORMAL_BITS = i32(0x3F000000)  # its bits
 REBASE = i32(112 << 10)
 
 
 @kernel
-def half(x):
+def float16_bits(x):
     """SPEC 6.5, of one float32: bits of the float16."""
     bits = f32(x).view(i32)
     m = min(i32(bits & MAGNITUDE), LARGEST)  # floats without a sign order as their bits do
     odd = i32(i32(m >> i32(13)) & i32(1))
     normal = i32(i32(i32(m + i32(0xFFF)) + odd) >> i32(13)) - REBASE
-    subnormal = f32(i32(m).view(f32) + ROUNDER).view(i32) - ROUNDER_BITS  # the addition rounds
+    rounded = f32(i32(m).view(f32) + SUBNORMAL_ROUNDER)  # the addition rounds
+    subnormal = rounded.view(i32) - SUBNORMAL_BITS
     code = subnormal if m < LEAST_NORMAL else normal
     return u16(i32(i32(bits >> i32(16)) & SIGN) | i32(code))
 
@@ -39,41 +42,39 @@ def half(x):
 @kernel
 def narrow(source_at, target_at, n):
     """n float32 -> float16 bits."""
-    source, target = floats(source_at, n), halfs(target_at, n)
+    source, target = floats(source_at, n), float16s(target_at, n)
     for i in range(n):
-        target[i] = half(source[i])
+        target[i] = float16_bits(source[i])
 
 
 @kernel
 def widen(source_at, target_at, n):
     """float16 bits -> float32, subnormals included; finite values only."""
-    source, target = halfs(source_at, n), int32s(target_at, n)
+    source, target = float16s(source_at, n), int32s(target_at, n)
     for i in range(n):
         h = i32(source[i])
         target[i] = i32((h & i32(0x7FFF)) << i32(13)) | i32((h & i32(0x8000)) << i32(16))
     x = floats(target_at, n)
     for i in range(n):
-        x[i] = x[i] * SCALE
+        x[i] = x[i] * EXPONENT_SHIFT
 
 
-def load_halfs(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    """The LANES float16 there, finite, as a vector of float32.
+def load_float16s(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """Load the LANES float16 there, finite, as a vector of float32.
 
     One instruction where the CPU has it; elsewhere LLVM would call a function for each number.
     """
-    lanes = ir.VectorType(ir.FloatType(), LANES)
-    if isa.converts_halfs():
+    if isa.converts_float16():
         kind = ir.VectorType(ir.HalfType(), LANES)
         found = builder.load(pointer(builder, address, kind), align=2)
-        return builder.fpext(found, lanes)
-    ints = ir.VectorType(INT, LANES)
+        return builder.fpext(found, LANE_FLOATS)
 
     def number(value: Any) -> ir.Constant:
-        return ir.Constant(ints, [value] * LANES)
+        return ir.Constant(LANE_INTS, [value] * LANES)
 
     kind = ir.VectorType(WORD, LANES)
-    bits = builder.zext(builder.load(pointer(builder, address, kind), align=2), ints)
+    bits = builder.zext(builder.load(pointer(builder, address, kind), align=2), LANE_INTS)
     moved = builder.shl(builder.and_(bits, number(0x7FFF)), number(13))
     sign = builder.shl(builder.and_(bits, number(0x8000)), number(16))
-    x = builder.bitcast(builder.or_(moved, sign), lanes)
-    return builder.fmul(x, ir.Constant(lanes, [float(SCALE)] * LANES))
+    x = builder.bitcast(builder.or_(moved, sign), LANE_FLOATS)
+    return builder.fmul(x, ir.Constant(LANE_FLOATS, [float(EXPONENT_SHIFT)] * LANES))

@@ -19,7 +19,8 @@ from bitskip_cpu.kernels.numba_inside.emit import INT, pointer
 from bitskip_cpu.kernels.numba_inside.views import floats, int32s
 
 Add = Callable[[Any, Any], Any]
-FLOATS = ir.VectorType(ir.FloatType(), LANES)
+LANE_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+LANE_INTS = ir.VectorType(INT, LANES)
 LANE_BYTES = 4 * LANES
 
 
@@ -30,33 +31,32 @@ def paired(x: Sequence[Any], add: Add = operator.add) -> Any:
 
 
 def load_lanes(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    """The LANES floats there."""
-    return builder.load(pointer(builder, address, FLOATS), align=4)
+    """Load the LANES floats there."""
+    return builder.load(pointer(builder, address, LANE_FLOATS), align=4)
 
 
 def store_lanes(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
-    """LANES floats to there."""
-    builder.store(value, pointer(builder, address, FLOATS), align=4)
+    """Store LANES floats there."""
+    builder.store(value, pointer(builder, address, LANE_FLOATS), align=4)
 
 
 def load_splat(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    """The float there, in every lane."""
+    """Load the float there into every lane."""
     at = pointer(builder, address, ir.FloatType())
     return splat(builder, builder.load(at, align=4))
 
 
 def splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """The number in every lane."""
+    """Put the number into every lane."""
     nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
     first = builder.insert_element(nothing, value, INT(0))
-    mask = ir.Constant(ir.VectorType(INT, LANES), [0] * LANES)
+    mask = ir.Constant(LANE_INTS, [0] * LANES)
     return builder.shuffle_vector(first, nothing, mask)
 
 
 def swapped(builder: ir.IRBuilder, x: ir.Value, h: int) -> ir.Value:
     """Lane i ^ h in lane i."""
-    lanes = ir.VectorType(INT, LANES)
-    return builder.shuffle_vector(x, x, ir.Constant(lanes, [i ^ h for i in range(LANES)]))
+    return builder.shuffle_vector(x, x, ir.Constant(LANE_INTS, [i ^ h for i in range(LANES)]))
 
 
 def _add(a_at: int, b_at: int, out_at: int) -> None:
@@ -130,7 +130,7 @@ def largest(builder, at):
 
 @intrinsic(_reverse_64)
 def reverse_64(builder, x_at, out_at):
-    """64 floats into the order of `key_slots`."""
+    """Put 64 floats into the order of `key_slots`."""
     kind, index = ir.VectorType(ir.FloatType(), 64), ir.VectorType(INT, 64)
     x = builder.load(pointer(builder, x_at, kind), align=4)
     order = ir.Constant(index, key_slots(64).tolist())  # its own inverse
@@ -143,7 +143,7 @@ def scaled_sums(builder, acc_at, total, x, out_at):
     kind = ir.VectorType(INT, LANES)
     acc = builder.load(pointer(builder, acc_at, kind), align=4)
     exact = builder.sub(acc, splat(builder, total))
-    scaled = builder.fmul(builder.sitofp(exact, FLOATS), splat(builder, x))
+    scaled = builder.fmul(builder.sitofp(exact, LANE_FLOATS), splat(builder, x))
     store_lanes(builder, scaled, out_at)
 
 
@@ -155,7 +155,7 @@ def butterflies(builder, at):
     while h:
         # Lane i meets lane i ^ h; the upper one of a pair becomes other - itself.
         other = swapped(builder, x, h)
-        signs = ir.Constant(FLOATS, [-1.0 if i & h else 1.0 for i in range(LANES)])
+        signs = ir.Constant(LANE_FLOATS, [-1.0 if i & h else 1.0 for i in range(LANES)])
         x = builder.fadd(other, builder.fmul(x, signs))
         h //= 2
     store_lanes(builder, x, at)

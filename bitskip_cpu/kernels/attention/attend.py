@@ -7,7 +7,7 @@ Cache of one block (`keys_at`, `values_at`), LANES positions to a group:
                                       does not see); features in the order of `key_slots`
     values [K, S, W]                  W = E padded to a multiple of LANES
 
-of `size` bytes a number, FULL or HALF (SPEC 6.5), so that a score's tree over E runs on LANES
+of `size` bytes a number, 4 or 2 (SPEC 6.5), so that a score's tree over E runs on LANES
 positions at once, and values stream by rows. Query heads that share a key-value head pass over it
 together.
 """
@@ -20,21 +20,21 @@ import numpy as np
 
 from bitskip_cpu.kernels.arithmetic.elementwise import ZERO, copy, fill_zero
 from bitskip_cpu.kernels.arithmetic.exponential import exp_differences
-from bitskip_cpu.kernels.arithmetic.float16 import half, narrow
+from bitskip_cpu.kernels.arithmetic.float16 import float16_bits, narrow
 from bitskip_cpu.kernels.arithmetic.lanes import LANE_BYTES, add, larger, largest, reverse_64, scale
 from bitskip_cpu.kernels.attention.passes import products_8, products_64, weighed
-from bitskip_cpu.kernels.layout import HALF, LANES, LEVELS
+from bitskip_cpu.kernels.layout import CACHED_FLOAT16, LANES, LEVELS
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
-from bitskip_cpu.kernels.numba_inside.views import floats, halfs, int32s
+from bitskip_cpu.kernels.numba_inside.views import float16s, floats, int32s
 
 f32 = np.float32
 
-LOWEST = f32(-np.inf)
-AHEAD = 3  # groups between asking for one and its use
+MINUS_INFINITY = f32(-np.inf)
+GROUPS_AHEAD = 3  # groups between asking for one and its use
 
 
 @kernel
-def turn(x_at, cos_at, sin_at, head_dim):
+def rope(x_at, cos_at, sin_at, head_dim):
     """RoPE in place on one head (SPEC 6.1)."""
     half = head_dim >> 1
     low, high = floats(x_at, half), floats(x_at + 4 * half, half)
@@ -51,10 +51,10 @@ def store_key(key_at, keys_at, size, padded, head_dim, slots_at, position):
     group, lane = position // LANES, position % LANES
     key, column_at = floats(key_at, head_dim), keys_at + size * group * padded * LANES
     slots = int32s(slots_at, head_dim)
-    if size == HALF:
-        rounded = halfs(column_at, padded * LANES)
+    if size == CACHED_FLOAT16:
+        rounded = float16s(column_at, padded * LANES)
         for i in range(head_dim):
-            rounded[slots[i] * LANES + lane] = half(key[i])
+            rounded[slots[i] * LANES + lane] = float16_bits(key[i])
     else:
         column = floats(column_at, padded * LANES)
         for i in range(head_dim):
@@ -63,9 +63,9 @@ def store_key(key_at, keys_at, size, padded, head_dim, slots_at, position):
 
 @kernel
 def store_value(value_at, values_at, size, value_width, head_dim, position):
-    """The same of one head's value."""
+    """Put one head's value at its position; `values_at` is the head's part of the cache."""
     row_at = values_at + size * position * value_width
-    if size == HALF:
+    if size == CACHED_FLOAT16:
         narrow(value_at, row_at, head_dim)
     else:
         copy(value_at, row_at, head_dim)
@@ -73,7 +73,7 @@ def store_value(value_at, values_at, size, value_width, head_dim, position):
 
 @kernel
 def lay_out(q_at, out_at, head_dim, padded, slots_at):
-    """A query's features, and zeros behind them, where a cached key has them."""
+    """Put a query's features, and zeros behind them, where a cached key has them."""
     if head_dim == 64:
         reverse_64(q_at, out_at)
         return
@@ -100,7 +100,7 @@ def score_groups(
     for start in range(0, seen, LANES):
         k_at, soon_at = keys_at + size * start * padded, 0
         if next_at:
-            later = start + AHEAD * LANES
+            later = start + GROUPS_AHEAD * LANES
             soon_at = keys_at + size * later * padded
             if later >= end:
                 soon_at = next_at + size * (later - end) * padded
@@ -130,9 +130,9 @@ def softmax_weights(e_at, seen):
     lanes_at = e_at + 4 * padded
     lanes = floats(lanes_at, LANES)
     for lane in range(LANES):
-        lanes[lane] = LOWEST
+        lanes[lane] = MINUS_INFINITY
     for s in range(seen, padded):
-        e[s] = LOWEST
+        e[s] = MINUS_INFINITY
     for start in range(0, padded, LANES):
         larger(e_at + 4 * start, lanes_at, lanes_at)
     exp_differences(e_at, largest(lanes_at), e_at, padded)
@@ -142,7 +142,7 @@ def softmax_weights(e_at, seen):
 
 @kernel
 def weigh_group(queries, e_at, e_stride, values_at, soon_at, size, value_width, out_at, out_stride):
-    """Per query sum 2.3 over LANES positions of e * v, and behind it of e itself."""
+    """Per query, sum 2.3 over LANES positions of e * v, and behind it of e itself."""
     for i in range(0, value_width, LANES):
         v, soon, to = values_at + size * i, soon_at + size * i if soon_at else 0, out_at + 4 * i
         weighed(queries, size, e_at, e_stride, v, value_width, soon, to, out_stride)
@@ -174,39 +174,39 @@ def attend(
     groups = (seen + LANES - 1) // LANES
     e_stride = 4 * (groups + 1) * LANES
     query_at = scratch_at + queries * e_stride
-    parts_at = query_at + 4 * padded * queries
+    partial_at = query_at + 4 * padded * queries
     for i in range(queries):
         lay_out(q_at + 4 * i * head_dim, query_at + 4 * i * padded, head_dim, padded, slots_at)
     next_at, factor = values_at if cold else 0, f32(1.0 / math.sqrt(float(head_dim)))
     score_groups(queries, query_at, 4 * padded, keys_at, next_at, size, padded, seen, factor,
-                 scratch_at, e_stride, parts_at)  # fmt: skip
+                 scratch_at, e_stride, partial_at)  # fmt: skip
     for i in range(queries):
         softmax_weights(scratch_at + i * e_stride, seen)
-    # A binary counter of partial sums: part i covers 2^i groups, as in the tree of SPEC 2.3.
+    # A binary counter of partial sums: number i covers 2^i groups, as in the tree of SPEC 2.3.
     width = value_width + LANES
     whole = queries * width
-    now_at = parts_at + 4 * LEVELS * whole
-    fill_zero(parts_at, whole)  # weigh_group leaves gaps
+    now_at = partial_at + 4 * LEVELS * whole
+    fill_zero(partial_at, whole)  # weigh_group leaves gaps
     fill_zero(now_at, whole)
     for group in range(groups):
         first = group * LANES
-        to = now_at if group & 1 else parts_at  # part 0 is free after every second group
+        to = now_at if group & 1 else partial_at  # number 0 is free after every second group
         v_at = values_at + size * first * value_width
         soon_at = 0
-        if cold and group + AHEAD < groups:
-            soon_at = v_at + AHEAD * size * LANES * value_width
+        if cold and group + GROUPS_AHEAD < groups:
+            soon_at = v_at + GROUPS_AHEAD * size * LANES * value_width
         weigh_group(queries, scratch_at + 4 * first, e_stride, v_at, soon_at, size, value_width,
                     to, 4 * width)  # fmt: skip
         level = 0
         while (group >> level) & 1:
-            add_to(parts_at + 4 * level * whole, now_at, whole)
+            add_to(partial_at + 4 * level * whole, now_at, whole)
             level += 1
         if level:
-            copy(now_at, parts_at + 4 * level * whole, whole)
+            copy(now_at, partial_at + 4 * level * whole, whole)
     fill_zero(now_at, whole)
     for level in range(LEVELS):
         if (groups >> level) & 1:
-            add_to(parts_at + 4 * level * whole, now_at, whole)
+            add_to(partial_at + 4 * level * whole, now_at, whole)
     for query in range(queries):
         at = now_at + 4 * query * width
         total = floats(at + 4 * value_width, 1)[0] + ZERO

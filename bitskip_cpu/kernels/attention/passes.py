@@ -1,9 +1,9 @@
 """What attention does with cached keys and values, float32 or float16 (SPEC 6.2, 6.3, 6.5).
 
-The functions take (queries, size, query, query stride, cached, step, soon, out, out stride): 1 to 4
-queries, whose arrays of floats and whose results lie `stride` bytes apart; cached numbers of `size`
-bytes, FULL or HALF, LANES of them at a time, the next ones `step` numbers further. They are read
-and converted once for all queries; between them those at `soon` are asked for (0: nothing is).
+The functions take (queries, size, query, query stride, cached, pitch, soon, out, out stride): 1 to
+4 queries, whose arrays of floats and whose results lie `stride` bytes apart; cached numbers of
+`size` bytes, 4 or 2, LANES of them at a time, the next ones `pitch` numbers further. They are read
+and converted once for all queries; meanwhile the function prefetches from `soon` (0: nothing).
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from bitskip_cpu.kernels.arithmetic.float16 import load_halfs
+from bitskip_cpu.kernels.arithmetic.float16 import load_float16s
 from bitskip_cpu.kernels.arithmetic.lanes import load_lanes, load_splat, paired, store_lanes
-from bitskip_cpu.kernels.layout import FULL, HALF, LANES, QUERIES
+from bitskip_cpu.kernels.layout import CACHED_FLOAT16, CACHED_FLOAT32, LANES, QUERIES
 from bitskip_cpu.kernels.numba_inside.decorators import intrinsic
 from bitskip_cpu.kernels.numba_inside.emit import LONG, prefetch
-from bitskip_cpu.kernels.numba_inside.views import floats, halfs
+from bitskip_cpu.kernels.numba_inside.views import float16s, floats
 
 Kernel = Callable[..., None]
 Emit = Callable[[ir.IRBuilder, int, int, bool, Sequence[ir.Value]], None]
-CASES = tuple(itertools.product(range(1, QUERIES + 1), (FULL, HALF), (False, True)))
+SIZES = CACHED_FLOAT32, CACHED_FLOAT16
+CASES = tuple(itertools.product(range(1, QUERIES + 1), SIZES, (False, True)))
 
 
 def _products(leaves: int) -> Kernel:
     def products(
         queries: int, size: int,
-        q_at: int, q_stride: int, k_at: int, step: int, soon: int, out_at: int, out_stride: int,
+        q_at: int, q_stride: int, k_at: int, pitch: int, soon: int, out_at: int, out_stride: int,
     ) -> None:  # fmt: skip
         for i in range(queries):
             q = floats(q_at + i * q_stride, leaves)
-            p = [q[j] * _numbers(size, k_at + j * step * size) for j in range(leaves)]
+            p = [q[j] * _numbers(size, k_at + j * pitch * size) for j in range(leaves)]
             floats(out_at + i * out_stride, LANES)[:] = paired(p)
 
     return products
@@ -42,19 +43,19 @@ def _products(leaves: int) -> Kernel:
 
 def _weighed(
     queries: int, size: int,
-    e_at: int, e_stride: int, v_at: int, step: int, soon: int, out_at: int, out_stride: int,
+    e_at: int, e_stride: int, v_at: int, pitch: int, soon: int, out_at: int, out_stride: int,
 ) -> None:  # fmt: skip
     """out = sum 2.3 over LANES positions of e * v, of LANES features."""
     for i in range(queries):
         e = floats(e_at + i * e_stride, LANES)
-        parts = [e[j] * _numbers(size, v_at + j * step * size) for j in range(LANES)]
+        parts = [e[j] * _numbers(size, v_at + j * pitch * size) for j in range(LANES)]
         floats(out_at + i * out_stride, LANES)[:] = paired(parts)
 
 
 def _numbers(size: int, at: int) -> Any:
     """LANES cached numbers as floats."""
-    if size == HALF:
-        return halfs(at, LANES).view(np.float16).astype(np.float32)
+    if size == CACHED_FLOAT16:
+        return float16s(at, LANES).view(np.float16).astype(np.float32)
     return floats(at, LANES)
 
 
@@ -62,7 +63,7 @@ def _emit_products(leaves: int) -> Emit:
     def emit(
         builder: ir.IRBuilder, queries: int, size: int, cold: bool, args: Sequence[ir.Value]
     ) -> None:
-        q, q_stride, k, step, soon, out, out_stride = args
+        q, q_stride, k, pitch, soon, out, out_stride = args
         query_at = [q]
         for _ in range(queries - 1):
             query_at.append(builder.add(query_at[-1], q_stride))
@@ -74,7 +75,7 @@ def _emit_products(leaves: int) -> Emit:
                 return [builder.fadd(a, b) for a, b in zip(left, right, strict=True)]
             keys, found = [], []
             for j in range(first, first + count):
-                offset = builder.mul(step, LONG(j * size))
+                offset = builder.mul(pitch, LONG(j * size))
                 if cold:
                     prefetch(builder, builder.add(soon, offset), 2)
                 keys.append(_load(builder, size, builder.add(k, offset)))
@@ -96,10 +97,10 @@ def _emit_products(leaves: int) -> Emit:
 def _emit_weighed(
     builder: ir.IRBuilder, queries: int, size: int, cold: bool, args: Sequence[ir.Value]
 ) -> None:
-    e, e_stride, v, step, soon, out, out_stride = args
+    e, e_stride, v, pitch, soon, out, out_stride = args
     values = []
     for j in range(LANES):
-        offset = builder.mul(step, LONG(j * size))
+        offset = builder.mul(pitch, LONG(j * size))
         if cold:
             prefetch(builder, builder.add(soon, offset), 2)
         values.append(_load(builder, size, builder.add(v, offset)))
@@ -113,23 +114,23 @@ def _emit_weighed(
 
 
 def _load(builder: ir.IRBuilder, size: int, at: ir.Value) -> ir.Value:
-    return (load_halfs if size == HALF else load_lanes)(builder, at)
+    return (load_float16s if size == CACHED_FLOAT16 else load_lanes)(builder, at)
 
 
 def _pass(twin: Kernel, emit: Emit) -> Kernel:
     """Code for each of CASES, and a branch to it."""
 
     @intrinsic(twin)
-    def passed(builder, queries, size, query, stride, cached, step, soon, out, out_stride):
+    def passed(builder, queries, size, query, stride, cached, pitch, soon, out, out_stride):
         end = builder.append_basic_block("end")
         cold = builder.zext(builder.icmp_signed("!=", soon, LONG(0)), LONG)
         case = builder.or_(queries, builder.shl(size, LONG(8)))
         chosen = builder.switch(builder.or_(case, builder.shl(cold, LONG(16))), end)
         for count, bytes_of, asks in CASES:
-            block = builder.append_basic_block(f"{count}_queries_{bytes_of}_bytes")
-            chosen.add_case(LONG(count | bytes_of << 8 | asks << 16), block)
-            builder.position_at_end(block)
-            arguments = query, stride, cached, step, soon, out, out_stride
+            here = builder.append_basic_block(f"{count}_queries_{bytes_of}_bytes")
+            chosen.add_case(LONG(count | bytes_of << 8 | asks << 16), here)
+            builder.position_at_end(here)
+            arguments = query, stride, cached, pitch, soon, out, out_stride
             emit(builder, count, bytes_of, asks, arguments)
             builder.branch(end)
         builder.position_at_end(end)

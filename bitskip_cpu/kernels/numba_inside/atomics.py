@@ -1,6 +1,6 @@
-"""Atomics and waiting, for the threads that share a job (compiled runs only).
+"""Atomics and waiting, for the threads that share a stage (compiled runs only).
 
-Addresses are of int64. Everything is sequentially consistent: a job costs a handful of these.
+Addresses are of int64. Everything is sequentially consistent: a stage costs a handful of these.
 """
 
 from __future__ import annotations
@@ -51,6 +51,6 @@ def pause(builder):
 
 @intrinsic()
 def sleep(builder, microseconds):
-    """Give the CPU away for about that long (0: only to who waits for it)."""
+    """Sleep about that long; 0: yield the CPU."""
     units = builder.trunc(builder.sdiv(microseconds, LONG(SLEEP_UNIT)), INT)
     call(builder, SLEEP, INT, units)

@@ -12,20 +12,25 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import from_dtype, types
-from numba.core import cgutils
-from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
+from llvmlite import ir
+from numba import carray, from_dtype, types
 from numpy.typing import DTypeLike
 
 from bitskip_cpu.isa import INTERPRETED
+from bitskip_cpu.kernels import numba_inside
 from bitskip_cpu.kernels.layout import PRODUCT, STATE
+from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
+from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, WORD, pointer
 
 View = Callable[[Any, Any], np.ndarray]
 
 
-def _view(kind: DTypeLike) -> View:
-    """A function (address, n) -> 1-D array of that dtype over existing memory."""
+def _view(kind: DTypeLike, element: ir.Type = BYTE) -> View:
+    """A function (address, n) -> 1-D array of that dtype over existing memory.
+
+    `element`: the LLVM type of a number. Compiled, such an array is a pointer: indices are not
+    checked, and do not count from the end. An array of structs is a true one.
+    """
     dtype = np.dtype(kind)
     if INTERPRETED:
 
@@ -36,34 +41,31 @@ def _view(kind: DTypeLike) -> View:
 
         return interpreted
 
-    item: types.Type = from_dtype(dtype)
-    array = types.Array(item, 1, "C")
+    @intrinsic(returns=types.voidptr if dtype.names else types.CPointer(from_dtype(dtype)))
+    def compiled(builder, address, n):
+        return pointer(builder, address, element)
 
-    @intrinsic
-    def compiled(typing: Any, address: Any, n: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            data = context.get_data_type(item)
-            size = context.get_constant(types.intp, context.get_abi_sizeof(data))
-            result = context.make_array(array)(context, builder)
-            populate_array(
-                result,
-                data=builder.inttoptr(args[0], data.as_pointer()),
-                shape=cgutils.pack_array(builder, [args[1]]),
-                strides=cgutils.pack_array(builder, [size]),
-                itemsize=size,
-                meminfo=None,
-            )
-            return result._getvalue()
-
-        return array(types.int64, types.int64), codegen
-
-    return compiled  # type: ignore[no-any-return]
+    return compiled if not dtype.names else _structs(compiled, dtype)
 
 
-floats = _view(np.float32)
-halfs = _view(np.uint16)
+def _structs(at: View, dtype: np.dtype) -> View:
+    """The same of structs, which kernels take as one of an array."""
+    if numba_inside.plain:
+
+        @kernel
+        def array(address, n):
+            return carray(at(address, n), n, dtype)
+
+        return array
+    from bitskip_cpu.kernels.numba_inside.compile import structs
+
+    return structs(from_dtype(dtype))
+
+
+floats = _view(np.float32, ir.FloatType())
+float16s = _view(np.uint16, WORD)
 int8s = _view(np.int8)
 uint8s = _view(np.uint8)
-int32s = _view(np.int32)
+int32s = _view(np.int32, INT)
 state_structs = _view(STATE)
 product_structs = _view(PRODUCT)

@@ -1,11 +1,7 @@
 """Exact integer products of 8-bit codes as LLVM IR (SPEC 4.3, 4.4).
 
 Every kernel multiplies unsigned bytes by signed bytes and adds groups of four products to 32-bit
-lanes; the paths differ only in the register width and in `dot`, the instruction for that:
-
-    dotprod            sdot, of two signed operands: packed codes are at most 63, or signed
-    vnni512, vnni256   vpdpbusd, which cannot saturate
-    avx2               vpmaddubsw, vpmaddwd: pairs of products must fit 16 bits, 2 * 127 * 127 does
+lanes; paths differ in the width of a register and in `dot`, the instruction for that (`DOTS`).
 """
 
 from __future__ import annotations
@@ -18,33 +14,61 @@ from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, LONG, WORD, call, pointer, prefetch
 
 FAR, NEAR = 8192, 1280  # bytes; measured
-WIDTH = {"vnni256": 32, "avx2": 32, "dotprod": 16}.get(PATH, 64)  # bytes in a register
+WIDTH = PATH.width
 BYTES = ir.VectorType(BYTE, WIDTH)
 WORDS = ir.VectorType(WORD, WIDTH // 2)
 INTS = ir.VectorType(INT, WIDTH // 4)
 
+Dot = Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]
+"""(builder, total, u, s) -> total, int32 lanes, + the sums of four u8 * s8 products each."""
+Kernel = Callable[..., None]
 
-def splat(kind: ir.VectorType, value: int) -> ir.Constant:
+
+def constant(kind: ir.VectorType, value: int) -> ir.Constant:
     """A vector of equal constants."""
     return ir.Constant(kind, [value] * kind.count)
 
 
-def dot(builder: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
-    """total int32 lanes + sums of four u8 * s8 products each."""
-    if PATH == "avx2":
-        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", WORDS, u, s)
-        fours = call(builder, "llvm.x86.avx2.pmadd.wd", INTS, pairs, splat(WORDS, 1))
-        return builder.add(total, fours)
-    if PATH == "dotprod":
-        return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", INTS, total, u, s)
+def vpdpbusd(builder: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+    """VNNI's, which cannot saturate."""
     name = f"llvm.x86.avx512.vpdpbusd.{WIDTH * 8}"
     return call(builder, name, INTS, total, builder.bitcast(u, INTS), builder.bitcast(s, INTS))
+
+
+def sdot(builder: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+    """ARM's, of two signed operands: packed codes are at most 63, or signed."""
+    return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", INTS, total, u, s)
+
+
+def sums_of_pairs(builder: ir.IRBuilder, u: ir.Value, s: ir.Value) -> ir.Value:
+    """Sums of two u8 * s8 products each in 16-bit lanes, which they must fit; AVX2."""
+    return call(builder, "llvm.x86.avx2.pmadd.ub.sw", WORDS, u, s)
+
+
+def add_pairs(builder: ir.IRBuilder, total: ir.Value, pairs: ir.Value) -> ir.Value:
+    """Add two neighbouring 16-bit lanes to each 32-bit one; AVX2."""
+    fours = call(builder, "llvm.x86.avx2.pmadd.wd", INTS, pairs, constant(WORDS, 1))
+    return builder.add(total, fours)
+
+
+def vpmaddubsw(builder: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+    """AVX2's two instructions: pairs of products must fit 16 bits, as 2 * 127 * 127 does."""
+    return add_pairs(builder, total, sums_of_pairs(builder, u, s))
+
+
+DOTS: dict[str, Dot] = {"vpdpbusd": vpdpbusd, "sdot": sdot, "vpmaddubsw": vpmaddubsw}
+"""By the name that a path has it under."""
+
+
+def dot(builder: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+    """The path's."""
+    return DOTS[PATH.dot](builder, total, u, s)
 
 
 def starts(
     builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, last: ir.Value, count: int
 ) -> list[ir.Value]:
-    """base, base + stride, ...; those above the last one repeat it."""
+    """Addresses base, base + stride, ...; those above the last one repeat it."""
     found = [base]
     for i in range(1, count):
         inside = builder.icmp_signed("<=", LONG(i), last)
@@ -52,11 +76,8 @@ def starts(
     return found
 
 
-Tile = Callable[..., None]
-
-
 def load(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
-    """WIDTH bytes at base + offset."""
+    """Load WIDTH bytes from base + offset."""
     return builder.load(pointer(builder, builder.add(base, offset), BYTES), align=1)
 
 

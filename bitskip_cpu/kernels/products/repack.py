@@ -1,4 +1,4 @@
-"""Packed rows of a model folder (FORMAT 2) -> tiles (`tiles`), once when a model is loaded."""
+"""Packed rows of a folder (FORMAT 2) -> tiles (`ternary_layout`), once when a model is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bitskip_cpu.kernels.products.ternary_layout import (
     PLANES,
     TILE_ROWS,
     UNIT_LINES,
-    UNIT_VALUE,
+    UNIT_WORTH,
 )
 from bitskip_cpu.kernels.products.transpose import SIDE, transpose
 
@@ -20,10 +20,10 @@ from bitskip_cpu.kernels.products.transpose import SIDE, transpose
 @kernel
 def unpack_row(row_at, row_bytes, out_at):
     """One packed row -> its codes 0, 1, 2 as bytes, 256 for 64."""
-    for group in range(0, row_bytes, 64):
-        packed = uint8s(row_at + group, 64)
-        first, second = uint8s(out_at + 4 * group, 64), uint8s(out_at + 4 * group + 64, 64)
-        third, fourth = uint8s(out_at + 4 * group + 128, 64), uint8s(out_at + 4 * group + 192, 64)
+    for start in range(0, row_bytes, 64):
+        packed, to = uint8s(row_at + start, 64), out_at + 4 * start
+        first, second = uint8s(to, 64), uint8s(to + 64, 64)
+        third, fourth = uint8s(to + 128, 64), uint8s(to + 192, 64)
         for i in range(64):
             byte = packed[i]
             first[i] = byte & 3
@@ -34,7 +34,7 @@ def unpack_row(row_at, row_bytes, out_at):
 
 @kernel
 def join_planes(planes_at, out_at):
-    """PLANES groups of 64 codes -> one line's."""
+    """PLANES planes of 64 codes -> one line."""
     out = uint8s(out_at, LINE)
     a, b = uint8s(planes_at, LINE), uint8s(planes_at + LINE, LINE)
     c = uint8s(planes_at + 2 * LINE, LINE)
@@ -49,7 +49,7 @@ def join_planes(planes_at, out_at):
 
 @kernel
 def hide_lines(lines_at):
-    """Lines 5, 6, 7 of a dense unit into the upper bits of lines 0 to 4."""
+    """Move lines 5, 6, 7 of a dense unit into the upper bits of lines 0 to 4."""
     a, b = uint8s(lines_at, LINE), uint8s(lines_at + LINE, LINE)
     c, d = uint8s(lines_at + 2 * LINE, LINE), uint8s(lines_at + 3 * LINE, LINE)
     e, x = uint8s(lines_at + 4 * LINE, LINE), uint8s(lines_at + 5 * LINE, LINE)
@@ -68,10 +68,10 @@ def repack(rows_at, row_bytes, rows, units, tail, tiles_at, scratch_at):
     Rows that the last tile lacks, and columns behind a row's end, have code 1 (weight 0). Scratch:
     32 * (C + 64) + 512 bytes, C the larger of a packed row's and a tile's columns.
     """
-    lines = units * UNIT_VALUE + tail
+    lines = units * UNIT_WORTH + tail
     columns = lines * LINE_COLUMNS
-    square = COLUMNS * SIDE
-    stride = (max(columns, 4 * row_bytes) + square - 1) // square * square
+    together = COLUMNS * SIDE  # columns of one transposition
+    stride = (max(columns, 4 * row_bytes) + together - 1) // together * together
     planes_at = scratch_at + TILE_ROWS * stride
     unit_at = planes_at + TILE_ROWS * stride
     codes = uint8s(scratch_at, TILE_ROWS * stride)
@@ -85,11 +85,11 @@ def repack(rows_at, row_bytes, rows, units, tail, tiles_at, scratch_at):
             else:
                 for i in range(r * stride, (r + 1) * stride):
                     codes[i] = 1
-        for column in range(0, columns, square):
+        for column in range(0, columns, together):
             transpose(scratch_at + column, stride, planes_at + column * TILE_ROWS)
         for unit in range(units):
-            for i in range(UNIT_VALUE):
-                at = planes_at + (unit * UNIT_VALUE + i) * PLANES * LINE
+            for i in range(UNIT_WORTH):
+                at = planes_at + (unit * UNIT_WORTH + i) * PLANES * LINE
                 join_planes(at, unit_at + i * LINE)
             if DENSE:
                 hide_lines(unit_at)
@@ -97,6 +97,6 @@ def repack(rows_at, row_bytes, rows, units, tail, tiles_at, scratch_at):
             for i in range(UNIT_LINES * LINE):
                 out[i] = joined[i]
             to += UNIT_LINES * LINE
-        for i in range(units * UNIT_VALUE, lines):
+        for i in range(units * UNIT_WORTH, lines):
             join_planes(planes_at + i * PLANES * LINE, to)
             to += LINE

@@ -8,8 +8,8 @@ plane: byte 4 r + c belongs to row r, column c. A line multiplied by 4 activatio
     dense       a line's low 5 bits hold 3 planes as one number d0 + 3 d1 + 9 d2; the upper 3 bits
                 of 5 lines hold the numbers of 3 lines more, so that 5 lines are worth 8
 
-Codes are w + 1: 0, 1, 2. Lines are taken UNIT at a time; what is left at a row's end is stored as
-single lines, dense ones with unused upper bits.
+Codes are w + 1: 0, 1, 2. Lines are read a *unit* at a time; what is left at a row's end is its
+*tail* of single lines, dense ones with unused upper bits. `bitskip_cpu.kernels` has a drawing.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from bitskip_cpu.isa import PATH
 TILE_ROWS = 16  # of a tile
 LINE = 64  # bytes
 COLUMNS = 4  # of a line and plane
-DENSE = PATH in ("amx512", "vbmi512")
+DENSE = PATH.dense
 PLANES = 3 if DENSE else 4  # of a line
 UNIT_LINES = 5 if DENSE else 4  # stored for a unit
-UNIT_VALUE = 8 if DENSE else 4  # lines that a unit is worth
+UNIT_WORTH = 8 if DENSE else 4  # lines that a unit is worth
 LINE_COLUMNS = PLANES * COLUMNS
-UNIT_COLUMNS = UNIT_VALUE * LINE_COLUMNS
+UNIT_COLUMNS = UNIT_WORTH * LINE_COLUMNS
 
 
 def padded_rows(rows: int) -> int:
-    """Rows of whole tiles."""
+    """Rows with those that fill up the last tile."""
     return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
 def units(width: int) -> int:
-    """Whole units of a row of that many weights."""
+    """Whole units of a row of `width` weights."""
     left = width % UNIT_COLUMNS
     # A rest worth more than UNIT_LINES lines is cheaper as a unit.
     return width // UNIT_COLUMNS + (left > UNIT_LINES * LINE_COLUMNS)
 
 
 def tail_lines(width: int) -> int:
-    """Single lines behind the units."""
+    """Lines of the tail of a row of `width` weights."""
     left = max(0, width - units(width) * UNIT_COLUMNS)
     return -(-left // LINE_COLUMNS)
 
 
 def padded_width(width: int) -> int:
-    """Columns of a row with its padding; a multiple of COLUMNS, and of what a matrix unit takes."""
+    """Columns of a row with its padding, once unpacked: a multiple of the path's `columns`."""
     columns = units(width) * UNIT_COLUMNS + tail_lines(width) * LINE_COLUMNS
-    return -(-columns // 64) * 64 if PATH == "amx512" else columns
+    return -(-columns // PATH.columns) * PATH.columns
 
 
 def tile_bytes(width: int) -> int:
-    """Bytes of a tile of rows of that many weights."""
+    """Bytes of a tile of rows of `width` weights."""
     return (units(width) * UNIT_LINES + tail_lines(width)) * LINE

@@ -1,8 +1,8 @@
-"""Products of ternary weights (layout: `tiles`) with activation codes, as LLVM IR (SPEC 4.3).
+"""Kernels of packed and unpacked ternary tiles (`ternary_layout`), as LLVM IR (SPEC 4.3).
 
 The 16 rows of a tile are lanes; a column's activation codes are broadcast. The weights' codes are
-unsigned bytes 0, 1, 2 and the first operand of `dot_simd.dot`. On AVX2 the pairs of a unit are
-summed in 16 bits first: at most 16 * 2 * 2 * 127 = 8128.
+unsigned bytes 0, 1, 2 and the first operand of `dot`. On AVX2 the pairs of a unit are summed in 16
+bits first: at most 16 * 2 * 2 * 127 = 8128.
 
 Tokens above `last` repeat it, so that a border needs no code of its own; the int32 sums of a
 token's 16 rows lie side by side, the next token's `out stride` bytes further.
@@ -23,12 +23,14 @@ from bitskip_cpu.kernels.products.dot import (
     INTS,
     WIDTH,
     WORDS,
-    Tile,
+    Kernel,
+    add_pairs,
+    constant,
     dot,
     fetch_ahead,
     load,
-    splat,
     starts,
+    sums_of_pairs,
 )
 from bitskip_cpu.kernels.products.ternary_layout import (
     COLUMNS,
@@ -40,30 +42,30 @@ from bitskip_cpu.kernels.products.ternary_layout import (
     UNIT_LINES,
 )
 
-HALVES = LINE // WIDTH  # registers of a line
+REGISTERS = LINE // WIDTH  # of a line
 Line = list[ir.Value]
 
 
 def load_line(builder: ir.IRBuilder, base: ir.Value, offset: int) -> Line:
-    """The line at base + offset bytes."""
-    return [load(builder, base, LONG(offset + h * WIDTH)) for h in range(HALVES)]
+    """Load the line at base + offset bytes."""
+    return [load(builder, base, LONG(offset + h * WIDTH)) for h in range(REGISTERS)]
 
 
 def shifted(builder: ir.IRBuilder, x: ir.Value, bits: int) -> ir.Value:
-    """Each byte shifted right; the bits that come in from its neighbour are garbage."""
-    words = builder.lshr(builder.bitcast(x, WORDS), splat(WORDS, bits))
+    """Shift each byte right; the bits that come in from its neighbour are garbage."""
+    words = builder.lshr(builder.bitcast(x, WORDS), constant(WORDS, bits))
     return builder.bitcast(words, BYTES)
 
 
 def choose(builder: ir.IRBuilder, mask: int, x: ir.Value, y: ir.Value) -> ir.Value:
-    """The bits of x where the mask has ones, else those of y."""
+    """Take the bits of x where the mask has ones, else those of y."""
     return builder.or_(
-        builder.and_(x, splat(BYTES, mask)), builder.and_(y, splat(BYTES, 255 - mask))
+        builder.and_(x, constant(BYTES, mask)), builder.and_(y, constant(BYTES, 255 - mask))
     )
 
 
-def worth(builder: ir.IRBuilder, stored: list[Line]) -> list[Line]:
-    """All lines of a unit, of those that are stored for it."""
+def unit_lines(builder: ir.IRBuilder, stored: list[Line]) -> list[Line]:
+    """All lines of a unit, from those stored for it."""
     if not DENSE:
         return stored
     a, b, c, d, e = (line[0] for line in stored)
@@ -80,7 +82,7 @@ def plane(builder: ir.IRBuilder, x: ir.Value, p: int) -> ir.Value:
     """The codes 0, 1, 2 of one plane of a line's register."""
     if not DENSE:
         moved = shifted(builder, x, 2 * p) if p else x
-        return builder.and_(moved, splat(BYTES, 3))
+        return builder.and_(moved, constant(BYTES, 3))
     # The lookup sees 6 bits; the sixth is garbage, hence every entry twice.
     digits = [(min(i & 31, 26) // 3**p) % 3 for i in range(64)]
     table = ir.Constant(BYTES, digits)
@@ -95,98 +97,95 @@ def planes(builder: ir.IRBuilder, lines: list[Line]) -> Iterator[tuple[int, list
 
 
 def broadcast(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
-    """4 activation codes, repeated for the 16 rows."""
+    """Repeat 4 activation codes for the 16 rows."""
     at = builder.inttoptr(builder.add(base, offset), INT.as_pointer())
     four = builder.load(at, align=1)
     nothing = ir.Constant(INTS, ir.Undefined)
     first = builder.insert_element(nothing, four, INT(0))
-    return builder.bitcast(builder.shuffle_vector(first, nothing, splat(INTS, 0)), BYTES)
+    return builder.bitcast(builder.shuffle_vector(first, nothing, constant(INTS, 0)), BYTES)
 
 
 class Sums:
     """Accumulators [tokens][registers] in `chains` copies, so that additions need not wait."""
 
     def __init__(self, builder: ir.IRBuilder, tokens: int, registers: int, chains: int) -> None:
-        if WIDTH == 16:  # four registers a line, and 32 in all
+        if WIDTH == 16:  # four registers a line; ARM has 32
             chains = max(1, 16 // (tokens * registers))
         self.builder, self.chains = builder, chains
         self.shape = tokens, registers
         self.totals = [
-            [[variable(builder, splat(INTS, 0)) for _ in range(chains)]
+            [[variable(builder, constant(INTS, 0)) for _ in range(chains)]
              for _ in range(registers)] for _ in range(tokens)
         ]  # fmt: skip
         self.pairs: dict[tuple[int, int], ir.Value] = {}
 
-    def add(self, t: int, r: int, weights: ir.Value, codes: ir.Value, turn: int) -> None:
-        """Onto token t, register r; `turn` chooses the chain."""
+    def add(self, t: int, r: int, weights: ir.Value, codes: ir.Value, chain: int) -> None:
+        """Add products to token t, register r; `chain` is taken modulo their number."""
         builder = self.builder
-        if PATH == "avx2":
-            name = "llvm.x86.avx2.pmadd.ub.sw"
-            pairs = call(builder, name, WORDS, weights, codes)
+        if PATH.pairs:
+            pairs = sums_of_pairs(builder, weights, codes)
             before = self.pairs.get((t, r))
             self.pairs[t, r] = builder.add(before, pairs) if before else pairs
             return
-        total = self.totals[t][r][turn % self.chains]
+        total = self.totals[t][r][chain % self.chains]
         builder.store(dot(builder, builder.load(total), weights, codes), total)
 
     def flush(self) -> None:
-        """AVX2: the 16-bit sums onto the 32-bit ones; after at most 64 planes."""
+        """Add 16-bit sums, if the path has them, to the 32-bit ones; after at most 64 planes."""
         builder = self.builder
         for (t, r), pairs in self.pairs.items():
-            name = "llvm.x86.avx2.pmadd.wd"
-            fours = call(builder, name, INTS, pairs, splat(WORDS, 1))
             total = self.totals[t][r][0]
-            builder.store(builder.add(builder.load(total), fours), total)
+            builder.store(add_pairs(builder, builder.load(total), pairs), total)
         self.pairs = {}
 
     def store(self, out: ir.Value, out_stride: ir.Value) -> None:
-        """All sums of a token side by side."""
+        """Store all sums of a token side by side."""
         builder = self.builder
         for token in self.totals:
             for r, chains in enumerate(token):
-                parts = [builder.load(total) for total in chains]
-                while len(parts) > 1:
-                    parts = [builder.add(a, b) for a, b in zip(parts[::2], parts[1::2])]  # noqa: B905
+                left = [builder.load(total) for total in chains]
+                while len(left) > 1:
+                    left = [builder.add(a, b) for a, b in zip(left[::2], left[1::2])]  # noqa: B905
                 at = builder.add(out, LONG(r * WIDTH))
-                builder.store(parts[0], pointer(builder, at, INTS), align=4)
+                builder.store(left[0], pointer(builder, at, INTS), align=4)
             out = builder.add(out, out_stride)
 
 
-def over_lines(builder: ir.IRBuilder, tile: ir.Value, units: ir.Value, tail: ir.Value, step: Any):
-    """step(lines, first column) along a tile: for each unit, then for each line of its tail."""
+def over_lines(builder: ir.IRBuilder, tile: ir.Value, units: ir.Value, tail: ir.Value, do: Any):
+    """Emit do(lines, first column) along a tile: for each unit, then for each line of its tail."""
     with loop(builder, units) as index:
         at = builder.add(tile, builder.mul(index, LONG(UNIT_LINES * LINE)))
         for i in range(UNIT_LINES):
             fetch_ahead(builder, at, LONG(i * LINE))
         stored = [load_line(builder, at, i * LINE) for i in range(UNIT_LINES)]
-        step(worth(builder, stored), builder.mul(index, LONG(UNIT_COLUMNS)))
+        do(unit_lines(builder, stored), builder.mul(index, LONG(UNIT_COLUMNS)))
     rest = builder.add(tile, builder.mul(units, LONG(UNIT_LINES * LINE)))
     first = builder.mul(units, LONG(UNIT_COLUMNS))
     with loop(builder, tail) as index:
         at = builder.add(rest, builder.mul(index, LONG(LINE)))
         fetch_ahead(builder, at, LONG(0))
         column = builder.add(first, builder.mul(index, LONG(LINE_COLUMNS)))
-        step([load_line(builder, at, 0)], column)
+        do([load_line(builder, at, 0)], column)
 
 
-def packed_tile(tokens: int, chains: int) -> Tile:
+def packed_tile(tokens: int, chains: int) -> Kernel:
     """(tile, units, tail, codes, codes stride, last, out, out stride): 16 rows x tokens."""
 
     @intrinsic()
     def tile_sums(builder, tile, units, tail, codes, codes_stride, last, out, out_stride):
         token_at = starts(builder, codes, codes_stride, last, tokens)
-        sums = Sums(builder, tokens, HALVES, chains)
+        sums = Sums(builder, tokens, REGISTERS, chains)
 
-        def step(lines: list[Line], first: ir.Value) -> None:
-            for turn, (column, weights) in enumerate(planes(builder, lines)):
+        def multiply(lines: list[Line], first: ir.Value) -> None:
+            for chain, (column, weights) in enumerate(planes(builder, lines)):
                 at = builder.add(first, LONG(column))
                 for t in range(tokens):
                     four = broadcast(builder, token_at[t], at)
-                    for h in range(HALVES):
-                        sums.add(t, h, weights[h], four, turn)
+                    for h in range(REGISTERS):
+                        sums.add(t, h, weights[h], four, chain)
             sums.flush()
 
-        over_lines(builder, tile, units, tail, step)
+        over_lines(builder, tile, units, tail, multiply)
         sums.store(out, out_stride)
 
     return tile_sums
@@ -194,19 +193,19 @@ def packed_tile(tokens: int, chains: int) -> Tile:
 
 @intrinsic()
 def unpack_tile(builder, tile, units, tail, out):
-    """The tile's codes as bytes: 64 for every 4 columns, in the order of a line."""
+    """Unpack a tile's codes into bytes: 64 for every 4 columns, in the order of a line."""
 
-    def step(lines: list[Line], first: ir.Value) -> None:
+    def unpack(lines: list[Line], first: ir.Value) -> None:
         for column, weights in planes(builder, lines):
             at = builder.mul(builder.add(first, LONG(column)), LONG(LINE // COLUMNS))
             for h, codes in enumerate(weights):
                 to = builder.add(builder.add(out, at), LONG(h * WIDTH))
                 builder.store(codes, pointer(builder, to, BYTES), align=1)
 
-    over_lines(builder, tile, units, tail, step)
+    over_lines(builder, tile, units, tail, unpack)
 
 
-def bytes_tile(tiles: int, tokens: int, unroll: int) -> Tile:
+def bytes_tiles(tiles: int, tokens: int, unroll: int) -> Kernel:
     """(unpacked tiles, stride, last tile, fours, codes, codes stride, last, out, out stride).
 
     16 * tiles rows x tokens, along `fours` times 4 columns (a multiple of `unroll`).
@@ -218,14 +217,14 @@ def bytes_tile(tiles: int, tokens: int, unroll: int) -> Tile:
     ):
         tile_at = starts(builder, tile, stride, last_tile, tiles)
         token_at = starts(builder, codes, codes_stride, last, tokens)
-        sums = Sums(builder, tokens, tiles * HALVES, 1)
-        with loop(builder, builder.udiv(fours, LONG(unroll))) as turn:
+        sums = Sums(builder, tokens, tiles * REGISTERS, 1)
+        with loop(builder, builder.udiv(fours, LONG(unroll))) as outer:
             for u in range(unroll):
-                index = builder.add(builder.mul(turn, LONG(unroll)), LONG(u))
+                index = builder.add(builder.mul(outer, LONG(unroll)), LONG(u))
                 at = builder.mul(index, LONG(LINE))
                 weights = [
                     load(builder, builder.add(base, at), LONG(h * WIDTH))
-                    for base in tile_at for h in range(HALVES)
+                    for base in tile_at for h in range(REGISTERS)
                 ]  # fmt: skip
                 for t in range(tokens):
                     four = broadcast(builder, token_at[t], builder.mul(index, LONG(COLUMNS)))
@@ -245,11 +244,10 @@ else:  # the sums of 8 tokens would not fit the registers
 
     @kernel
     def packed_8(tile, units, tail, codes, codes_stride, last, out, out_stride):
-        """As the others; more than 4 tokens."""
+        """Sums of 5 to 8 tokens, in two calls."""
         packed_4(tile, units, tail, codes, codes_stride, 3, out, out_stride)
         codes, out = codes + 4 * codes_stride, out + 4 * out_stride
         packed_4(tile, units, tail, codes, codes_stride, last - 4, out, out_stride)
 
 
-BLOCK_TILES, BLOCK_TOKENS = {64: (4, 6), 32: (1, 4), 16: (1, 6)}[WIDTH]
-bytes_block = bytes_tile(BLOCK_TILES, BLOCK_TOKENS, 4 if PATH == "avx2" else 1)
+bytes_panel = bytes_tiles(*PATH.panel, 4 if PATH.pairs else 1)

@@ -1,7 +1,7 @@
-"""How a head of 8, 6 or 4 bits lies in memory while a model runs (SPEC 4.4).
+"""How rows of the vocabulary of 8, 6 or 4 bits lie in memory while a model runs (SPEC 4.4).
 
-Tiles of 16 rows and lines of 64 bytes as in `tiles`; 16 columns of a tile are a group of four
-planes of 4 columns. Codes are stored as w + OFFSET[bits].
+Tiles of 16 rows and lines of 64 bytes as in `ternary_layout`; a unit is four planes of 4 columns.
+Codes are stored as w + OFFSET[bits].
 
     4 bits    two lines: planes 0 and 1 in the low and high half of the first's bytes, 2 and 3
     6 bits    three lines: planes 0, 1, 2 in the low 6 bits; plane 3 in the upper 2 bits of each,
@@ -16,25 +16,24 @@ import numpy as np
 from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.products.ternary_layout import COLUMNS, LINE, TILE_ROWS
 
-GROUP = 16  # columns
-LINES = {4: 2, 6: 3, 8: 4}  # of a group
-# vpmaddubsw would saturate on bytes above 128, sdot takes signed ones.
-OFFSET = {4: 8, 6: 32, 8: 0 if PATH in ("avx2", "dotprod") else 128}
+VOCAB_COLUMNS = 16  # of a unit
+VOCAB_LINES = {4: 2, 6: 3, 8: 4}  # of a unit
+OFFSET = {4: 8, 6: 32, 8: 0 if PATH.signed_bytes else 128}
 
 
 def padded_width(width: int, bits: int) -> int:
     """Columns of a row with its padding."""
-    columns = 64 if bits == 8 else GROUP
+    columns = 64 if bits == 8 else VOCAB_COLUMNS
     return -(-width // columns) * columns
 
 
 def row_bytes(width: int, bits: int) -> int:
-    """Bytes of a tile of rows of that many codes, over its rows."""
-    return padded_width(width, bits) // GROUP * LINES[bits] * LINE // TILE_ROWS
+    """Bytes of a tile of rows of `width` codes, over its rows."""
+    return padded_width(width, bits) // VOCAB_COLUMNS * VOCAB_LINES[bits] * LINE // TILE_ROWS
 
 
 def pack(codes: np.ndarray, bits: int, out: np.ndarray) -> None:
-    """int8 [V, D] -> uint8 [tiles.padded_rows(V), row_bytes(D)]; codes that are missing are 0."""
+    """int8 [V, D] -> uint8 [padded_rows(V), row_bytes(D)]; missing codes are 0."""
     columns = padded_width(codes.shape[1], bits)
     padded = np.zeros((len(out), columns), np.int8)
     padded[: len(codes), : codes.shape[1]] = codes

@@ -1,7 +1,7 @@
-"""Products of a head of 8, 6 or 4 bits (layout: `heads`) with activation codes, as LLVM IR.
+"""Kernels of the vocabulary's tiles of 8, 6 or 4 bits (`vocab_layout`), as LLVM IR (SPEC 4.4).
 
-As `ternary_simd.packed_tile`. On AVX2 two planes are summed in 16 bits: 2 * 2 * 63 * 127 = 32004;
-of 8 bits one, signs moved to the activations: 2 * 127 * 127 = 32258.
+They work as `ternary_simd.packed_tile` does. On AVX2 two planes are summed in 16 bits:
+2 * 2 * 63 * 127 = 32004; of 8 bits one, signs moved to the activations: 2 * 127 * 127 = 32258.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from bitskip_cpu.kernels.numba_inside.decorators import intrinsic
 from bitskip_cpu.kernels.numba_inside.emit import LONG, call, loop
 from bitskip_cpu.kernels.products.dot import (
     BYTES,
-    Tile,
+    Kernel,
+    constant,
     fetch_ahead,
-    splat,
     starts,
 )
 from bitskip_cpu.kernels.products.ternary_layout import COLUMNS, LINE
 from bitskip_cpu.kernels.products.ternary_simd import (
-    HALVES,
+    REGISTERS,
     Line,
     Sums,
     broadcast,
@@ -28,14 +28,14 @@ from bitskip_cpu.kernels.products.ternary_simd import (
     load_line,
     shifted,
 )
-from bitskip_cpu.kernels.products.vocab_layout import GROUP, LINES
+from bitskip_cpu.kernels.products.vocab_layout import VOCAB_COLUMNS, VOCAB_LINES
 
 
 def planes(builder: ir.IRBuilder, bits: int, lines: list[Line], h: int) -> list[ir.Value]:
-    """The four planes' codes in register h of a group's lines."""
+    """The four planes' codes in register h of a unit's lines."""
     if bits == 8:
         return [line[h] for line in lines]
-    mask = splat(BYTES, 2**bits - 1)
+    mask = constant(BYTES, 2**bits - 1)
     low = [builder.and_(line[h], mask) for line in lines]
     if bits == 4:
         high = [builder.and_(shifted(builder, line[h], 4), mask) for line in lines]
@@ -50,28 +50,28 @@ def unsigned(builder: ir.IRBuilder, w: ir.Value, codes: ir.Value) -> tuple[ir.Va
     return call(builder, sign, BYTES, w, w), call(builder, sign, BYTES, codes, w)
 
 
-def head_tile(bits: int, tokens: int, chains: int) -> Tile:
-    """(tile, groups, codes, codes stride, last, out, out stride): 16 rows x tokens."""
+def vocab_tile(bits: int, tokens: int, chains: int) -> Kernel:
+    """(tile, units, codes, codes stride, last, out, out stride): 16 rows x tokens."""
 
     @intrinsic()
-    def tile_sums(builder, tile, groups, codes, codes_stride, last, out, out_stride):
+    def tile_sums(builder, tile, units, codes, codes_stride, last, out, out_stride):
         token_at = starts(builder, codes, codes_stride, last, tokens)
-        sums = Sums(builder, tokens, HALVES, chains)
-        with loop(builder, groups) as index:
-            at = builder.add(tile, builder.mul(index, LONG(LINES[bits] * LINE)))
+        sums = Sums(builder, tokens, REGISTERS, chains)
+        with loop(builder, units) as index:
+            at = builder.add(tile, builder.mul(index, LONG(VOCAB_LINES[bits] * LINE)))
             lines = []
-            for i in range(LINES[bits]):
+            for i in range(VOCAB_LINES[bits]):
                 fetch_ahead(builder, at, LONG(i * LINE))
                 lines.append(load_line(builder, at, i * LINE))
-            weights = [planes(builder, bits, lines, h) for h in range(HALVES)]
-            first = builder.mul(index, LONG(GROUP))
+            weights = [planes(builder, bits, lines, h) for h in range(REGISTERS)]
+            first = builder.mul(index, LONG(VOCAB_COLUMNS))
             for p in range(4):
                 column = builder.add(first, LONG(p * COLUMNS))
                 for t in range(tokens):
                     four = broadcast(builder, token_at[t], column)
-                    for h in range(HALVES):
+                    for h in range(REGISTERS):
                         operands = weights[h][p], four
-                        if bits == 8 and PATH == "avx2":
+                        if bits == 8 and PATH.pairs:
                             operands = unsigned(builder, *operands)
                         sums.add(t, h, *operands, p)
                 if p % 2 or bits == 8:
@@ -81,6 +81,6 @@ def head_tile(bits: int, tokens: int, chains: int) -> Tile:
     return tile_sums
 
 
-int4_1, int4_4 = head_tile(4, 1, 4), head_tile(4, 4, 4)
-int6_1, int6_4 = head_tile(6, 1, 4), head_tile(6, 4, 4)
-int8_1, int8_4 = head_tile(8, 1, 4), head_tile(8, 4, 4)
+int4_1, int4_4 = vocab_tile(4, 1, 4), vocab_tile(4, 4, 4)
+int6_1, int6_4 = vocab_tile(6, 1, 4), vocab_tile(6, 4, 4)
+int8_1, int8_4 = vocab_tile(8, 1, 4), vocab_tile(8, 4, 4)

@@ -29,13 +29,13 @@ def test_widen_every_finite_half() -> None:
 @pytest.mark.parametrize("hardware", [True, False])
 def test_lanes_of_every_finite_half(hardware: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the CPU's instruction, if it has one, and by the way for CPUs without."""
-    if hardware and not isa.converts_halfs():
+    if hardware and not isa.converts_float16():
         pytest.skip("this CPU has no such instruction")
-    monkeypatch.setattr(isa, "converts_halfs", lambda: hardware)
+    monkeypatch.setattr(isa, "converts_float16", lambda: hardware)
 
     @intrinsic()
     def widen(builder: ir.IRBuilder, source: ir.Value, target: ir.Value) -> None:
-        store_lanes(builder, kernels.load_halfs(builder, source), target)
+        store_lanes(builder, kernels.load_float16s(builder, source), target)
 
     def widen_all(source: int, target: int, n: int) -> None:
         for i in range(0, n, LANES):

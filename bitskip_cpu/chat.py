@@ -1,0 +1,104 @@
+"""Conversations: messages by a model's own template, each token run once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from bitskip_cpu.generate import TextStream
+from bitskip_cpu.generation_options import GenerationOptions
+from bitskip_cpu.model import Model
+from bitskip_ref.folder import ChatForm
+
+Message = Mapping[str, str]
+"""{"role": "system", "user" or "assistant", "content": text}."""
+
+
+def render(form: ChatForm, messages: Sequence[Message]) -> str:
+    """The prompt that asks for the next answer, as transformers' `apply_chat_template` makes it.
+
+    The template comes with the model, so it runs in Jinja's sandbox. Raises ValueError for what the
+    template refuses (some take no system message) and for one that is not Jinja.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(reason: str) -> None:
+        raise TemplateError(reason)
+
+    def as_json(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = as_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda how: datetime.now().strftime(how)
+    try:
+        return environment.from_string(form.template).render(
+            messages=[dict(m) for m in messages], add_generation_prompt=True,
+            bos_token=form.bos_token, eos_token=form.eos_token, tools=None, documents=None,
+        )  # fmt: skip
+    except (TemplateError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the model's chat template: {reason}") from None
+
+
+class Chat:
+    """A conversation with a model. What a new prompt shares with the last one is not run again."""
+
+    def __init__(self, model: Model, system: str | None = None) -> None:
+        """system: the first message. Raises ValueError for a model without a chat template."""
+        form = model.folder.chat
+        if form is None:
+            raise ValueError(
+                f"{model.folder.path} has no chat_template.jinja: it continues texts, "
+                "see bitskip generate"
+            )
+        self.model, self._form = model, form
+        self.messages: list[Message] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
+        self._cache = model.new_cache()
+        self._held: list[int] = []  # ids of the cache's positions
+        self._depth = 0  # blocks that ran all of them
+        self.reused = 0
+        """Tokens of the last prompt that were in the cache already."""
+
+    def ask(self, content: str, options: GenerationOptions) -> TextStream:
+        """The answer to a message, piece by piece; end it with `keep`.
+
+        Raises ValueError, and leaves the conversation as it was, if the prompt does not fit.
+        """
+        model, folder = self.model, self.model.folder
+        messages = [*self.messages, {"role": "user", "content": content}]
+        ids = model.tokenizer.encode(render(self._form, messages), special=True)
+        rule = options.rule(folder)
+        depth = rule.deepest(model.config)
+        same = 0
+        if depth <= self._depth:  # what deeper blocks hold beside does not matter (SPEC 8.2)
+            for mine, new in zip(self._held, ids[:-1], strict=False):
+                if mine != new:
+                    break
+                same += 1
+        cache = self._cache if same else model.new_cache()
+        cache.length = same
+        self._cache, self._held, self._depth = cache, ids[:same], depth
+        stream = TextStream(
+            model.engine, model.tokenizer, ids[same:],
+            rule=rule, speculation=options.speculation(rule, folder), sampler=options.sampler,
+            max_tokens=options.max_tokens, stop=options.stop,
+            context=options.positions(model.config), eos_token_id=folder.end_ids, cache=cache,
+        )  # fmt: skip
+        self._held, self.messages, self.reused = ids, messages, same
+        return stream
+
+    def keep(self, stream: TextStream) -> str:
+        """Take what an `ask` has said so far, finished or broken off, as the answer; returns it."""
+        told = stream.generation()
+        self._held = [*self._held, *told.token_ids][: self._cache.length]
+        self.messages.append({"role": "assistant", "content": told.text})
+        return told.text

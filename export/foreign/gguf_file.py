@@ -1,0 +1,174 @@
+"""The container of GGUF files, read with every length checked before it is believed.
+
+Not by the package `gguf`, which keeps an array object for every string and believes counts; its
+dequantizers are used (`Tensor.floats`).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitskip_export.foreign.source import Floats, RefusedError
+from bitskip_ref.excerpt import shown
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+STRINGS = 1 << 21  # most strings of an array; a vocabulary's merges are the longest
+TENSORS = 1 << 16
+KEYS = 1 << 12
+NUMBERS = {  # value type -> its NumPy type
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8",
+    11: "<i8", 12: "<f8",
+}  # fmt: skip
+STRING, ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor where it lies in the mapped file."""
+
+    name: str
+    kind: str  # as ggml calls it: F32, Q4_0, TQ2_0, ...
+    shape: tuple[int, ...]  # slowest first, as NumPy has it
+    data: np.ndarray  # u8 [rows, bytes of a row]
+
+    def floats(self, order: np.ndarray | None = None) -> Floats:
+        """Its values; order: which row of the file each row is, int [rows]."""
+
+        def rows(first: int, end: int) -> np.ndarray:
+            from gguf import GGMLQuantizationType
+            from gguf.quants import dequantize
+
+            if len(self.shape) == 1:
+                part = dequantize(self.data[0], GGMLQuantizationType[self.kind])[first:end]
+            else:
+                raw = self.data[first:end] if order is None else self.data[order[first:end]]
+                part = dequantize(raw, GGMLQuantizationType[self.kind])
+            part = np.array(part, np.float32)
+            if not np.isfinite(part).all():
+                raise RefusedError(f"{shown(self.name)} holds a value that is not finite")
+            return part
+
+        return Floats(self.shape, self.kind, rows)
+
+
+def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors by name. Raises RefusedError for what breaks the format."""
+    try:
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError:
+        raise RefusedError(f"{path} is empty") from None
+    reader = _Reader(mapped, path)
+    if reader.take(4) != MAGIC:
+        raise RefusedError(f"{path} is not a GGUF file")
+    version = reader.number("<u4")
+    if version not in VERSIONS:
+        raise RefusedError(f"{path}: GGUF version {version}, known: {VERSIONS} (little-endian)")
+    tensor_count = reader.count("<u8", 24, TENSORS, "tensors")
+    key_count = reader.count("<u8", 12, KEYS, "keys")
+    metadata: dict[str, Any] = {}
+    for _ in range(key_count):
+        key = reader.string()
+        if key in metadata:
+            raise RefusedError(f"{path}: the key {shown(key)} is there twice")
+        metadata[key] = reader.value(reader.number("<u4"))
+    if metadata.get("split.count", 1) != 1:
+        raise RefusedError(f"{path} is one of {metadata['split.count']} parts: merge them first")
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment not in {1 << n for n in range(3, 17)}:
+        raise RefusedError(f"{path}: alignment {shown(alignment)} is no power of two from 8 on")
+    entries = [reader.tensor() for _ in range(tensor_count)]
+    start = -(-reader.at // alignment) * alignment
+    tensors: dict[str, Tensor] = {}
+    for name, shape, number, offset in entries:
+        if name in tensors:
+            raise RefusedError(f"{path}: the tensor {shown(name)} is there twice")
+        kind, block, size = _kind(number, path, name)
+        if shape[-1] % block:
+            raise RefusedError(
+                f"{path}: {shown(name)} has rows of {shape[-1]} weights, {kind} holds {block}s"
+            )
+        row_bytes, rows = shape[-1] // block * size, math.prod(shape[:-1])
+        first, end = start + offset, start + offset + row_bytes * rows
+        if offset % alignment or end > len(mapped):
+            raise RefusedError(f"{path}: {shown(name)} does not lie in the file, or is cut off")
+        data = np.frombuffer(mapped, np.uint8, end - first, first).reshape(rows, row_bytes)
+        tensors[name] = Tensor(name, kind, shape, data)
+    return metadata, tensors
+
+
+def _kind(number: int, path: Path, name: str) -> tuple[str, int, int]:
+    """(name, weights in a block, its bytes) of a tensor type."""
+    from gguf import GGMLQuantizationType
+    from gguf.constants import GGML_QUANT_SIZES
+
+    try:
+        kind = GGMLQuantizationType(number)
+        block, size = GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError):
+        raise RefusedError(
+            f"{path}: {shown(name)} is of type {number}, which the package gguf cannot read"
+        ) from None
+    return kind.name, block, size
+
+
+class _Reader:
+    """A cursor in a file that does not go beyond its end."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data, self.path, self.at = data, path, 0
+
+    def take(self, size: int) -> bytes:
+        if size > len(self.data) - self.at:
+            raise RefusedError(f"{self.path}: cut off, or a length in it lies")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def number(self, kind: str) -> Any:
+        dtype = np.dtype(kind)
+        return np.frombuffer(self.take(dtype.itemsize), dtype)[0].item()
+
+    def count(self, kind: str, least: int, most: int, what: str) -> int:
+        """A number of things of at least so many bytes each."""
+        n = int(self.number(kind))
+        if n > min(most, (len(self.data) - self.at) // least):
+            raise RefusedError(f"{self.path}: tells of {n} {what}: cut off, or the number lies")
+        return n
+
+    def string(self) -> str:
+        (size,) = struct.unpack("<Q", self.take(8))
+        return self.take(size).decode("utf-8", "surrogateescape")
+
+    def value(self, kind: int) -> Any:
+        if kind in NUMBERS:
+            return self.number(NUMBERS[kind])
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            raise RefusedError(f"{self.path}: a value of unknown type {kind}")
+        inner = self.number("<u4")
+        if inner in NUMBERS:
+            dtype = np.dtype(NUMBERS[inner])
+            n = self.count("<u8", dtype.itemsize, 1 << 40, "numbers")
+            return np.frombuffer(self.take(n * dtype.itemsize), dtype)
+        if inner != STRING:
+            raise RefusedError(f"{self.path}: an array of unknown type {inner}")
+        return [self.string() for _ in range(self.count("<u8", 8, STRINGS, "strings"))]
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """(name, shape slowest first, type, offset) of one tensor."""
+        name, axes = self.string(), self.number("<u4")
+        if not 1 <= axes <= 4:
+            raise RefusedError(f"{self.path}: {shown(name)} has {axes} axes")
+        shape = tuple(int(n) for n in np.frombuffer(self.take(8 * axes), "<u8"))[::-1]
+        if not all(1 <= n <= 1 << 32 for n in shape):
+            raise RefusedError(f"{self.path}: {shown(name)} has the shape {list(shape)}")
+        return name, shape, self.number("<u4"), int(self.number("<u8"))

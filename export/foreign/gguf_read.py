@@ -1,0 +1,215 @@
+"""A GGUF file as a `Source`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitskip_export.foreign.gguf_file import Tensor, open_gguf
+from bitskip_export.foreign.gguf_words import chat_form, end_ids, tokenizer_json
+from bitskip_export.foreign.hf_read import meaning
+from bitskip_export.foreign.source import (
+    Floats,
+    RefusedError,
+    Report,
+    Source,
+    Ternary,
+    Weight,
+)
+from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.excerpt import shown
+from bitskip_ref.tensors import parameter_shapes, tensor_count
+
+# Ours -> theirs. One table for reading and writing.
+BLOCK = {
+    "attn_norm": "attn_norm", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v",
+    "o_proj": "attn_output", "attn_sub_norm": "attn_sub_norm", "ffn_norm": "ffn_norm",
+    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
+    "ffn_sub_norm": "ffn_sub_norm",
+}  # fmt: skip
+TOP = {"embed_tokens": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
+_LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
+# Architecture -> (ffn, whether each head's rows of q and k lie in interleaved pairs).
+ARCHITECTURES = {"llama": ("swiglu", True), "bitnet": ("swiglu", False)}
+TERNARY = ("TQ1_0", "TQ2_0")
+CHUNK = 4096  # rows looked at in one go
+
+
+def read_gguf(path: Path) -> Source:
+    """Open a GGUF file; weights are read later.
+
+    Raises RefusedError: for what is damaged, and for what bitskip could only run wrongly.
+    """
+    metadata, tensors = open_gguf(path)
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise RefusedError(
+            f"{path}: architecture {shown(architecture)} is none of {', '.join(ARCHITECTURES)}"
+        )
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        mine = _ours(name)
+        if mine is None:
+            raise RefusedError(f"{path}: tensor {shown(name)}{meaning(name)}")
+        named[mine] = tensor
+    if "embed_tokens.weight" not in named:
+        raise RefusedError(f"{path} has no weights: tensor token_embd.weight is not there")
+    linear = {t.kind for n, t in named.items() if n.endswith("_proj.weight")}
+    ternary = architecture == "bitnet" or bool(linear & set(TERNARY))
+    config = _config(path, metadata, named, ternary)
+    if tensor_count(config) > 4 * len(named) + 64:
+        raise RefusedError(f"{path} lacks tensors: it tells of {config.num_hidden_layers} blocks")
+    shapes = parameter_shapes(config)
+    if missing := shapes.keys() - named.keys():
+        raise RefusedError(f"{path} lacks {_theirs(min(missing))} ({len(missing)} in all)")
+    pairs = ARCHITECTURES[architecture][1]
+    weights: dict[str, Weight] = {}
+    for name, shape in shapes.items():
+        tensor = named.pop(name)
+        if tensor.shape != shape:
+            raise RefusedError(
+                f"{path}: {tensor.name} is {list(tensor.shape)}, {list(shape)} was expected"
+            )
+        order = None
+        if pairs and name.endswith(("q_proj.weight", "k_proj.weight")):
+            order = from_pairs(shape[0], config.head_dim)
+        floats = tensor.floats(order)
+        if ternary and name.endswith("_proj.weight"):
+            scale = named.pop(name.removesuffix("weight") + "scale", None)
+            weights[name] = _ternary(path, tensor.name, floats, scale)
+        else:
+            weights[name] = floats
+    if named:
+        name = next(iter(named.values())).name
+        raise RefusedError(f"{path}: tensor {shown(name)} has no place in what the keys describe")
+    words = tokenizer_json(path, metadata, config.vocab_size)
+    return Source(
+        origin=f"GGUF file {path}",
+        config=config,
+        weights=weights,
+        tokenizer_json=words,
+        eos_token_ids=end_ids(path, metadata, config.vocab_size),
+        bos_token_id=_first_id(path, metadata, config.vocab_size),
+        chat=chat_form(path, metadata),
+        report=Report(
+            converted=("tokenizer: from the file's lists to tokenizer.json",) if words else ()
+        ),
+    )
+
+
+def _ours(name: str) -> str | None:
+    """`blk.3.attn_q.weight` -> `layers.3.q_proj.weight`; None for a name not in the table."""
+    stem, _, leaf = name.rpartition(".")
+    if leaf not in ("weight", "scale"):
+        return None
+    if found := _LAYER.fullmatch(stem):
+        part = {theirs: ours for ours, theirs in BLOCK.items()}.get(found[2])
+        return f"layers.{found[1]}.{part}.{leaf}" if part else None
+    part = {theirs: ours for ours, theirs in TOP.items()}.get(stem)
+    return f"{part}.{leaf}" if part else None
+
+
+def _theirs(name: str) -> str:
+    """Inverse of `_ours`."""
+    *layer, part, leaf = name.split(".")
+    return f"blk.{layer[1]}.{BLOCK[part]}.{leaf}" if layer else f"{TOP[part]}.{leaf}"
+
+
+def _config(
+    path: Path, metadata: dict[str, Any], named: dict[str, Tensor], ternary: bool
+) -> ModelConfig:
+    a = metadata["general.architecture"]
+
+    def key(name: str, default: Any = None) -> Any:
+        value = metadata.get(f"{a}.{name}", default)
+        if isinstance(value, np.ndarray):
+            values = set(value.tolist())
+            if len(values) != 1:
+                raise RefusedError(f"{path}: {a}.{name} differs from block to block")
+            value = values.pop()
+        if value is None:
+            raise RefusedError(f"{path} lacks the key {a}.{name}")
+        return value
+
+    if key("expert_count", 0):
+        raise RefusedError(f"{path}: the model needs experts, which bitskip has not")
+    heads, width = key("attention.head_count"), key("embedding_length")
+    scaling = key("rope.scaling.type", "none")
+    if scaling != "none" and key("rope.scaling.factor", 1.0) != 1.0:
+        raise RefusedError(f"{path}: RoPE scaling of type {shown(scaling)}: not known")
+    embedding = named["embed_tokens.weight"]
+    try:
+        head = key("attention.key_length", width // heads)
+        if key("attention.value_length", head) != head:
+            raise RefusedError(f"{path}: keys and values of different widths")
+        if key("rope.dimension_count", head) != head:
+            raise RefusedError(f"{path}: RoPE over a part of each head")
+        return ModelConfig(
+            vocab_size=embedding.shape[0],
+            hidden_size=width,
+            num_hidden_layers=key("block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=key("attention.head_count_kv", heads),
+            head_dim=head,
+            intermediate_size=key("feed_forward_length"),
+            max_position_embeddings=key("context_length"),
+            linear="ternary" if ternary else "float32",
+            ffn=ARCHITECTURES[a][0],
+            norm_eps=float(np.float32(key("attention.layer_norm_rms_epsilon")).astype(str)),
+            rope_theta=float(np.float32(key("rope.freq_base", 10_000.0)).astype(str)),
+            sub_norm="layers.0.attn_sub_norm.weight" in named,
+            tie_word_embeddings="lm_head.weight" not in named,
+            head_format="int8" if ternary else "float32",
+        )
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, RefusedError):
+            raise
+        reason = str(error) if isinstance(error, ConfigError) else "a key has a wrong type"
+        raise RefusedError(f"{path}: {reason}") from None
+
+
+def from_pairs(rows: int, head_dim: int) -> np.ndarray:
+    """Which row of the file each of ours is: there a head's halves lie interleaved (RoPE NORM)."""
+    file = np.arange(rows).reshape(-1, head_dim // 2, 2)
+    return file.swapaxes(1, 2).reshape(-1)
+
+
+def _ternary(path: Path, name: str, floats: Floats, scale: Tensor | None) -> Ternary:
+    """A matrix of one value, its negative and 0. Raises RefusedError for any other."""
+    rows, width = floats.shape
+    largest = np.float32(0)
+    for first in range(0, rows, CHUNK):
+        part = np.abs(floats.rows(first, min(first + CHUNK, rows)))
+        largest = max(largest, part.max())
+        others = part[(part != 0) & (part != largest)]
+        if others.size or (first and part.max(initial=0) not in (0, largest)):
+            raise RefusedError(
+                f"{path}: {name} holds {others[0] if others.size else part.max():.6g} beside "
+                f"{largest:.6g}: bitskip has one scale a matrix, and no group scales"
+            )
+    alpha = largest if largest > 0 else np.float32(1)
+    if scale is not None:
+        if scale.shape != (1,):
+            raise RefusedError(f"{path}: {scale.name} holds {scale.shape[0]} scales")
+        alpha = np.float32(alpha * scale.floats().whole()[0])
+        if not alpha > 0:
+            raise RefusedError(f"{path}: {scale.name} is {alpha}, a scale must be positive")
+
+    def codes(first: int, end: int) -> np.ndarray:
+        return np.sign(floats.rows(first, end)).astype(np.int8)
+
+    return Ternary((rows, width), floats.stored, codes, alpha)
+
+
+def _first_id(path: Path, metadata: dict[str, Any], vocab_size: int) -> int | None:
+    """The id that every prompt begins with."""
+    spm = metadata.get("tokenizer.ggml.model") == "llama"
+    if not metadata.get("tokenizer.ggml.add_bos_token", spm):
+        return None
+    bos = metadata.get("tokenizer.ggml.bos_token_id", 1 if spm else None)
+    if bos is not None and (type(bos) is not int or not 0 <= bos < vocab_size):
+        raise RefusedError(f"{path}: bos_token_id {shown(bos)} is not in 0..{vocab_size - 1}")
+    return bos

@@ -1,0 +1,163 @@
+"""The tokenizer that a GGUF file's metadata describes, as a tokenizer.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from bitskip_export.foreign.source import RefusedError
+from bitskip_ref.excerpt import shown
+from bitskip_ref.folder import ChatForm
+
+CONTROL, USER, BYTE, UNKNOWN = 3, 4, 6, 2  # token_type
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Names of ways to cut a text into words, `tokenizer.ggml.pre`, that are known here.
+SPLITS = {"llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST, "qwen2": _WORDS + r"\p{N}" + _REST}
+PLAIN = ("gpt-2", "smollm")  # GPT-2's own expression, the second with single digits before it
+# Control tokens of these names end a text, whatever the keys say.
+ENDS = (
+    "<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<|end|>", "<|eom_id|>",
+)  # fmt: skip
+
+
+def tokenizer_json(path: Path, metadata: dict[str, Any], vocab_size: int) -> str | None:
+    """The text of a tokenizer.json; None for a file without one.
+
+    Raises RefusedError for lists that do not fit each other and for kinds that are not known.
+    """
+    model = metadata.get("tokenizer.ggml.model")
+    if model in (None, "no_vocab"):
+        return None
+    tokens = _tokens(path, metadata)
+    if len(tokens) > vocab_size:
+        raise RefusedError(f"{path}: {len(tokens)} tokens for {vocab_size} rows of the embedding")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        raise RefusedError(f"{path}: a token is there twice")
+    kinds = metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
+        raise RefusedError(f"{path}: tokenizer.ggml.token_type does not fit the tokens")
+    try:
+        if model == "gpt2":
+            made = _byte_level(path, metadata, vocabulary)
+        elif model == "llama":
+            made = _sentencepiece(path, metadata, vocabulary, kinds)
+        else:
+            raise RefusedError(f"{path}: tokenizer of kind {shown(model)}: gpt2, llama are known")
+        special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
+        user = [t for t, kind in zip(tokens, kinds, strict=True) if kind == USER]
+        made.add_special_tokens([AddedToken(t, normalized=False) for t in special])
+        made.add_tokens([AddedToken(t, normalized=False) for t in user])
+        return str(made.to_str())
+    except RefusedError:
+        raise
+    except Exception as error:  # the library's own
+        raise RefusedError(f"{path}: its tokenizer cannot be built ({error})") from None
+
+
+def _tokens(path: Path, metadata: dict[str, Any]) -> list[str]:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise RefusedError(f"{path} lacks tokenizer.ggml.tokens")
+    for token in tokens:
+        if any("\ud800" <= c <= "\udfff" for c in token):
+            raise RefusedError(f"{path}: the token {shown(token)} is not UTF-8")
+    return tokens
+
+
+def _byte_level(path: Path, metadata: dict[str, Any], vocabulary: dict[str, int]) -> Tokenizer:
+    merges = metadata.get("tokenizer.ggml.merges")
+    pre = metadata.get("tokenizer.ggml.pre")
+    if not isinstance(merges, list):
+        raise RefusedError(f"{path} lacks tokenizer.ggml.merges")
+    if pre not in SPLITS and pre not in PLAIN:
+        raise RefusedError(
+            f"{path}: words are cut in the way {shown(pre)}; known: {', '.join([*PLAIN, *SPLITS])}"
+        )
+    pairs = [tuple(m.split(" ")) for m in merges]
+    if any(len(pair) != 2 for pair in pairs):
+        raise RefusedError(f"{path}: a merge is not two tokens")
+    made = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
+    if pre in SPLITS:
+        made.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ])  # fmt: skip
+        if pre == "qwen2":
+            made.normalizer = normalizers.NFC()
+    else:
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+def _sentencepiece(
+    path: Path, metadata: dict[str, Any], vocabulary: dict[str, int], kinds: np.ndarray
+) -> Tokenizer:
+    """SentencePiece's BPE: whichever two neighbours make the token of the best score are joined."""
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, np.ndarray) or len(scores) != len(vocabulary):
+        raise RefusedError(f"{path}: tokenizer.ggml.scores do not fit the tokens")
+    pairs = []
+    for token, i in vocabulary.items():
+        if kinds[i] in (CONTROL, USER, BYTE, UNKNOWN):
+            continue
+        cuts = ((token[:n], token[n:]) for n in range(1, len(token)))
+        local = [(a, b) for a, b in cuts if a in vocabulary and b in vocabulary]
+        local.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        pairs += [(-float(scores[i]), pair) for pair in local]
+    pairs.sort(key=lambda scored: scored[0])
+    unknown = [t for t, i in vocabulary.items() if kinds[i] == UNKNOWN]
+    made = Tokenizer(
+        models.BPE(
+            vocabulary, [pair for _, pair in pairs], unk_token=unknown[0] if unknown else None,
+            fuse_unk=True, byte_fallback=True,
+        )
+    )  # fmt: skip
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    made.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + ([decoders.Strip(" ", 1, 0)] if prefix else [])
+    )
+    return made
+
+
+def end_ids(path: Path, metadata: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """Ids that end a text: those of the keys, and control tokens named as such."""
+    found = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    kinds = metadata.get("tokenizer.ggml.token_type")
+    if isinstance(tokens, list) and isinstance(kinds, np.ndarray):
+        found += [
+            i for i, (t, kind) in enumerate(zip(tokens, kinds, strict=False))
+            if kind == CONTROL and t in ENDS
+        ]  # fmt: skip
+    ids = list(dict.fromkeys(i for i in found if i is not None))
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise RefusedError(f"{path}: eos_token_id {shown(i)} is not in 0..{vocab_size - 1}")
+    return tuple(ids)
+
+
+def chat_form(path: Path, metadata: dict[str, Any]) -> ChatForm | None:
+    """How messages become a prompt, if the file says so."""
+    template, tokens = (metadata.get(f"tokenizer.{n}") for n in ("chat_template", "ggml.tokens"))
+    if template is None or not isinstance(tokens, list):
+        return None
+    if not isinstance(template, str):
+        raise RefusedError(f"{path}: tokenizer.chat_template is no text")
+    words = []
+    for name in ("bos", "eos"):
+        i = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        words.append(tokens[i] if type(i) is int and 0 <= i < len(tokens) else "")
+    return ChatForm(template, *words)
