@@ -100,7 +100,7 @@ class Imposed(Timed):
         else:
             ids, z = self._speculate(token_id, cache, drafted, draft, exit_layer=exit_layer)
         for row, token in enumerate(ids):
-            z[row, token] = np.inf if row < accepted else -np.inf
+            z[row, token] = 3e38 if row < accepted else -3e38
         return ids, z
 
 

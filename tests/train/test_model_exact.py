@@ -90,7 +90,7 @@ def test_functions(numbers: np.ndarray) -> None:
     near = near[: near.size // 4096 * 4096].reshape(shape)
     cache.keys = cache.values = torch.zeros(1, 1, near.shape[1], *shape[2:], dtype=torch.float16)
     for part in near:
-        kept, _ = cache.write(0, *[torch.from_numpy(part)[None]] * 2)
+        kept, _ = cache.write(0, 0, *[torch.from_numpy(part)[None]] * 2)
         equal(functions.half(part).astype(f32), kept[0])
     equal(functions.log(abs(wide)), exact.log(torch.from_numpy(abs(wide))))
     for row in (*numbers, numbers[0, :1], wide):
