@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from bitskip.options import (
     NumberOr,
     exit_layer,
 )
+from bitskip.terminal import coloured, visible
 from bitskip_cpu.cli.loading import load_model
 
 if TYPE_CHECKING:
@@ -110,7 +112,8 @@ def generate(
 ) -> None:  # fmt: skip
     """Continue a prompt. The text streams to standard output, statistics go to standard error.
 
-    Ctrl-C ends the text, keeps what was said, and exits with 130.
+    On a terminal control characters in the text are spelled out, as \\x1b; pipes and files get
+    them as they are. Ctrl-C ends the text, keeps what was said, and exits with 130.
     """
     from bitskip_cpu.generation_options import GenerationOptions
 
@@ -128,15 +131,20 @@ def generate(
 
         colours = Colours(loaded.config.num_hidden_layers, sys.stdout)
     pieces: list[Piece] = []
+    terminal = sys.stdout.isatty()
 
     def say(piece: Piece) -> None:
         pieces.append(piece)
         if not as_json:
+            if terminal:
+                piece = replace(piece, text=visible(piece.text))
             painted = colours.paint(piece) if colours else piece.text
-            click.echo(painted, nl=False, color=True if colours else None)
+            click.echo(painted, nl=False, color=True)  # nothing is taken out
 
     if not as_json and not quiet:
-        click.secho(text, dim=True, nl=False)
+        shown = visible(text) if terminal else text
+        dim = terminal and coloured(sys.stdout)
+        click.echo(click.style(shown, dim=True) if dim else shown, nl=False, color=True)
     interrupted = False
     try:
         for piece in stream:

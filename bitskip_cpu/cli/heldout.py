@@ -18,6 +18,7 @@ from bitskip.options import (
     RULE,
     SHARE,
     THREADS,
+    Finite,
     Listed,
     Word,
     exit_layer,
@@ -44,6 +45,24 @@ LOOKS = click.option(
     "--exit-looks", "looks", type=Listed(COUNT), metavar="N,N,...", help="As of generate."
 )
 LAST = click.option("--exit-last", "last", type=COUNT, metavar="N", help="As of generate.")
+
+
+class Part(click.ParamType):
+    """A part of one, as 0.04 or 4%."""
+
+    name = "part"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """From 0 to 1."""
+        if isinstance(value, float):
+            return value
+        percent = str(value).endswith("%")
+        number = float(Finite().convert(str(value).removesuffix("%"), param, ctx))
+        number = number / 100 if percent else number
+        if not 0 <= number <= 1:
+            meant = f"; {value}% is {value} percent" if 1 < number <= 100 and not percent else ""
+            self.fail(f"{value} is not between 0 and 1{meant}", param, ctx)
+        return number
 
 
 RULE_OR_NONE = Word("rule", lambda: [*RULE.known(), "none"])
@@ -93,8 +112,9 @@ def perplexity(
 @MODEL
 @TEXT
 @click.option(
-    "--budget", type=float, default=0.04, show_default=True,
-    help="How much perplexity may rise over full depth's: 0.04 is 4 %.",
+    "--budget", type=Part(), default="4%", show_default=True,
+    help="How much perplexity may rise over full depth's: 4% or 0.04; 1.64 standard errors of "
+    "the increase are added to it.",
 )  # fmt: skip
 @click.option(
     "--rule", "rules", type=Listed(KIND, empty=True), default="", metavar="WORD,...",

@@ -25,6 +25,7 @@ from bitskip_ref.exits.named import DYNAMIC, describe_rule, rule_label
 from bitskip_ref.folder import GENERATION, write_auto_exit
 
 FIXED = "fixed"
+ONE_SIDED_95 = 1.64  # standard errors
 TRIES = 3  # settings of one kind that are run, each stricter than the one before
 
 
@@ -37,6 +38,11 @@ class Candidate:
     increase: float  # of perplexity over full depth's, relative
     increase_se: float | None
     speedup: float | None  # over full depth, the median over windows run in turn
+
+    @property
+    def increase_at_most(self) -> float:
+        """The increase that 95 of 100 other texts of this kind and length stay below."""
+        return self.increase + ONE_SIDED_95 * (self.increase_se or 0.0)
 
     def facts(self) -> dict[str, Any]:
         """JSON values that say how good it is."""
@@ -57,8 +63,8 @@ class Calibration:
         self, engine: Engine, text: Text, budget: float, kinds: Sequence[str], context: int | None
     ) -> None:
         """budget: relative increase of perplexity allowed; kinds: `fixed` and measures."""
-        if not 0 <= budget <= 10:
-            raise ValueError(f"budget {budget}: must be between 0 and 10 (0.04: 4 % perplexity)")
+        if not 0 <= budget <= 1:
+            raise ValueError(f"budget {budget}: must be between 0 and 1 (0.04 or 4%: 4 percent)")
         dynamic = DYNAMIC if engine.config.num_hidden_layers > 1 else ()
         known = [FIXED, *(m for m in dynamic if m != "gate" or engine.config.gates)]
         for kind in kinds:
@@ -80,24 +86,31 @@ class Calibration:
             losses = {n: float(values.mean()) for n, values in survey.losses.items()}
             blocks = self.engine.config.num_hidden_layers
             highest = losses[blocks] + math.log1p(self.budget)
-            fixed = FixedExit(min(n for n, loss in losses.items() if loss <= highest))
+            fixed = min(n for n, loss in losses.items() if loss <= highest)
             trying = {m: e for m in measures if (e := _best(survey, m, highest, costs))}
-            rules: dict[str, ExitRule] = {FIXED: fixed} if FIXED in self.kinds else {}
+            rules: dict[str, ExitRule] = {FIXED: FixedExit(fixed)} if FIXED in self.kinds else {}
             for _ in range(TRIES):
                 rules |= {m: e.rule for m, e in trying.items()}
                 found = self._run(FixedExit(blocks), rules, advance)
                 rules = {}
+                if (
+                    FIXED in found
+                    and found[FIXED].increase_at_most > self.budget
+                    and fixed < blocks
+                ):
+                    fixed += 1
+                    rules = {FIXED: FixedExit(fixed)}
                 # What is over the budget ran worse than it was judged: ask for that much less.
                 missed = {
-                    m: found[m].found.losses.loss - e.loss
+                    m: math.log1p(found[m].increase_at_most) - math.log1p(self.budget)
                     for m, e in trying.items()
-                    if found[m].increase > self.budget
+                    if found[m].increase_at_most > self.budget
                 }
                 stricter = (
                     (m, _best(survey, m, highest - 1.2 * x, costs)) for m, x in missed.items()
                 )
                 trying = {m: e for m, e in stricter if e}
-                if not trying:
+                if not trying and not rules:
                     break
 
     def _run(
@@ -114,7 +127,8 @@ class Calibration:
 
     def choice(self) -> Candidate | None:
         """The fastest within the budget; None if none is faster than full depth."""
-        good = [c for c in self.candidates if c.increase <= self.budget and (c.speedup or 0) > 1]
+        within = [c for c in self.candidates if c.increase_at_most <= self.budget]
+        good = [c for c in within if (c.speedup or 0) > 1]
         return max(good, key=lambda c: c.speedup or 0, default=None)
 
 
@@ -201,7 +215,7 @@ def _table(calibration: Calibration, chosen: Candidate | None) -> str:
     for c in sorted(calibration.candidates, key=lambda c: -(c.speedup or 0)):
         error = "" if c.increase_se is None else f" ± {100 * c.increase_se:.2f}"
         verdict = "chosen" if c is chosen else ""
-        if c.increase > calibration.budget:
+        if c.increase_at_most > calibration.budget:
             verdict = "over the budget"
         rows.append(
             (

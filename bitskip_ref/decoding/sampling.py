@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -70,13 +69,10 @@ class Sampler:
         `seen`: ids of prompt and text so far; `index`: how many tokens were generated before.
         Raises ValueError for logits that choose none (SPEC 9.5).
         """
+        check_logits(logits.max(keepdims=True), index)
         z = self.penalised(logits, seen)
         if self.temperature == 0:
-            best = int(np.argmax(z))  # a NaN, if there is one
-            if not math.isfinite(z[best]):
-                check_logits(z[best : best + 1], index)
-            return best
-        check_logits(logits.max(keepdims=True), index)
+            return int(np.argmax(z))
         ids, weights = self.candidates(z)
         return pick(ids, weights, uniform(self.seed, index))
 

@@ -114,7 +114,7 @@ def test_the_fastest_within_the_budget_is_chosen(
         ratio = c.found.losses.ppl / calibration.full.losses.ppl
         assert c.increase == pytest.approx(ratio - 1)
         assert c.speedup is not None
-        if c.increase <= budget and c.speedup > 1:
+        if c.increase + 1.64 * (c.increase_se or 0) <= budget and c.speedup > 1:
             good.append(c)
     chosen = calibration.choice()
     assert chosen is (max(good, key=lambda c: c.speedup) if good else None)
@@ -148,6 +148,26 @@ def test_what_is_chosen_becomes_auto(copy: Path, text_file: Path) -> None:
     assert model.generate("Once", max_tokens=5, exit_layer="auto").token_ids
 
 
+def test_what_could_be_above_the_budget_is_not_chosen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D1: the choice goes by the increase and 1.64 of its standard errors, not by the estimate."""
+    calibration = Calibration(bitskip_cpu.load(folder).engine, text_of(40), 0.04, [], 16)
+    sure = module.Candidate("max", None, 0.03, 0.006, 1.2)  # type: ignore[arg-type]
+    vague = module.Candidate("gate", None, 0.02, 0.013, 1.9)  # type: ignore[arg-type]
+    calibration.candidates = [sure, vague]
+    assert calibration.choice() is sure
+    calibration.budget = 0.0414
+    assert calibration.choice() is vague
+
+
+def test_a_budget_in_percent(copy: Path, text_file: Path) -> None:
+    words = (copy, "--text", text_file, "--tokens", 50, "--rule", "fixed", "--json", "--dry-run")
+    for given, meant in (("4%", 0.04), ("0.04", 0.04), ("100%", 1.0), ("0", 0.0)):
+        facts = json.loads(run(*words, "--budget", given).stdout)
+        assert facts["auto_exit"]["budget"] == meant
+
+
 def test_kinds_can_be_chosen(copy: Path, text_file: Path) -> None:
     options = (copy, "--text", text_file, "--tokens", 50, "--budget", 1, "--json")
     facts = json.loads(run(*options, "--rule", "fixed,entropy").stdout)
@@ -174,8 +194,10 @@ def test_nothing_is_lost_when_it_breaks_off(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--budget", "-0.1"], "between 0 and 10"),
-        (["--budget", "nan"], "between 0 and 10"),
+        (["--budget", "-0.1"], "between 0 and 1"),
+        (["--budget", "4"], "4 is not between 0 and 1; 4% is 4 percent"),
+        (["--budget", "400%"], "between 0 and 1"),
+        (["--budget", "nan"], "no finite number"),
         (["--rule", "fixed,fast"], "unknown rule 'fast'; known: fixed, gate, max, margin, entropy"),
         (["--ctx", "65"], "choose 1..64"),
         (["--text", "nowhere.txt"], "does not exist"),

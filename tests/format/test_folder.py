@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,48 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
         file.write(b"new")
         raise OSError("No space left on device")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_written_file_keeps_mode_links_and_what_is_no_file(tmp_path: Path) -> None:
+    """C1: nothing but a regular file is ever replaced."""
+
+    def write(path: Path) -> None:
+        with replace_file(path) as file:
+            file.write(b"new")
+
+    path = tmp_path / "file"
+    path.write_text("old")
+    path.chmod(0o600)
+    write(path)
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o600
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / "fresh")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "fresh").stat().st_mode & 0o777 == 0o640
+    link = tmp_path / "link"
+    link.symlink_to("file")
+    path.write_text("old")
+    write(link)
+    assert link.is_symlink() and path.read_text() == "new"
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to("later")
+    write(dangling)
+    assert dangling.is_symlink() and (tmp_path / "later").read_text() == "new"
+    write(Path("/dev/null"))
+    assert Path("/dev/null").is_char_device()
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
+    read: list[bytes] = []
+    reader.start()
+    write(fifo)
+    reader.join(10)
+    assert read == [b"new"] and fifo.is_fifo()
+    with pytest.raises(IsADirectoryError):
+        write(tmp_path)
+    assert not list(tmp_path.glob(".*"))
 
 
 # ---- hostile folders ----------------------------------------------------------------
