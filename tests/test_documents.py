@@ -216,11 +216,9 @@ def missing_code(text: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize(
-    "name", ["ARCHITECTURE.md", "CONTRIBUTING.md", "docs/TRAINING.md", "docs/SPEC.md"]
-)
-def test_files_that_are_named_exist(name: str) -> None:
-    assert missing_code((ROOT / name).read_text("utf-8")) == []
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_that_are_named_exist(path: Path) -> None:
+    assert missing_code(path.read_text("utf-8")) == []
 
 
 @pytest.mark.parametrize("text", ["`kernels/jobs.py`", "`bitskip_ref/engine.py:Nothing.at_all`"])

@@ -73,7 +73,7 @@ STORY = "Once upon a time"  # the prompt of the models that come with the packag
 @click.option("--draft-exit", type=COUNT, help="Blocks that draft. Default: a quarter.")
 @click.option(
     "--draft-vocab", type=COUNT,
-    help="Draft among so many first ids. Default: the folder's, else all.",
+    help="Draft among the first V token ids only. Default: the folder's, else all.",
 )  # fmt: skip
 @click.option(
     "--temperature", "--temp", type=float, default=0.0, show_default=True,

@@ -87,7 +87,9 @@ def _rules(model: Model, exits: list[int | str], *beside: Any) -> list[ExitRule]
 @LAST
 @CONTEXT
 @STRIDE
-@click.option("--tokens", type=COUNT, help="Read documents up to so many. Default: all.")
+@click.option(
+    "--tokens", type=COUNT, help="Read documents until they have this many tokens. Default: all."
+)
 @KV_CACHE
 @THREADS
 @JSON
@@ -123,7 +125,7 @@ def perplexity(
 @CONTEXT
 @click.option(
     "--tokens", type=COUNT, default=8192, show_default=True,
-    help="Read documents up to so many.",
+    help="Read documents until they have this many tokens.",
 )  # fmt: skip
 @THREADS
 @click.option("--dry-run", is_flag=True, help="Print the table, write nothing.")
@@ -161,7 +163,7 @@ def calibrate(
 @CONTEXT
 @click.option(
     "--tokens", type=COUNT, default=4096, show_default=True,
-    help="Read documents up to so many.",
+    help="Read documents until they have this many tokens.",
 )  # fmt: skip
 @click.option("--plot", type=NEW_FILE, help="Draw to this .png, .svg or .pdf.")
 @THREADS

@@ -160,7 +160,7 @@ def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"did not load .ConnectionError.; without a network"):
         TextSource(("tinystories",), "validation")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="pip install datasets"):
+    with pytest.raises(DataError, match=r"pip install .bitskip\[hub\]."):
         TextSource(("tinystories",), "train")
 
 

@@ -297,3 +297,22 @@ def test_a_checkpoint_is_inspected(text: Path, tmp_path: Path) -> None:
     assert "not for resuming" in run("inspect", out / "best.pt").stdout
     refused = run("inspect", tmp_path / "none.pt")
     assert (refused.exit_code, refused.stderr) == (1, f"error: {tmp_path}/none.pt: no such file\n")
+
+
+def test_without_pytorch(tmp_path: Path) -> None:
+    """Settings are printed; what needs it says in one line how to install it."""
+    code = "import sys; sys.modules['torch'] = None\nimport cli\ncli.main(sys.argv[1:])"
+    (tmp_path / "a.pt").touch()
+
+    def without(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+
+    printed = without("train", "--preset", "tiny", "--print-config")
+    assert printed.returncode == 0 and tomllib.loads(printed.stdout)["model"]["vocab_size"] == 512
+    for words in (
+        ("inspect", str(tmp_path / "a.pt")),
+        ("train", "--preset", "tiny", "--data", "x", "--out", str(tmp_path / "run")),
+    ):
+        refused = without(*words)
+        assert refused.returncode == 1 and "pip install" in refused.stderr, refused.stderr
+        assert refused.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
