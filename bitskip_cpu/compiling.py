@@ -1,26 +1,27 @@
 """Compiling the kernels once per machine: where the result is kept, and whether it is there.
 
-The folder's name hashes every kernel source, the versions of Numba and llvmlite, the CPU and the
-path. What is in it is loaded without Numba (`native`), which is imported only to compile.
+The folder's name hashes every source that shapes the code, the versions of Numba and llvmlite, the
+CPU and the path. What is in it is loaded without Numba (`native`), which is imported only to
+compile; files that others could have written are not (`trusted`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 
 import llvmlite
 import llvmlite.binding as llvm
 import numpy as np
 
-from bitskip_cpu import isa, native
-from bitskip_ref import constants
+from bitskip_cpu import isa, native, trusted
 from bitskip_ref.files import replace_file
 
 Progress = Callable[[int], None]
@@ -32,14 +33,32 @@ ARGUMENTS = {"run": 5, "repack": 7}
 DIGEST = 32  # bytes of the checksum before the code
 
 
-def user_cache() -> Path:
-    """Where things that can be made anew are kept: BITSKIP_CACHE_DIR or the user's cache folder."""
-    root = os.environ.get("BITSKIP_CACHE_DIR")
-    if not root:
-        import platformdirs
+ROOT = Path(__file__).parent.parent
+IMPORT = re.compile(
+    r"^[ \t]*(?:from[ \t]+(bitskip_[\w.]+)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)"
+    r"|import[ \t]+(bitskip_[\w.]+))",
+    re.MULTILINE,
+)
 
-        root = platformdirs.user_cache_dir("bitskip")
-    return Path(root)
+
+def user_cache() -> Path:
+    """Where things that can be made anew are kept: BITSKIP_CACHE_DIR or the user's cache folder.
+
+    Without a home, as in containers, a folder of the user's among the temporary files.
+    """
+    root = os.environ.get("BITSKIP_CACHE_DIR")
+    if root:
+        return Path(root)
+    import platformdirs
+
+    try:
+        folder = Path(platformdirs.user_cache_dir("bitskip"))
+    except (KeyError, OSError, RuntimeError):  # no HOME, and no such user
+        folder = Path("~")
+    if folder.is_absolute():
+        return folder
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    return Path(tempfile.gettempdir()) / f"bitskip-{user}"
 
 
 def cache_folder() -> Path:
@@ -48,14 +67,45 @@ def cache_folder() -> Path:
 
 
 def cache_directory() -> Path | None:
-    """`cache_folder`, made if need be; None if it cannot be written."""
+    """`cache_folder`, made if need be; None if it cannot be written, or others could write it."""
     folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        return None
+    return folder if trusted.writable_folder(folder) else None
+
+
+def sources() -> list[Path]:
+    """The files of ours that shape the code: those that `kernels.object_code` needs, in order.
+
+    What its imports name, and theirs; not the packages' `__init__`, unless something is imported
+    from them.
+    """
+    found: set[Path] = set()
+    waiting = [
+        _file_of(f"bitskip_cpu.kernels.{name}")
+        for name in (
+            "object_code",
+            f"products.{isa.PATH.kernels}",  # the latter by name alone
+        )
+    ]
+    while waiting:
+        path = waiting.pop()
+        if path is None or path in found:
+            continue
+        found.add(path)
+        for module, names, plain in IMPORT.findall(path.read_text("utf-8")):
+            inside = [_file_of(f"{module}.{name}") for name in re.findall(r"\w+", names)]
+            waiting += inside
+            if plain or not all(inside):
+                waiting.append(_file_of(module or plain))
+    return sorted(found)
+
+
+def _file_of(module: str) -> Path | None:
+    """A module's source; None for a name inside a module, and for packages that hold no code."""
+    path = ROOT.joinpath(*module.split("."))
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.is_file():
+            return file
+    return None
 
 
 def _fingerprint() -> str:
@@ -65,8 +115,7 @@ def _fingerprint() -> str:
     found = find_spec("numba")
     if found and found.origin:  # its version, without the time to import it
         digest.update((Path(found.origin).parent / "_version.py").read_bytes())
-    shaping = Path(__file__).parent.rglob("kernels/**/*.py"), [Path(constants.__file__)]
-    for source in sorted(chain(*shaping)):
+    for source in sources():
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -111,16 +160,23 @@ class Kernels:
 
                 self._functions[name] = FUNCTIONS[name]
             else:
-                code = self._stored(name) or self._made(name, progress or (lambda _: None))
-                self._functions[name] = native.load(code, name, ARGUMENTS[name])
+                self._functions[name] = self._loaded(name, progress or (lambda _: None))
         return self._functions[name]
 
+    def _loaded(self, name: str, progress: Progress) -> Callable[..., None]:
+        code = self._stored(name)
+        if code is None:
+            try:
+                code = self._made(name, progress)
+            except Exception as error:
+                if not _insides_changed(error):
+                    raise
+                return _plain(name, error)
+        return native.load(code, name, ARGUMENTS[name])
+
     def _stored(self, name: str) -> bytes | None:
-        """The object file in the cache, if it is there and whole."""
-        try:
-            content = (self._folder / name).read_bytes()
-        except OSError:
-            return None
+        """The object file in the cache, if it is there, whole, and nobody else's."""
+        content = trusted.read_file(self._folder / name) or b""
         code = content[DIGEST:]
         return code if code and hashlib.sha256(code).digest() == content[:DIGEST] else None
 
@@ -130,9 +186,42 @@ class Kernels:
 
         code = machine_code(name, ARGUMENTS[name], progress)
         if self.directory:
-            with replace_file(self.directory / name) as file:
-                file.write(hashlib.sha256(code).digest() + code)
+            try:
+                with replace_file(self.directory / name) as file:
+                    file.write(hashlib.sha256(code).digest() + code)
+            except OSError:  # a full disk: what is compiled is used, and the user told
+                self.directory = None
         return code
+
+
+def _insides_changed(error: Exception) -> bool:
+    """Whether compiling failed by what another version of Numba may have changed."""
+    from_numba = type(error).__module__.split(".")[0] == "numba"
+    return from_numba or isinstance(error, AttributeError | ImportError | TypeError)
+
+
+def _plain(name: str, error: Exception) -> Callable[..., None]:
+    """One of ARGUMENTS by Numba's public `njit`: the same bits, compiled anew in every process."""
+    import numba
+
+    from bitskip_cpu.kernels import numba_inside
+
+    if not numba_inside.plain:
+        print(
+            f"Numba {numba.__version__} with llvmlite {llvmlite.__version__} is not the Numba that "
+            f"bitskip knows ({type(error).__name__}): kernels are compiled by its plain njit in "
+            "every process, which takes minutes; the results are the same",
+            file=sys.stderr,
+        )
+        numba_inside.plain = True
+        for module in [m for m in sys.modules if m.startswith("bitskip_cpu.kernels.")]:
+            if module != numba_inside.__name__:
+                del sys.modules[module]  # kernels are declared anew
+    from bitskip_cpu.kernels.object_code import FUNCTIONS
+
+    function = numba.njit(error_model="numpy", nogil=True)(FUNCTIONS[name])
+    function.compile((numba.types.int64,) * ARGUMENTS[name])
+    return function  # type: ignore[no-any-return]
 
 
 KERNELS = Kernels()

@@ -40,7 +40,7 @@ def prepare(quiet: bool = False) -> None:
         done += 1
         click.echo(f"\r{done} functions\r", err=True, nl=False)
 
-    click.echo("compiling kernels, once on this machine: half a minute or so ...", err=True)
+    click.echo("compiling kernels, once on this machine: 10 to 40 seconds ...", err=True)
     warmup(count if animated(sys.stderr) else None)
     kept = "" if KERNELS.directory else "; not kept, the cache folder cannot be written"
     click.echo(f"compiled in {time.perf_counter() - start:.0f} s{kept}", err=True)

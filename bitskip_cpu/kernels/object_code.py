@@ -12,7 +12,6 @@ import llvmlite.binding as llvm
 
 from bitskip_cpu import isa
 from bitskip_cpu.kernels.forward import run
-from bitskip_cpu.kernels.numba_inside import compile as inside
 from bitskip_cpu.kernels.products.repack import repack
 from bitskip_cpu.native import KNOWN
 
@@ -25,6 +24,8 @@ def module(name: str, arguments: int) -> llvm.ModuleRef:
 
     Raises RuntimeError if it refers to what `bitskip_cpu.native` does not know.
     """
+    from bitskip_cpu.kernels.numba_inside import compile as inside
+
     whole = inside.module(FUNCTIONS[name], name, arguments)
     named = {f.name for f in whole.functions if f.is_declaration}
     foreign = {f for f in named if not f.startswith("llvm.")} - KNOWN
@@ -33,8 +34,10 @@ def module(name: str, arguments: int) -> llvm.ModuleRef:
     return whole
 
 
-def machine_code(name: str, arguments: int, progress: inside.Progress) -> bytes:
+def machine_code(name: str, arguments: int, progress: Callable[[int], None]) -> bytes:
     """One of FUNCTIONS as an object file for the CPU that Numba compiles for."""
+    from bitskip_cpu.kernels.numba_inside import compile as inside
+
     isa.check(*inside.target())
     with inside.Counting(progress):
         return inside.object_file(module(name, arguments))
