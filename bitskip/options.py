@@ -15,7 +15,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from bitskip_ref.cache import KV_CACHES
+from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.words import unknown
 
 Known = Callable[[], Iterable[str]]

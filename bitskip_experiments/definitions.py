@@ -23,9 +23,9 @@ HERE = Path(__file__).parent
 SCALES = ("cpu", "full")
 _EXPERIMENT = {
     "title", "source", "group", "runs", "grid", "seeds", "checkpoint", "measures", "exits", "rows",
-    "columns", "compare", "plot", "notes", "speed",
+    "columns", "compare", "plot", "notes", "speed", "claims", "fits",
 }  # fmt: skip
-_COLUMN = {"name", "figure", "format", "paper", "text", "rank", "run", "optional"}
+_COLUMN = {"name", "figure", "format", "paper", "paper_ppl", "text", "rank", "run", "optional"}
 _GROUP = {"data", "scales", "preset", "model", "train", "runs"}
 
 
@@ -58,6 +58,8 @@ class Experiment:
     columns: list[dict[str, Any]]
     compare: list[dict[str, Any]]  # pairs of runs whose difference is stated
     grid: dict[str, list[Any]]  # of a sweep: parameter -> values
+    claims: list[dict[str, Any]]  # what the runs decide, and by which rule (`claims.py`)
+    fits: list[dict[str, Any]]  # tables of the papers, and the readings laid beside them
     plot: dict[str, Any]
     notes: list[str]
     speed: str  # the experiment whose folder holds speed.json; empty: no speeds
@@ -110,6 +112,7 @@ def load(name: str, scale: str) -> Experiment:
         measures=tuple(values["measures"]), exits=tuple(values.get("exits", ())),
         tokens=scales[scale].get("measure_tokens", 0), rows=values.get("rows", "run"),
         columns=values["columns"], compare=values.get("compare", []),
+        claims=values.get("claims", []), fits=values.get("fits", []),
         grid=values.get("grid", {}).get("values", {}), plot=values.get("plot", {}),
         notes=values.get("notes", []), speed=values.get("speed", ""),
     )  # fmt: skip

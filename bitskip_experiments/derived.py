@@ -76,6 +76,44 @@ def degradation(figures: Figures) -> float:
     return math.expm1(min(700.0, ternary_cost(figures)))
 
 
+def ternary_bits(figures: Figures) -> float:
+    """The same cost in bits per byte."""
+    found = [look_up(figures, f"bypass.{name}.bits_per_byte") for name in ("none", "activations")]
+    return float(found[0]) - float(found[1])
+
+
+def log_speed(figures: Figures) -> float:
+    """Logarithm of the tokens a second at full depth."""
+    return math.log(float(look_up(figures, "speed.24")))
+
+
+def log_speed_gain(figures: Figures) -> float:
+    """Logarithm of the speed at exit 18 over full depth's."""
+    return math.log1p(speed_gain(figures))
+
+
+def cliff(figures: Figures) -> float:
+    """Bits a byte that the last of 12 blocks gains over the exit before it."""
+    before, last = (look_up(figures, f"exits.{n}.bits_per_byte") for n in (11, 12))
+    return float(before) - float(last)
+
+
+def log_mean_scale(figures: Figures) -> float:
+    """Logarithm of the mean ternary scale, so that differences are of ratios."""
+    return math.log(float(look_up(figures, "weights.mean_scale")))
+
+
+def exit_cost_as_trained(figures: Figures) -> float:
+    """Loss at exit 18 less full depth's, each of the run's own task, in nats."""
+    found = [look_up(figures, f"as_trained.{n}.loss") for n in (18, 24)]
+    return float(found[0]) - float(found[1])
+
+
+def masked_over_unigram(figures: Figures) -> float:
+    """Loss of the next token under the causal mask less that of token frequencies, in nats."""
+    return float(look_up(figures, "masked.24.loss")) - float(look_up(figures, "unigram.loss"))
+
+
 def status(figures: Figures) -> str:
     """Whether a model knows more of held-out text than how common each token is."""
     best, unigram = look_up(figures, "training.best_loss"), look_up(figures, "unigram.loss")
@@ -86,4 +124,7 @@ DERIVED: dict[str, Callable[[Figures], float | str]] = {
     "ppl_increase": ppl_increase, "speed_gain": speed_gain, "status": status,
     "quality_speed_ratio": quality_speed_ratio, "optimal_exit": optimal_exit,
     "viability": viability, "ternary_cost": ternary_cost, "degradation": degradation,
+    "cliff": cliff, "ternary_bits": ternary_bits, "log_speed": log_speed,
+    "log_speed_gain": log_speed_gain, "log_mean_scale": log_mean_scale,
+    "exit_cost_as_trained": exit_cost_as_trained, "masked_over_unigram": masked_over_unigram,
 }  # fmt: skip

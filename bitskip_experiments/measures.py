@@ -57,12 +57,17 @@ class Subject:
         source = TextSource((self.run.corpus.place(name),), HUB_SPLITS[name])
         return load_split(source, tokenizer, self.run.work / "tokens")
 
+    @property
+    def chosen(self) -> tuple[int, ...]:
+        """The exits that the experiment measures (none named: all)."""
+        return self.experiment.exits or tuple(range(1, self.model.config.num_hidden_layers + 1))
+
     def losses(
-        self, split: str, exits: tuple[int, ...] = (), bypass: str = "none"
+        self, split: str, exits: tuple[int, ...] = (), bypass: str = "none", targets: str = "next"
     ) -> dict[int, HeldOutLoss]:
         """Loss of a split's first tokens (the scale's number), products in float32, per exit.
 
-        The text's bytes are taken in proportion to the tokens.
+        The text's bytes are taken in proportion to the tokens. targets: `readings.shifted`.
         """
         from bitskip_train.evaluate import evaluate
 
@@ -71,15 +76,28 @@ class Subject:
         share = len(tokens) / len(text.tokens)
         return evaluate(
             self.model, tokens, round(text.bytes * share), context=self.run.point.train.context,
-            exits=exits or (self.model.config.num_hidden_layers,), bypass=bypass,
+            exits=exits or (self.model.config.num_hidden_layers,), bypass=bypass, targets=targets,
         )  # fmt: skip
 
 
 def exits(subject: Subject) -> Figures:
     """Held-out loss of the chosen exits (none chosen: all), with standard error over windows."""
-    depth = subject.model.config.num_hidden_layers
-    chosen = subject.experiment.exits or tuple(range(1, depth + 1))
-    return {str(n): loss.facts() for n, loss in subject.losses("valid", chosen).items()}
+    return {str(n): loss.facts() for n, loss in subject.losses("valid", subject.chosen).items()}
+
+
+def as_trained(subject: Subject) -> Figures:
+    """The same of the run's own task: its targets, its mask (SPEC 10 rows 19 and 21)."""
+    found = subject.losses("valid", subject.chosen, targets=subject.run.point.train.targets)
+    return {str(n): loss.facts() for n, loss in found.items()}
+
+
+def masked(subject: Subject) -> Figures:
+    """The same of the next token with the causal mask on, whatever the run was trained with."""
+    own = subject.model.reading
+    subject.model.reading = own.replace(mask="causal")
+    found = subject.losses("valid", subject.chosen)
+    subject.model.reading = own
+    return {str(n): loss.facts() for n, loss in found.items()}
 
 
 def test(subject: Subject) -> Figures:
@@ -170,6 +188,6 @@ def unigram(subject: Subject) -> Figures:
 
 MEASURES: dict[str, Callable[[Subject], Figures]] = {
     "exits": exits, "test": test, "training": training, "bypass": bypass, "weights": weights,
-    "activations": activations, "unigram": unigram,
+    "activations": activations, "unigram": unigram, "as_trained": as_trained, "masked": masked,
 }  # fmt: skip
 """Name in the TOML files -> function."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitskip_experiments.definitions import Experiment
-from bitskip_experiments.statistics import Mean, mean
+from bitskip_experiments.statistics import Mean, figure_mean
 from bitskip_experiments.tables import Results, figure_of
 from bitskip_ref.files import replace_file
 
@@ -38,7 +38,8 @@ def draw(experiment: Experiment, results: Results, path: Path) -> None:
 
 def _means(results: Results, label: str, figure: str, exits: Sequence[int | None]) -> list[Mean]:
     return [
-        mean([float(figure_of(r, figure, n)) for r in results[label].values()]) for n in exits
+        figure_mean(figure, [float(figure_of(r, figure, n)) for r in results[label].values()])
+        for n in exits
     ]  # fmt: skip
 
 

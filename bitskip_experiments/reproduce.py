@@ -139,7 +139,7 @@ def render(
 
     strict: raise ExperimentError where results lack; else say so and go on.
     """
-    from bitskip_experiments import plots, tables
+    from bitskip_experiments import claims, fits, plots, tables
 
     for experiment in experiments:
         folder = results / experiment.folder
@@ -153,15 +153,18 @@ def render(
             )
             continue
         texts = {
-            "table.md": tables.markdown(experiment, found),
+            "table.md": tables.markdown(experiment, found, fits.tables(experiment, results)),
             "table.csv": tables.csv_text(experiment, found),
         }
         for name, text in texts.items():
             with replace_file(folder / name) as file:
                 file.write(text.encode())
-        if experiment.plot:
+        if experiment.plot and len(found) == len(experiment.points):
             plots.draw(experiment, found, folder / "plot.png")
         print(f"{folder / 'table.md'}")
+    if len(experiments) == len(names()):
+        with replace_file(results / "claims.md") as file:
+            file.write(claims.page(results).encode())
 
 
 def _gpus() -> int:

@@ -71,14 +71,19 @@ def read_result(path: Path) -> Result:
 def read_results(
     results: Path, experiment: Experiment, seeds: tuple[int, ...] | None
 ) -> dict[str, dict[int, Result]]:
-    """label -> seed -> result. seeds: None takes what there is, at least one for each run."""
+    """label -> seed -> result. seeds: None takes what there is, without runs that have nothing.
+
+    Raises ExperimentError if a seed that was asked for lacks, or everything.
+    """
     found: dict[str, dict[int, Result]] = {}
     for point in experiment.points:
         wanted = seeds or experiment.seeds
         paths = {s: result_path(results, experiment, point.label, s) for s in wanted}
-        if seeds is None:
-            paths = {s: path for s, path in paths.items() if path.exists()} or paths
-        found[point.label] = {s: read_result(path) for s, path in paths.items()}
+        known = {s: read_result(path) for s, path in paths.items() if seeds or path.exists()}
+        if known:
+            found[point.label] = known
+    if not found:
+        read_result(result_path(results, experiment, experiment.points[0].label, wanted[0]))
     if experiment.speed and (path := speed_path(results, experiment)).exists():
         speeds = json.loads(path.read_text("utf-8"))["table"]
         for label, by_seed in found.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,10 @@ from bitskip_experiments.definitions import Experiment
 from bitskip_experiments.derived import look_up
 from bitskip_experiments.errors import ExperimentError
 from bitskip_experiments.results import Result
-from bitskip_experiments.statistics import Mean, contrast, mean
+from bitskip_experiments.statistics import Mean, contrast, figure_mean
+from bitskip_experiments.units import bits_per_byte
+
+WIDE = 0.05  # a standard error above this part of the mean: each seed's figure is shown instead
 
 Results = dict[str, dict[int, Result]]
 """label -> seed -> result file."""
@@ -63,7 +67,8 @@ class Cell:
 
 def cells(experiment: Experiment, rows: list[Row]) -> list[list[Cell]]:
     """For each row a cell of each column. Raises ExperimentError for a figure that lacks."""
-    found = [[_cell(column, row) for column in experiment.columns] for row in rows]
+    data = experiment.points[0].data
+    found = [[_cell(column, row, data) for column in experiment.columns] for row in rows]
     for i, column in enumerate(experiment.columns):
         if order := column.get("rank"):
             values = [cell.ours.value if isinstance(cell.ours, Mean) else math.inf
@@ -74,8 +79,10 @@ def cells(experiment: Experiment, rows: list[Row]) -> list[list[Cell]]:
     return found
 
 
-def _cell(column: dict[str, Any], row: Row) -> Cell:
+def _cell(column: dict[str, Any], row: Row, data: str) -> Cell:
     paper = column.get("paper", {}).get(str(row.key))
+    if ppl := column.get("paper_ppl", {}).get(str(row.key)):
+        paper = bits_per_byte(math.log(ppl), data)
     if isinstance(paper, list):
         paper = paper[row.index] if row.index is not None and row.index < len(paper) else None
     if "text" in column:
@@ -91,7 +98,7 @@ def _cell(column: dict[str, Any], row: Row) -> Cell:
     words = sorted({value for value in values if isinstance(value, str)})
     if words:
         return Cell(" / ".join(words), paper)
-    return Cell(mean([float(value) for value in values]), paper)
+    return Cell(figure_mean(column["figure"], [float(value) for value in values]), paper)
 
 
 def number(value: float, form: str = "") -> str:
@@ -111,6 +118,8 @@ def _ours(cell: Cell, form: str) -> str:
     text = number(cell.ours.value, form)
     if not cell.ours.error:  # one seed; or the same for all: a limit reached, a speed taken once
         return text
+    if "%" not in form and cell.ours.error > WIDE * abs(cell.ours.value):
+        return f"{text} ({', '.join(number(v, form) for v in cell.ours.values)})"
     return f"{text} ± {number(cell.ours.error, form.removeprefix('+') or _error_form(cell.ours))}"
 
 
@@ -126,39 +135,44 @@ def _paper(cell: Cell, form: str) -> str:
     return cell.paper if isinstance(cell.paper, str) else number(cell.paper, form)
 
 
+def _has_paper(column: dict[str, Any]) -> bool:
+    return "paper" in column or "paper_ppl" in column
+
+
 def _heading(experiment: Experiment) -> str:
     return {"exit": "Exit (blocks run)"}.get(experiment.rows, "Configuration")
 
 
-def markdown(experiment: Experiment, results: Results) -> str:
-    """The whole page: table, differences, notes, how it was made."""
+def markdown(experiment: Experiment, results: Results, fits: Sequence[str] = ()) -> str:
+    """The whole page: table, differences, fits (of `fits.tables`), notes, how it was made."""
     rows = rows_of(experiment, results)
     lines = [f"# {experiment.title}", "", f"{experiment.source}, scale `{experiment.scale}`.", ""]
     head = [_heading(experiment)]
     for column in experiment.columns:
-        has_paper = "paper" in column
-        head += [column["name"]] + (["paper"] if has_paper else [])
+        head += [column["name"]] + (["paper"] if _has_paper(column) else [])
     lines += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row, line in zip(rows, cells(experiment, rows), strict=True):
         texts = [row.name]
         for column, cell in zip(experiment.columns, line, strict=True):
             form = column.get("format", "")
             texts.append(_ours(cell, form))
-            if "paper" in column:
+            if _has_paper(column):
                 texts.append(_paper(cell, form))
         lines.append("| " + " | ".join(texts) + " |")
-    lines += ["", *_comparisons(experiment, results)]
+    lines += ["", *_comparisons(experiment, results), *fits]
     lines += [f"- {note}" for note in experiment.notes]
     lines += _made(experiment, results)
     return "\n".join(lines) + "\n"
 
 
 def comparison(item: dict[str, Any], results: Results) -> Mean:
-    """A stated difference of a loss between runs, paired at equal seeds, in nats."""
+    """A stated difference of a figure between runs, paired at equal seeds."""
+    if missing := [x for side in ("plus", "minus") for x in item.get(side, ()) if x not in results]:
+        raise ExperimentError(f"{item['name']}: {missing[0]} has no results")
     sides = [
         [
             {s: float(figure_of(r, item["figure"])) for s, r in results[label].items()}
-            for label in item[side]
+            for label in item.get(side, ())
         ]
         for side in ("plus", "minus")
     ]
@@ -169,26 +183,41 @@ def _comparisons(experiment: Experiment, results: Results) -> list[str]:
     if not experiment.compare:
         return []
     lines = [
-        "| difference | loss, nats | 95 % interval | in PPL | paper | |",
-        "|---|---:|---:|---:|---:|---|",
+        "| difference | loss, nats | 95 % interval | in PPL | bits/byte | paper, bits/byte | |",
+        "|---|---:|---:|---:|---:|---:|---|",
     ]
     for item in experiment.compare:
-        found = comparison(item, results)
+        try:
+            found = comparison(item, results)
+        except ExperimentError:
+            lines.append(f"| {item['name']} | not run |  |  |  |  |  |")
+            continue
         interval, verdict = "one seed", "open"
         if found.interval is not None:
             low, high = found.interval
             interval = f"{low:+.4f} to {high:+.4f}"
             verdict = "above 0" if low > 0 else "below 0" if high < 0 else "not told from 0"
         change = f"{math.expm1(found.value):+.1%}"
-        paper = f"{item['paper']:+.1%}" if "paper" in item else ""
+        data = experiment.points[0].data
+        paper = f"{bits_per_byte(math.log1p(item['paper']), data):+.4f}" if "paper" in item else ""
         lines.append(
-            f"| {item['name']} | {found.value:+.4f} | {interval} | {change} | {paper} | {verdict} |"
+            f"| {item['name']} | {found.value:+.4f} | {interval} | {change} "
+            f"| {_bits(item, results)} | {paper} | {verdict} |"
         )
     return [*lines, ""]
 
 
+def _bits(item: dict[str, Any], results: Results) -> str:
+    """The same difference in bits per byte, where the results have it."""
+    figure = item["figure"].removesuffix("loss") + "bits_per_byte"
+    try:
+        return f"{comparison(item | {'figure': figure}, results).value:+.4f}"
+    except ExperimentError:
+        return ""
+
+
 def _made(experiment: Experiment, results: Results) -> list[str]:
-    """How it was made, in two lines."""
+    """How it was made, in two lines, and what lacks."""
     some = [result for seeds in results.values() for result in seeds.values()]
     seeds = sorted({result["seed"] for result in some})
     steps = sorted({r["train"]["steps"] for r in some})
@@ -199,8 +228,13 @@ def _made(experiment: Experiment, results: Results) -> list[str]:
     tokens = f"the first {experiment.tokens:,} tokens" if experiment.tokens else "all tokens"
     size = f"{model['num_hidden_layers']} layers, hidden size {model['hidden_size']}"
     seed_word = f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
-    error = "Mean ± standard error over seeds. " if len(seeds) > 1 else "One seed: no error bars. "
+    error = "One seed: no error bars. "
+    if len(seeds) > 1:
+        error = "Mean (of perplexities geometric) ± standard error over seeds; where that is above "
+        error += f"{WIDE:.0%}, each seed's figure in brackets. "
+    lacks = [p.label for p in experiment.points if p.label not in results]
     return [
+        *([f"- Not run yet: {'; '.join(lacks)}."] if lacks else []),
         f"- {error}{size}, vocabulary {model['vocab_size']:,}, context {train['context']}; at most "
         f"{' or '.join(f'{s:,}' for s in steps)} steps of {per_step:,} tokens; {seed_word}.",
         f"- Held-out figures: {tokens}, windows of {train['context']} without overlap; weights of "

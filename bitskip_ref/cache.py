@@ -9,10 +9,8 @@ from typing import Any, Self
 import numpy as np
 
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.turn import IN_USE, Turn
-
-KV_CACHES = ("float32", "float16")
-"""What the numbers of a cache may be (SPEC 6.5)."""
 
 
 def check_kv_cache(kv_cache: str) -> str:

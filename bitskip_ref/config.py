@@ -20,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ffn": ("swiglu", "relu2", "gated_relu2"),
     "norm": ("rms", "layer"),
     "norm_position": ("pre", "post"),
+    "rope_scaling": ("none", "linear", "llama3"),
     "exit_norm": ("shared", "per_layer"),
     "exit_head": ("shared", "per_layer"),
     "head_format": ("int8", "int6", "int4", "float32", "float16"),
@@ -85,6 +86,17 @@ class ModelConfig:
     """Whether a norm follows the embedding (SPEC 7.4; in the papers' post-norm models)."""
     rope_theta: float = 10_000.0
     """The base of RoPE's frequencies (SPEC 6.1); between 1 and 1e12."""
+    rope_scaling: str = "none"
+    """How RoPE's frequencies are lowered for a longer context (SPEC 6.6): not at all, all alike
+    (`linear`), or the low ones (`llama3`)."""
+    rope_factor: float = 1.0
+    """By what they are divided; from 1 on."""
+    rope_low_freq_factor: float = 1.0
+    """`llama3`: frequencies of fewer turns in the original context are divided."""
+    rope_high_freq_factor: float = 4.0
+    """`llama3`: frequencies of more turns stay as they are; above `rope_low_freq_factor`."""
+    rope_original_context: int = 8192
+    """`llama3`: the context before it was made longer."""
     tie_word_embeddings: bool = False
     """Whether the head's weights are the embedding's."""
     # Exits
@@ -131,6 +143,15 @@ class ModelConfig:
             raise ConfigError(f"norm_eps = {self.norm_eps}: must be between 0 and 1")
         if not 1.0 < self.rope_theta < 1e12:
             raise ConfigError(f"rope_theta = {self.rope_theta}: must be between 1 and 1e12")
+        if not 1.0 <= self.rope_factor < 1e6:
+            raise ConfigError(f"rope_factor = {self.rope_factor}: must be from 1 to below 1e6")
+        if self.rope_factor != 1.0 and self.rope_scaling == "none":
+            raise ConfigError(f"rope_factor = {self.rope_factor}: needs a rope_scaling")
+        if not 0.0 < self.rope_low_freq_factor < self.rope_high_freq_factor < 1e6:
+            raise ConfigError(
+                f"rope_low_freq_factor = {self.rope_low_freq_factor}: must be above 0 and below "
+                f"rope_high_freq_factor = {self.rope_high_freq_factor}"
+            )
         if self.hadamard and self.linear != "ternary":
             raise ConfigError("hadamard = true: needs linear = 'ternary' (SPEC 5.1)")
         if self.relu2_in_linear and not (self.hadamard and self.ffn == "relu2"):

@@ -23,3 +23,6 @@ SCALE_FLOOR = 1e-5
 
 LARGEST_HALF = 65504.0
 """The largest magnitude in a float16 cache (SPEC 6.5): float16's largest finite number."""
+
+KV_CACHES = ("float32", "float16")
+"""What the numbers of a cache may be (SPEC 6.5)."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from decimal import Context, Decimal
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from bitskip_ref.config import ModelConfig
 
+TWO_PI = 6.283185307179586
 PIECE = 4096  # positions computed at a time, for bounded scratch
 
 # pi / 2 in three parts: products of the first two with integers below 2^20 are exact.
@@ -49,9 +51,25 @@ def _sine_cosine(angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
+def scaled(
+    f: np.ndarray, kind: str, factor: float, low: float, high: float, original: int
+) -> np.ndarray:
+    """SPEC 6.6: frequencies f64 [E/2] for a longer context -> f64 [E/2]."""
+    if kind == "none":
+        return f
+    if kind == "linear":
+        return f / factor
+    turns = (original * f) / TWO_PI
+    share = (turns - low) / (high - low)
+    between = (1.0 - share) * (f / factor) + share * f
+    return np.where(turns > high, f, np.where(turns < low, f / factor, between))
+
+
 @lru_cache(maxsize=8)
-def _table(theta: float, head_dim: int, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    frequencies = _frequencies(theta, head_dim)
+def _table(
+    theta: float, head_dim: int, positions: int, *scaling: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    frequencies = scaled(_frequencies(theta, head_dim), *scaling)
     sine, cosine = (np.empty((positions, head_dim // 2), np.float32) for _ in range(2))
     for start in range(0, positions, PIECE):
         piece = slice(start, min(start + PIECE, positions))
@@ -64,4 +82,8 @@ def _table(theta: float, head_dim: int, positions: int) -> tuple[np.ndarray, np.
 
 def rope_table(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """(cos, sin), each f32 [max_position_embeddings, E/2], read-only: every engine's source."""
-    return _table(config.rope_theta, config.head_dim, config.max_position_embeddings)
+    c = config
+    return _table(
+        c.rope_theta, c.head_dim, c.max_position_embeddings, c.rope_scaling, c.rope_factor,
+        c.rope_low_freq_factor, c.rope_high_freq_factor, c.rope_original_context,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Causal attention for training on CPU: two batched products and the library's softmax.
+"""Attention for training on CPU: two batched products and the library's softmax.
 
 With the heads of a key-value group stacked as rows this is several times faster in bfloat16 than
 the library's fused kernel, forward and backward. It is an operator of its own so that
@@ -15,25 +15,32 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("bitskip::causal_attention", mutates_args=())
-def causal_attention(q: Tensor, keys: Tensor, values: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("bitskip::grouped_attention", mutates_args=())
+def grouped_attention(
+    q: Tensor, keys: Tensor, values: Tensor, tokens: int, causal: bool
+) -> tuple[Tensor, Tensor]:
     """SPEC 6.2, 6.3 without the scale, which q already carries.
 
     q [N, G * T, E]: G heads of T = `tokens` tokens as rows; keys, values [N, S, E], T <= S.
-    Returns (output as q, weights [N, G * T, S]); only the output carries a gradient.
+    causal: False lets every query see all S positions (SPEC 10 row 19). Returns (output as q,
+    weights [N, G * T, S]); only the output carries a gradient.
     """
-    mask = causal_mask(tokens, keys.shape[1], q.shape[1] // tokens, q.dtype)
-    weights = torch.softmax(torch.baddbmm(mask, q, keys.transpose(1, 2)), -1)
+    if causal:
+        mask = causal_mask(tokens, keys.shape[1], q.shape[1] // tokens, q.dtype)
+        scores = torch.baddbmm(mask, q, keys.transpose(1, 2))
+    else:
+        scores = q @ keys.transpose(1, 2)
+    weights = torch.softmax(scores, -1)
     return weights @ values, weights
 
 
-@causal_attention.register_fake
-def _(q: Tensor, keys: Tensor, values: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+@grouped_attention.register_fake
+def _(q: Tensor, keys: Tensor, values: Tensor, tokens: int, causal: bool) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(*q.shape[:2], keys.shape[1])
 
 
-@torch.library.custom_op("bitskip::causal_attention_backward", mutates_args=())
-def causal_attention_backward(
+@torch.library.custom_op("bitskip::grouped_attention_backward", mutates_args=())
+def grouped_attention_backward(
     grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, keys and values for the output's gradient [N, G * T, E]."""
@@ -43,7 +50,7 @@ def causal_attention_backward(
     return grad_scores @ keys, grad_scores.transpose(1, 2) @ q, grad_values
 
 
-@causal_attention_backward.register_fake
+@grouped_attention_backward.register_fake
 def _(
     grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,15 +58,15 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, keys, values, _ = inputs
+    q, keys, values, *_ = inputs
     ctx.save_for_backward(q, keys, values, output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return *causal_attention_backward(grad, *ctx.saved_tensors), None
+    return *grouped_attention_backward(grad, *ctx.saved_tensors), None, None
 
 
-causal_attention.register_autograd(_backward, setup_context=_save)
+grouped_attention.register_autograd(_backward, setup_context=_save)
 
 
 @lru_cache(maxsize=8)

@@ -337,7 +337,7 @@ def fit_gates(
     split = load_split(TextSource(data or settings.data, "train"), tokenizer, token_cache)
     windows = Windows(split.tokens, settings.context, seed)
     model = gates.with_gates(loaded.config, loaded.state).to(pick_device(device))
-    model.hadamard_form = settings.hadamard_form
+    model.reading = settings
     every = max(1, steps // 10)
 
     def report(step: int, loss: float) -> None:

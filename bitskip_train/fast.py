@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitskip_ref.constants import SCALE_FLOOR
-from bitskip_train.attention import causal_attention
+from bitskip_train.attention import grouped_attention
 from bitskip_train.functions import QuantizeActivations, TernaryProduct
 
 
@@ -36,6 +36,7 @@ class FastOps:
     """Training arithmetic; linear layers multiply in `dtype` (float32 or bfloat16)."""
 
     exact = False
+    causal = True  # False: SPEC 10 row 19, every position sees all others
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
@@ -90,6 +91,10 @@ class FastOps:
         return TernaryProduct.apply(
             codes, step, prepared.ternary, prepared.scaled, prepared.alpha, *weights
         )
+
+    def finish(self, y: Tensor, rotations: Rotations) -> Tensor:
+        """What a linear layer does to its product [..., out]: nothing (readings differ)."""
+        return y
 
     def float_product(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """Unquantized product with weights (out_i, in): [..., in] -> [..., sum of out_i]."""
@@ -158,18 +163,19 @@ class FastOps:
         q = q.permute(0, 2, 3, 1, 4).reshape(batch * groups, share * tokens, dim)
         k = keys.transpose(1, 2).reshape(batch * groups, positions, dim)
         v = values.transpose(1, 2).reshape(batch * groups, positions, dim)
-        out = causal_attention(q, k, v, tokens)[0].view(batch, groups, share, tokens, dim)
+        out = grouped_attention(q, k, v, tokens, self.causal)[0]
+        out = out.view(batch, groups, share, tokens, dim)
         return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * dim)
 
     def _library_attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         tokens, positions = q.shape[1], keys.shape[1]
         mask = None
-        if tokens != positions:
+        if self.causal and tokens != positions:
             mask = torch.ones(tokens, positions, dtype=torch.bool, device=q.device)
             mask = mask.tril(positions - tokens)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
-            attn_mask=mask, is_causal=mask is None, enable_gqa=True,
+            attn_mask=mask, is_causal=self.causal and mask is None, enable_gqa=True,
         )  # fmt: skip
         return out.transpose(1, 2).flatten(2)
 

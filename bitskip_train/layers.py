@@ -175,7 +175,8 @@ class Block(nn.Module):
                 y = ops.ternary_product(codes, step, self.prepare(group, ops), weights)
         if config.relu2_in_linear:
             y = ops.relu2(y)
-        return y.split([w.shape[0] for w in weights], -1)
+        parts = y.split([w.shape[0] for w in weights], -1)
+        return [ops.finish(part, run.rotations) for part in parts]
 
     # ---- forward --------------------------------------------------------------------
 

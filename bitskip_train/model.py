@@ -18,7 +18,7 @@ from bitskip_train.exact import ExactOps
 from bitskip_train.fast import FastOps
 from bitskip_train.functions import PassThrough
 from bitskip_train.layers import BYPASSES, Block, Cache, Norm, Pass, TensorTrace, Weight
-from bitskip_train.readings import FORMS
+from bitskip_train.readings import AfterOps, departures, operations
 from bitskip_train.settings import TrainConfig
 
 Bypass = Literal["none", "weights", "activations"]
@@ -54,7 +54,7 @@ class BitskipModel(nn.Module):
         super().__init__()
         self.config = config
         self.arithmetic: Literal["fast", "exact"] = "fast"
-        self.hadamard_form = "definition"  # of fast arithmetic (SPEC 10 row 5)
+        self.reading = TrainConfig()  # fast arithmetic is in this run's reading of the papers
         self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
         if config.embedding_norm:
             self.embedding_norm = Norm(config.hidden_size, config.norm, config.norm_eps)
@@ -83,9 +83,9 @@ class BitskipModel(nn.Module):
 
     @classmethod
     def restored(cls, checkpoint: Checkpoint) -> BitskipModel:
-        """The model of a checkpoint, in the reading of the transform that it was trained with."""
+        """The model of a checkpoint, in the reading of the papers that it was trained with."""
         model = cls(checkpoint.config)
-        model.hadamard_form = TrainConfig.from_dict(checkpoint.train).hadamard_form
+        model.reading = TrainConfig.from_dict(checkpoint.train)
         model.load_state_dict(checkpoint.state)
         return model
 
@@ -94,11 +94,15 @@ class BitskipModel(nn.Module):
     def ops(self) -> FastOps:
         """The operations of the chosen arithmetic; call outside a disabled autocast region."""
         if self.arithmetic == "exact":
+            if found := departures(self.reading.to_dict()):
+                raise ValueError(f"{', '.join(found)}: exact arithmetic has the definition alone")
             return ExactOps()
         device = self.rope_cos.device.type
         enabled = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if enabled else torch.float32
-        return FORMS[self.hadamard_form](dtype)
+        ops = operations(self.reading, self.config.hadamard)(dtype)
+        ops.causal = self.reading.mask == "causal"
+        return ops
 
     @contextmanager
     def region(self, ops: FastOps) -> Iterator[None]:
@@ -111,7 +115,8 @@ class BitskipModel(nn.Module):
     def start(self, ops: FastOps, bypass: str, first: int, tokens: int) -> Pass:
         """What the blocks of a pass over positions first .. first + tokens - 1 are given."""
         rows = slice(first, first + tokens)
-        widths = self.config.linear_inputs() if self.config.hadamard else ()
+        config = self.config
+        widths = (*config.linear_inputs(), config.kv_size) if config.hadamard else ()
         rotations = ops.rotations(widths, self.rope_cos.device)
         return Pass(ops, bypass, first, self.rope_cos[rows], self.rope_sin[rows], rotations)
 
@@ -198,18 +203,20 @@ class BitskipModel(nn.Module):
         """The head of exit n = 1..L."""
         return cast(Weight, self.get_submodule(self.config.exit_names(n)[1]))
 
-    def logits(self, hidden: Tensor, n: int, trace: TensorTrace | None = None) -> Tensor:
+    def logits(
+        self, hidden: Tensor, n: int, trace: TensorTrace | None = None, *, normed: bool = True
+    ) -> Tensor:
         """SPEC 8.1: f32 [..., D] after n = 1..L blocks -> logits [..., V].
 
-        float32, or bfloat16 under autocast.
+        float32, or bfloat16 under autocast. normed: False leaves the norm out (SPEC 10 row 24).
         """
         self._check_exit(n)
         ops, norm, head = self.ops(), self.exit_norm(n), self.exit_head(n)
         with self.region(ops):
-            normed = norm(hidden, ops)
-            z = ops.head(normed, head.weight, head.scale, self.config.head_format)
+            normed_hidden = norm(hidden, ops) if normed else hidden
+            z = ops.head(normed_hidden, head.weight, head.scale, self.config.head_format)
         if trace is not None:
-            trace("exit_norm", normed)
+            trace("exit_norm", normed_hidden)
             trace("logits", z)
         return z
 
@@ -270,5 +277,10 @@ class BitskipModel(nn.Module):
                 f"keep of shape {tuple(keep.shape)}: must be [L, B] = "
                 f"[{config.num_hidden_layers}, {ids.shape[0]}]"
             )
+        ops = operations(self.reading, config.hadamard)
+        if bypass == "activations" and issubclass(ops, AfterOps):
+            raise ValueError(f"bypass {bypass!r}: this reading transforms quantized values only")
+        if cache is not None and self.reading.mask != "causal":
+            raise ValueError("a cache without a causal mask: later tokens would change the past")
         if keep is not None and cache is not None:
             raise ValueError("keep with a cache: layer dropout is for training, without a cache")

@@ -80,7 +80,7 @@ class Objective:
             main = main + loss.detach()
             teacher = logits.detach()
             for n, weight in exits.items():
-                logits = self._logits(flat[n][piece], n)
+                logits = self._logits(flat[n][piece], n, normed=not train.exit_raw)
                 loss = losses.cross_entropy(logits, exit_targets[piece])
                 if train.exit_distill:
                     loss = loss + train.exit_distill * losses.distillation(logits, teacher)
@@ -100,9 +100,9 @@ class Objective:
         own = self.model.exits[str(n)].parameters() if n < self.depth else ()
         return [leaf, *own]
 
-    def _logits(self, hidden: Tensor, n: int) -> Tensor:
+    def _logits(self, hidden: Tensor, n: int, normed: bool = True) -> Tensor:
         with self.autocast():
-            return self.model.logits(hidden, n)
+            return self.model.logits(hidden, n, normed=normed)
 
     def keep(self, step: int, draws: Draws) -> Tensor | None:
         """Which samples each block runs for: bool [L, B] on the CPU, or None for all."""

@@ -6,12 +6,14 @@ They exist in training's arithmetic alone: no other engine runs them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitskip_train.fast import FastOps, Rotations
+from bitskip_train.settings import TrainConfig
 
 
 class UnscaledOps(FastOps):
@@ -37,11 +39,61 @@ class AfterOps(FastOps):
         return super().rotate(codes, self.found), step
 
 
+class PublicOps(FastOps):
+    """SPEC 10 row 23: BitLinear of the authors' public code, squared ReLU on every output."""
+
+    def finish(self, y: Tensor, rotations: Rotations) -> Tensor:
+        return self.relu2(y)
+
+
+class PublicHadamardOps(AfterOps):
+    """SPEC 10 row 23: H-BitLinear of that code: quantize, transform with entries +-1, multiply,
+    transform the output in the same way. (Its layer norm is the model's `sub_norm`.)"""
+
+    def rotations(self, widths: Sequence[int], device: torch.device) -> Rotations:
+        self.found = {
+            n: tuple(h * math.sqrt(len(h)) for h in factors)
+            for n, factors in FastOps.rotations(self, widths, device).items()
+        }
+        return self.found
+
+    def finish(self, y: Tensor, rotations: Rotations) -> Tensor:
+        return FastOps.rotate(self, y, rotations)
+
+
 FORMS: dict[str, type[FastOps]] = {
     "definition": FastOps,
     "unscaled": UnscaledOps,
     "after": AfterOps,
 }
+
+
+FORWARD = ("hadamard_form", "linear_form", "mask")
+"""The settings above that change what a trained model computes."""
+
+
+def public_init(model: nn.Module, hadamard: bool) -> None:
+    """SPEC 10 row 23: linear layers uniform within 1 / sqrt(in), a tenth of it in BitLinear.
+
+    In place, from PyTorch's global generator; other weights stay as they are.
+    """
+    for name, parameter in model.named_parameters():
+        if "_proj." in name:
+            bound = (1.0 if hadamard else 0.1) / math.sqrt(parameter.shape[1])
+            nn.init.uniform_(parameter, -bound, bound)
+
+
+def operations(train: TrainConfig, hadamard: bool) -> type[FastOps]:
+    """The linear layers' operations in the reading that these settings name."""
+    if train.linear_form == "public":
+        return PublicHadamardOps if hadamard else PublicOps
+    return FORMS[train.hadamard_form]
+
+
+def departures(train: Mapping[str, Any]) -> list[str]:
+    """Those of a checkpoint's settings with which no engine runs its model, as `name = value`."""
+    usual = TrainConfig().to_dict()
+    return [f"{n} = {train[n]!r}" for n in FORWARD if train.get(n, usual[n]) != usual[n]]
 
 
 def shifted(ids: Tensor, targets: str) -> Tensor:

@@ -20,6 +20,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "quant_reduction": ("mean", "sum"),
     "targets": ("next", "same"),
     "hadamard_form": ("definition", "unscaled", "after"),
+    "linear_form": ("definition", "public"),
+    "init": ("definition", "public"),
+    "mask": ("causal", "none"),
 }
 
 # Closed ranges; `allowed` has those of the other numbers.
@@ -115,6 +118,9 @@ class TrainConfig:
     exit_detach: bool = False
     """Whether the exits' loss leaves the final norm and head, which they share with the last layer,
     alone (docs/EXITS.md)."""
+    exit_raw: bool = False
+    """Whether the exits' loss reads hidden states without the final norm, as in the authors' public
+    code (SPEC 10 row 24)."""
     # Layer dropout (SPEC 10 row 10)
     dropout_max: float = 0.0
     """The p_max of the probability that a block is skipped for a sample. 0: no layer dropout."""
@@ -138,6 +144,15 @@ class TrainConfig:
     hadamard_form: str = "definition"
     """The transform in training: `definition` is SPEC 5; `unscaled` has entries +-1; `after`
     transforms the quantized values. The last two cannot be exported (SPEC 10 row 5)."""
+    linear_form: str = "definition"
+    """Linear layers in training: `definition` is SPEC 4 and 5; `public` is the authors' public
+    code, which cannot be exported (SPEC 10 row 23)."""
+    init: str = "definition"
+    """First weights of the linear layers; `public`: those of the authors' public code (SPEC 10
+    rows 23 and 25)."""
+    mask: str = "causal"
+    """`none`: every position sees the whole window, the token it is to name, too. That cannot be
+    exported (SPEC 10 row 19)."""
     pad_documents: bool = False
     """Whether each document is filled up to a window with end-of-text, which is scored, too
     (SPEC 10 row 18)."""
@@ -225,8 +240,24 @@ def check_settings(config: ModelConfig, train: TrainConfig) -> None:
         raise ConfigError("route_lambda above 0: needs model.gates = true")
     if train.hadamard_form != "definition" and not config.hadamard:
         raise ConfigError(f"hadamard_form = {train.hadamard_form!r}: needs model.hadamard = true")
+    if train.linear_form != "definition":
+        _check_public(config, train)
     if train.quant_lambda and config.linear != "ternary":
         raise ConfigError("quant_lambda above 0: needs model.linear = 'ternary'")
+
+
+def _check_public(config: ModelConfig, train: TrainConfig) -> None:
+    if config.linear != "ternary" or config.relu2_in_linear or train.hadamard_form != "definition":
+        raise ConfigError(
+            "linear_form = 'public': needs model.linear = 'ternary', relu2_in_linear = false and "
+            "hadamard_form = 'definition'"
+        )
+    widths = {out for out, _ in config.linear_shapes().values()}
+    if config.hadamard and any(n & (n - 1) for n in widths):
+        raise ConfigError(
+            "linear_form = 'public' with hadamard: transforms outputs, so their widths must be "
+            f"powers of two, and they are {', '.join(map(str, sorted(widths)))}"
+        )
 
 
 def check_exits(exits: Sequence[int], layers: int) -> list[int]:

@@ -28,6 +28,7 @@ from bitskip_train.evaluate import evaluate
 from bitskip_train.model import BitskipModel
 from bitskip_train.objective import Objective
 from bitskip_train.progress import Report
+from bitskip_train.readings import public_init
 from bitskip_train.run_folder import CONFIG, write_config
 from bitskip_train.schedule import learning_rate
 from bitskip_train.settings import TrainConfig, check_settings
@@ -67,8 +68,11 @@ class Trainer:
         self.device = pick_device(train.device, world.local_rank)
         self.windows = Windows(data.tokens, train.context, train.seed)
         torch.manual_seed(train.seed)
-        self.model = BitskipModel(config).to(self.device)
-        self.model.hadamard_form = train.hadamard_form
+        self.model = BitskipModel(config)
+        if train.init == "public":
+            public_init(self.model, config.hadamard)
+        self.model.reading = train
+        self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, train)
         self.objective = Objective(self.model, train, self.device)
         self.thread_times: dict[int, float] = {}

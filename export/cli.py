@@ -19,8 +19,8 @@ from bitskip.options import (
     Word,
     exit_layer,
 )
-from bitskip_ref.cache import KV_CACHES
 from bitskip_ref.config import CHOICES
+from bitskip_ref.constants import KV_CACHES
 
 
 def _engines() -> list[str]:

@@ -45,14 +45,14 @@ def export_checkpoint(
     Raises ExportError, or bitskip_train's CheckpointError; nothing is written then.
     """
     from bitskip_train.checkpoint import load_checkpoint
+    from bitskip_train.readings import departures
     from bitskip_train.tokenizer import parse_tokenizer
 
     root = Path(out)
     check_target(root, force)
     loaded = load_checkpoint(Path(checkpoint))
-    form = loaded.train.get("hadamard_form", "definition")
-    if form != "definition":
-        raise ExportError(f"the checkpoint's hadamard_form is {form!r}: no engine runs it")
+    if found := departures(loaded.train):
+        raise ExportError(f"{checkpoint}: trained with {', '.join(found)}: no engine runs it")
     config = loaded.config.replace(head_format=head_format or loaded.config.head_format)
     if exit_layer is not None and not 1 <= exit_layer <= config.num_hidden_layers:
         raise ExportError(f"exit layer {exit_layer}: must be in 1..{config.num_hidden_layers}")

@@ -25,6 +25,9 @@ OPTIONS: dict[str, ModelConfig] = {
     "per-layer-exits": small_twin("bitskip-v1").replace(
         exit_norm="per_layer", exit_head="per_layer", gates=True
     ),
+    "rope-llama3": small_twin("bitskip-v1").replace(
+        rope_scaling="llama3", rope_factor=8.0, rope_original_context=32
+    ),
     "relu2-in-linear": small_twin("wt2-bitskip").replace(relu2_in_linear=True),
     "4-bit-post-norm": small_twin("wt2-bitskip").replace(activation_bits=4),
 }

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from bitskip.options import COUNT, MODEL, PRESET, WHOLE, Listed, Word, exit_layer
-from bitskip_ref.cache import KV_CACHES
+from bitskip_ref.constants import KV_CACHES
 
 
 @click.command()

@@ -24,7 +24,7 @@
                     ternary_simd, vocab_simd, dot                       kernels, their instruction
     attention/      attend, passes       one token's heads; the loops over cached keys and values
     arithmetic/     elementwise, exponential, float16, lanes            SPEC 2 to 5, 6.5, 8.5
-    numba_inside/   what touches the insides of Numba
+    numba_inside/   decorators, emit, views, atomics     what touches the insides of Numba
     object_code.py  what is compiled: `run`, `repack`
 
 **Where weights lie.** Sixteen rows of a matrix are a tile, whose bytes follow each other:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -69,10 +70,13 @@ class Sampler:
         `seen`: ids of prompt and text so far; `index`: how many tokens were generated before.
         Raises ValueError for logits that choose none (SPEC 9.5).
         """
-        check_logits(logits.max(keepdims=True), index)
         z = self.penalised(logits, seen)
         if self.temperature == 0:
-            return int(np.argmax(z))
+            best = int(np.argmax(z))  # a NaN, if there is one
+            if not math.isfinite(z[best]):
+                check_logits(z[best : best + 1], index)
+            return best
+        check_logits(logits.max(keepdims=True), index)
         ids, weights = self.candidates(z)
         return pick(ids, weights, uniform(self.seed, index))
 

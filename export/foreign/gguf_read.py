@@ -138,7 +138,8 @@ def _config(
         raise RefusedError(f"{path}: the model needs experts, which bitskip has not")
     heads, width = key("attention.head_count"), key("embedding_length")
     scaling = key("rope.scaling.type", "none")
-    if scaling != "none" and key("rope.scaling.factor", 1.0) != 1.0:
+    factor = float(key("rope.scaling.factor", 1.0)) if scaling != "none" else 1.0
+    if scaling not in ("none", "linear") and factor != 1.0:
         raise RefusedError(f"{path}: RoPE scaling of type {shown(scaling)}: not known")
     embedding = named["embed_tokens.weight"]
     try:
@@ -160,6 +161,8 @@ def _config(
             ffn=ARCHITECTURES[a][0],
             norm_eps=float(np.float32(key("attention.layer_norm_rms_epsilon")).astype(str)),
             rope_theta=float(np.float32(key("rope.freq_base", 10_000.0)).astype(str)),
+            rope_scaling="linear" if factor != 1.0 else "none",
+            rope_factor=factor,
             sub_norm="layers.0.attn_sub_norm.weight" in named,
             tie_word_embeddings="lm_head.weight" not in named,
             head_format="int8" if ternary else "float32",

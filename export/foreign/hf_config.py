@@ -16,6 +16,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0},
     "bitnet": {"hidden_act": "relu2", "rms_norm_eps": 1e-5, "rope_theta": 500_000.0},
 }
+# RoPE scaling by name -> its fields, theirs to ours (SPEC 6.6).
+ROPE = {
+    "linear": {"factor": "rope_factor"},
+    "llama3": {
+        "factor": "rope_factor", "low_freq_factor": "rope_low_freq_factor",
+        "high_freq_factor": "rope_high_freq_factor",
+        "original_max_position_embeddings": "rope_original_context",
+    },
+}  # fmt: skip
 REMEDY = "bitskip cannot run it as it was meant"
 
 
@@ -62,6 +71,8 @@ def read_config(raw: dict[str, Any], sub_norm: bool) -> tuple[ModelConfig, Quant
         )
     except KeyError as error:
         raise RefusedError(f"config.json lacks {error.args[0]}") from None
+    except RefusedError:
+        raise
     except (TypeError, ValueError, ZeroDivisionError) as error:
         reason = str(error) if isinstance(error, ConfigError) else "a field has a wrong type"
         raise RefusedError(f"config.json: {reason}") from None
@@ -97,12 +108,17 @@ def _rope(values: dict[str, Any]) -> dict[str, Any]:
             raise RefusedError(f"config.json: {field} is no object")
         rope |= values.get(field, {})
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise RefusedError(f"RoPE scaling of type {kind!r}: {REMEDY}")
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise RefusedError(f"RoPE over a part of each head ({partial}): {REMEDY}")
-    return {"rope_theta": rope["rope_theta"]}
+    found = {"rope_theta": rope["rope_theta"]}
+    if kind == "default":
+        return found
+    if kind not in ROPE:
+        raise RefusedError(f"RoPE scaling of type {kind!r}: {REMEDY}")
+    if missing := ROPE[kind].keys() - rope.keys():
+        raise RefusedError(f"config.json: RoPE scaling {kind} lacks {min(missing)}")
+    return found | {"rope_scaling": kind} | {our: rope[key] for key, our in ROPE[kind].items()}
 
 
 def _quantization(raw: dict[str, Any]) -> Quantization | None:
@@ -160,6 +176,10 @@ def write_config(config: ModelConfig, *, eos: list[int], bos: int | None) -> dic
         if wrong:
             raise RefusedError(f"{what}: no class of transformers computes that, so not exported")
     kind = "bitnet" if config.sub_norm else "llama"
+    scaling: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_scaling != "none":
+        fields = ROPE[config.rope_scaling].items()
+        scaling = {"rope_type": config.rope_scaling} | {k: getattr(config, o) for k, o in fields}
     return {
         "model_type": kind,
         "architectures": ["BitNetForCausalLM" if kind == "bitnet" else "LlamaForCausalLM"],
@@ -175,7 +195,8 @@ def write_config(config: ModelConfig, *, eos: list[int], bos: int | None) -> dic
         "rms_norm_eps": config.norm_eps,
         # Both spellings: the second is what transformers 5 reads, the first what others do.
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": {"rope_theta": config.rope_theta, **scaling},
+        **({"rope_scaling": scaling} if config.rope_scaling != "none" else {}),
         "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": False,
         "mlp_bias": False,

@@ -17,7 +17,16 @@ from bitskip_train.objective import losses
 from bitskip_train.recipes import recipe
 from tests.experiments.conftest import write_data
 
-OURS = ["composition", "readings-v1", "readings-v2", "v2-length"]
+OURS = [
+    "composition",
+    "no-mask",
+    "no-mask-long",
+    "public-code",
+    "rates",
+    "readings-v1",
+    "readings-v2",
+    "v2-length",
+]
 PAPERS = [
     "v1-table3",
     "v1-table4",

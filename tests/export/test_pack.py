@@ -159,3 +159,18 @@ def test_an_exit_out_of_range_is_refused(tmp_path: Path) -> None:
         export_checkpoint(path, tmp_path / "m", exit_layer=5)
     with pytest.raises(FormatError):
         read_folder(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "reading", [{"hadamard_form": "after"}, {"linear_form": "public"}, {"mask": "none"}]
+)
+def test_readings_that_no_engine_runs_are_refused_in_one_line(
+    tmp_path: Path, reading: dict[str, str]
+) -> None:
+    state = {n: torch.from_numpy(w) for n, w in random_parameters(CONFIG).items()}
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, Checkpoint(CONFIG, state, None, TrainConfig(**reading).to_dict(), step=7))
+    [(name, value)] = reading.items()
+    with pytest.raises(ExportError, match=f"trained with {name} = '{value}': no engine runs it$"):
+        export_checkpoint(path, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -33,6 +33,10 @@ from tests.interop.blocks import (
     torch,
 )  # fmt: skip
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
 STORIES = Path(bitskip_cpu.__file__).parent / "models/stories-24"
 safetensors = pytest.importorskip("safetensors.numpy")
 
@@ -88,6 +92,8 @@ def test_ternary_blocks_are_theirs(kind: str, form: str, tied: bool, tmp_path: P
 @pytest.mark.parametrize("changes", [
     {}, {"tie_word_embeddings": True}, {"head_dim": 32}, {"num_key_value_heads": None},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}},
+    {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    {"rope_parameters": LLAMA3},
 ], ids=str)  # fmt: skip
 def test_float_blocks_are_theirs(changes: dict[str, Any], tmp_path: Path) -> None:
     path = save(random_model("Llama", **changes), tmp_path / "hf")
@@ -103,6 +109,21 @@ def test_the_old_spelling_of_rope(tmp_path: Path) -> None:
     new = read_huggingface(path).config
     edit(path / "config.json", rope_parameters=None, rope_theta=50_000.0, rope_scaling=None)
     assert read_huggingface(path).config == new and new.rope_theta == 50_000.0
+
+
+def test_scaled_rope_is_seen_and_comes_back(tmp_path: Path) -> None:
+    model = random_model("Llama", rope_parameters=LLAMA3)
+    folder = bring(save(model, tmp_path / "hf"), tmp_path / "out")
+    config = read_folder(folder).config
+    assert config.rope_scaling == "llama3" and config.rope_factor == 8.0
+    write_huggingface(read_folder(folder), tmp_path / "again")
+    assert distances(load(tmp_path / "again"), folder).max() < 1e-5
+    assert read_huggingface(tmp_path / "again").config == config
+    edit(tmp_path / "hf/config.json", rope_parameters=LLAMA3 | {"factor": 4.0})
+    assert distances(model, bring(tmp_path / "hf", tmp_path / "other")).max() > 1e-3
+    edit(tmp_path / "hf/config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
+    with pytest.raises(RefusedError, match="RoPE scaling of type 'yarn'"):
+        read_huggingface(tmp_path / "hf")
 
 
 def test_sharded_and_bfloat16_masters(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_kernels_count_as_compiled_once_used() -> None:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Names of the kernels compiled, into an empty folder; nothing is really made or loaded."""
-    from bitskip_cpu.kernels import object_code as objects
+    from bitskip_cpu.kernels import object_code
 
     names: list[str] = []
 
@@ -44,7 +44,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(isa, "INTERPRETED", False)
-    monkeypatch.setattr(objects, "machine_code", machine_code)
+    monkeypatch.setattr(object_code, "machine_code", machine_code)
     monkeypatch.setattr(native, "load", lambda code, *_: code)
     return names
 
@@ -75,11 +75,11 @@ def test_a_damaged_file_is_made_anew(made: list[str], damage: bytes | None) -> N
 
 @pytest.mark.skipif(isa.INTERPRETED, reason="nothing is compiled")
 def test_a_kernel_may_not_need_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitskip_cpu.kernels import object_code as objects
+    from bitskip_cpu.kernels import object_code
 
-    monkeypatch.setitem(objects.FUNCTIONS, "run", lambda value: print(value))
+    monkeypatch.setitem(object_code.FUNCTIONS, "run", lambda value: print(value))
     with pytest.raises(RuntimeError, match=r"the kernel run refers to .*Py"):
-        objects.module("run", 1)
+        object_code.module("run", 1)
 
 
 def test_a_path_not_for_the_target_is_refused() -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import bitskip_cpu.engine
-from bitskip_ref.cache import KV_CACHES, CacheFill
+from bitskip_ref.cache import CacheFill
 from bitskip_ref.config import small_twin
+from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.exits import ConfidenceExit, FixedExit
 from tests.helpers import random_tensors, random_tokens

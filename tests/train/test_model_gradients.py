@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bitskip_ref.arithmetic.hadamard import fwht
-from bitskip_train.attention import causal_attention
+from bitskip_train.attention import grouped_attention
 from bitskip_train.fast import FastOps
 from bitskip_train.functions import PassThrough
 from bitskip_train.layers import Block
@@ -82,7 +82,7 @@ def test_causal_attention(tokens: int, positions: int) -> None:
     inputs = [seeded(*s, seed=i).double().requires_grad_() for i, s in enumerate(shapes)]
 
     def output(*qkv: Tensor) -> Tensor:
-        return causal_attention(*qkv, tokens)[0]
+        return grouped_attention(*qkv, tokens, True)[0]
 
     assert torch.autograd.gradcheck(output, inputs, fast_mode=True)
 

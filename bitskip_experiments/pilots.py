@@ -1,0 +1,101 @@
+"""The tables of docs/EXITS.md, from results/exits/pilots.json.
+
+`python -m bitskip_experiments.pilots` writes results/exits/table.md.
+Rows are settings, columns exits; means over seeds. What is changed in `three-detach` is a
+difference at equal seeds with the standard error, at the last layer with the 95 % interval and
+Holm's p.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bitskip_experiments.statistics import Mean, contrast, holm, mean
+from bitskip_ref.files import replace_file
+
+Losses = dict[str, dict[int, dict[str, float]]]
+"""name -> seed -> exit -> loss in nats."""
+
+EXITS = ("3", "6", "12", "18", "24")
+BASE = "three-detach"
+CHANGES = {
+    "three-inverse": "weights 1 / n (early-heavy), `exit_weights=inverse`",
+    "three-linear": "weights n + 1 (deep-heavy), `exit_weights=linear`",
+    "three-ramp": "exit loss grows from 0 over the first half, `exit_ramp=120`",
+    "three-norms": "a norm for each exit, `exit_norm=per_layer`",
+    "three-shared": "norm and head learn from exits, too, `exit_detach=false`",
+    "three-dropout": "layer dropout of the first paper, `dropout_max=0.5`",
+    "three-dropout-ramp": "the same, growing over the first half, `dropout_ramp=120`",
+    "three-detach-distill": "distilled from the first step on, `exit_distill=1.0`",
+}
+NAMES = ("none", "lin2-nodrop", "lin2", "lin2-nodrop-detach", "lin2-detach-distill", BASE)
+PAIRS = (
+    ("detached less shared head, two exits in rotation", "lin2-nodrop-detach", "lin2-nodrop"),
+    ("three exits less two in rotation, detached", BASE, "lin2-nodrop-detach"),
+    ("three exits, detached, less no exit loss", BASE, "none"),
+    ("shared head, two exits in rotation, less no exit loss", "lin2-nodrop", "none"),
+)
+
+
+def read(path: Path) -> tuple[Losses, dict[str, list[str]]]:
+    """Losses, and each name's settings."""
+    losses: Losses = {}
+    settings: dict[str, list[str]] = {}
+    for run in json.loads(path.read_text("utf-8"))["runs"]:
+        losses.setdefault(run["name"], {})[run["seed"]] = run["loss"]
+        settings[run["name"]] = run["settings"]
+    return losses, settings
+
+
+def difference(losses: Losses, plus: str, minus: str, exit_layer: str) -> Mean:
+    """One setting less another at an exit, paired by seed."""
+    sides = ({s: x[exit_layer] for s, x in losses[name].items()} for name in (plus, minus))
+    one, other = sides
+    return contrast([one], [other])
+
+
+def page(path: Path) -> str:
+    """results/exits/table.md."""
+    losses, settings = read(path)
+    lines = [
+        "# What makes early exits good", "",
+        "| name | settings | seeds | " + " | ".join(f"exit {n}" for n in EXITS) + " |",
+        "|---|---|---:|" + "---:|" * len(EXITS),
+    ]  # fmt: skip
+    for name in NAMES:
+        cells = [_level(mean([x[n] for x in losses[name].values()])) for n in EXITS]
+        seeds = ", ".join(map(str, sorted(losses[name])))
+        row = [name, ", ".join(settings[name]), seeds, *cells]
+        lines.append("| " + " | ".join(row) + " |")
+    compared = [(text, name, BASE) for name, text in CHANGES.items()]
+    for title, pairs in (("difference", list(PAIRS)), (f"changed in `{BASE}`", compared)):
+        heads = " | ".join(f"exit {n}" for n in EXITS)
+        lines += ["", f"| {title} | {heads} | 24: 95 % interval | p (Holm) |"]
+        lines += ["|---|" + "---:|" * (len(EXITS) + 2)]
+        last = [difference(losses, plus, minus, "24") for _, plus, minus in pairs]
+        adjusted = holm([found.p_value(0.0) or 0.0 for found in last])
+        for (text, plus, minus), found, p in zip(pairs, last, adjusted, strict=True):
+            cells = [_change(difference(losses, plus, minus, n)) for n in EXITS]
+            low, high = found.interval or (found.value, found.value)
+            lines.append(f"| {text} | {' | '.join(cells)} | {low:+.3f} to {high:+.3f} | {p:.2g} |")
+    lines += [
+        "", "- Loss in nats a token, ± the standard error over seeds; differences at equal seed. "
+        "p: two-sided t test of the difference at exit 24 against 0, Holm over the rows of its "
+        "table.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _level(found: Mean) -> str:
+    return f"{found.value:.3f}" + (f" ± {found.error:.3f}" if found.error else "")
+
+
+def _change(found: Mean) -> str:
+    return f"{found.value:+.3f}" + (f" ± {found.error:.3f}" if found.error else "")
+
+
+if __name__ == "__main__":
+    folder = Path(__file__).parent.parent / "results/exits"
+    with replace_file(folder / "table.md") as file:
+        file.write(page(folder / "pilots.json").encode())
