@@ -40,13 +40,14 @@ def import_model(
     """
     check_target(out, force)
     config = source.config.replace(head_format=head_format or source.config.head_format)
-    if source.tokenizer_json is not None:
-        parse_tokenizer(source.tokenizer_json, source.origin, config.vocab_size)
+    words = source.tokenizer_json
+    if words is not None:
+        words = parse_tokenizer(words, source.origin, config.vocab_size).json
     tensors = Tensors(config, source, progress)
     with replace_directory(out) as folder:
         write_folder(
             folder, config, tensors,
-            tokenizer_json=source.tokenizer_json,
+            tokenizer_json=words,
             eos_token_id=source.eos_token_ids,
             bos_token_id=source.bos_token_id,
             exit_layer=source.exit_layer,
