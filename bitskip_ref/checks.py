@@ -52,7 +52,10 @@ def check_exit_layers(exit_layers: Iterable[int], config: ModelConfig) -> list[i
 
 def check_looks(looks: Iterable[int], deepest: int) -> tuple[int, ...]:
     """Depths at which a rule is asked. Raises ValueError unless they rise within 1..deepest - 1."""
-    last, checked = 0, tuple(looks)
+    try:
+        last, checked = 0, tuple(looks)
+    except TypeError:
+        raise ValueError(f"exit looks {looks!r}: must be a tuple of numbers of blocks") from None
     for n in checked:
         if not is_whole(n) or not last < n < deepest:
             rule = f"choose from 1..{deepest - 1}" if deepest > 1 else "there is nothing to skip"

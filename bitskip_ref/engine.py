@@ -168,6 +168,8 @@ class Engine(ABC):
         Raises ValueError as `extend`, and for a rule whose looks do not rise below its last block.
         """
         try:
+            if isinstance(rule, type):
+                raise AttributeError  # the class, without its parentheses
             ask_looks, ask_deepest = rule.looks, rule.deepest
         except AttributeError:
             raise ValueError(

@@ -20,10 +20,14 @@ class ConfidenceExit(DynamicExit):
         """After a quarter, half and three quarters of the blocks, rounded down."""
         return tuple(sorted({deepest * n // 4 for n in (1, 2, 3)} - {0}))
 
-    def check(self, config: ModelConfig) -> None:
-        super().check(config)
+    def looks(self, config: ModelConfig) -> tuple[int, ...]:
         if self.measure not in MEASURES:
             raise ValueError(f"confidence measure {self.measure!r}: one of {', '.join(MEASURES)}")
+        return super().looks(config)
+
+    def check(self, config: ModelConfig) -> None:
+        super().check(config)
+        self.looks(config)
 
     def stops(self, probe: Probe) -> bool:
         return float(probe.confidence(self.measure)) > self.threshold

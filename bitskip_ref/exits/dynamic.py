@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bitskip_ref.checks import check_exit_layer, is_whole
+from bitskip_ref.checks import check_exit_layer, is_number, is_whole
 from bitskip_ref.config import ModelConfig
 
 
@@ -20,9 +20,16 @@ class DynamicExit:
         return check_exit_layer(self.last, config)
 
     def looks(self, config: ModelConfig) -> tuple[int, ...]:
+        if not is_number(self.threshold):
+            raise ValueError(f"exit threshold {self.threshold!r}: must be a number from 0 to 1")
         if self.layers is None:
             return self.usual_looks(self.deepest(config))
-        return tuple(sorted({*self.layers}))
+        try:
+            return tuple(sorted({*self.layers}))
+        except TypeError:
+            raise ValueError(
+                f"exit looks {self.layers!r}: must be whole numbers of blocks, in a tuple"
+            ) from None
 
     def usual_looks(self, deepest: int) -> tuple[int, ...]:
         """Where this rule looks if it is not told: after every block but the last."""

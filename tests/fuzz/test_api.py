@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, seed, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 
@@ -237,8 +237,8 @@ class Calls(RuleBasedStateMachine):
 
 
 PLAIN = settings(
-    database=None, deadline=None, derandomize=True, max_examples=10, stateful_step_count=20,
-    suppress_health_check=list(HealthCheck),
+    database=None, deadline=None, derandomize=True, max_examples=20, stateful_step_count=25,
+    suppress_health_check=list(HealthCheck), phases=[Phase.generate],
 )  # fmt: skip
 
 
@@ -251,6 +251,6 @@ class TestCalls(Calls.TestCase):  # type: ignore[misc, valid-type, name-defined]
 @pytest.mark.slow
 @seed(14)
 class TestManyCalls(Calls.TestCase):  # type: ignore[misc, valid-type, name-defined]
-    """A quarter of a million calls."""
+    """Many calls."""
 
-    settings = settings(PLAIN, derandomize=False, max_examples=5000, stateful_step_count=50)
+    settings = settings(PLAIN, derandomize=False, max_examples=2000, stateful_step_count=50)
