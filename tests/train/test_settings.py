@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitskip_ref.config import PRESETS, ConfigError, ModelConfig
@@ -132,6 +132,7 @@ def test_settings_as_toml_are_the_same_settings(name: str) -> None:
     )  # fmt: skip
 
 
+@settings(deadline=None)  # a busy machine is no mistake
 @given(
     places=st.lists(st.text(st.characters(codec="utf-8"))), lr=st.floats(1e-12, 10.0),
     layers=st.lists(st.integers(1, 99), unique=True),
