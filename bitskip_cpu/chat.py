@@ -58,6 +58,8 @@ class Chat:
                 f"{model.folder.path} has no chat_template.jinja: it continues texts, "
                 "see bitskip generate"
             )
+        import jinja2  # noqa: F401  # if it is missing, better said before the first message
+
         self.model, self._form = model, form
         self.messages: list[Message] = []
         if system is not None:

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from bitskip.errors import EXTRAS, LONGEST
 from bitskip.options import Listed, NumberOr, Word
 from bitskip.program import main, runtime
+from bitskip_ref.folder import ChatForm
 from bitskip_train.checkpoint import load_checkpoint, save_checkpoint
 from tests.cli.conftest import CONFIG, byte_level_bpe, write_model
 from tests.export.test_pack import write_checkpoint
@@ -31,6 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder, a checkpoint of a like model, a text, and what is none of these."""
     root = tmp_path_factory.mktemp("every")
     write_model(root / "model")
+    write_model(root / "talker", chat=ChatForm("{{ messages[-1].content }}"))
     made = load_checkpoint(write_checkpoint(root / "a.pt", CONFIG, byte_level_bpe()))
     made.train["context"] = 16
     save_checkpoint(root / "a.pt", made)
@@ -49,6 +51,7 @@ def fine(verb: str, place: Path) -> list[str]:
     cache = ["--token-cache", place / "tokens"]
     words: dict[str, list[Any]] = {
         "generate": [model, "-p", "Once", "-n", 1],
+        "chat": [place / "talker", "-n", 1],
         "bench": [model, "-p", 2, "-n", 1, "-r", 1],
         "inspect": [model],
         "perplexity": [model, *held],
@@ -337,6 +340,7 @@ NEEDS = {  # module -> what cannot go without it
     "datasets": set(),
     "huggingface_hub": set(),
     "gguf": set(),
+    "jinja2": {"chat"},
 }
 
 
