@@ -29,6 +29,8 @@ def check_exit_layer(exit_layer: int | None, config: ModelConfig) -> int:
     """Blocks to run, L for None. Raises ValueError for what is no integer in 1..L."""
     if exit_layer is None:
         return config.num_hidden_layers
+    if type(exit_layer) is int and 1 <= exit_layer <= config.num_hidden_layers:
+        return exit_layer  # asked for at every token
     if not is_whole(exit_layer):
         raise ValueError(
             f"exit layer {exit_layer!r} must be a whole number of blocks, "
