@@ -12,6 +12,7 @@ import pytest
 
 from bitskip_ref import folder as fd
 from bitskip_text import tokenizer as text
+from bitskip_train.memory import keep_freed_memory
 from tests.fuzz import targets, workers
 from tests.fuzz.targets import TARGETS
 
@@ -95,6 +96,10 @@ def test_crashes_hangs_and_hunger_are_seen(monkeypatch: pytest.MonkeyPatch) -> N
     def hungry(_: Path) -> str:
         return "used" if np.ones(400 << 20, np.uint8).any() else "refused"
 
+    def hoarding(place: Path) -> str:
+        keep_freed_memory()  # as training does, which may have run in this process
+        return hungry(place)
+
     def greedy(_: Path) -> str:
         return "used" if np.ones(1 << 40, np.uint8).any() else "refused"
 
@@ -106,5 +111,6 @@ def test_crashes_hangs_and_hunger_are_seen(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(workers, "SECONDS", 20)
     monkeypatch.setattr(workers, "PATIENCE", 120)
     assert [w[:7] for w in planted(monkeypatch, hungry)] == ["memory:"] * 3
+    assert [w[:7] for w in planted(monkeypatch, hoarding)] == ["memory:"] * 3
     assert all("MemoryError" in w for w in planted(monkeypatch, greedy))
     assert planted(monkeypatch, lambda _: "used") == []

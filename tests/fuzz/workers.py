@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -21,6 +22,7 @@ SECONDS = 20  # of processor time for a case; the usual ones take some milliseco
 PATIENCE = 120  # seconds of waiting for a case, for what takes no processor time
 ROOM = 300 << 20  # bytes that a case may take beside twice its files
 SLACK = 1 << 30  # of address space above that, which threads reserve and do not use
+LIBC = ctypes.CDLL(None)
 PER_PROCESS = 5000  # cases; then a new process, so that what is kept by libraries goes
 
 
@@ -157,6 +159,8 @@ class _Worker:
         draw = random.Random(f"{self.kind} {self.seed} {case}")
         self.target.write(draw, self.prepared, self.folder)
         allowed = 2 * sum(p.stat().st_size for p in self.folder.iterdir() if p.is_file()) + ROOM
+        if hasattr(LIBC, "malloc_trim"):
+            LIBC.malloc_trim(0)  # or what an earlier case left would hide this one's
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before, space = _memory("VmRSS"), _memory("VmSize")
         resource.setrlimit(resource.RLIMIT_AS, (space + allowed + SLACK, resource.RLIM_INFINITY))
