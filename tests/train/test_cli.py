@@ -35,6 +35,23 @@ def train_arguments(text: Path, out: Path, *sets: str) -> list[str]:
     return [str(item) for item in found]
 
 
+def broken_off(text: Path, out: Path, *signals: int) -> int:
+    """Exit code of a training that gets the signals in its second step and says how to go on."""
+    process = subprocess.Popen(
+        [sys.executable, "cli.py", *train_arguments(text, out, "steps=100000", "log_every=1")],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 2/"):
+            for number in signals:
+                process.send_signal(number)
+            break
+    rest = process.stderr.read()
+    assert rest.splitlines()[-1] == f"stopped; go on with: bitskip train --resume --out {out}"
+    return process.wait()
+
+
 def test_train_then_evaluate(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(*train_arguments(text, out, "steps=3")).exit_code == 0
@@ -57,18 +74,7 @@ def test_train_then_evaluate(text: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_saves_and_resume_goes_on(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "cli.py", *train_arguments(text, out, "steps=100000", "log_every=1")],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step 2/"):
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.stderr.read()
-    assert process.wait() == 130
-    assert rest.splitlines()[-1] == f"stopped; go on with: bitskip train --resume --out {out}"
+    assert broken_off(text, out, signal.SIGINT) == 130
     step = load_checkpoint(out / "last.pt").step
     assert step >= 2
     assert not list(out.glob("*.tmp"))

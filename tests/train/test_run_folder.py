@@ -23,7 +23,7 @@ from bitskip_train.settings import TrainConfig
 from bitskip_train.threads import time_threads, use_threads
 from bitskip_train.trainer import Trainer, pick_device
 from tests.train.conftest import small_split, small_train, small_trainer
-from tests.train.test_cli import run, train_arguments
+from tests.train.test_cli import broken_off, run, train_arguments
 
 HOLD = """
 import sys, time
@@ -93,19 +93,8 @@ def test_folders_that_hold_something_stay(tmp_path: Path) -> None:
 
 def test_sigterm_saves(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "cli.py", *train_arguments(text, out, "steps=100000", "log_every=1")],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step 2/"):
-            process.send_signal(signal.SIGTERM)
-            process.send_signal(signal.SIGTERM)  # launchers may send a second one
-            break
-    rest = process.stderr.read()
-    assert process.wait() == 143
-    assert rest.splitlines()[-1] == f"stopped; go on with: bitskip train --resume --out {out}"
+    twice = signal.SIGTERM, signal.SIGTERM  # launchers may send a second one
+    assert broken_off(text, out, *twice) == 143
     assert load_checkpoint(out / "last.pt").step >= 2
 
 
