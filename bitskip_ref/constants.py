@@ -1,6 +1,6 @@
-"""Constants of the definition (SPEC 2, 4, 6), stated once. Engines share them, not the arithmetic.
+"""Constants of the definition (SPEC 2, 4, 6, 8), stated once; engines share them alone.
 
-Each is written as in SPEC; an engine rounds it to f32 before use (SPEC 2.1).
+Each number is written as in SPEC; an engine rounds it to f32 before use (SPEC 2.1).
 """
 
 from __future__ import annotations
@@ -26,3 +26,6 @@ LARGEST_HALF = 65504.0
 
 KV_CACHES = ("float32", "float16")
 """What the numbers of a cache may be (SPEC 6.5)."""
+
+MEASURES = ("max", "margin", "entropy")
+"""What is measured of how sure a prediction is (SPEC 8.5)."""

@@ -29,6 +29,7 @@ from bitskip_ref.checks import (
     is_whole,
 )
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.constants import MEASURES
 from bitskip_ref.decoding.draft import MOST, Draft
 from bitskip_ref.turn import Turn, in_turn
 
@@ -44,9 +45,6 @@ Arrays may be reused by the engine after the call: copy what is kept.
 Visit = Callable[[int, int, np.ndarray], None]
 """Receives (exit layer, first, logits f32 [t, V]) of the tokens at hand from the one numbered
 `first` on. Arrays may be reused by the engine after the call."""
-
-MEASURES = ("max", "margin", "entropy")
-"""What `Probe.confidence` measures (SPEC 8.5)."""
 
 
 class Probe(Protocol):

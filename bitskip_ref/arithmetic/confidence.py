@@ -6,6 +6,7 @@ import numpy as np
 
 from bitskip_ref.arithmetic.functions import exp, log
 from bitskip_ref.arithmetic.sums import feature_sum
+from bitskip_ref.constants import MEASURES
 
 f32 = np.float32
 
@@ -13,7 +14,7 @@ f32 = np.float32
 def confidence(z: np.ndarray) -> dict[str, np.float32]:
     """Logits f32 [V] -> `max`, `margin` and `entropy`, each in 0..1 up to rounding, or all NaN."""
     if not np.isfinite(z.max()):
-        return dict.fromkeys(("max", "margin", "entropy"), f32(np.nan))  # SPEC 9.5
+        return dict.fromkeys(MEASURES, f32(np.nan))  # SPEC 9.5
     d = z - z.max()
     e = exp(d)
     total = feature_sum(e)

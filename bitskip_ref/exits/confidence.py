@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import MEASURES, Probe
+from bitskip_ref.constants import MEASURES
+from bitskip_ref.engine import Probe
 from bitskip_ref.exits.dynamic import DynamicExit
 
 
