@@ -163,10 +163,7 @@ def exit_in(s, scratch, t):
     norm(s, s.x + (s.exit_from + t) * 4 * s.hidden, s.final_norm, input_at, s.hidden, scratch)
     if s.vocab_kind == FLOAT16 or s.vocab_kind == FLOAT32:
         return
-    at = s.codes + t * s.codes_stride
-    step, total = quantize(input_at, s.hidden, LARGEST_INT8, at, (s.hidden + 63) // 64 * 64)
-    floats(s.steps, s.tokens)[t] = step
-    int32s(s.sums, s.tokens)[t] = total
+    make_codes(s, t, s.hidden, LARGEST_INT8, (s.hidden + 63) // 64 * 64)
 
 
 @kernel
@@ -218,8 +215,14 @@ def feed(s, p, t):
     if s.hadamard:
         fill_zero(input_at + 4 * p.source, p.width - p.source)
         fwht(input_at, p.width)
-    codes = s.codes + t * s.codes_stride
-    step, total = quantize(input_at, p.width, s.largest_code, codes, p.padded)
+    make_codes(s, t, p.width, s.largest_code, p.padded)
+
+
+@kernel
+def make_codes(s, t, width, largest, padded):
+    """Quantize token t's input: its codes, their step and sum (SPEC 4.2)."""
+    input_at, codes = s.input + t * s.input_stride, s.codes + t * s.codes_stride
+    step, total = quantize(input_at, width, largest, codes, padded)
     floats(s.steps, s.tokens)[t] = step
     int32s(s.sums, s.tokens)[t] = total
 
