@@ -7,18 +7,14 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bitskip_cpu.cli.showing import RGB, counts, ramp
+from bitskip_cpu.cli.showing import counts
+from bitskip_cpu.colours import css, depth_colour, ink
 from bitskip_cpu.generate import Piece, TextStream
 from bitskip_cpu.generation_options import GenerationOptions
 from bitskip_cpu.model import Model
 from bitskip_ref.exits.named import rule_label
 from bitskip_ref.files import replace_file
 
-# Of Cividis, from few blocks (light) to all (dark): even in lightness, also for the colour-blind;
-# without its ends, which a white or a black page would swallow.
-RAMP: tuple[RGB, ...] = (
-    (240, 208, 72), (203, 187, 105), (166, 157, 117), (124, 123, 120), (87, 93, 109), (42, 63, 109),
-)  # fmt: skip
 BAR, GAP = 60, 14  # heights in the chart: of the bars, between the two rows
 
 STYLE = """
@@ -143,8 +139,8 @@ def _chart(tokens: Sequence[Piece], blocks: int) -> str:
     bars = []
     for k, (p, time) in enumerate(zip(tokens, times, strict=True)):
         depth = p.exit_layer or 0
-        r, g, b = ramp(RAMP, depth, blocks)
-        bars.append(f'<g fill="rgb({r},{g},{b})"><title>{_safe(p.text)}: {_about(p)}</title>')
+        fill = css(depth_colour(depth, blocks))
+        bars.append(f'<g fill="{fill}"><title>{_safe(p.text)}: {_about(p)}</title>')
         for bottom, share in ((BAR, depth / blocks), (2 * BAR + GAP, min(1.0, time / most))):
             high = max(0.5, share * BAR)
             place = f'x="{k}" y="{bottom - high:.1f}" width="1" height="{high:.1f}"'
@@ -165,17 +161,9 @@ def _colours(depths: Sequence[int], blocks: int) -> str:
     """A class for each exit layer, its text black or white, whichever reads better."""
     rules = []
     for depth, _ in counts(depths):
-        r, g, b = ramp(RAMP, depth, blocks)
-        ink = "#000" if _luminance((r, g, b)) > 0.179 else "#fff"
-        rules.append(f".d{depth} {{ background: rgb({r},{g},{b}); color: {ink}; }}")
+        colour = depth_colour(depth, blocks)
+        rules.append(f".d{depth} {{ background: {css(colour)}; color: {css(ink(colour))}; }}")
     return "\n".join(rules)
-
-
-def _luminance(colour: RGB) -> float:
-    """Relative luminance as WCAG 2 has it; at 0.179 black and white contrast alike, 4.6 : 1."""
-    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4
-              for x in (c / 255 for c in colour)]  # fmt: skip
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def _safe(text: str) -> str:

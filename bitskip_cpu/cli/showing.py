@@ -6,24 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import IO
 
+from rich.color import Color
 from rich.console import COLOR_SYSTEMS, Console
 from rich.style import Style
 
+from bitskip_cpu.colours import RGB, depth_colour, ink
 from bitskip_cpu.generate import Piece
-
-RGB = tuple[int, int, int]
-
-# From few blocks to all: told apart by the colour-blind, and read on light and on dark.
-RAMP: tuple[RGB, ...] = ((43, 127, 235), (128, 134, 140), (222, 98, 20))
-
-
-def ramp(colours: Sequence[RGB], depth: int, blocks: int) -> RGB:
-    """The colour of an exit layer 1..L: linear between colours that are evenly spaced."""
-    place = (depth - 1) / max(1, blocks - 1) * (len(colours) - 1)
-    low = min(int(place), len(colours) - 2)
-    pairs = zip(colours[low], colours[low + 1], strict=True)
-    r, g, b = (round(x + (place - low) * (y - x)) for x, y in pairs)
-    return r, g, b
 
 
 def counts(depths: Sequence[int]) -> list[tuple[int, int]]:
@@ -52,12 +40,19 @@ class Colours:
         """One line: which colour is which layer, and how many tokens it predicted."""
         parts = ["tokens by exit layer"]
         for depth, count in counts(depths):
-            name = str(depth) if self._system is None else self._style(f"██ {depth}", depth)
+            name = str(depth) if self._system is None else self._style(f" {depth} ", depth)
             parts.append(f"{name}: {count} ({100 * count / len(depths):.0f} %)")
         return "  ".join(parts)
 
     def _style(self, text: str, depth: int) -> str:
         if self._system is None or not text:
             return text
-        r, g, b = ramp(RAMP, depth, self.blocks)
-        return Style(color=f"rgb({r},{g},{b})").render(text, color_system=self._system)
+        colour = depth_colour(depth, self.blocks)
+        style = Style(color=_rich(ink(colour)), bgcolor=_rich(colour))
+        # By lines: a terminal would paint a line's end to its border.
+        lines = text.split("\n")
+        return "\n".join(style.render(x, color_system=self._system) if x else "" for x in lines)
+
+
+def _rich(colour: RGB) -> Color:
+    return Color.from_rgb(*colour)

@@ -14,9 +14,9 @@ from click.testing import CliRunner, Result
 
 import bitskip_cpu
 from bitskip.program import runtime as main
-from bitskip_cpu.cli.page import RAMP as PAGE_RAMP
-from bitskip_cpu.cli.page import _luminance, page
-from bitskip_cpu.cli.showing import RAMP, counts, ramp
+from bitskip_cpu.cli.page import page
+from bitskip_cpu.cli.showing import counts
+from bitskip_cpu.colours import SCALE, depth_colour, ink, luminance, palette
 from bitskip_cpu.generate import Piece
 from bitskip_cpu.model import Model
 from bitskip_ref.folder import read_folder
@@ -80,14 +80,16 @@ class Reader(HTMLParser):
             self.text += data
 
 
-def test_ramps() -> None:
-    assert ramp(RAMP, 1, 24) == RAMP[0] and ramp(RAMP, 24, 24) == RAMP[-1]
-    assert ramp(((0, 0, 0), (10, 20, 30)), 2, 3) == (5, 10, 15)
-    assert ramp(RAMP, 1, 1) == RAMP[0]
+def test_one_scale_of_depth() -> None:
+    assert depth_colour(1, 24) == SCALE[0] and depth_colour(24, 24) == SCALE[-1]
+    assert depth_colour(2, 11) == (222, 198, 88)  # half-way between the first two
+    assert depth_colour(1, 1) == SCALE[0]
     assert counts([3, 1, 3]) == [(1, 1), (3, 2)]
-    light = [_luminance(ramp(PAGE_RAMP, n, 24)) for n in range(1, 25)]
-    assert all(a > b for a, b in itertools.pairwise(light))  # the deeper, the darker
-    assert all(max(1.05 / (x + 0.05), (x + 0.05) / 0.05) > 4.5 for x in light)  # WCAG AA
+    shades = [luminance(depth_colour(n, 24)) for n in range(1, 25)]
+    assert all(a > b for a, b in itertools.pairwise(shades))  # the deeper, the darker
+    for shade, (_, on_it) in zip(shades, palette(24), strict=True):
+        contrast = 1.05 / (shade + 0.05) if on_it == "#ffffff" else (shade + 0.05) / 0.05
+        assert contrast > 4.5  # WCAG AA
 
 
 def test_no_codes_without_a_terminal(script: Any) -> None:
@@ -107,10 +109,11 @@ def test_colours(script: Any) -> None:
     said = CODES.sub("", shown.stdout_bytes.decode())
     assert said == plain.stdout_bytes.decode()  # tabs, carriage returns and all
     for depth in (1, 2, 3, 4):
-        r, g, b = ramp(RAMP, depth, 4)
-        assert f"\x1b[38;2;{r};{g};{b}m" in shown.stdout
+        back, front = depth_colour(depth, 4), ink(depth_colour(depth, 4))
+        codes = ";".join(map(str, (38, 2, *front, 48, 2, *back)))
+        assert f"\x1b[{codes}m" in shown.stdout
     legend = generate("-p", "Once", "--show-exits", env=TRUE_COLOURS).stderr.splitlines()[0]
-    found = dict(re.findall(r"██ (\d): (\d+) \(", CODES.sub("", legend)))
+    found = dict(re.findall(r" (\d) : (\d+) \(", CODES.sub("", legend)))
     ids = json.loads(generate("-p", "Once", "--json", "--show-exits").stdout)["exit_layers"]
     assert {int(k): int(v) for k, v in found.items()} == dict(counts(ids))
 
