@@ -138,9 +138,19 @@ class Weights:
         return table
 
     def _params(self) -> tuple[dict[str, int], np.ndarray]:
-        """Per block: weight scales, then each norm's weight and bias. -> (byte offsets, [L, P])."""
+        """Per block: weight scales, biases, each norm's weight and bias.
+
+        -> (byte offsets of the norms, f32 [L, P]).
+        """
         c, t = self.config, self.tensors
-        offsets, size = {}, SCALES
+        offsets, size, biases = {}, SCALES, {}
+        for index, members in self._members().items():
+            for name in members:
+                if name in c.bias_shapes():
+                    biases[name] = size
+                    size += c.bias_shapes()[name]
+            if members[0] in biases:
+                self.products[index]["bias"] = 4 * biases[members[0]]
         for name, width in c.norm_shapes().items():
             offsets[name] = 4 * size
             size += width * (2 if c.norm == "layer" else 1)
@@ -149,6 +159,9 @@ class Weights:
             if c.linear == "ternary":
                 scales = [t[f"layers.{i}.{name}.scale"] for name in c.linear_shapes()]
                 row[: len(scales)] = np.concatenate(scales)
+            for name, start in biases.items():
+                values = t[f"layers.{i}.{name}.bias"]
+                row[start : start + values.size] = values
             for name, start in offsets.items():
                 values = self.norm(f"layers.{i}.{name}")
                 row[start // 4 : start // 4 + values.size] = values

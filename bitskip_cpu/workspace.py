@@ -97,7 +97,7 @@ class Workspace:
             "kv": c.kv_size, "ffn": c.intermediate_size, "vocab": c.vocab_size,
             "ternary": c.linear == "ternary", "hadamard": c.hadamard,
             "layer_norm": c.norm == "layer", "post_norm": c.norm_position == "post",
-            "sub_norm": c.sub_norm, "embedding_norm": c.embedding_norm,
+            "sub_norm": c.sub_norm, "qk_norm": c.qk_norm, "embedding_norm": c.embedding_norm,
             "ffn_kind": FFN_KINDS[c.ffn], "squared": c.relu2_in_linear, "norm_eps": c.norm_eps,
             "largest_code": 2 ** (c.activation_bits - 1) - 1,
             "vocab_kind": VOCAB_KINDS[c.head_format], "gate_width": c.gate_width,

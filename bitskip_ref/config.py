@@ -14,12 +14,20 @@ from typing import Any, get_type_hints
 from bitskip_ref.excerpt import shown
 from bitskip_ref.words import unknown
 
+BIASES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
+"""biases -> the linear layers of a block that have one (SPEC 4.7)."""
+
 # Allowed words of the text fields; anything else is refused when a config is made.
 CHOICES: dict[str, tuple[str, ...]] = {
     "linear": ("ternary", "float32"),
     "ffn": ("swiglu", "relu2", "gated_relu2"),
     "norm": ("rms", "layer"),
     "norm_position": ("pre", "post"),
+    "biases": tuple(BIASES),
     "rope_scaling": ("none", "linear", "llama3"),
     "exit_norm": ("shared", "per_layer"),
     "exit_head": ("shared", "per_layer"),
@@ -80,6 +88,11 @@ class ModelConfig:
     7.3)."""
     norm_eps: float = 1e-5
     """What is added under the norms' root; between 0 and 1."""
+    biases: str = "none"
+    """Whether a bias is added to what `q_proj`, `k_proj` and `v_proj` give (`qkv`, Qwen2), or to
+    `o_proj`, too (`qkvo`) (SPEC 4.7)."""
+    qk_norm: bool = False
+    """Whether each head's queries and keys have a norm before they are turned (SPEC 6.7; Qwen3)."""
     sub_norm: bool = False
     """Whether the layers `o_proj` and `down_proj` have a norm before them, too (SPEC 7.1)."""
     embedding_norm: bool = False
@@ -202,9 +215,15 @@ class ModelConfig:
         shapes["down_proj"] = (self.hidden_size, f)
         return shapes
 
+    def bias_shapes(self) -> dict[str, int]:
+        """Name -> width of one block's biases, by the linear layer that they belong to."""
+        return {name: self.linear_shapes()[name][0] for name in BIASES[self.biases]}
+
     def norm_shapes(self) -> dict[str, int]:
         """Name -> width of one block's norms."""
         widths = {"attn_norm": self.hidden_size, "ffn_norm": self.hidden_size}
+        if self.qk_norm:
+            widths |= {"q_norm": self.head_dim, "k_norm": self.head_dim}
         if self.sub_norm:
             widths |= {"attn_sub_norm": self.attention_size, "ffn_sub_norm": self.intermediate_size}
         return widths

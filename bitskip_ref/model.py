@@ -123,6 +123,11 @@ class ReferenceModel(Engine):
         return layer_norm(x, weight, bias, self.config.norm_eps)
 
     def linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        """A linear layer and its bias, if there is one (SPEC 4.7)."""
+        y, bias = self.product(name, x), self.tensors.get(f"{name}.bias")
+        return y if bias is None else y + bias
+
+    def product(self, name: str, x: np.ndarray) -> np.ndarray:
         """BitLinear, H-BitLinear or a float32 layer (SPEC 4.3, 5.1, 4.5, 4.6)."""
         weight = self.tensors[f"{name}.weight"]
         if self.config.linear == "float32":
@@ -143,16 +148,17 @@ class ReferenceModel(Engine):
     def queries(self, i: int, a: np.ndarray, position: int) -> np.ndarray:
         """Turned queries of block i: a [T, D] -> [T, H, E]."""
         q = self.linear(f"layers.{i}.q_proj", a).reshape(len(a), -1, self.config.head_dim)
-        return self.turn(q, position)
+        return self.turn(f"layers.{i}.q_norm", q, position)
 
     def keys_values(self, i: int, a: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
         """Turned keys, and values, of block i: a [T, D] -> two of [T, K, E]."""
         k = self.linear(f"layers.{i}.k_proj", a).reshape(len(a), -1, self.config.head_dim)
         v = self.linear(f"layers.{i}.v_proj", a).reshape(len(a), -1, self.config.head_dim)
-        return self.turn(k, position), v
+        return self.turn(f"layers.{i}.k_norm", k, position), v
 
-    def turn(self, x: np.ndarray, position: int) -> np.ndarray:
-        """RoPE for tokens from `position` on (SPEC 6.1)."""
+    def turn(self, norm: str, x: np.ndarray, position: int) -> np.ndarray:
+        """The norm, if there is one, and RoPE for tokens from `position` on (SPEC 6.7, 6.1)."""
+        x = self.norm(norm, x) if self.config.qk_norm else x
         rows = slice(position, position + len(x))
         return apply_rope(x, self.cos[rows], self.sin[rows])
 

@@ -51,6 +51,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[type, tuple[int, ..
     if config.embedding_norm:
         norm("embedding_norm", config.hidden_size)
     for i in blocks:
+        for name, width in config.bias_shapes().items():
+            table[f"layers.{i}.{name}.bias"] = (np.float32, (width,))
         for name, width in config.norm_shapes().items():
             norm(f"layers.{i}.{name}", width)
         if config.gates:

@@ -43,14 +43,16 @@ class Weight(nn.Module):
     """A matrix under a name of FORMAT 3, with the row or tensor scale of a loaded one.
 
     Full precision: `weight` f32 [out, in], `scale` None. Loaded from a folder: `weight` int8 codes
-    and `scale` f32 [1] (ternary) or [out] (int8 rows).
+    and `scale` f32 [1] (ternary) or [out] (int8 rows). `bias` f32 [out], or None.
     """
 
     scale: Tensor | None
+    bias: nn.Parameter | None
 
-    def __init__(self, out_features: int, in_features: int) -> None:
+    def __init__(self, out_features: int, in_features: int, biased: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if biased else None)
         self.register_buffer("scale", None)
 
 
@@ -124,6 +126,8 @@ class Block(nn.Module):
 
     attn_norm: Norm
     ffn_norm: Norm
+    q_norm: Norm
+    k_norm: Norm
     attn_sub_norm: Norm
     ffn_sub_norm: Norm
     gate: Gate
@@ -132,7 +136,8 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         for name, (out_features, in_features) in config.linear_shapes().items():
-            self.add_module(name, Weight(out_features, in_features))
+            biased = name in config.bias_shapes()
+            self.add_module(name, Weight(out_features, in_features, biased))
         for name, width in config.norm_shapes().items():
             self.add_module(name, Norm(width, config.norm, config.norm_eps))
         if config.gates:
@@ -160,9 +165,9 @@ class Block(nn.Module):
         return made
 
     def linear(self, group: str, x: Tensor, run: Pass) -> Sequence[Tensor]:
-        """One group's layers: [..., in] -> a tensor [..., out_i] for each (SPEC 4.3, 5.1, 4.6)."""
-        config, ops = self.config, run.ops
-        weights = [layer.weight for layer in self.linears(group)]
+        """One group's layers: [..., in] -> tensors [..., out_i] (SPEC 4.3 to 4.7, 5.1)."""
+        config, ops, layers = self.config, run.ops, self.linears(group)
+        weights = [layer.weight for layer in layers]
         if config.hadamard:
             x = ops.rotate(x, run.rotations)
         if config.linear != "ternary" or run.bypass == "activations":
@@ -176,7 +181,11 @@ class Block(nn.Module):
         if config.relu2_in_linear:
             y = ops.relu2(y)
         parts = y.split([w.shape[0] for w in weights], -1)
-        return [ops.finish(part, run.rotations) for part in parts]
+        parts = [ops.finish(part, run.rotations) for part in parts]
+        return [
+            part if layer.bias is None else (part + layer.bias).to(part.dtype)
+            for part, layer in zip(parts, layers, strict=True)
+        ]
 
     # ---- forward --------------------------------------------------------------------
 
@@ -186,6 +195,9 @@ class Block(nn.Module):
             x = self.attn_norm(x, run.ops)
         dim = (-1, self.config.head_dim)
         q, k, v = (part.unflatten(-1, dim) for part in self.linear("qkv", x, run))
+        if self.config.qk_norm:
+            q = self.q_norm(q, run.ops).to(q.dtype)
+            k = self.k_norm(k, run.ops).to(k.dtype)
         return run.ops.rope(q, run.cos, run.sin), run.ops.rope(k, run.cos, run.sin), v
 
     def ffn(self, x: Tensor, run: Pass, trace: TensorTrace) -> Tensor:

@@ -76,6 +76,8 @@ class BitskipModel(nn.Module):
             if isinstance(module, Weight):
                 scale = residual if name.endswith(("o_proj", "down_proj")) else 1.0
                 nn.init.normal_(module.weight, 0.0, INIT_STD * scale, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, Norm):
                 nn.init.ones_(module.weight)
                 if module.bias is not None:

@@ -8,7 +8,7 @@ f32, or f16 (SPEC 6.5).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -125,6 +125,9 @@ class ExitGraph:
         q, k, v = self.linears([f"{at}.{n}_proj" for n in "qkv"], a, c.hidden_size)
         heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
         q, k, v = (g.reshape(y, 0, n, c.head_dim) for y, n in zip((q, k, v), heads, strict=True))
+        if c.qk_norm:
+            q = self.norm(f"{at}.q_norm", q, ("T", c.num_attention_heads))
+            k = self.norm(f"{at}.k_norm", k, ("T", c.num_key_value_heads))
         q, k = (rope(g, y, self.at, c.head_dim) for y in (q, k))
         self.report(f"{at}.q", q, c.num_attention_heads, c.head_dim)
         self.report(f"{at}.k", k, c.num_key_value_heads, c.head_dim)
@@ -160,13 +163,21 @@ class ExitGraph:
 
     # ---- its parts ------------------------------------------------------------------
 
-    def norm(self, name: str, x: str) -> str:
-        """The configured norm (SPEC 3)."""
+    def norm(self, name: str, x: str, lead: Sequence[Dim] = ("T",)) -> str:
+        """The configured norm of x [*lead, n] (SPEC 3)."""
         weight, bias = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
-        return ops.norm(self.g, x, weight, bias, self.config.norm_eps)
+        return ops.norm(self.g, x, weight, bias, self.config.norm_eps, lead)
 
     def linears(self, names: list[str], x: str, width: int) -> list[str]:
-        """Linear layers that share their input [T, width] (SPEC 4.3, 4.5, 4.6, 5.1)."""
+        """Linear layers that share their input [T, width], with their biases (SPEC 4.7)."""
+        biases = [self.tensors.get(f"{name}.bias") for name in names]
+        return [
+            y if bias is None else self.g.op("Add", y, self.g.const(bias))
+            for y, bias in zip(self.products(names, x, width), biases, strict=True)
+        ]
+
+    def products(self, names: list[str], x: str, width: int) -> list[str]:
+        """Those layers without their biases (SPEC 4.3, 4.5, 4.6, 5.1)."""
         g, c = self.g, self.config
         if c.linear == "float32":
             return [

@@ -7,10 +7,11 @@ below is there so that none of them applies, at any optimization level; the comm
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
-from bitskip_export.onnx_builder import GraphBuilder, value_info
+from bitskip_export.onnx_builder import Dim, GraphBuilder, value_info
 from bitskip_ref import constants
 
 f32 = np.float32
@@ -24,12 +25,14 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def pad_features(g: GraphBuilder, x: str, width: int, padded: int) -> str:
-    """Zeros after the features: x [T, width] -> [T, padded]."""
+def pad_features(
+    g: GraphBuilder, x: str, width: int, padded: int, lead: Sequence[Dim] = ("T",)
+) -> str:
+    """Zeros after the features: x [*lead, width] -> [*lead, padded]."""
     if padded == width:
         return x
     x = g.pad(x, -1, g.const(np.array([0, padded - width])))
-    g.describe(x, f32, ["T", padded])
+    g.describe(x, f32, [*lead, padded])
     return x
 
 
@@ -41,10 +44,10 @@ def halving_sum(g: GraphBuilder, x: str, n: int, axis: int) -> str:
     return x
 
 
-def feature_sum(g: GraphBuilder, x: str, width: int) -> str:
-    """SPEC 2.2: x [T, width] -> [T, 1]."""
+def feature_sum(g: GraphBuilder, x: str, width: int, lead: Sequence[Dim] = ("T",)) -> str:
+    """SPEC 2.2: x [*lead, width] -> [*lead, 1]."""
     n = power_of_two(width)
-    return halving_sum(g, pad_features(g, x, width, n), n, axis=-1)
+    return halving_sum(g, pad_features(g, x, width, n, lead), n, axis=-1)
 
 
 def leading_sum(g: GraphBuilder, x: str, width: int) -> str:
@@ -55,9 +58,9 @@ def leading_sum(g: GraphBuilder, x: str, width: int) -> str:
     return halving_sum(g, x, n, axis=0)
 
 
-def mean(g: GraphBuilder, x: str, width: int) -> str:
-    """SPEC 2.4: x [T, width] -> [T, 1]."""
-    return g.op("Div", feature_sum(g, x, width), g.const(f32(width)))
+def mean(g: GraphBuilder, x: str, width: int, lead: Sequence[Dim] = ("T",)) -> str:
+    """SPEC 2.4: x [*lead, width] -> [*lead, 1]."""
+    return g.op("Div", feature_sum(g, x, width, lead), g.const(f32(width)))
 
 
 def neighbour_sum(g: GraphBuilder, x: str, width: int, levels: int) -> str:
@@ -110,12 +113,15 @@ def half(g: GraphBuilder, x: str) -> str:
 # ---- norms (SPEC 3) -------------------------------------------------------------------
 
 
-def norm(g: GraphBuilder, x: str, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> str:
-    """RMS norm, or layer norm where there is a bias: x [T, n] -> [T, n]."""
+def norm(
+    g: GraphBuilder, x: str, weight: np.ndarray, bias: np.ndarray | None, eps: float,
+    lead: Sequence[Dim] = ("T",),
+) -> str:  # fmt: skip
+    """RMS norm, or layer norm where there is a bias: x [*lead, n] -> [*lead, n]."""
     n = weight.size
     if bias is not None:
-        x = g.op("Sub", x, mean(g, x, n))
-    variance = g.op("Add", mean(g, g.op("Mul", x, x), n), g.const(f32(eps)))
+        x = g.op("Sub", x, mean(g, x, n, lead))
+    variance = g.op("Add", mean(g, g.op("Mul", x, x), n, lead), g.const(f32(eps)))
     # By way of binary64, then rounded: the same bits as sqrt and 1 / sqrt in binary32, whatever the
     # build's square root does, and out of reach of DivMulFusion (x * (1 / s) -> x / s).
     root = g.cast(g.op("Sqrt", g.cast(variance, np.float64)), f32)

@@ -28,6 +28,8 @@ OPTIONS: dict[str, ModelConfig] = {
     "rope-llama3": small_twin("bitskip-v1").replace(
         rope_scaling="llama3", rope_factor=8.0, rope_original_context=32
     ),
+    "biases": small_twin("bitskip-v1").replace(biases="qkvo", qk_norm=True),
+    "biases-layer-norm": small_twin("wt2-h").replace(biases="qkv", qk_norm=True, head_dim=12),
     "relu2-in-linear": small_twin("wt2-bitskip").replace(relu2_in_linear=True),
     "4-bit-post-norm": small_twin("wt2-bitskip").replace(activation_bits=4),
 }

@@ -11,10 +11,11 @@ import numpy as np
 
 _STATE = """
     hidden heads kv_heads head_dim head_padded value_width attention kv ffn vocab
-    ternary hadamard layer_norm post_norm sub_norm embedding_norm ffn_kind squared
+    ternary hadamard layer_norm post_norm sub_norm qk_norm embedding_norm ffn_kind squared
     norm_eps largest_code
 
-    weights layer_bytes params params_stride attn_norm ffn_norm attn_sub_norm ffn_sub_norm
+    weights layer_bytes params params_stride attn_norm ffn_norm q_norm k_norm attn_sub_norm
+    ffn_sub_norm
     first_norm cos sin key_slots embedding embedding_scale vocab_kind
     final_norm vocab_weights vocab_row_bytes vocab_scale
     gate_norm gate_fc1 gate_fc2 gate_width
@@ -41,13 +42,16 @@ of up to CHUNK tokens; the call at hand; the stage at hand, which threads share 
 It is argument and scratch: `forward` changes `tokens`, `x`, `position` and the like for a while and
 puts them back."""
 
-_PRODUCT = "weights rows width source row_bytes padded units tail alphas end0 end1 out out_stride"
+_PRODUCT = (
+    "weights rows width source row_bytes padded units tail alphas end0 end1 bias out out_stride"
+)
 
 PRODUCT = np.dtype([(name, np.int64) for name in _PRODUCT.split()])
 """One of a block's four products: q|k|v, o, gate|up, down. `weights`: its bytes' offset in a block;
 `source`: floats of input, `width`: with the Hadamard padding, `padded`: with that of tiles, which
 have `units` and a `tail` (`ternary_layout`); `row_bytes` of a packed row: a tile's over its rows;
-`alphas`: index of its first weight scale, whose rows end at `end0`, the second's at `end1`."""
+`alphas`: index of its first weight scale, whose rows end at `end0`, the second's at `end1`; `bias`:
+where its biases lie in the block's parameters, 0: it has none."""
 
 QKV, OUT, UP, DOWN, VOCAB = 0, 1, 2, 3, 4
 PRODUCTS = 4  # of a block

@@ -47,7 +47,7 @@ def run_part(s, products, thread, part):
     elif stage == ATTEND:
         attend_part(s, scratch, part)
     elif stage == STORE:
-        store(s, part)
+        store(s, scratch, part)
     elif stage == ATTENTION_IN:
         attention_in(s, products, scratch, part)
     elif stage == OUT_IN:
@@ -77,13 +77,16 @@ def attention_in(s, products, scratch, t):
 
 
 @kernel
-def store(s, t):
-    """Turn the keys by RoPE; keys and values into the cache (SPEC 6.1, 6.4, 6.5)."""
+def store(s, scratch, t):
+    """Norm and turn the keys; keys and values into the cache (SPEC 6.7, 6.1, 6.4, 6.5)."""
     position, size = s.position + t, 4 * s.head_dim
     turned = position * 2 * s.head_dim  # bytes: a position has E / 2 cosines
     key = s.qkv + t * 4 * (s.attention + 2 * s.kv) + 4 * s.attention
     value = key + 4 * s.kv
     for h in range(s.kv_heads):
+        if s.qk_norm:
+            head = key + h * size
+            norm(s, head, params(s) + s.k_norm, head, s.head_dim, scratch)
         rope(key + h * size, s.cos + turned, s.sin + turned, s.head_dim)
         store_key(key + h * size, keys_of(s, h), s.number_bytes, s.head_padded, s.head_dim,
                   s.key_slots, position)  # fmt: skip
@@ -93,13 +96,16 @@ def store(s, t):
 
 @kernel
 def attend_part(s, scratch, part):
-    """Turn and run the query heads of one token that share a key-value head (SPEC 6.1 to 6.3)."""
+    """Norm, turn and run a token's query heads that share a key-value head (SPEC 6.1 to 6.7)."""
     kv_head, t = part // s.tokens, part % s.tokens  # a head's keys stay at hand
     position, size, sharing = s.position + t, 4 * s.head_dim, s.heads // s.kv_heads
     turned = position * 2 * s.head_dim
     h, end = kv_head * sharing, (kv_head + 1) * sharing
     q_at, out_at = s.qkv + t * 4 * (s.attention + 2 * s.kv), s.attended + t * 4 * s.attention
     for i in range(h, end):
+        if s.qk_norm:
+            head = q_at + i * size
+            norm(s, head, params(s) + s.q_norm, head, s.head_dim, scratch)
         rope(q_at + i * size, s.cos + turned, s.sin + turned, s.head_dim)
     while h < end:
         queries = min(QUERIES, end - h)
@@ -168,16 +174,21 @@ def exit_in(s, scratch, t):
 
 @kernel
 def rows(s, products, scratch, part):
-    """Input -> some rows of a product, for all tokens (SPEC 4.3 to 4.6)."""
+    """Input -> some rows of a product, for all tokens (SPEC 4.3 to 4.7)."""
     first = s.first_row + part * s.part_rows
     last = min(first + s.part_rows, s.last_row)
     if s.product == VOCAB:
         vocab_rows(s, first, last, scratch, scratch + s.acc)
-    elif s.ternary:
-        p = products[s.product]
+        return
+    p = products[s.product]
+    if s.ternary:
         ternary_rows(s, p, first, last, scratch + s.acc, scratch + s.unpacked)
     else:
-        float_rows(s, products[s.product], first, last, scratch)
+        float_rows(s, p, first, last, scratch)
+    if p.bias:
+        for t in range(s.tokens):
+            out = p.out + t * p.out_stride + 4 * first
+            residual(out, params(s) + p.bias + 4 * first, out, last - first)
 
 
 # ---- what they have in common --------------------------------------------------------

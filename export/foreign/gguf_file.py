@@ -47,7 +47,8 @@ class Tensor:
             from gguf.quants import dequantize
 
             if len(self.shape) == 1:
-                part = dequantize(self.data[0], GGMLQuantizationType[self.kind])[first:end]
+                part = dequantize(self.data[0], GGMLQuantizationType[self.kind])
+                part = (part if order is None else part[order])[first:end]
             else:
                 raw = self.data[first:end] if order is None else self.data[order[first:end]]
                 part = dequantize(raw, GGMLQuantizationType[self.kind])

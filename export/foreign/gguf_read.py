@@ -26,14 +26,18 @@ from bitskip_ref.tensors import parameter_shapes, tensor_count
 # Ours -> theirs. One table for reading and writing.
 BLOCK = {
     "attn_norm": "attn_norm", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v",
-    "o_proj": "attn_output", "attn_sub_norm": "attn_sub_norm", "ffn_norm": "ffn_norm",
+    "o_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm",
+    "attn_sub_norm": "attn_sub_norm", "ffn_norm": "ffn_norm",
     "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
     "ffn_sub_norm": "ffn_sub_norm",
 }  # fmt: skip
 TOP = {"embed_tokens": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
 _LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
 # Architecture -> (ffn, whether each head's rows of q and k lie in interleaved pairs).
-ARCHITECTURES = {"llama": ("swiglu", True), "bitnet": ("swiglu", False)}
+ARCHITECTURES = {
+    "llama": ("swiglu", True), "bitnet": ("swiglu", False), "qwen2": ("swiglu", False),
+    "qwen3": ("swiglu", False),
+}  # fmt: skip
 TERNARY = ("TQ1_0", "TQ2_0")
 CHUNK = 4096  # rows looked at in one go
 
@@ -74,7 +78,7 @@ def read_gguf(path: Path) -> Source:
                 f"{path}: {tensor.name} is {list(tensor.shape)}, {list(shape)} was expected"
             )
         order = None
-        if pairs and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if pairs and (".q_proj." in name or ".k_proj." in name):
             order = from_pairs(shape[0], config.head_dim)
         floats = tensor.floats(order)
         if ternary and name.endswith("_proj.weight"):
@@ -103,7 +107,7 @@ def read_gguf(path: Path) -> Source:
 def _ours(name: str) -> str | None:
     """`blk.3.attn_q.weight` -> `layers.3.q_proj.weight`; None for a name not in the table."""
     stem, _, leaf = name.rpartition(".")
-    if leaf not in ("weight", "scale"):
+    if leaf not in ("weight", "scale", "bias"):
         return None
     if found := _LAYER.fullmatch(stem):
         part = {theirs: ours for ours, theirs in BLOCK.items()}.get(found[2])
@@ -163,6 +167,14 @@ def _config(
             rope_theta=float(np.float32(key("rope.freq_base", 10_000.0)).astype(str)),
             rope_scaling="linear" if factor != 1.0 else "none",
             rope_factor=factor,
+            biases=(
+                "qkvo"
+                if "layers.0.o_proj.bias" in named
+                else "qkv"
+                if "layers.0.q_proj.bias" in named
+                else "none"
+            ),
+            qk_norm="layers.0.q_norm.weight" in named,
             sub_norm="layers.0.attn_sub_norm.weight" in named,
             tie_word_embeddings="lm_head.weight" not in named,
             head_format="int8" if ternary else "float32",

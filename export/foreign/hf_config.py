@@ -1,4 +1,4 @@
-"""`config.json` of Hugging Face's Llama and BitNet models to and from ModelConfig (SPEC 1)."""
+"""`config.json` of Hugging Face's Llama-like models to and from ModelConfig (SPEC 1)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,22 @@ from bitskip_ref.config import CHOICES, ConfigError, ModelConfig
 OURS = "bitskip"  # the key under which a folder that we wrote carries what theirs has no word for
 ACTIVATIONS = {"silu": "swiglu", "relu2": "gated_relu2"}  # hidden_act -> ffn
 # What stands for a float32 of 1e-6, say, in models whose configuration leaves a field out:
-# transformers' own defaults of the two classes.
+# transformers' own defaults of each class.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0},
     "bitnet": {"hidden_act": "relu2", "rms_norm_eps": 1e-5, "rope_theta": 500_000.0},
+    "qwen2": {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0},
+    "qwen3": {
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "head_dim": 128,
+    },
 }
+CLASSES = {
+    "llama": "LlamaForCausalLM", "bitnet": "BitNetForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}  # fmt: skip
 # RoPE scaling by name -> its fields, theirs to ours (SPEC 6.6).
 ROPE = {
     "linear": {"factor": "rope_factor"},
@@ -25,6 +36,7 @@ ROPE = {
         "original_max_position_embeddings": "rope_original_context",
     },
 }  # fmt: skip
+BIAS_SCALE = "transformers multiplies them by the weights' scale, too"
 REMEDY = "bitskip cannot run it as it was meant"
 
 
@@ -64,6 +76,8 @@ def read_config(raw: dict[str, Any], sub_norm: bool) -> tuple[ModelConfig, Quant
             linear="ternary" if quantization else "float32",
             ffn=ACTIVATIONS[act],
             norm_eps=values["rms_norm_eps"],
+            biases=_biases(kind, values),
+            qk_norm=kind == "qwen3",
             sub_norm=sub_norm,
             tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
             head_format=_head_format(raw, ternary=quantization is not None),
@@ -76,6 +90,8 @@ def read_config(raw: dict[str, Any], sub_norm: bool) -> tuple[ModelConfig, Quant
     except (TypeError, ValueError, ZeroDivisionError) as error:
         reason = str(error) if isinstance(error, ConfigError) else "a field has a wrong type"
         raise RefusedError(f"config.json: {reason}") from None
+    if quantization and config.biases != "none":
+        raise RefusedError(f"biases beside ternary weights: {BIAS_SCALE}: {REMEDY}")
     return config, quantization
 
 
@@ -89,15 +105,21 @@ def _head_format(raw: dict[str, Any], ternary: bool) -> str:
 def _refuse_unknown_features(values: dict[str, Any]) -> None:
     """Raise RefusedError for fields that change the arithmetic in a way SPEC has no rule for."""
     for field, what in (
-        ("attention_bias", "biases in attention"),
         ("mlp_bias", "biases in the FFN"),
         ("use_sliding_window", "sliding-window attention"),
-        ("use_qk_norm", "norms of queries and keys"),
+        ("use_qk_norm", "norms of queries and keys, which its class does not have"),
     ):
         if values.get(field):
             raise RefusedError(f"{field}: the model needs {what}: {REMEDY}")
+    if set(map(str, values.get("layer_types") or ())) - {"full_attention"}:
+        raise RefusedError(f"layer_types: the model needs other than full attention: {REMEDY}")
     if values.get("pretraining_tp", 1) != 1:
         raise RefusedError("pretraining_tp: the model needs sums cut into slices")
+
+
+def _biases(kind: str, values: dict[str, Any]) -> str:
+    """Which of a block's linear layers have one: Qwen2 has no word for its own."""
+    return "qkv" if kind == "qwen2" else "qkvo" if values.get("attention_bias") else "none"
 
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:
@@ -165,6 +187,22 @@ def write_config(config: ModelConfig, *, eos: list[int], bos: int | None) -> dic
             f"activation_bits = {config.activation_bits}: activations of other than 8 bits",
         ),
         (
+            config.linear == "ternary" and config.biases != "none",
+            f"biases beside ternary weights ({BIAS_SCALE})",
+        ),
+        (
+            config.qk_norm and config.sub_norm,
+            "qk_norm with sub_norm",
+        ),
+        (
+            config.qk_norm and config.biases == "qkv",
+            "qk_norm with biases of queries, keys and values alone",
+        ),
+        (
+            config.biases == "qkv" and config.sub_norm,
+            "sub_norm with biases of queries, keys and values alone",
+        ),
+        (
             config.sub_norm and config.attention_size != config.hidden_size,
             "sub_norm with heads wider than the model",
         ),
@@ -175,14 +213,19 @@ def write_config(config: ModelConfig, *, eos: list[int], bos: int | None) -> dic
     ):
         if wrong:
             raise RefusedError(f"{what}: no class of transformers computes that, so not exported")
-    kind = "bitnet" if config.sub_norm else "llama"
+    kind = (
+        "bitnet" if config.sub_norm
+        else "qwen3" if config.qk_norm
+        else "qwen2" if config.biases == "qkv"
+        else "llama"
+    )  # fmt: skip
     scaling: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling != "none":
         fields = ROPE[config.rope_scaling].items()
         scaling = {"rope_type": config.rope_scaling} | {k: getattr(config, o) for k, o in fields}
     return {
         "model_type": kind,
-        "architectures": ["BitNetForCausalLM" if kind == "bitnet" else "LlamaForCausalLM"],
+        "architectures": [CLASSES[kind]],
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -198,7 +241,7 @@ def write_config(config: ModelConfig, *, eos: list[int], bos: int | None) -> dic
         "rope_parameters": {"rope_theta": config.rope_theta, **scaling},
         **({"rope_scaling": scaling} if config.rope_scaling != "none" else {}),
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": False,
+        "attention_bias": config.biases == "qkvo",
         "mlp_bias": False,
         "bos_token_id": bos,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,

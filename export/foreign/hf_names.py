@@ -1,4 +1,4 @@
-"""Names of tensors in Hugging Face's Llama and BitNet models, and ours (FORMAT 3)."""
+"""Names of tensors in Hugging Face's Llama-like models, and ours (FORMAT 3)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ BLOCK = {
     "v_proj": "self_attn.v_proj",
     "o_proj": "self_attn.o_proj",
     "attn_sub_norm": "self_attn.attn_sub_norm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "gate_proj": "mlp.gate_proj",
     "up_proj": "mlp.up_proj",

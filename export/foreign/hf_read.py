@@ -40,7 +40,7 @@ def read_huggingface(root: Path) -> Source:
             continue
         if name.endswith(".weight_scale"):
             scales[name.removesuffix("_scale")] = tensor
-        elif (mine := ours(name)) is not None and mine.endswith(".weight"):
+        elif (mine := ours(name)) is not None:
             if mine in named:
                 raise RefusedError(f"{root}: {name} and {named[mine].name} are the same tensor")
             named[mine] = tensor
@@ -60,7 +60,10 @@ def read_huggingface(root: Path) -> Source:
         raise RefusedError(f"{root} lacks tensor {min(missing)} ({len(missing)} in all)")
     if extra := named.keys() - shapes.keys():
         name = named[min(extra)].name
-        raise RefusedError(f"{root}: tensor {name} has no place in what config.json describes")
+        hint = " (biases there are not known)" if name.endswith(".bias") else ""
+        raise RefusedError(
+            f"{root}: tensor {name} has no place in what config.json describes{hint}"
+        )
     weights: dict[str, Weight] = {}
     for name, shape in shapes.items():
         scale = scales.pop(named[name].name, None)
@@ -93,8 +96,6 @@ def read_huggingface(root: Path) -> Source:
 def meaning(name: str) -> str:
     """What a tensor without a place says about its model."""
     for part, what in (
-        (".q_norm", "the model needs norms of queries and keys"),
-        (".k_norm", "the model needs norms of queries and keys"),
         (".rms_norm", "the model needs a norm inside each linear"),
         (".bias", "the model needs biases"),
         (".experts", "the model needs experts"),

@@ -1,0 +1,177 @@
+"""Hugging Face folders that are damaged or lie: one clear error each, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitskip_export.foreign.hf_read import read_huggingface
+from bitskip_export.foreign.source import RefusedError
+from bitskip_text.tokenizer import TokenizerError
+from tests.interop.blocks import edit
+from tests.interop.test_huggingface import bring, ternary_model
+
+safetensors = pytest.importorskip("safetensors.numpy")
+
+
+def change_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite the header of a folder's safetensors file."""
+    file = path / "model.safetensors"
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+
+
+def change_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Rewrite a folder's tensors."""
+    tensors = safetensors.load_file(path / "model.safetensors")
+    change(tensors)
+    safetensors.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def cut(path: Path, size: int) -> None:
+    """Shorten the weights' file."""
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda p: (p / "config.json").unlink(), "cannot be read"),
+    "nested config": (lambda p: (p / "config.json").write_text("[" * 100_000), "as JSON"),
+    "config of bytes": (lambda p: (p / "config.json").write_bytes(b"\xff\xfe{"), "as JSON"),
+    "other model": (lambda p: edit(p / "config.json", model_type="gpt2"), "model_type 'gpt2'"),
+    "gelu": (lambda p: edit(p / "config.json", hidden_act="gelu"), "hidden_act 'gelu'"),
+    "biases": (
+        lambda p: edit(p / "config.json", attention_bias=True),
+        "biases beside ternary weights",
+    ),
+    "biases in the FFN": (lambda p: edit(p / "config.json", mlp_bias=True), "biases in the FFN"),
+    "a bias of up": (
+        lambda p: change_tensors(
+            p, lambda t: t.update({"model.layers.1.mlp.up_proj.bias": np.ones(96, np.float32)})
+        ),
+        "biases there are not known",
+    ),
+    "sliding windows": (
+        lambda p: edit(p / "config.json", layer_types=["full_attention", "sliding_attention"]),
+        "full attention",
+    ),
+    "no width": (lambda p: edit(p / "config.json", hidden_size=None), "lacks hidden_size"),
+    "text width": (lambda p: edit(p / "config.json", hidden_size="64"), "type int"),
+    "absurd blocks": (lambda p: edit(p / "config.json", num_hidden_layers=4096), "lacks tensors"),
+    "more blocks": (lambda p: edit(p / "config.json", num_hidden_layers=4), "lacks tensor"),
+    "fewer blocks": (lambda p: edit(p / "config.json", num_hidden_layers=2), "has no place"),
+    "no heads": (lambda p: edit(p / "config.json", num_attention_heads=0), "config.json"),
+    "other vocabulary": (lambda p: edit(p / "config.json", vocab_size=97), "asks for"),
+    "group scales": (
+        lambda p: change_tensors(p, lambda t: t.update({f"{Q}_scale": np.ones(4, np.float32)})),
+        "4 scales",
+    ),
+    "scale of zero": (
+        lambda p: change_tensors(p, lambda t: t.update({f"{Q}_scale": np.zeros(1, np.float32)})),
+        "must be positive",
+    ),
+    "scale not finite": (
+        lambda p: change_tensors(
+            p, lambda t: t.update({f"{Q}_scale": np.full(1, np.nan, np.float32)})
+        ),
+        "not finite",
+    ),
+    "no scale": (lambda p: change_tensors(p, lambda t: t.pop(f"{Q}_scale")), "no weight_scale"),
+    "code 3": (lambda p: change_tensors(p, lambda t: t[Q].__setitem__(0, 255)), "code 3"),
+    "a norm of NaN": (
+        lambda p: change_tensors(p, lambda t: t["model.norm.weight"].__setitem__(0, np.nan)),
+        "not finite",
+    ),
+    "query norm": (
+        lambda p: change_tensors(
+            p, lambda t: t.update({Q.replace("q_proj", "q_norm"): np.ones(16, np.float32)})
+        ),
+        "has no place",
+    ),
+    "unknown tensor": (
+        lambda p: change_tensors(p, lambda t: t.update(extra=np.ones(1, np.float32))),
+        "extra",
+    ),
+    "wrong eos": (lambda p: edit(p / "generation_config.json", eos_token_id=96), "eos_token_id"),
+    "gptq": (
+        lambda p: edit(p / "config.json", quantization_config={"quant_method": "gptq"}),
+        "gptq",
+    ),
+    "norm in linears": (
+        lambda p: edit(
+            p / "config.json",
+            quantization_config={"quant_method": "bitnet", "use_rms_norm": True},
+        ),
+        "norm inside each linear",
+    ),
+    "tokenizer": (lambda p: (p / "tokenizer.json").write_text("{}"), "not a tokenizer"),
+    "empty": (lambda p: cut(p, 0), "truncated"),
+    "short header": (lambda p: cut(p, 100), "truncated"),
+    "short data": (lambda p: cut(p, -1), "cut off"),
+    "huge header": (
+        lambda p: (p / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x7f" + b"{}"),
+        "truncated",
+    ),
+    "product overflows": (
+        lambda p: change_header(p, lambda h: h[Q].update(shape=[1 << 40, 1 << 40])),
+        "lie",
+    ),
+    "negative": (lambda p: change_header(p, lambda h: h[Q].update(shape=[-16, -64])), "lie"),
+    "offsets": (
+        lambda p: change_header(p, lambda h: h[Q].update(data_offsets=[1 << 60, 1 << 61])),
+        "lie",
+    ),
+    "dtype": (lambda p: change_header(p, lambda h: h[Q].update(dtype="F8_E4M3")), "F8_E4M3"),
+    "entry": (lambda p: change_header(p, lambda h: h.update({Q: 5})), "damaged"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_refused(fault: str, tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "Llama", "offline")
+    FAULTS[fault][0](path)
+    with pytest.raises((RefusedError, TokenizerError), match=FAULTS[fault][1]) as caught:
+        bring(path, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]  # nothing is left
+
+
+def test_pickles_are_not_opened(tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "Llama", "offline")
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    with pytest.raises(RefusedError, match="pickle"):
+        read_huggingface(path)
+
+
+def test_an_index_cannot_lead_elsewhere(tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "Llama", "offline")
+    (path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    index = {"weight_map": {Q: "../other.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(RefusedError, match="not the name of a file"):
+        read_huggingface(path)
+
+
+def test_every_changed_byte_of_a_header_is_an_error_or_harmless(tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "Llama", "offline")
+    file = path / "model.safetensors"
+    raw = file.read_bytes()
+    size = 8 + int.from_bytes(raw[:8], "little")
+    rng = np.random.default_rng(0)
+    for at in rng.integers(0, size, 150).tolist():
+        changed = bytearray(raw)
+        changed[at] ^= 1 << int(rng.integers(8))
+        file.write_bytes(changed)
+        with suppress(RefusedError):
+            bring(path, tmp_path / "out", force=True)
