@@ -1,7 +1,7 @@
 """The one error policy: a verb raises, the user reads one line with value, rule and remedy.
 
-Exit codes: 2 for a command line that cannot be read, 1 for all else, 130 after Ctrl-C. What is
-none of the errors below is a mistake of ours and keeps its traceback.
+Exit codes: 2 for a command line that cannot be read, 1 for all else, 130 after Ctrl-C, 143 after
+SIGTERM. What is none of the errors below is a mistake of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from bitskip.signals import Terminated, exit_code
 from bitskip.terminal import visible
 
 # Module of a library that not every installation has -> the extra that brings it.
@@ -53,9 +54,9 @@ def one_line_errors() -> Iterator[None]:
         raise UsageLine(_usage(error)) from None
     except click.ClickException as error:
         raise ErrorLine(error.format_message()) from None
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        raise click.exceptions.Exit(130) from None
+    except (KeyboardInterrupt, Terminated) as error:
+        click.echo("interrupted" if isinstance(error, KeyboardInterrupt) else "ended", err=True)
+        raise click.exceptions.Exit(exit_code(error)) from None
     except ImportError as error:
         raise ErrorLine(not_installed(error)) from None
     except MemoryError as error:

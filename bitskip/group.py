@@ -12,6 +12,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from bitskip.errors import one_line_errors
+from bitskip.signals import ends_on_signals
+from bitskip.terminal import open_streams
 from bitskip_ref.words import unknown
 
 Sections = Mapping[str, Mapping[str, tuple[str, str]]]
@@ -73,6 +75,7 @@ class Verbs(click.Group):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """As click's, with our error lines."""
+        open_streams()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a text may leave a narrow code page
@@ -81,7 +84,7 @@ class Verbs(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb."""
-        with one_line_errors():
+        with one_line_errors(), ends_on_signals():
             result = super().invoke(ctx)
             sys.stdout.flush()  # a closed pipe shows here, not when Python ends
             return result

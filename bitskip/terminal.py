@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO
@@ -15,6 +16,16 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 def visible(text: str) -> str:
     """The text with control characters spelled out, as \\x1b: none can steer the terminal."""
     return _CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def open_streams() -> None:
+    """Give a process that was started without standard streams (`>&-`) such that lead nowhere.
+
+    Or a file opened later would take their place, and messages meant for people go into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def animated(file: IO[str]) -> bool:
@@ -35,8 +46,6 @@ def progress_bar(what: str, total: float) -> Iterator[Callable[..., None]]:
 
     The function given takes how much was done since, and optionally what is being done now.
     """
-    import sys
-
     from rich.console import Console
     from rich.progress import Progress
 

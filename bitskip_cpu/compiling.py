@@ -8,10 +8,8 @@ compile; files that others could have written are not (`trusted`).
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
@@ -21,6 +19,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import numpy as np
 
+from bitskip.places import user_cache
 from bitskip_cpu import isa, native, trusted
 from bitskip_ref.files import replace_file
 
@@ -39,26 +38,6 @@ IMPORT = re.compile(
     r"|import[ \t]+(bitskip_[\w.]+))",
     re.MULTILINE,
 )
-
-
-def user_cache() -> Path:
-    """Where things that can be made anew are kept: BITSKIP_CACHE_DIR or the user's cache folder.
-
-    Without a home, as in containers, a folder of the user's among the temporary files.
-    """
-    root = os.environ.get("BITSKIP_CACHE_DIR")
-    if root:
-        return Path(root)
-    import platformdirs
-
-    try:
-        folder = Path(platformdirs.user_cache_dir("bitskip"))
-    except (KeyError, OSError, RuntimeError):  # no HOME, and no such user
-        folder = Path("~")
-    if folder.is_absolute():
-        return folder
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    return Path(tempfile.gettempdir()) / f"bitskip-{user}"
 
 
 def cache_folder() -> Path:

@@ -8,6 +8,7 @@ F intermediate_size, V vocab_size, L layers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -44,6 +45,12 @@ MOST_LAYERS = 4096
 
 class ConfigError(ValueError):
     """A configuration that no engine would run; the message names field, value and rule."""
+
+
+@functools.cache
+def _types() -> dict[str, Any]:
+    """Field -> its type. Finding them takes longer than all checks, so once."""
+    return get_type_hints(ModelConfig)
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class ModelConfig:
     floats (SPEC 4.5)."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _types()
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), hints[field.name]
             if kind is float and type(value) is int and abs(value) < 1 << 53:

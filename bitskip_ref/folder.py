@@ -18,7 +18,7 @@ from bitskip_ref.documents import read_text
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.excerpt import shown
 from bitskip_ref.exits.named import describe_rule, named_rule
-from bitskip_ref.files import replace_file
+from bitskip_ref.files import replace_file, replace_folder
 from bitskip_ref.safetensors_file import give_back, read_tensors, write_tensors
 from bitskip_ref.tensors import (
     WEIGHTS,
@@ -34,6 +34,7 @@ ROOM = 256 << 20  # bytes that tables of positions may take with a model of any 
 CONFIG = "config.json"
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 CHAT = "chat_template.jinja"
+PARTS = (WEIGHTS, TOKENIZER, CHAT, GENERATION, CONFIG)  # the config last: it names the weights
 
 
 @dataclass(frozen=True)
@@ -216,17 +217,14 @@ def write_folder(
     draft_vocab: int | None = None,
     chat: ChatForm | None = None,
 ) -> None:
-    """Write a model folder; each file appears whole or not at all, config.json last.
+    """Write a model folder, whole or not at all.
 
-    tensors: asked for one by one, in file order, so that a mapping may make them then. Raises
-    FormatError if they are not those of the config; no file is left then.
+    What an older folder holds beside a model's files stays, and if it is that of a like model
+    (`like_folder`), its calibrated `auto` exit. tensors: asked for one by one, in file order, so
+    that a mapping may make them then. Raises FormatError if they are not those of the config;
+    nothing has changed then.
     """
     checked = checked_tensors(config, tensors)
-    root = Path(path)
-    root.mkdir(parents=True, exist_ok=True)
-    digest = write_tensors(root / WEIGHTS, expected_tensors(config), checked)
-    if tokenizer_json is not None:
-        _write_text(root / TOKENIZER, tokenizer_json)
     if isinstance(eos_token_id, Sequence):  # one is written as one, none as null
         eos_token_id = eos_token_id if eos_token_id[1:] else next(iter(eos_token_id), None)
     generation: dict[str, Any] = {
@@ -235,20 +233,42 @@ def write_folder(
         "exit_layer": exit_layer,
         "draft_vocab": draft_vocab,
     }
-    if chat is None:
-        (root / CHAT).unlink(missing_ok=True)  # an older model's
-    else:
-        _write_text(root / CHAT, chat.template)
+    if chat is not None:
         generation |= {"bos_token": chat.bos_token, "eos_token": chat.eos_token}
-    _write_text(root / GENERATION, json.dumps(generation, indent=2) + "\n")
-    stored = {
-        "model_type": "bitskip",
-        "architectures": ["BitskipForCausalLM"],
-        "bitskip_format": FORMAT,
-        **config.to_dict(),
-        "weights_sha256": digest,
-    }
-    _write_text(root / CONFIG, json.dumps(stored, indent=2) + "\n")
+    older = like_folder(Path(path), config, tokenizer_json)
+    if older is not None and older.auto_exit is not None:
+        generation["auto_exit"] = _read_json(older.path / GENERATION)["auto_exit"]
+    with replace_folder(Path(path), PARTS) as root:
+        digest = write_tensors(root / WEIGHTS, expected_tensors(config), checked)
+        if tokenizer_json is not None:
+            _write_text(root / TOKENIZER, tokenizer_json)
+        if chat is not None:
+            _write_text(root / CHAT, chat.template)
+        _write_text(root / GENERATION, json.dumps(generation, indent=2) + "\n")
+        stored = {
+            "model_type": "bitskip",
+            "architectures": ["BitskipForCausalLM"],
+            "bitskip_format": FORMAT,
+            **config.to_dict(),
+            "weights_sha256": digest,
+        }
+        _write_text(root / CONFIG, json.dumps(stored, indent=2) + "\n")
+
+
+def like_folder(path: Path, config: ModelConfig, tokenizer_json: str | None) -> Folder | None:
+    """The model folder at `path` if its shape and tokenizer are these; weights and head may differ.
+
+    None for anything else there, and for nothing.
+    """
+    try:
+        if not (path / CONFIG).is_file():
+            return None
+        folder = read_folder(path)
+        words = folder.tokenizer and read_text(folder.tokenizer)
+    except (ValueError, OSError):
+        return None
+    like = folder.config.replace(head_format=config.head_format) == config
+    return folder if like and words == tokenizer_json else None
 
 
 def write_auto_exit(folder: Folder, rule: ExitRule, found: Mapping[str, Any]) -> None:

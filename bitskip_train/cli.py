@@ -26,6 +26,7 @@ from bitskip.options import (
     Word,
     exit_layer,
 )
+from bitskip.places import user_cache
 from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.documents import END_OF_TEXT
 from bitskip_train.errors import CheckpointError
@@ -47,9 +48,7 @@ if TYPE_CHECKING:
 
 
 def _tokens_folder() -> Path:
-    import platformdirs
-
-    return platformdirs.user_cache_path("bitskip") / "tokens"
+    return user_cache() / "tokens"
 
 
 class _Setting(click.ParamType):

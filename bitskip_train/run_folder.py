@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.files import replace_file
+from bitskip_ref.files import lock, replace_file
 from bitskip_train.described import to_toml
 from bitskip_train.errors import TrainingError
 from bitskip_train.settings import TrainConfig
@@ -46,28 +46,13 @@ def _locked_file(path: Path) -> IO[bytes] | None:
     """The lock's file, open and locked; None if another process has it."""
     while True:
         file = path.open("ab")
-        if not _lock(file):
+        if lock(file.fileno()) is False:
             file.close()
             return None
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         file.close()  # its holder removed it between our opening and locking
-
-
-def _lock(file: IO[bytes]) -> bool:
-    """Lock an open file without waiting. True as well where the system has no such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def write_config(out: Path, model: ModelConfig, train: TrainConfig) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -186,7 +187,7 @@ class TrainConfig:
     C++ compiler."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _types()
         for field in dataclasses.fields(self):
             value = _typed(field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
@@ -226,6 +227,11 @@ class TrainConfig:
         if unknown:
             raise ConfigError(f"unknown field(s): {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**values)
+
+
+@functools.cache
+def _types() -> dict[str, Any]:
+    return get_type_hints(TrainConfig)
 
 
 def check_settings(config: ModelConfig, train: TrainConfig) -> None:

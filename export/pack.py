@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from bitskip_export.renumber import frequent_first, reorder
 from bitskip_ref.arithmetic.quant import SCALE_FLOOR, quantize_activations, quantize_weights
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.documents import END_OF_TEXT, read_documents
-from bitskip_ref.folder import CONFIG, TOKENIZER, write_folder
+from bitskip_ref.files import unfinished
+from bitskip_ref.folder import CONFIG, like_folder, write_folder
 from bitskip_ref.packing import pack_ternary
 from bitskip_ref.tensors import expected_tensors, parameter_shapes
 
@@ -40,7 +42,8 @@ def export_checkpoint(
     head_format: int8, int6, int4, float32 or float16 instead of the configuration's. ternary: the
     linear weights are -a, 0 and a already; keep that. exit_layer: what the folder recommends.
     by_frequency: a text; tokens are numbered by how common they are in it (renumber.py), and the
-    folder recommends to draft among the first quarter.
+    folder recommends to draft among the first quarter. What a folder of a like model at `out` says
+    beside the weights (exits, ends of text, chat template) stays, unless given anew.
     force: write into a folder that holds something else. The end-of-text id is the tokenizer's.
     Raises ExportError, or bitskip_train's CheckpointError; nothing is written then.
     """
@@ -69,18 +72,18 @@ def export_checkpoint(
     if tokenizer_json is not None:
         tokenizer = parse_tokenizer(tokenizer_json, f"{checkpoint}: its tokenizer")
         tokenizer_json, end = tokenizer.json, tokenizer.token_id(END_OF_TEXT)
+    facts: dict[str, Any] = {
+        "eos_token_id": end, "exit_layer": exit_layer, "draft_vocab": draft_vocab,
+    }  # fmt: skip
+    if (older := like_folder(root, config, tokenizer_json)) is not None:
+        kept = {
+            "eos_token_id": older.end_ids, "bos_token_id": older.bos_token_id, "chat": older.chat,
+            "exit_layer": older.exit_layer, "draft_vocab": older.draft_vocab,
+        }  # fmt: skip
+        facts = kept | {name: value for name, value in facts.items() if value is not None}
+        facts["eos_token_id"] = older.end_ids or end
     tensors = pack(config, state, ternary=ternary)
-    if tokenizer_json is None:
-        (root / TOKENIZER).unlink(missing_ok=True)  # an older model's
-    write_folder(
-        root,
-        config,
-        tensors,
-        tokenizer_json=tokenizer_json,
-        eos_token_id=end,
-        exit_layer=exit_layer,
-        draft_vocab=draft_vocab,
-    )
+    write_folder(root, config, tensors, tokenizer_json=tokenizer_json, **facts)
     return root
 
 
@@ -88,7 +91,7 @@ def check_target(root: Path, force: bool = False) -> None:
     """Raise ExportError if writing a model to `root` would mix it with something else."""
     if root.exists() and not root.is_dir():
         raise ExportError(f"{root} is a file: choose another folder with -o")
-    if force or not root.exists() or not any(root.iterdir()):
+    if force or not root.exists() or all(unfinished(entry.name) for entry in root.iterdir()):
         return
     try:
         known = json.loads((root / CONFIG).read_text("utf-8")).get("model_type") == "bitskip"

@@ -26,6 +26,7 @@ from bitskip.options import (
     NumberOr,
     exit_layer,
 )
+from bitskip.signals import Terminated, exit_code
 from bitskip.terminal import coloured, visible
 from bitskip_cpu.cli.loading import load_model
 
@@ -145,12 +146,12 @@ def generate(
         shown = visible(text) if terminal else text
         dim = terminal and coloured(sys.stdout)
         click.echo(click.style(shown, dim=True) if dim else shown, nl=False, color=True)
-    interrupted = False
+    code = 0
     try:
         for piece in stream:
             say(piece)
-    except KeyboardInterrupt:
-        interrupted = True
+    except (KeyboardInterrupt, Terminated) as error:
+        code = exit_code(error)
         say(stream.finish())
     if html is not None:
         from bitskip_cpu.cli.page import write_page
@@ -165,8 +166,7 @@ def generate(
             click.echo(legend, err=True, color=True)
         if not quiet:
             click.echo(_statistics(stream, loaded), err=True)
-    if interrupted:
-        click_context.exit(130)
+    click_context.exit(code)
 
 
 def _prompt(model: str | None, prompts: tuple[str, ...], file: IO[bytes] | None) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,16 +41,15 @@ def import_model(
     if words is not None:
         words = parse_tokenizer(words, source.origin, config.vocab_size).json
     tensors = Tensors(config, source, progress)
-    with replace_directory(out) as folder:
-        write_folder(
-            folder, config, tensors,
-            tokenizer_json=words,
-            eos_token_id=source.eos_token_ids,
-            bos_token_id=source.bos_token_id,
-            exit_layer=source.exit_layer,
-            draft_vocab=source.draft_vocab,
-            chat=source.chat,
-        )  # fmt: skip
+    write_folder(
+        out, config, tensors,
+        tokenizer_json=words,
+        eos_token_id=source.eos_token_ids,
+        bos_token_id=source.bos_token_id,
+        exit_layer=source.exit_layer,
+        draft_vocab=source.draft_vocab,
+        chat=source.chat,
+    )  # fmt: skip
     return _report(source, config)
 
 
@@ -163,26 +159,3 @@ def _report(source: Source, config: ModelConfig) -> Report:
     else:
         converted.append(f"embedding and head: {stored} to {config.head_format}")
     return replace(source.report, kept=tuple(kept), converted=tuple(converted))
-
-
-@contextmanager
-def replace_directory(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place when the block ends without an exception.
-
-    What `out` held is gone then; after an exception it is what it was.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
-    try:
-        made.chmod(0o755)
-        yield made
-        if out.exists():
-            old = made.with_suffix(".old")
-            out.rename(old)
-            made.rename(out)
-            shutil.rmtree(old)
-        else:
-            made.rename(out)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise

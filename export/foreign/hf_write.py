@@ -10,20 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from bitskip_export.foreign.convert import Progress, replace_directory
+from bitskip_export.foreign.convert import Progress
 from bitskip_export.foreign.given import Given, at_exit
 from bitskip_export.foreign.hf_config import OURS, write_config
 from bitskip_export.foreign.hf_names import theirs
 from bitskip_export.foreign.source import RefusedError, Report
 from bitskip_export.pack import check_target
 from bitskip_ref.config import HEAD_BITS
-from bitskip_ref.files import replace_file
+from bitskip_ref.files import replace_file, replace_folder
 from bitskip_ref.folder import CHAT, CONFIG, GENERATION, TOKENIZER, Folder
 from bitskip_ref.safetensors_file import write_tensors
 from bitskip_ref.tensors import WEIGHTS, parameter_shapes
 from bitskip_text.tokenizer import parse_tokenizer
 
 PACKED = 4  # rows in a byte of transformers' 2-bit matrices
+PARTS = ("*.safetensors", "*.json", "*.jinja", "README.md", CONFIG)  # of such a folder
 
 
 def write_huggingface(
@@ -52,7 +53,7 @@ def write_huggingface(
     if exit_layer is None:
         carried |= {"exit_layer": folder.exit_layer, "draft_vocab": folder.draft_vocab}
     config[OURS] = {key: value for key, value in carried.items() if value is not None}
-    with replace_directory(out) as root:
+    with replace_folder(out, PARTS) as root:
         _write_weights(model, root / WEIGHTS, progress)
         if folder.tokenizer is not None:
             text = folder.tokenizer.read_text("utf-8")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitskip.places import user_cache
 from bitskip.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ def cached(path: Path) -> Path:
     """
     import click
 
-    from bitskip_cpu.compiling import user_cache
     from bitskip_export.foreign.convert import import_model
     from bitskip_ref.files import replace_file
 

@@ -8,6 +8,7 @@ import os
 import random
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def mutate_tree(draw: random.Random, tree: Any, others: list[Any] | None = None)
         if kind < 4:
             parent[key] = copy.deepcopy(draw.choice(ODD))
         elif kind == 4 and type(old) in (int, float):
-            parent[key] = old + draw.choice([-1, 1, 0.5]) if draw.random() < 0.5 else old * 2
+            step = draw.choice([-1, 1, 0.5])
+            with suppress(OverflowError):  # 10**400 + 0.5
+                parent[key] = old + step if draw.random() < 0.5 else old * 2
         elif kind == 5:
             parent.pop(key)
         elif kind == 6 and isinstance(parent, dict):
@@ -141,6 +144,8 @@ def mutate_safetensors(draw: random.Random, raw: bytes) -> bytes:
 
 def replace_file_by_odd(draw: random.Random, path: Path) -> None:
     """What is no regular file, or none at all, where a file should be."""
+    if path.is_dir() and not path.is_symlink():  # it was replaced before
+        path.rmdir()
     path.unlink(missing_ok=True)
     kind = draw.randrange(5)
     if kind == 0:

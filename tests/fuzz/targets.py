@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import random
@@ -266,6 +267,15 @@ def _odd_tensor(draw: random.Random, like: Any) -> Any:
         return torch.zeros(2)
 
 
+@functools.cache
+def _loaded(whole: Path) -> dict[str, Any]:
+    """The undamaged checkpoint, read once per process."""
+    import torch
+
+    values: dict[str, Any] = torch.load(whole, weights_only=True)
+    return values
+
+
 def _write_checkpoint(draw: random.Random, prepared: Path, out: Path) -> None:
     import torch
 
@@ -273,7 +283,7 @@ def _write_checkpoint(draw: random.Random, prepared: Path, out: Path) -> None:
     if draw.random() < 0.15:
         target.write_bytes(mutate_bytes(draw, whole.read_bytes()))
         return
-    values = torch.load(whole, weights_only=True)
+    values = copy.deepcopy(_loaded(whole))
     for _ in range(draw.choice([1, 1, 2])):
         part = draw.choice(["state", "optimizer", "all", "all"])
         if part == "state":

@@ -23,6 +23,7 @@ PATIENCE = 120  # seconds of waiting for a case, for what takes no processor tim
 ROOM = 300 << 20  # bytes that a case may take beside twice its files
 SLACK = 1 << 30  # of address space above that, which threads reserve and do not use
 LIBC = ctypes.CDLL(None)
+SHARED = "/dev/shm"
 PER_PROCESS = 5000  # cases; then a new process, so that what is kept by libraries goes
 
 
@@ -50,7 +51,7 @@ def fuzz(
     """Run cases `first`.. of a seed. keep: a folder to which failing cases' files are copied."""
     target, report = TARGETS[kind], Report()
     os.environ["RUST_BACKTRACE"] = "0"
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=_in_memory()) as place:
         prepared = Path(place) / "prepared"
         prepared.mkdir()
         _apart(lambda: target.prepare(prepared))
@@ -63,6 +64,11 @@ def fuzz(
             worker.finish(report)
     report.faults.sort(key=lambda fault: fault.case)
     return report
+
+
+def _in_memory() -> str | None:
+    """A folder in memory, where there is one: most of a case's time is making files."""
+    return SHARED if os.access(SHARED, os.W_OK | os.X_OK) else None
 
 
 def _apart(work: Any) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def test_c2_without_a_home(
 
     monkeypatch.delenv("BITSKIP_CACHE_DIR", raising=False)
     monkeypatch.setattr(platformdirs, "user_cache_dir", none)
-    monkeypatch.setattr(compiling.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     folder = cache_directory()
     assert folder and folder.parent.parent == tmp_path
 
@@ -120,9 +121,9 @@ def test_c2_a_user_without_a_home_gets_help(tmp_path: Path) -> None:
         pytest.skip("only the superuser can become nobody")
     code = """
 import os, platformdirs.unix
-from bitskip_cpu import compiling
+from bitskip import places
 os.setuid(54321)
-assert compiling.user_cache().is_absolute()
+assert places.user_cache().is_absolute()
 """
     environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "BITSKIP_CACHE_DIR")}
     root = str(Path(__file__).parent.parent.parent)

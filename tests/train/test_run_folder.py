@@ -66,15 +66,15 @@ def test_a_lock_that_is_freed_while_another_opens_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Opened, then removed by its holder: locking that file would lock nothing."""
-    out, lock, tried = tmp_path / "run", run_folder._lock, []
+    out, lock, tried = tmp_path / "run", run_folder.lock, []
 
-    def slow(file: Any) -> bool:
+    def slow(handle: int) -> bool | None:
         if not tried:
             (out / run_folder.LOCK).unlink()
-        tried.append(file.fileno())
-        return lock(file)
+        tried.append(handle)
+        return lock(handle)
 
-    monkeypatch.setattr(run_folder, "_lock", slow)
+    monkeypatch.setattr(run_folder, "lock", slow)
     with locked(out):
         assert len(tried) == 2 and (out / run_folder.LOCK).exists()
         with pytest.raises(TrainingError, match="another training"), locked(out):

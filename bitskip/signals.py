@@ -1,0 +1,50 @@
+"""Being told to end: SIGTERM and SIGHUP end a verb as Ctrl-C does, with its files whole."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_NAMES = ("SIGTERM", "SIGHUP")
+
+
+class Terminated(BaseException):
+    """A signal other than Ctrl-C's told the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def exit_code(error: BaseException) -> int:
+    """What a shell calls the end of a process by that signal: 130 for Ctrl-C."""
+    return 128 + getattr(error, "number", int(signal.SIGINT))
+
+
+@contextmanager
+def ends_on_signals() -> Iterator[None]:
+    """Raise Terminated in the block when such a signal comes; a second one ends the process.
+
+    What the process was started to ignore (`nohup`) stays ignored.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated(number)
+
+    taken = []
+    for name in _NAMES:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            try:
+                signal.signal(number, end)
+            except ValueError:  # not the main thread
+                break
+            taken.append(number)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
