@@ -57,7 +57,6 @@ def _row(*names: str) -> tuple[struct.Struct, int]:
     return struct.Struct("=" + "".join(kinds[kind] for kind, *_ in fields)), fields[0][1]
 
 
-CALL, CALL_AT = _row("keys", "values", "number_bytes", "capacity", "tokens", "position")
 EXIT_ROW, EXIT_AT = _row("final_norm", "vocab_weights", "vocab_row_bytes", "vocab_scale")
 LOGITS, LOGITS_AT = _row("logits", "exit_from")
 DRAFT_ROW, DRAFT_AT = _row("draft_vocab", "least_lead")
@@ -126,13 +125,15 @@ class Workspace:
             return aligned((CHUNK, width), np.float32)
 
         self.ids = aligned((CHUNK,), np.int32)
+        self.positions, self.caches = (aligned((CHUNK,), np.int64) for _ in range(2))
         self.x, self.mid, self.y = (floats(c.hidden_size) for _ in range(3))
         self.qkv, self.attended = floats(int(p["rows"][QKV])), floats(c.attention_size)
         self.up, self.act = floats(int(p["rows"][UP])), floats(c.intermediate_size)
         self.input = floats(int(wide))
         codes = aligned((CHUNK, int(max(*p["padded"], -(-c.hidden_size // 64) * 64))), np.int8)
         for name, array in {
-            "ids": self.ids, "x": self.x, "mid": self.mid, "y": self.y, "qkv": self.qkv,
+            "ids": self.ids, "positions": self.positions, "caches": self.caches,
+            "x": self.x, "mid": self.mid, "y": self.y, "qkv": self.qkv,
             "attended": self.attended, "up": self.up, "act": self.act, "input": self.input,
             "codes": codes, "steps": aligned((CHUNK,), np.float32),
             "sums": aligned((CHUNK,), np.int32),
@@ -175,19 +176,21 @@ class Workspace:
     def set_tokens(self, ids: Sequence[int] | np.ndarray, cache: KVCache, position: int) -> None:
         """The tokens at hand, from `position` of the cache on."""
         if len(ids) == 1:
-            self.ids[0] = ids[0]
+            self.ids[0], self.positions[0], self.caches[0] = ids[0], position, cache.at
         else:
             self.ids[: len(ids)] = ids
-        CALL.pack_into(
-            self._bytes, CALL_AT, cache.keys_at, cache.values_at, cache.itemsize, cache.capacity,
-            len(ids), position,
-        )  # fmt: skip
+            self._follow(cache.at, position, len(ids))
+        self._words[TOKENS] = len(ids)
+
+    def _follow(self, cache_at: int, position: int, count: int) -> None:
+        """`count` positions of one cache, one after the other."""
+        self.positions[:count] = range(position, position + count)
+        self.caches[:count] = cache_at
 
     def holds(self, run: Run) -> bool:
         """Whether as many tokens are at hand, at the same positions of the same cache."""
-        words, at = self._words, CALL_AT // 8
-        where = words[at], words[at + 4], words[at + 5]
-        return where == (run.cache.keys_at, len(run.ids), run.first)
+        where = self.tokens, self.caches[0], self.positions[0]
+        return where == (len(run.ids), run.cache.at, run.first)
 
     @property
     def tokens(self) -> int:
@@ -216,6 +219,7 @@ class Workspace:
 
     def set_draft(self, draft: Draft, count: int, least_lead: float) -> None:
         """At most `count` drafts behind the one token at hand (SPEC 11.1), at the exit as set."""
+        self._follow(self.caches[0], self.positions[0], count + 1)
         self._words[TOKENS] = count + 1
         vocab = draft.vocab or self.weights.config.vocab_size
         DRAFT_ROW.pack_into(self._bytes, DRAFT_AT, vocab, least_lead)

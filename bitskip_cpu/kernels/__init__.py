@@ -51,10 +51,10 @@ vocabulary lie in such tiles, too; their units have 16 columns.
     chain           one of several accumulators of a sum, so that additions need not wait
     chunk           up to CHUNK tokens that go through the blocks together
     codes           a token's quantized input, int8; a weight's stored w + 1
-    group           LANES neighbouring cached positions
     head            an attention head; the vocabulary's matrix is always `vocab`
     input           a token's floats before they become codes
     lane            one of the numbers that an instruction works on; LANES = 16 floats
+    page            LANES neighbouring cached positions, of all blocks and key-value heads
     panel           tiles x tokens that a kernel multiplies at a time once tiles are unpacked
     part            what one thread does of a stage without asking
     path            an instruction set (`isa.Path`)

@@ -40,6 +40,7 @@ from bitskip_cpu.kernels.numba_inside.views import (
     floats,
     int8s,
     int32s,
+    int64s,
     product_structs,
     state_structs,
 )
@@ -105,7 +106,7 @@ def block(s, products, layer):
     s.layer = layer
     tokens, cost = s.tokens, s.tokens * s.input_stride
     keys_values(s, products, 0)
-    seen = 4 * (s.position + tokens) * s.attention
+    seen = 4 * (int64s(s.positions, tokens)[tokens - 1] + 1) * s.attention
     run_stage(s, products, ATTEND, tokens * s.kv_heads, tokens * seen)
     run_stage(s, products, OUT_IN, tokens, cost)
     product(s, products, OUT, 0, products[OUT].rows, products[OUT].row_bytes)
@@ -132,7 +133,8 @@ def draft(s, products, last):
 
     `tokens` becomes how many were run: all, or up to the first after which a draft is unsure.
     """
-    wanted, x, ids, position, vocab = s.tokens, s.x, s.ids, s.position, s.vocab
+    wanted, x, ids, vocab = s.tokens, s.x, s.ids, s.vocab
+    positions, caches = s.positions, s.caches
     s.tokens, run = 1, 0
     while True:
         embed(s, 0)
@@ -149,8 +151,9 @@ def draft(s, products, last):
             break
         drafted = first_of(s.logits, s.draft_vocab, first)
         int32s(ids, wanted)[run] = drafted
-        s.x, s.ids, s.position = x + run * 4 * s.hidden, ids + run * 4, position + run
-    s.tokens, s.x, s.ids, s.position = run, x, ids, position
+        s.x, s.ids = x + run * 4 * s.hidden, ids + run * 4
+        s.positions, s.caches = positions + run * 8, caches + run * 8
+    s.tokens, s.x, s.ids, s.positions, s.caches = run, x, ids, positions, caches
 
 
 @kernel

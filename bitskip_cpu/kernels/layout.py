@@ -23,7 +23,7 @@ _STATE = """
     ids x mid qkv attended y up act input input_stride codes codes_stride steps sums
     scratch scratch_stride unpacked acc
 
-    keys values number_bytes capacity tokens position logits exit_from draft_vocab least_lead
+    positions caches tokens logits exit_from draft_vocab least_lead
     gate_probability confidence_max confidence_margin confidence_entropy
 
     helpers share_from sync stage layer product first_row last_row part_rows
@@ -37,10 +37,19 @@ STATE = np.dtype(
     [(name, np.float32 if name in _FLOATS else np.int64) for name in _STATE.split()], align=True
 )
 """One model on one workspace. In order: shape and kind (SPEC 1); where its weights are; workspace
-of up to CHUNK tokens; the call at hand; the stage at hand, which threads share (`kernels.share`).
+of up to CHUNK tokens; the call at hand: int64 [T] the tokens' `positions`, and where their `caches`
+are, a CACHE each; the stage at hand, which threads share (`kernels.share`).
 
-It is argument and scratch: `forward` changes `tokens`, `x`, `position` and the like for a while and
-puts them back."""
+It is argument and scratch: `forward` changes `tokens`, `x`, `positions` and the like for a while
+and puts them back."""
+
+_CACHE = "number_bytes head_bytes values table"
+
+CACHE = np.dtype([(name, np.int64) for name in _CACHE.split()])
+"""The keys and values of one sequence, in pages of LANES positions. `table`: where the address of
+each page stands, int64 [pages]. A page holds, for each block and in it each key-value head, a part
+of `head_bytes` bytes: the keys, and from byte `values` on the values, of numbers of `number_bytes`
+bytes (`attention/attend.py` has their order)."""
 
 _PRODUCT = (
     "weights rows width source row_bytes padded units tail alphas end0 end1 bias out out_stride"
@@ -59,9 +68,9 @@ INT8, FLOAT32, FLOAT16, INT6, INT4 = range(5)  # vocab_kind
 CACHED_FLOAT32, CACHED_FLOAT16 = 4, 2  # number_bytes: of a number in the cache
 SWIGLU, GATED_RELU2, RELU2 = 0, 1, 2  # ffn_kind
 CHUNK = 128  # most tokens at a time
-LANES = 16  # positions in a group of cached keys
+LANES = 16  # positions in a page of the cache
 QUERIES = 4  # most heads that share a pass over keys and values
-LEVELS = 24  # of the streamed tree: up to 2^24 groups of positions
+LEVELS = 24  # of the streamed tree: up to 2^24 pages
 BAND = 64  # rows of a product whose int32 sums are converted together; whole tiles
 ACC_STRIDE = 4 * BAND  # bytes from one token's sums to the next
 

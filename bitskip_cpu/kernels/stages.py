@@ -23,6 +23,7 @@ from bitskip_cpu.kernels.layout import (
     DOWN,
     FLOAT16,
     FLOAT32,
+    LANES,
     OUT,
     QKV,
     QUERIES,
@@ -30,7 +31,7 @@ from bitskip_cpu.kernels.layout import (
     VOCAB,
 )
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
-from bitskip_cpu.kernels.numba_inside.views import floats, int32s
+from bitskip_cpu.kernels.numba_inside.views import cache_structs, floats, int32s, int64s
 from bitskip_cpu.kernels.products.rows import float_rows, ternary_rows, vocab_rows
 
 ATTENTION_IN, ROWS, STORE, ATTEND, OUT_IN, FFN_IN, DOWN_IN, BLOCK_OUT, EXIT_IN = range(9)
@@ -79,8 +80,9 @@ def attention_in(s, products, scratch, t):
 @kernel
 def store(s, scratch, t):
     """Norm and turn the keys; keys and values into the cache (SPEC 6.7, 6.1, 6.4, 6.5)."""
-    position, size = s.position + t, 4 * s.head_dim
+    cache, position, size = cache_of(s, t), int64s(s.positions, s.tokens)[t], 4 * s.head_dim
     turned = position * 2 * s.head_dim  # bytes: a position has E / 2 cosines
+    page, lane = int64s(cache.table, 1)[position // LANES], position % LANES
     key = s.qkv + t * 4 * (s.attention + 2 * s.kv) + 4 * s.attention
     value = key + 4 * s.kv
     for h in range(s.kv_heads):
@@ -88,19 +90,24 @@ def store(s, scratch, t):
             head = key + h * size
             norm(s, head, params(s) + s.k_norm, head, s.head_dim, scratch)
         rope(key + h * size, s.cos + turned, s.sin + turned, s.head_dim)
-        store_key(key + h * size, keys_of(s, h), s.number_bytes, s.head_padded, s.head_dim,
-                  s.key_slots, position)  # fmt: skip
-        store_value(value + h * size, values_of(s, h), s.number_bytes, s.value_width, s.head_dim,
-                    position)  # fmt: skip
+        at = page + part_of(s, cache, h)
+        store_key(key + h * size, at, cache.number_bytes, s.head_padded, s.head_dim, s.key_slots,
+                  lane)  # fmt: skip
+        store_value(value + h * size, at + cache.values, cache.number_bytes, s.value_width,
+                    s.head_dim, lane)  # fmt: skip
 
 
 @kernel
 def attend_part(s, scratch, part):
     """Norm, turn and run a token's query heads that share a key-value head (SPEC 6.1 to 6.7)."""
     kv_head, t = part // s.tokens, part % s.tokens  # a head's keys stay at hand
-    position, size, sharing = s.position + t, 4 * s.head_dim, s.heads // s.kv_heads
+    cache, position = cache_of(s, t), int64s(s.positions, s.tokens)[t]
+    size, sharing = 4 * s.head_dim, s.heads // s.kv_heads
     turned = position * 2 * s.head_dim
     h, end = kv_head * sharing, (kv_head + 1) * sharing
+    keys = part_of(s, cache, kv_head)
+    caches = int64s(s.caches, s.tokens)
+    cold = t == 0 or caches[t] != caches[t - 1]
     q_at, out_at = s.qkv + t * 4 * (s.attention + 2 * s.kv), s.attended + t * 4 * s.attention
     for i in range(h, end):
         if s.qk_norm:
@@ -109,9 +116,9 @@ def attend_part(s, scratch, part):
         rope(q_at + i * size, s.cos + turned, s.sin + turned, s.head_dim)
     while h < end:
         queries = min(QUERIES, end - h)
-        attend(queries, q_at + h * size, keys_of(s, kv_head), values_of(s, kv_head),
-               s.number_bytes, s.head_padded, s.head_dim, s.key_slots, s.value_width, position + 1,
-               t == 0, out_at + h * size, scratch)  # fmt: skip
+        attend(queries, q_at + h * size, cache.table, keys, keys + cache.values, cache.number_bytes,
+               s.head_padded, s.head_dim, s.key_slots, s.value_width, position + 1, cold,
+               out_at + h * size, scratch)  # fmt: skip
         h += queries
 
 
@@ -239,12 +246,12 @@ def make_codes(s, t, width, largest, padded):
 
 
 @kernel
-def keys_of(s, h):
-    """Where the block's cache holds key-value head h's keys."""
-    return s.keys + s.number_bytes * (s.layer * s.kv_heads + h) * s.capacity * s.head_padded
+def cache_of(s, t):
+    """Token t's cache (`layout.CACHE`)."""
+    return cache_structs(int64s(s.caches, s.tokens)[t], 1)[0]
 
 
 @kernel
-def values_of(s, h):
-    """Where the block's cache holds key-value head h's values."""
-    return s.values + s.number_bytes * (s.layer * s.kv_heads + h) * s.capacity * s.value_width
+def part_of(s, cache, h):
+    """Where in each page of the cache key-value head h's part of the block begins."""
+    return (s.layer * s.kv_heads + h) * cache.head_bytes

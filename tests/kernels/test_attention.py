@@ -32,37 +32,40 @@ def test_rope(head_dim: int) -> None:
 KINDS = "float32", "float16"
 
 
-def key_memory(keys: np.ndarray, capacity: int, behind: float, kind: str) -> np.ndarray:
-    """keys f32 [S, E] in the cache's layout, other positions filled."""
-    head_dim = keys.shape[1]
-    padded = padded_keys(head_dim)
-    memory = np.full((capacity // LANES, padded, LANES), behind, kind)
-    slots = key_slots(padded)
-    memory[:, slots[head_dim:]] = 0
-    for position, key in enumerate(keys):
-        row = np.ascontiguousarray(key)
-        call(kernels.store_key, row, memory, memory.itemsize, padded, head_dim, slots, position)
-    return memory
+class Head:
+    """Keys and values [S, E] of one head in pages that lie anywhere, other positions filled."""
+
+    def __init__(
+        self, keys: np.ndarray, values: np.ndarray, behind: float = 0.0, kind: str = "float32"
+    ) -> None:
+        size, head_dim = keys.shape
+        self.padded, self.width = padded_keys(head_dim), padded_values(head_dim)
+        self.slots = key_slots(self.padded)
+        count, self.itemsize = -(-size // LANES), np.dtype(kind).itemsize
+        self.pages = np.full((3 * count, LANES * (self.padded + self.width)), -behind, kind)
+        order = np.random.default_rng(size).permutation(3 * count)[:count]
+        self.table = self.pages.ctypes.data + self.pages.strides[0] * order
+        self.values_in = self.itemsize * LANES * self.padded
+        for position, (key, value) in enumerate(zip(keys, values, strict=True)):
+            page, lane = divmod(position, LANES)
+            k_at = self.pages[order[page], : LANES * self.padded]
+            v_at = self.pages[order[page], LANES * self.padded :]
+            if lane == 0:
+                k_at[:] = behind
+                k_at.reshape(self.padded, LANES)[self.slots[head_dim:]] = 0
+            call(kernels.store_key, key.copy(), k_at, self.itemsize, self.padded, head_dim,
+                 self.slots, lane)  # fmt: skip
+            call(kernels.store_value, value.copy(), v_at, self.itemsize, self.width, head_dim, lane)
 
 
-def value_memory(values: np.ndarray, capacity: int, behind: float, kind: str) -> np.ndarray:
-    """The same of values."""
-    head_dim = values.shape[1]
-    memory = np.full((capacity, padded_values(head_dim)), behind, kind)
-    for position, value in enumerate(values):
-        row = np.ascontiguousarray(value)
-        call(kernels.store_value, row, memory, memory.itemsize, memory.shape[1], head_dim, position)
-    return memory
-
-
-def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: int) -> np.ndarray:
-    """q [queries, E], memory as in the cache -> [queries, E]."""
+def attend(q: np.ndarray, head: Head, seen: int) -> np.ndarray:
+    """q [queries, E] over a head -> [queries, E]."""
     queries, head_dim = q.shape
     outs = []
     for cold in (False, True):
         out, scratch = np.zeros(q.shape, f32), np.full(1 << 16, np.nan, f32)
-        call(kernels.attend, queries, q, keys, values, keys.itemsize, keys.shape[1], head_dim,
-             key_slots(keys.shape[1]), values.shape[1], seen, cold, out, scratch)  # fmt: skip
+        call(kernels.attend, queries, q, head.table, 0, head.values_in, head.itemsize, head.padded,
+             head_dim, head.slots, head.width, seen, cold, out, scratch)  # fmt: skip
         outs.append(out)
     assert same_bits(*outs)
     return outs[0]
@@ -74,22 +77,21 @@ def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: int) -> np
 def test_attend(head_dim: int, seen: int, kind: str) -> None:
     k, v = random(seen, head_dim, seed=1), random(seen, head_dim, seed=2)
     k[0, 0], v[-1, -1] = 1e6, -1e-7  # beyond float16 at both ends
-    capacity = -(-seen // LANES) * LANES
     # What an abandoned text left behind the last position must not matter.
-    keys, values = key_memory(k, capacity, 3e4, kind), value_memory(v, capacity, -3e4, kind)
+    head = Head(k, v, 3e4, kind)
     if kind == "float16":
         k, v = half(k).astype(f32), half(v).astype(f32)
     for queries in (1, 2, 4):
         q = random(queries, head_dim)
         expected = attention(q[None], k[:, None], v[:, None])[0]
-        assert same_bits(expected.reshape(q.shape), attend(q, keys, values, seen))
+        assert same_bits(expected.reshape(q.shape), attend(q, head, seen))
 
 
 def test_equal_scores_and_negative_zero_values() -> None:
     head_dim, seen = 4, 5
     k = random(seen, head_dim)
-    values = np.full((LANES, LANES), -0.0, f32)
-    out = attend(np.zeros((1, head_dim), f32), key_memory(k, LANES, 0.0, "float32"), values, seen)
+    head = Head(k, np.full(k.shape, -0.0, f32))
+    out = attend(np.zeros((1, head_dim), f32), head, seen)
     assert same_bits(np.zeros((1, head_dim), f32), out)  # + 0.0 of SPEC 2.3: no negative zero
 
 
@@ -101,9 +103,10 @@ def test_cache_shows_what_was_stored(kind: str) -> None:
     for h in range(config.num_key_value_heads):
         for position in range(20):
             row = keys[position, h].copy()
-            shape = cache.keys.itemsize, 8, 6, key_slots(8)
-            call(kernels.store_key, row, cache.keys[2, h], *shape, position)
-        cache.values[2, h, :20, :6] = keys[:, h]
+            page, lane = divmod(position, LANES)
+            k_at, v_at = cache.pages.split(cache.pages.parts(page, 3)[2, h])
+            call(kernels.store_key, row, k_at, k_at.itemsize, 8, 6, key_slots(8), lane)
+            v_at[lane, :6] = row
     cache.length = 20
     for found in cache.layer(2):
         assert same_bits(keys.astype(kind), found)
@@ -111,7 +114,6 @@ def test_cache_shows_what_was_stored(kind: str) -> None:
 
 def test_float16_takes_half_the_memory() -> None:
     full, small = (KVCache(small_twin("bitskip-v1"), kind) for kind in KINDS)
-    for name in ("keys", "values"):
-        assert 2 * getattr(small, name).nbytes == getattr(full, name).nbytes
+    assert 2 * small.pages.memory.nbytes == full.pages.memory.nbytes
     with pytest.raises(ValueError, match=r"KV cache 'int8': must be float32 or float16"):
         KVCache(small_twin("bitskip-v1"), "int8")

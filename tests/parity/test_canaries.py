@@ -36,16 +36,17 @@ def test_a_byte_outside_is_seen(at: int) -> None:
 
 
 def test_a_kernel_that_writes_behind_the_cache_is_seen() -> None:
-    """Planted: the engine is told of a cache larger than it is."""
+    """Planted: a table that names a page which lies partly behind the memory."""
     engine = Engine(CONFIG, random_tensors(CONFIG), 1)
     cache = engine.new_cache()
     engine.extend([1, 2], cache)
-    cache.capacity += 16
+    memory, part = cache.pages.memory, cache.pages.parts(0, CONFIG.num_hidden_layers)
+    cache.table[0] = memory.ctypes.data + memory.nbytes - part.nbytes + 64
     space = engine._space
-    space.set_tokens([1], cache, 0)
+    space.set_tokens([1], cache, 15)
     with pytest.raises(RuntimeError, match="wrote behind an array"):
         engine._call(EMBED | BLOCKS, 0, CONFIG.num_hidden_layers)
-    del engine, space, cache
+    del engine, space, cache, memory, part
     gc.collect()
     check_canaries()
 

@@ -64,7 +64,7 @@ def generate(engine: Any, prompt: list[int], rule: Any, seed: int) -> tuple[list
 def layers_of(cache: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Keys and values of each block, f32 or f16 [S, K, E]."""
     if hasattr(cache, "layer"):
-        yield from (cache.layer(i) for i in range(len(cache.keys)))
+        yield from (cache.layer(i) for i in range(cache.config.num_hidden_layers))
     else:
         yield from zip(cache.keys, cache.values, strict=True)
 

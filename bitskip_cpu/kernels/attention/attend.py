@@ -1,15 +1,15 @@
 """RoPE, the key-value cache and attention of one token (SPEC section 6).
 
-Cache of one block (`keys_at`, `values_at`), LANES positions to a group:
+A page holds LANES positions (`layout.CACHE`). Of one block and key-value head it has
 
-    keys   [K, S / LANES, E', LANES]  turned; E' is E padded to a power of two, at least 8 (more
-                                      zeros can change but the sign of a zero score, which exp
-                                      does not see); features in the order of `key_slots`
-    values [K, S, W]                  W = E padded to a multiple of LANES
+    keys   [E', LANES]  turned; E' is E padded to a power of two, at least 8 (more zeros can change
+                        but the sign of a zero score, which exp does not see); features in the
+                        order of `key_slots`
+    values [LANES, W]   W = E padded to a multiple of LANES
 
 of `size` bytes a number, 4 or 2 (SPEC 6.5), so that a score's tree over E runs on LANES
 positions at once, and values stream by rows. Query heads that share a key-value head pass over it
-together.
+together. The tree of SPEC 2.3 adds absolute positions: a page is a subtree of it, wherever it lies.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from bitskip_cpu.kernels.arithmetic.lanes import LANE_BYTES, add, larger, larges
 from bitskip_cpu.kernels.attention.passes import products_8, products_64, weighed
 from bitskip_cpu.kernels.layout import CACHED_FLOAT16, LANES, LEVELS
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
-from bitskip_cpu.kernels.numba_inside.views import float16s, floats, int32s
+from bitskip_cpu.kernels.numba_inside.views import float16s, floats, int32s, int64s
 
 f32 = np.float32
 
 MINUS_INFINITY = f32(-np.inf)
-GROUPS_AHEAD = 3  # groups between asking for one and its use
+PAGES_AHEAD = 3  # pages between asking for one and its use
 
 
 @kernel
@@ -46,25 +46,23 @@ def rope(x_at, cos_at, sin_at, head_dim):
 
 
 @kernel
-def store_key(key_at, keys_at, size, padded, head_dim, slots_at, position):
-    """Put one head's turned key at its position; `keys_at` is the head's part of the cache."""
-    group, lane = position // LANES, position % LANES
-    key, column_at = floats(key_at, head_dim), keys_at + size * group * padded * LANES
-    slots = int32s(slots_at, head_dim)
+def store_key(key_at, keys_at, size, padded, head_dim, slots_at, lane):
+    """Put one head's turned key into its lane of the page's keys of that head."""
+    key, slots = floats(key_at, head_dim), int32s(slots_at, head_dim)
     if size == CACHED_FLOAT16:
-        rounded = float16s(column_at, padded * LANES)
+        rounded = float16s(keys_at, padded * LANES)
         for i in range(head_dim):
             rounded[slots[i] * LANES + lane] = float16_bits(key[i])
     else:
-        column = floats(column_at, padded * LANES)
+        column = floats(keys_at, padded * LANES)
         for i in range(head_dim):
             column[slots[i] * LANES + lane] = key[i]
 
 
 @kernel
-def store_value(value_at, values_at, size, value_width, head_dim, position):
-    """Put one head's value at its position; `values_at` is the head's part of the cache."""
-    row_at = values_at + size * position * value_width
+def store_value(value_at, values_at, size, value_width, head_dim, lane):
+    """Put one head's value into its row of the page's values of that head."""
+    row_at = values_at + size * lane * value_width
     if size == CACHED_FLOAT16:
         narrow(value_at, row_at, head_dim)
     else:
@@ -84,26 +82,29 @@ def lay_out(q_at, out_at, head_dim, padded, slots_at):
 
 
 @kernel
-def score_groups(
-    queries, q_at, q_stride, keys_at, next_at, size, padded, seen, factor, out_at, out_stride,
-    scratch_at,
+def score_pages(
+    queries, q_at, q_stride, table, keys, values, cold, size, padded, seen, factor, out_at,
+    out_stride, scratch_at,
 ):  # fmt: skip
     """out[i, s] = factor * sum 2.2 of q[i] * k[s], for s < seen and `queries` queries (SPEC 6.2).
 
-    A query has E' floats, zeros behind E; out holds whole groups. Scratch: LANES floats a
-    branch and query. `next_at`: what is read next, to be fetched meanwhile; 0: nothing.
+    A query has E' floats, zeros behind E; out holds whole pages. Scratch: LANES floats a
+    branch and query. `table`: addresses of pages, `keys` and `values`: where in each those of this
+    head lie. `cold`: fetch ahead what is read next: keys, then values.
     """
     leaves = 64 if padded >= 64 else 8
     branches = padded // leaves
     stride = branches * LANE_BYTES
-    end = (seen + LANES - 1) // LANES * LANES
-    for start in range(0, seen, LANES):
-        k_at, soon_at = keys_at + size * start * padded, 0
-        if next_at:
-            later = start + GROUPS_AHEAD * LANES
-            soon_at = keys_at + size * later * padded
-            if later >= end:
-                soon_at = next_at + size * (later - end) * padded
+    count = (seen + LANES - 1) // LANES
+    pages = int64s(table, count)
+    for page in range(count):
+        k_at, soon_at = pages[page] + keys, 0
+        if cold:
+            later = page + PAGES_AHEAD
+            if later < count:
+                soon_at = pages[later] + keys
+            else:
+                soon_at = pages[min(later - count, count - 1)] + values
         for i in range(branches):
             branch = size * leaves * LANES * i
             q, k, soon = q_at + 4 * leaves * i, k_at + branch, soon_at + branch if soon_at else 0
@@ -119,12 +120,12 @@ def score_groups(
                 for i in range(n):
                     two = at + 2 * i * LANE_BYTES
                     add(two, two + LANE_BYTES, at + i * LANE_BYTES)
-            scale(at, factor, out_at + query * out_stride + 4 * start)
+            scale(at, factor, out_at + query * out_stride + 4 * LANES * page)
 
 
 @kernel
 def softmax_weights(e_at, seen):
-    """Scores -> exp(score - largest); zeros behind `seen` to the group's end (SPEC 6.3)."""
+    """Scores -> exp(score - largest); zeros behind `seen` to the page's end (SPEC 6.3)."""
     padded = (seen + LANES - 1) // LANES * LANES
     e = floats(e_at, padded)
     lanes_at = e_at + 4 * padded
@@ -141,7 +142,7 @@ def softmax_weights(e_at, seen):
 
 
 @kernel
-def weigh_group(queries, e_at, e_stride, values_at, soon_at, size, value_width, out_at, out_stride):
+def weigh_page(queries, e_at, e_stride, values_at, soon_at, size, value_width, out_at, out_stride):
     """Per query, sum 2.3 over LANES positions of e * v, and behind it of e itself."""
     for i in range(0, value_width, LANES):
         v, soon, to = values_at + size * i, soon_at + size * i if soon_at else 0, out_at + 4 * i
@@ -162,50 +163,50 @@ def add_to(a_at, target_at, n):
 
 @kernel
 def attend(
-    queries, q_at, keys_at, values_at, size, padded, head_dim, slots_at, value_width, seen, cold,
+    queries, q_at, table, keys, values, size, padded, head_dim, slots_at, value_width, seen, cold,
     out_at, scratch_at,
 ):  # fmt: skip
     """`queries` (1 to QUERIES) turned query heads over `seen` positions -> out (SPEC 6.2, 6.3).
 
-    q and out: [queries, E]. `cold`: keys and values have to come from memory. Scratch (floats):
-    scores, whole groups and one more, per query | queries, E' each | LEVELS + 1 partial sums of
-    value_width + LANES floats per query, before them those of branches.
+    q and out: [queries, E]. `table`: addresses of pages, `keys` and `values`: where in each those
+    of this head lie. `cold`: they have to come from memory. Scratch (floats): scores, whole pages
+    and one more, per query | queries, E' each | LEVELS + 1 partial sums of value_width + LANES
+    floats per query, before them those of branches.
     """
-    groups = (seen + LANES - 1) // LANES
-    e_stride = 4 * (groups + 1) * LANES
+    count = (seen + LANES - 1) // LANES
+    pages = int64s(table, count)
+    e_stride = 4 * (count + 1) * LANES
     query_at = scratch_at + queries * e_stride
     partial_at = query_at + 4 * padded * queries
     for i in range(queries):
         lay_out(q_at + 4 * i * head_dim, query_at + 4 * i * padded, head_dim, padded, slots_at)
-    next_at, factor = values_at if cold else 0, f32(1.0 / math.sqrt(float(head_dim)))
-    score_groups(queries, query_at, 4 * padded, keys_at, next_at, size, padded, seen, factor,
-                 scratch_at, e_stride, partial_at)  # fmt: skip
+    factor = f32(1.0 / math.sqrt(float(head_dim)))
+    score_pages(queries, query_at, 4 * padded, table, keys, values, cold, size, padded, seen,
+                factor, scratch_at, e_stride, partial_at)  # fmt: skip
     for i in range(queries):
         softmax_weights(scratch_at + i * e_stride, seen)
-    # A binary counter of partial sums: number i covers 2^i groups, as in the tree of SPEC 2.3.
+    # A binary counter of partial sums: number i covers 2^i pages, as in the tree of SPEC 2.3.
     width = value_width + LANES
     whole = queries * width
     now_at = partial_at + 4 * LEVELS * whole
-    fill_zero(partial_at, whole)  # weigh_group leaves gaps
+    fill_zero(partial_at, whole)  # weigh_page leaves gaps
     fill_zero(now_at, whole)
-    for group in range(groups):
-        first = group * LANES
-        to = now_at if group & 1 else partial_at  # number 0 is free after every second group
-        v_at = values_at + size * first * value_width
+    for page in range(count):
+        to = now_at if page & 1 else partial_at  # number 0 is free after every second page
         soon_at = 0
-        if cold and group + GROUPS_AHEAD < groups:
-            soon_at = v_at + GROUPS_AHEAD * size * LANES * value_width
-        weigh_group(queries, scratch_at + 4 * first, e_stride, v_at, soon_at, size, value_width,
-                    to, 4 * width)  # fmt: skip
+        if cold and page + PAGES_AHEAD < count:
+            soon_at = pages[page + PAGES_AHEAD] + values
+        weigh_page(queries, scratch_at + 4 * LANES * page, e_stride, pages[page] + values, soon_at,
+                   size, value_width, to, 4 * width)  # fmt: skip
         level = 0
-        while (group >> level) & 1:
+        while (page >> level) & 1:
             add_to(partial_at + 4 * level * whole, now_at, whole)
             level += 1
         if level:
             copy(now_at, partial_at + 4 * level * whole, whole)
     fill_zero(now_at, whole)
     for level in range(LEVELS):
-        if (groups >> level) & 1:
+        if (count >> level) & 1:
             add_to(partial_at + 4 * level * whole, now_at, whole)
     for query in range(queries):
         at = now_at + 4 * query * width

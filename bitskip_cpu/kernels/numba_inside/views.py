@@ -18,9 +18,9 @@ from numpy.typing import DTypeLike
 
 from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels import numba_inside
-from bitskip_cpu.kernels.layout import PRODUCT, STATE
+from bitskip_cpu.kernels.layout import CACHE, PRODUCT, STATE
 from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
-from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, WORD, pointer
+from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, LONG, WORD, pointer
 
 View = Callable[[Any, Any], np.ndarray]
 
@@ -67,5 +67,7 @@ float16s = _view(np.uint16, WORD)
 int8s = _view(np.int8)
 uint8s = _view(np.uint8)
 int32s = _view(np.int32, INT)
+int64s = _view(np.int64, LONG)
 state_structs = _view(STATE)
 product_structs = _view(PRODUCT)
+cache_structs = _view(CACHE)
