@@ -8,7 +8,6 @@ compile; files that others could have written are not (`trusted`).
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
 from collections.abc import Callable
 from functools import cached_property
@@ -20,7 +19,7 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from bitskip.places import user_cache
-from bitskip_cpu import isa, native, trusted
+from bitskip_cpu import isa, native, shipped, sources, trusted
 from bitskip_ref.files import replace_file
 
 Progress = Callable[[int], None]
@@ -30,14 +29,6 @@ ARGUMENTS = {"run": 5, "repack": 7}
 """The kernels that Python calls (`kernels.object_code`), each with the number of its arguments."""
 
 DIGEST = 32  # bytes of the checksum before the code
-
-
-ROOT = Path(__file__).parent.parent
-IMPORT = re.compile(
-    r"^[ \t]*(?:from[ \t]+(bitskip_[\w.]+)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)"
-    r"|import[ \t]+(bitskip_[\w.]+))",
-    re.MULTILINE,
-)
 
 
 def cache_folder() -> Path:
@@ -51,51 +42,14 @@ def cache_directory() -> Path | None:
     return folder if trusted.writable_folder(folder) else None
 
 
-def sources() -> list[Path]:
-    """The files of ours that shape the code: those that `kernels.object_code` needs, in order.
-
-    What its imports name, and theirs; not the packages' `__init__`, unless something is imported
-    from them.
-    """
-    found: set[Path] = set()
-    waiting = [
-        _file_of(f"bitskip_cpu.kernels.{name}")
-        for name in (
-            "object_code",
-            f"products.{isa.PATH.kernels}",  # the latter by name alone
-        )
-    ]
-    while waiting:
-        path = waiting.pop()
-        if path is None or path in found:
-            continue
-        found.add(path)
-        for module, names, plain in IMPORT.findall(path.read_text("utf-8")):
-            inside = [_file_of(f"{module}.{name}") for name in re.findall(r"\w+", names)]
-            waiting += inside
-            if plain or not all(inside):
-                waiting.append(_file_of(module or plain))
-    return sorted(found)
-
-
-def _file_of(module: str) -> Path | None:
-    """A module's source; None for a name inside a module, and for packages that hold no code."""
-    path = ROOT.joinpath(*module.split("."))
-    for file in (path.with_suffix(".py"), path / "__init__.py"):
-        if file.is_file():
-            return file
-    return None
-
-
 def _fingerprint() -> str:
     words = [llvmlite.__version__, np.__version__, llvm.get_process_triple()]
-    words += [repr(isa.PATH), isa.cpu_name(), *sorted(isa.cpu_features())]
+    words += [isa.cpu_name(), *sorted(isa.cpu_features())]
     digest = hashlib.sha256("\n".join(words).encode())
     found = find_spec("numba")
     if found and found.origin:  # its version, without the time to import it
         digest.update((Path(found.origin).parent / "_version.py").read_bytes())
-    for source in sources():
-        digest.update(source.read_bytes())
+    digest.update(sources.digest().encode())
     return digest.hexdigest()[:16]
 
 
@@ -113,6 +67,11 @@ class Kernels:
     def directory(self) -> Path | None:
         """Where compiled kernels are kept; None: nowhere, they are compiled in every process."""
         return None if isa.INTERPRETED else cache_directory()
+
+    @property
+    def shipped(self) -> bool:
+        """Whether the package brought them all, so that no cache is needed."""
+        return all(shipped.code(name) for name in ARGUMENTS)
 
     @property
     def compiled(self) -> bool:
@@ -154,7 +113,9 @@ class Kernels:
         return native.load(code, name, ARGUMENTS[name])
 
     def _stored(self, name: str) -> bytes | None:
-        """The object file in the cache, if it is there, whole, and nobody else's."""
+        """The object file: the package's, or that in the cache if it is whole and nobody else's."""
+        if code := shipped.code(name):
+            return code
         content = trusted.read_file(self._folder / name) or b""
         code = content[DIGEST:]
         return code if code and hashlib.sha256(code).digest() == content[:DIGEST] else None

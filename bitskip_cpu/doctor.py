@@ -25,7 +25,7 @@ def doctor() -> dict[str, Any]:
     import psutil
 
     problems = []
-    if KERNELS.directory is None:
+    if KERNELS.directory is None and not KERNELS.shipped:
         problems.append(
             "the kernel cache cannot be written, so kernels are compiled in every process: set "
             "BITSKIP_CACHE_DIR to a folder that can"
@@ -90,7 +90,8 @@ def describe(facts: dict[str, Any]) -> str:
         ("packages", packages),
         (
             "cache",
-            f"{cache['folder'] or 'none'} ({'warm' if cache['warm'] else 'not compiled yet'})",
+            f"{cache['folder'] or 'none'} "
+            f"({'kernels are ready' if cache['warm'] else 'kernels are not compiled yet'})",
         ),
         *(("variable", f"{k}={v}") for k, v in facts["environment"].items()),
         *(("model", f"{m['name']}: {m['problem'] or 'intact'}") for m in facts["models"]),

@@ -41,6 +41,9 @@ def warmup() -> None:
     from bitskip_cpu.compiling import KERNELS
 
     prepare()
+    if KERNELS.shipped:
+        click.echo("kernels came with the package")
+        return
     if KERNELS.directory is None:
         raise ValueError(
             "the cache folder cannot be written, so nothing was kept: set BITSKIP_CACHE_DIR to a "

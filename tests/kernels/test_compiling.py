@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bitskip_cpu import compiling, isa, native
+from bitskip_cpu import compiling, isa, native, shipped
 from bitskip_cpu.compiling import ARGUMENTS, KERNELS, Kernels, cache_directory
 from tests.helpers import random_folder, twin
 
@@ -44,6 +44,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(isa, "INTERPRETED", False)
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "shipped")  # whatever the clone holds
     monkeypatch.setattr(object_code, "machine_code", machine_code)
     monkeypatch.setattr(native, "load", lambda code, *_: code)
     return names

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bitskip_cpu import compiling, isa
+from bitskip_cpu import compiling, isa, sources
 
 ROOT = Path(__file__).parent.parent.parent
 LOADED = """
@@ -28,7 +28,7 @@ def test_the_sources_are_what_compiling_imports() -> None:
         [sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, cwd=ROOT
     )
     loaded = {Path(name).resolve() for name in done.stdout.split()}
-    found = {path.resolve() for path in compiling.sources()}
+    found = {path.resolve() for path in sources.sources()}
     assert {p for p in loaded - found if p.name != "__init__.py"} == set()
     assert found <= loaded
 
@@ -39,14 +39,14 @@ def test_each_source_changes_the_name(monkeypatch: pytest.MonkeyPatch, tmp_path:
             to = tmp_path / path.relative_to(ROOT)
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, to)
-    monkeypatch.setattr(compiling, "ROOT", tmp_path)
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
     seen = {compiling._fingerprint()}
-    sources = compiling.sources()
-    assert {p.name for p in sources} > {"isa.py", "native.py", "constants.py", "layout.py"}
-    for path in sources:
+    files = sources.sources()
+    assert {p.name for p in files} > {"isa.py", "native.py", "constants.py", "layout.py"}
+    for path in files:
         with path.open("a") as file:
             file.write("# changed\n")
         seen.add(compiling._fingerprint())
-    assert len(seen) == len(sources) + 1
+    assert len(seen) == len(files) + 1
     (tmp_path / "bitskip_cpu/engine.py").write_text("")  # shapes no code
     assert compiling._fingerprint() in seen

@@ -1,0 +1,91 @@
+"""Object code of the package: used if it is whole, of these sources, for this CPU; else not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitskip_cpu import isa, shipped, sources
+from bitskip_cpu.compiling import ARGUMENTS, Kernels
+from bitskip_cpu.shipped import make
+from tests.kernels.test_compiling import made
+
+__all__ = ["made"]  # a fixture: kernels are not really compiled
+
+NAME = shipped.set_name(platform.machine(), isa.PATH)
+CODE = b"a shipped kernel"
+Facts = dict[str, Any]
+
+
+@pytest.fixture
+def manifest(made: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A set for this process, as `make` leaves it."""
+    monkeypatch.setattr(shipped.sys, "platform", "linux")
+    shipped.FOLDER.mkdir()
+    for name in ARGUMENTS:
+        (shipped.FOLDER / f"{NAME}-{name}.o").write_bytes(CODE)
+    entry = {
+        "features": sorted(isa.cpu_features()), "sources": sources.digest(), "made_by": "a test",
+        "files": dict.fromkeys(ARGUMENTS, hashlib.sha256(CODE).hexdigest()),
+    }  # fmt: skip
+    path = shipped.FOLDER / shipped.MANIFEST
+    path.write_text(json.dumps({NAME: entry}))
+    return path
+
+
+def test_nothing_is_compiled(manifest: Path, made: list[str]) -> None:
+    kernels = Kernels()
+    assert kernels.compiled
+    assert [kernels.function(name) for name in ARGUMENTS] == [CODE] * len(ARGUMENTS)
+    assert made == []
+    assert not list(manifest.parent.parent.glob("kernels-*"))
+
+
+def _changed(manifest: Path, change: Callable[[Facts], object]) -> None:
+    facts = json.loads(manifest.read_text())
+    change(facts[NAME])
+    manifest.write_text(json.dumps(facts))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a byte": lambda m: (m.parent / f"{NAME}-run.o").write_bytes(CODE[:-1] + b"L"),
+    "cut short": lambda m: (m.parent / f"{NAME}-run.o").write_bytes(CODE[:-1]),
+    "gone": lambda m: (m.parent / f"{NAME}-run.o").unlink(),
+    "a folder": lambda m: ((m.parent / f"{NAME}-run.o").unlink(),
+                           (m.parent / f"{NAME}-run.o").mkdir()),
+    "other sources": lambda m: _changed(m, lambda f: f.update(sources="0" * 64)),
+    "another CPU": lambda m: _changed(m, lambda f: f["features"].append("sse9")),
+    "no hash": lambda m: _changed(m, lambda f: f.pop("files")),
+    "hash of another type": lambda m: _changed(m, lambda f: f.update(files=[1])),
+    "features of another type": lambda m: _changed(m, lambda f: f.update(features=7)),
+    "no JSON": lambda m: m.write_bytes(b"\xff{"),
+    "JSON of another type": lambda m: m.write_text("[1]"),
+    "no manifest": lambda m: m.unlink(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_not_for_here_is_not_used(manifest: Path, made: list[str], damage: str) -> None:
+    assert shipped.code("run") == CODE
+    DAMAGES[damage](manifest)
+    assert shipped.code("run") is None
+    assert Kernels().function("run") == b"code of run"
+    assert made == ["run"]
+
+
+def test_only_linux_has_any(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped.sys, "platform", "darwin")
+    assert shipped.code("run") is None
+
+
+def test_every_compiled_path_has_a_set() -> None:
+    """And what a set may use includes what its path needs."""
+    assert list(make.SETS.values()) == [path for path in isa.PATHS if path.compiled]
+    for path in make.SETS.values():
+        assert set(make.features(path)) >= set(path.needs)
