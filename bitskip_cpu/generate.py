@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bitskip_ref.decoding.generate import EndIds
+from bitskip_ref.decoding.generate import EndIds, Token
 from bitskip_ref.decoding.generate import stream as stream_tokens
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.decoding.speculate import Speculation
@@ -61,6 +61,98 @@ class Generation:
         return sum(self.exit_layers) / len(self.exit_layers) if self.exit_layers else None
 
 
+class Telling:
+    """A text while its tokens come in, from whatever runs them: pieces, times, why it ended."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, stop: str | Sequence[str] | None,
+        max_tokens: int, room: int, speculation: Speculation | None = None,
+    ) -> None:  # fmt: skip
+        """room: tokens that the context has place for. Raises ValueError for a wrong `stop`."""
+        self._decoder = StreamDecoder(tokenizer, before=prompt_ids)
+        self._stop = StopStrings(stop)
+        self._prompt_tokens, self._max_tokens, self._room = len(prompt_ids), max_tokens, room
+        self._speculation = speculation
+        self._text: list[str] = []
+        self.ids: list[int] = []
+        self._depths: list[int] = []
+        self._started: float | None = None
+        self._asked = 0.0  # since when a token is waited for
+        self._times: list[float] = []  # of the first and the latest token
+        self.ended = False
+        """Whether no token follows any more."""
+
+    def begin(self) -> None:
+        """Time runs from now on."""
+        self._started = self._asked = time.perf_counter()
+
+    def wait(self) -> None:
+        """The next token is waited for from now on, not since the last."""
+        self._asked = time.perf_counter()
+
+    def add(self, token: Token) -> Piece:
+        """Take a token."""
+        now = time.perf_counter()
+        self._times = [*self._times[:1], now]
+        self.ids.append(token.id)
+        self._depths.append(token.depth)
+        text = self._stop.feed(self._decoder.feed(token.id))
+        self._text.append(text)
+        seconds, self._asked = now - self._asked, now
+        return Piece(text, token.id, token.depth, seconds)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self._stop.found
+
+    def rest(self) -> Piece:
+        """The text still held back, which counts as said from now on."""
+        if self._stop.found:
+            return Piece("")
+        rest = self._stop.feed(self._decoder.finish())
+        if not self._stop.found:
+            rest += self._stop.finish()
+        self._text.append(rest)
+        return Piece(rest)
+
+    def generation(self) -> Generation:
+        """What there is so far; `interrupted` is the reason if it has not ended."""
+        return Generation(
+            text="".join(self._text),
+            token_ids=list(self.ids),
+            exit_layers=list(self._depths),
+            prompt_tokens=self._prompt_tokens,
+            stop_reason=self._reason(),
+            ttft_s=self._times[0] - self._started if self._times and self._started else None,
+            decode_s=self._times[-1] - self._times[0] if self._times else 0.0,
+            speculation=self._speculation,
+        )
+
+    def _reason(self) -> StopReason:
+        if self._stop.found:
+            return "stop_string"
+        if not self.ended:
+            return "interrupted"
+        if len(self.ids) == self._max_tokens:
+            return "max_tokens"
+        return "context" if len(self.ids) == self._room else "end_of_text"
+
+
+def check_prompt(prompt_tokens: int, held: int, context: int) -> int:
+    """Tokens that may follow a prompt behind `held` positions: the last one needs no position.
+
+    Raises ValueError for a prompt that does not fit.
+    """
+    if held + prompt_tokens > context:
+        before = f" after {held} that the cache holds" if held else ""
+        raise ValueError(
+            f"the prompt has {prompt_tokens} tokens{before}, the context holds {context}: "
+            "shorten it"
+        )
+    return context - held - prompt_tokens + 1
+
+
 class TextStream:
     """Iterate once for `Piece`s as they come; `generation()` tells what there is so far."""
 
@@ -87,23 +179,15 @@ class TextStream:
         """
         context = engine.config.max_position_embeddings if context is None else context
         held = 0 if cache is None else cache.length
-        if held + len(prompt_ids) > context:
-            before = f" after {held} that the cache holds" if held else ""
-            raise ValueError(
-                f"the prompt has {len(prompt_ids)} tokens{before}, the context holds {context}: "
-                "shorten it"
-            )
+        room = check_prompt(len(prompt_ids), held, context)
         self.rule = rule
-        self._prompt_tokens = len(prompt_ids)
-        # The last token needs no position: nothing is predicted from it.
-        self._room = context - held - len(prompt_ids) + 1
         self._engine, self._cache, self._read = engine, cache, [*prompt_ids]
         self._held, self._context = held, context
-        self._max_tokens = max_tokens
-        self._decoder = StreamDecoder(tokenizer, before=prompt_ids)
-        self._stop = StopStrings(stop)
-        self._speculation = speculation
-        most = min(max_tokens, self._room)
+        self._told = Telling(
+            tokenizer, prompt_ids, stop=stop, max_tokens=max_tokens, room=room,
+            speculation=speculation,
+        )  # fmt: skip
+        most = min(max_tokens, room)
         self._tokens = (
             stream_tokens(engine, prompt_ids, rule, sampler, most, eos_token_id, cache=cache)
             if speculation is None
@@ -111,27 +195,16 @@ class TextStream:
                 engine, prompt_ids, speculation, sampler, most, eos_token_id, cache=cache
             )
         )
-        self._text: list[str] = []
-        self._ids: list[int] = []
-        self._depths: list[int] = []
-        self._started: float | None = None
-        self._times: list[float] = []  # of the first and the latest token
-        self._ended = False
 
     def __iter__(self) -> Iterator[Piece]:
-        self._started = asked = time.perf_counter()
+        told = self._told
+        told.begin()
         for token in self._tokens:
-            now = time.perf_counter()
-            self._times = [*self._times[:1], now]
-            self._ids.append(token.id)
-            self._depths.append(token.depth)
-            text = self._stop.feed(self._decoder.feed(token.id))
-            self._text.append(text)
-            yield Piece(text, token.id, token.depth, now - asked)
-            asked = time.perf_counter()  # what is done with a piece is not its token's time
-            if self._stop.found:
+            yield told.add(token)
+            told.wait()  # what is done with a piece is not its token's time
+            if told.stopped:
                 break
-        self._ended = True
+        told.ended = True
         rest = self.finish()
         if rest.text:
             yield rest
@@ -144,20 +217,15 @@ class TextStream:
         goes: the next text goes on from there.
         """
         self._catch_up()
-        if self._stop.found:
-            return Piece("")
-        rest = self._stop.feed(self._decoder.finish())
-        if not self._stop.found:
-            rest += self._stop.finish()
-        self._text.append(rest)
-        return Piece(rest)
+        return self._told.rest()
 
     def _catch_up(self) -> None:
         """Run the tokens that nothing was predicted from yet: the last one, mostly."""
-        if self._cache is None or not (self._ended or self._ids):
+        told = self._told
+        if self._cache is None or not (told.ended or told.ids):
             return
         self._tokens.close()
-        tokens = [*self._read, *self._ids][: self._context - self._held]
+        tokens = [*self._read, *told.ids][: self._context - self._held]
         behind = tokens[self._cache.length - self._held :]
         if behind:
             depth = self.rule.deepest(self._engine.config)
@@ -165,22 +233,4 @@ class TextStream:
 
     def generation(self) -> Generation:
         """What was generated so far; `interrupted` is the reason if iteration has not ended."""
-        return Generation(
-            text="".join(self._text),
-            token_ids=list(self._ids),
-            exit_layers=list(self._depths),
-            prompt_tokens=self._prompt_tokens,
-            stop_reason=self._reason(),
-            ttft_s=self._times[0] - self._started if self._times and self._started else None,
-            decode_s=self._times[-1] - self._times[0] if self._times else 0.0,
-            speculation=self._speculation,
-        )
-
-    def _reason(self) -> StopReason:
-        if self._stop.found:
-            return "stop_string"
-        if not self._ended:
-            return "interrupted"
-        if len(self._ids) == self._max_tokens:
-            return "max_tokens"
-        return "context" if len(self._ids) == self._room else "end_of_text"
+        return self._told.generation()

@@ -46,13 +46,23 @@ def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
     Raises ValueError for logits that have no loss (SPEC 9.5); tokens are counted from 0.
     """
+    z, total = _shifted(logits)
+    return total - np.take_along_axis(z, targets[:, None], 1)[:, 0]
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """log softmax in binary64: logits f32 [T, V] -> [T, V]; the negatives of `token_losses`."""
+    z, total = _shifted(logits)
+    return z - total[:, None]
+
+
+def _shifted(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(logits less their row's largest, the logarithm of the sum of their exponentials)."""
     z = logits.astype(np.float64)
     largest = z.max(1, keepdims=True)
     check_logits(largest[:, 0], 0)
     z -= largest
-    chosen = np.take_along_axis(z, targets[:, None], 1)[:, 0]
-    np.exp(z, out=z)
-    return np.log(z.sum(1)) - chosen
+    return z, np.log(np.exp(z).sum(1))
 
 
 @dataclass(frozen=True, eq=False)

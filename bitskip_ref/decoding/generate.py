@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from bitskip_ref.checks import is_whole
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.engine import Engine, ExitRule
@@ -34,6 +36,43 @@ def end_ids(eos_token_id: EndIds) -> frozenset[int]:
     return frozenset((eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id)
 
 
+class Choosing:
+    """Which tokens follow a prompt, one after the other, whoever runs them (SPEC 9).
+
+    `next` takes the logits after the prompt, then those after each token that it gave.
+    """
+
+    def __init__(
+        self, sampler: Sampler, max_tokens: int, room: int, eos_token_id: EndIds,
+        seen: Collection[int],
+    ) -> None:  # fmt: skip
+        """room: positions free behind the prompt. seen: ids that the penalty counts (SPEC 9.2).
+
+        Raises ValueError for a wrong `max_tokens`.
+        """
+        check_max_tokens(max_tokens)
+        self._sampler, self._ends, self._seen = sampler, end_ids(eos_token_id), set(seen)
+        self._left = min(max_tokens, room + 1)  # nothing is predicted from the last: no position
+        self._made = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether no token can follow any more."""
+        return self._left == 0
+
+    def next(self, logits: np.ndarray) -> int | None:
+        """The token after logits f32 [V]; None where the text ends (SPEC 9.4, 9.5: ValueError)."""
+        if self.over:
+            return None
+        token = self._sampler.choose(logits, self._seen, self._made)
+        if token in self._ends:
+            self._left = 0
+            return None
+        self._seen.add(token)
+        self._made, self._left = self._made + 1, self._left - 1
+        return token
+
+
 def stream(
     engine: Engine,
     prompt: Sequence[int],
@@ -55,16 +94,13 @@ def stream(
     """
     rule.check(engine.config)
     check_max_tokens(max_tokens)
-    cache, ends = engine.new_cache() if cache is None else cache, end_ids(eos_token_id)
+    cache = engine.new_cache() if cache is None else cache
     depth = rule.deepest(engine.config)
     z = engine.extend(prompt, cache, exit_layer=depth, last_only=True)[0]
-    seen = {*seen, *prompt}
-    for index in range(max_tokens):
-        token = sampler.choose(z, seen, index)
-        if token in ends:
-            return
+    room = engine.config.max_position_embeddings - cache.length
+    choosing = Choosing(sampler, max_tokens, room, eos_token_id, {*seen, *prompt})
+    while (token := choosing.next(z)) is not None:
         yield Token(token, depth)
-        if index + 1 == max_tokens or cache.length == engine.config.max_position_embeddings:
+        if choosing.over:
             return
-        seen.add(token)
         z, depth = engine.step(token, cache, rule)
