@@ -32,6 +32,8 @@ class CacheFill:
     def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
         self.config, self.kv_cache = config, check_kv_cache(kv_cache)
         self.turn = Turn()
+        self.room = config.max_position_embeddings
+        """How many positions it can hold."""
         self.length = 0
         self._filled = [0] * config.num_hidden_layers  # positions that each block has run
         self._known, self._depth = 0, config.num_hidden_layers  # a length, and its whole blocks
@@ -41,26 +43,35 @@ class CacheFill:
         length = self.length  # once: another thread may set it at any time
         if length != self._known or type(length) is not int:
             self._note(length)
-        if self._depth < blocks:
+        self.serves(blocks, self._depth)
+        return self._known
+
+    @staticmethod
+    def serves(blocks: int, depth: int) -> None:
+        """Raise ValueError where blocks 1..`blocks` are wanted and 1..`depth` are there."""
+        if depth < blocks:
             raise ValueError(
-                f"the cache was filled at exit layer {self._depth} and cannot serve {blocks}: "
+                f"the cache was filled at exit layer {depth} and cannot serve {blocks}: "
                 "keep to that exit, or start with a new cache"
             )
-        return self._known
 
     def advance(self, first: int, tokens: int, blocks: int) -> None:
         """Note that blocks 1..`blocks` ran `tokens` positions from `first` on.
 
         Raises ValueError if `length` is not `first`: somebody has set it since.
         """
+        self.unchanged(first)
+        self.length = first + tokens
+        self._filled[:blocks] = [self.length] * blocks
+        self._known, self._depth = self.length, blocks
+
+    def unchanged(self, first: int) -> None:
+        """Raise ValueError unless `length` is still `first`."""
         if self.length != first:
             raise ValueError(
                 f"the cache's length was set to {self.length!r} while an engine ran positions from "
                 f"{first} on: leave it alone until the call is over"
             )
-        self.length = first + tokens
-        self._filled[:blocks] = [self.length] * blocks
-        self._known, self._depth = self.length, blocks
 
     def _note(self, length: Any) -> None:
         """Take over a length that was set from outside: what it cuts off is gone."""

@@ -84,9 +84,9 @@ def check_logits(largest: np.ndarray, first: int) -> None:
 
 
 def check_input(
-    token_ids: Sequence[int] | np.ndarray, first: int, config: ModelConfig
+    token_ids: Sequence[int] | np.ndarray, first: int, config: ModelConfig, room: int
 ) -> np.ndarray:
-    """Token ids as int64 [T], copied, to be run from position `first` on.
+    """Token ids as int64 [T], copied, to be run from position `first` on, `room` being the end.
 
     Raises ValueError for none, ids outside 0..V-1, or no room.
     """
@@ -95,25 +95,21 @@ def check_input(
         raise ValueError("no tokens: give at least one token id, in a list")
     if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= config.vocab_size:
         raise ValueError(f"token ids must be integers in 0..{config.vocab_size - 1}")
-    check_room(first, ids.size, config)
+    check_room(first, ids.size, room)
     return ids.astype(np.int64)
 
 
-def check_token(token_id: int, first: int, config: ModelConfig) -> int:
+def check_token(token_id: int, first: int, config: ModelConfig, room: int) -> int:
     """`check_input` of one token, at a tenth of its time where all is well."""
-    if (
-        type(token_id) is int
-        and 0 <= token_id < config.vocab_size
-        and first < config.max_position_embeddings
-    ):
+    if type(token_id) is int and 0 <= token_id < config.vocab_size and first < room:
         return token_id
-    return int(check_input([token_id], first, config)[0])
+    return int(check_input([token_id], first, config, room)[0])
 
 
-def check_room(first: int, positions: int, config: ModelConfig) -> None:
-    """Raise ValueError unless the context has room for that many positions from `first` on."""
-    if first + positions > config.max_position_embeddings:
+def check_room(first: int, positions: int, room: int) -> None:
+    """Raise ValueError unless a cache for `room` positions takes as many from `first` on."""
+    if first + positions > room:
         raise ValueError(
-            f"{first} + {positions} positions exceed the context of "
-            f"{config.max_position_embeddings}: shorten the prompt or start anew"
+            f"{first} + {positions} positions exceed the context of {room}: shorten the prompt or "
+            "start anew"
         )

@@ -3,7 +3,7 @@
 An engine runs rows (SPEC 12). It brings primitives: `_embed`, `_blocks`, `_fill`, `_exit`, `_gate`,
 `_confidence`. The verbs that everybody calls are written here, once over them, with every check:
 `extend`, `extend_exits`, `step`, `step_many`, `speculate`, `round`, `logits`. An engine overrides
-only what it does in one go (`_extend`, `_extend_exits`, `_one`, `_look`, `_drafts`).
+only what it does in one go (`_extend`, `_extend_exits`, `_one`, `_look`, `_many`, `_speculate`).
 
 The NumPy reference, PyTorch, Numba and ONNX Runtime each have one class of this kind. Stages are
 reported to a trace in forward order, under the same names, so that a difference can be located.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,9 +28,10 @@ from bitskip_ref.checks import (
     is_whole,
 )
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.constants import MEASURES
 from bitskip_ref.decoding.draft import MOST, Draft
-from bitskip_ref.turn import Turn, in_turn
+from bitskip_ref.decoding.round import Round
+from bitskip_ref.probe import Asked
+from bitskip_ref.turn import Turn, in_turn, in_turns
 
 Trace = Callable[[str, np.ndarray], None]
 """Receives (stage, values). Stages, i counting blocks from 0:
@@ -79,6 +79,7 @@ class Row(NamedTuple):
     token_id: int
     cache: Any  # from the engine's `new_cache`
     rule: ExitRule  # how many blocks it runs
+    wanted: bool = True  # whether logits are asked for
 
 
 class Run(NamedTuple):
@@ -87,6 +88,16 @@ class Run(NamedTuple):
     ids: np.ndarray | Sequence[int]  # int64 [T]
     cache: Any
     first: int  # position of the first row; the others follow
+
+
+class Planned(NamedTuple):
+    """A row of `step_many`, checked."""
+
+    run: Run  # of one token
+    rule: ExitRule
+    looks: tuple[int, ...]
+    deepest: int
+    wanted: bool
 
 
 class Engine(ABC):
@@ -137,7 +148,7 @@ class Engine(ABC):
         """
         n = check_exit_layer(exit_layer, self.config)
         first = cache.require(n)
-        run = Run(check_input(token_ids, first, self.config), cache, first)
+        run = Run(check_input(token_ids, first, self.config, cache.room), cache, first)
         z = self._extend(run, n, len(run.ids) - 1 if last_only else 0, trace)
         cache.advance(first, len(run.ids), n)
         return z
@@ -153,7 +164,7 @@ class Engine(ABC):
         """
         exits = check_exit_layers(exit_layers, self.config)
         first = cache.require(exits[-1])
-        run = Run(check_input(token_ids, first, self.config), cache, first)
+        run = Run(check_input(token_ids, first, self.config, cache.room), cache, first)
         self._extend_exits(run, exits, visit)
         cache.advance(first, len(run.ids), exits[-1])
 
@@ -165,20 +176,9 @@ class Engine(ABC):
 
         Raises ValueError as `extend`, and for a rule whose looks do not rise below its last block.
         """
-        try:
-            if isinstance(rule, type):
-                raise AttributeError  # the class, without its parentheses
-            ask_looks, ask_deepest = rule.looks, rule.deepest
-        except AttributeError:
-            raise ValueError(
-                f"{rule!r} is no exit rule: give one like FixedExit(18) (bitskip_ref.exits)"
-            ) from None
-        n = check_exit_layer(ask_deepest(self.config), self.config)
-        looks = ask_looks(self.config)
-        if looks:
-            looks = check_looks(looks, n)
-        first, deepest = cache.require(n), n
-        run = Run((check_token(token_id, first, self.config),), cache, first)
+        looks, deepest = self._asks(rule)
+        first, n = cache.require(deepest), deepest
+        run = Run((check_token(token_id, first, self.config, cache.room),), cache, first)
         if looks:
             z, n = self._look(run, rule, looks, deepest, trace)
         else:
@@ -186,13 +186,28 @@ class Engine(ABC):
         cache.advance(first, 1, deepest)
         return z, n
 
-    def step_many(self, rows: Sequence[Row]) -> list[tuple[np.ndarray, int]]:
+    def step_many(self, rows: Sequence[Row]) -> list[tuple[np.ndarray | None, int]]:
         """Run rows of any sequences, in one call: `step` for each, in their order (SPEC 12.2).
 
-        Rows of one sequence take its next positions one after the other. Raises as `step` does;
-        the sequences of the rows before the one that is refused have then advanced.
+        Rows of one sequence take its next positions one after the other. Returns for each row
+        (logits f32 [V], depth), with None for logits that are not `wanted`. Raises as `step` does,
+        and for more than MOST_SEQUENCES caches; no sequence has then advanced.
         """
-        return [self.step(*row) for row in rows]
+        rows = [Row(*row) for row in rows]
+        caches = list({id(row.cache): row.cache for row in rows}.values())
+        for cache in caches:
+            self._own(cache)
+
+        def run() -> list[tuple[np.ndarray | None, int]]:
+            planned = self._plan(rows)
+            found = self._many(planned)
+            for row in {id(p.run.cache): p for p in reversed(planned)}.values():
+                row.run.cache.unchanged(row.run.first)
+            for row in planned:
+                row.run.cache.advance(row.run.first, 1, row.deepest)
+            return found
+
+        return in_turns(self, caches, run)
 
     @in_turn
     def speculate(
@@ -209,8 +224,8 @@ class Engine(ABC):
         if not is_whole(count) or not 0 <= count <= MOST:
             raise ValueError(f"{count} drafts: a round takes 0..{MOST}")
         first = cache.require(n)
-        token = check_token(token_id, first, self.config)
-        check_room(first, count + 1, self.config)
+        token = check_token(token_id, first, self.config, cache.room)
+        check_room(first, count + 1, cache.room)
         drafts, z = self._speculate(Run((token,), cache, first), count, draft, n)
         cache.advance(first, len(z), n)
         return drafts, z
@@ -220,7 +235,7 @@ class Engine(ABC):
         """`Round.draft`."""
         under_way.go_on()
         position = under_way.first + len(under_way.ids)
-        token = check_token(token_id, position, self.config)
+        token = check_token(token_id, position, self.config, cache.room)
         if len(under_way.ids) > MOST:
             raise ValueError(f"a round takes a token and 0..{MOST} drafts: verify it")
         x, z = self._drafted(Run((token,), cache, position), under_way.how)
@@ -300,12 +315,23 @@ class Engine(ABC):
         for look in (*looks, deepest):
             x = self._blocks(x, run, n, look, trace)
             n = look
-            asked = _Asked(self, x, n)
+            asked = Asked(self, x, n)
             if n < deepest and asked.whether(rule):
                 break
         z = asked.logits() if trace is None else self._exit(x, n, 0, trace)[0]
         self._fill(x, run, n, deepest)
         return z, n
+
+    def _many(self, rows: Sequence[Planned]) -> list[tuple[np.ndarray | None, int]]:
+        """Rows of any sequences; those of one follow each other."""
+        found: list[tuple[np.ndarray | None, int]] = []
+        for run, rule, looks, n, wanted in rows:
+            if looks:
+                z, n = self._look(run, rule, looks, n, None)
+            else:
+                z = self._one(run, n, None)
+            found.append((z if wanted else None, n))
+        return found
 
     def _speculate(
         self, run: Run, count: int, draft: Draft, n: int
@@ -331,6 +357,35 @@ class Engine(ABC):
 
     # ---- checks ---------------------------------------------------------------------
 
+    def _asks(self, rule: ExitRule) -> tuple[tuple[int, ...], int]:
+        """The rule's looks and its last block. Raises ValueError for what is none, or is wrong."""
+        try:
+            if isinstance(rule, type):
+                raise AttributeError  # the class, without its parentheses
+            ask_looks, ask_deepest = rule.looks, rule.deepest
+        except AttributeError:
+            raise ValueError(
+                f"{rule!r} is no exit rule: give one like FixedExit(18) (bitskip_ref.exits)"
+            ) from None
+        deepest = check_exit_layer(ask_deepest(self.config), self.config)
+        looks = ask_looks(self.config)
+        return (check_looks(looks, deepest) if looks else ()), deepest
+
+    def _plan(self, rows: Sequence[Row]) -> list[Planned]:
+        """Where each row goes, if all of them may. Raises ValueError as `step`."""
+        planned, ahead = [], dict[int, tuple[int, int]]()  # next position, whole blocks up to it
+        for token_id, cache, rule, wanted in rows:
+            looks, deepest = self._asks(rule)
+            if id(cache) not in ahead:
+                ahead[id(cache)] = cache.require(deepest), deepest
+            position, depth = ahead[id(cache)]
+            cache.serves(deepest, depth)
+            ahead[id(cache)] = position + 1, deepest
+            token = check_token(token_id, position, self.config, cache.room)
+            run = Run((token,), cache, position)
+            planned.append(Planned(run, rule, looks, deepest, bool(wanted)))
+        return planned
+
     def _own(self, cache: Any) -> None:
         """Refuse what is not a cache of this engine's and this model's: kernels check nothing."""
         if not isinstance(cache, self.cache_type):
@@ -340,83 +395,3 @@ class Engine(ABC):
             )
         if cache.config is not self.config and cache.config != self.config:
             raise ValueError("the cache belongs to another model: take one from new_cache()")
-
-
-class Round:
-    """A round of speculation (SPEC 11.1): `draft` token after token, then `verify` once.
-
-    The token at hand comes first, then each draft that the caller chose from the logits before it.
-    Other sequences may use the engine in between, nobody this cache. A round that is not verified
-    leaves the cache as it was.
-    """
-
-    def __init__(
-        self, engine: Engine, cache: Any, draft: Draft, exit_layer: int | None = None
-    ) -> None:
-        """exit_layer: the depth N that verifies (None: L). Raises ValueError for what cannot."""
-        engine._own(cache)
-        self.depth = check_exit_layer(exit_layer, engine.config)
-        draft.check(self.depth, engine.config)
-        self._engine, self._cache, self.how = engine, cache, draft
-        with cache.turn.lock:
-            self.first, self._taken = cache.require(self.depth), cache.turn.taken
-        self.ids: list[int] = []
-        self.hidden: list[Any] = []
-
-    def draft(self, token_id: int) -> np.ndarray:
-        """Run the next token to the draft exit; draft logits f32 [V'] after it.
-
-        Raises ValueError as `Engine.extend`, and beyond 17 tokens.
-        """
-        return self._engine._draft_next(token_id, self._cache, self)
-
-    def verify(self) -> np.ndarray:
-        """Run all of them to depth N, once; logits f32 [k + 1, V]. The cache advances by k + 1."""
-        return self._engine._verify(self.ids, self._cache, self)
-
-    def go_on(self) -> None:
-        """In the cache's turn: refuse to, if it was used since this round's last call."""
-        self._taken += 1
-        if self._cache.turn.taken != self._taken or self._cache.length != self.first:
-            raise ValueError(
-                "the cache was used by another call during a round of speculation: begin a new one"
-            )
-
-
-class _Asked:
-    """The Probe of one row after n blocks; it answers while the rule is asked, and no longer."""
-
-    def __init__(self, engine: Engine, x: Any, n: int) -> None:
-        self._engine, self._x, self._n = engine, x, n
-        self._logits: np.ndarray | None = None
-        self._asked: int | None = None  # the thread that asks just now
-
-    def whether(self, rule: ExitRule) -> bool:
-        """What the rule says here."""
-        self._asked = get_ident()
-        try:
-            return bool(rule.stops(self))
-        finally:
-            self._asked = None
-
-    def gate(self) -> np.float32:
-        self._check()
-        if not self._engine.config.gates:
-            raise ValueError("this model has no routing gates: ask for a confidence")
-        return self._engine._gate(self._x, self._n)
-
-    def confidence(self, measure: str) -> np.float32:
-        self._check()
-        if measure not in MEASURES:
-            raise ValueError(f"confidence measure {measure!r}: one of {', '.join(MEASURES)}")
-        return self._engine._confidence(self.logits(), measure)
-
-    def logits(self) -> np.ndarray:
-        """Logits f32 [V] at this exit, computed once."""
-        if self._logits is None:
-            self._logits = self._engine._exit(self._x, self._n)[0]
-        return self._logits
-
-    def _check(self) -> None:
-        if self._asked != get_ident():
-            raise RuntimeError("a probe answers within ExitRule.stops, in its thread, alone")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -61,6 +61,37 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
+Result = TypeVar("Result")
+MOST_SEQUENCES = 256  # of one call
+
+
+def in_turns(engine: Any, caches: Iterable[Any], run: Callable[[], Result]) -> Result:
+    """`run()` in the turn of the engine and of all caches.
+
+    They are taken in one order by everybody, so that no two calls wait for each other. Raises
+    ValueError for more than MOST_SEQUENCES, RuntimeError in a callback of any.
+    """
+    turns = [engine._turn, *sorted((cache.turn for cache in caches), key=id)]
+    if len(turns) > MOST_SEQUENCES + 1:
+        raise ValueError(
+            f"{len(turns) - 1} sequences: a call takes at most {MOST_SEQUENCES}, make several"
+        )
+
+    def take(i: int) -> Result:  # one level for each: see Turn
+        if i == len(turns):
+            return run()
+        turn = turns[i]
+        with turn.lock:
+            if turn.owner is not None:
+                raise RuntimeError(IN_USE if i else REENTRY)
+            turn.taken += 1
+            turn.owner = threading.get_ident()
+            try:
+                return take(i + 1)
+            finally:
+                turn.owner = None
+
+    return take(0)
 
 
 def in_turn(verb: Verb) -> Verb:

@@ -107,14 +107,14 @@ def stream(
     config, depth = engine.config, speculation.exit_layer
     check_max_tokens(max_tokens)
     cache, ends = engine.new_cache() if cache is None else cache, end_ids(eos_token_id)
-    check_input(prompt, cache.require(depth), config)
+    check_input(prompt, cache.require(depth), config, cache.room)
     if len(prompt) > 1:
         engine.extend(prompt[:-1], cache, exit_layer=depth, last_only=True)
     verify = Verifier(engine, speculation, sampler, {*seen, *prompt})
     token, left = prompt[-1], max_tokens
     while left:
         start = cache.length
-        room = config.max_position_embeddings - start
+        room = cache.room - start
         if not room:
             return
         tokens = verify.round(token, cache, min(speculation.count(), left - 1, room - 1))

@@ -60,6 +60,8 @@ def test_rows_of_many_sequences_have_the_bits_of_each_alone(engine: Any) -> None
         assert [n for _, n in found] == [n for _, n in expected]
         for (a, _), (b, _) in zip(expected, found, strict=True):
             assert a.tobytes() == b.tobytes() and a.shape == b.shape == (CONFIG.vocab_size,)
+    assert engine.step_many([Row(1, sequences[0][2], FixedExit(), wanted=False)]) == [(None, 4)]
+    engine.step(1, sequences[0][1], FixedExit())
     for _, alone, mixed in sequences:
         assert alone.length == mixed.length
         assert (
@@ -79,7 +81,7 @@ def test_a_wrong_row_is_refused(engine: Any) -> None:
         (Row(1, None, FixedExit()), "not this engine's"),
     ):
         with pytest.raises(ValueError, match=words):
-            engine.step_many([row])
+            engine.step_many([Row(1, cache, FixedExit()), row])  # none of them has then run
         assert cache.length == 0 and full.length == CONFIG.max_position_embeddings
 
 
