@@ -164,7 +164,7 @@ THREADS = click.option(
 )  # fmt: skip
 KV_CACHE = click.option(
     "--kv-cache", type=click.Choice(KV_CACHES), default="float32", show_default=True,
-    help="Keys and values: float16 takes half the memory and rounds them.",
+    help="Keys and values: float16 takes half the memory, int8 a quarter; both round them.",
 )  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 

@@ -21,9 +21,10 @@ def load(
 ) -> Model:
     """Load a model folder, or a model that comes with the package (None: the default one).
 
-    threads: None takes what suits the machine. kv_cache: float32, or float16, which halves the
-    memory of keys and values and rounds them (SPEC 6.5). Raises bitskip_ref.FormatError if
-    the folder is not a whole model, ValueError if there is none or an argument is out of range.
+    threads: None takes what suits the machine. kv_cache: float32; float16 or int8 round keys and
+    values, to half and about a quarter of the memory (SPEC 6.5, 6.8). Raises
+    bitskip_ref.FormatError if the folder is not a whole model, ValueError if there is none or an
+    argument is out of range.
     """
     from bitskip_cpu import models
     from bitskip_cpu.engine import Engine

@@ -8,6 +8,8 @@ import numpy as np
 
 from bitskip_cpu.aligned import aligned
 from bitskip_cpu.kernels.layout import CACHE, LANES, key_slots
+from bitskip_cpu.kernels.products.ternary_layout import COLUMNS
+from bitskip_cpu.kernels.products.vocab_layout import OFFSET
 from bitskip_ref.cache import CacheFill
 from bitskip_ref.config import ModelConfig
 
@@ -29,8 +31,11 @@ class Pages:
         self.shape = config.num_hidden_layers, config.num_key_value_heads
         self.padded, self.width = padded_keys(config.head_dim), padded_values(config.head_dim)
         self.kind = np.dtype(kv_cache)
-        self.values = self.kind.itemsize * self.padded * LANES  # where they begin
-        self.head_bytes = self.values + self.kind.itemsize * LANES * self.width
+        if kv_cache == "int8":
+            self.padded = -(-config.head_dim // COLUMNS) * COLUMNS
+        steps = 4 * LANES if kv_cache == "int8" else 0  # bytes, behind keys and behind values
+        self.values = self.kind.itemsize * self.padded * LANES + steps  # where they begin
+        self.head_bytes = self.values + self.kind.itemsize * LANES * self.width + steps
         # An odd number of parts: else one head's would meet in few sets of the caches.
         parts = self.shape[0] * self.shape[1] | 1
         # One piece: NumPy asks for large pages from 4 MiB on; small ones cost 6 % of a short text.
@@ -47,20 +52,35 @@ class Pages:
         held = self.memory[page, : layers * heads * self.head_bytes]
         return held.reshape(layers, heads, self.head_bytes)[:blocks]
 
-    def split(self, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Keys [..., E', LANES] and values [..., LANES, W] of parts [..., head_bytes]."""
+    def read(self, part: np.ndarray, head_dim: int) -> tuple[np.ndarray, ...]:
+        """What parts [N, K, head_bytes] hold (`cached_arrays`): copies [N * LANES, K, ...]."""
         keys, values = part[..., : self.values], part[..., self.values :]
-        return (
-            keys.view(self.kind).reshape(*part.shape[:-1], self.padded, LANES),
-            values.view(self.kind).reshape(*part.shape[:-1], LANES, self.width),
-        )
+        if self.kind != np.int8:
+            keys = keys.view(self.kind).reshape(*part.shape[:2], self.padded, LANES)
+            values = values.view(self.kind).reshape(*part.shape[:2], LANES, self.width)
+            order = key_slots(self.padded)[:head_dim]
+            return _rows(keys.swapaxes(2, 3)[..., order]), _rows(values[..., :head_dim])
+        codes, steps = keys[..., : -4 * LANES], keys[..., -4 * LANES :].view(np.float32)
+        codes = codes + np.uint8(OFFSET[8])  # once more: two are 256
+        codes = codes.view(np.int8).reshape(*part.shape[:2], -1, LANES, COLUMNS)
+        k = codes.transpose(0, 1, 3, 2, 4).reshape(*part.shape[:2], LANES, -1)[..., :head_dim]
+        more = values[..., -4 * LANES :].view(np.float32)
+        codes = values[..., : -4 * LANES].view(np.int8)
+        codes = codes.reshape(*part.shape[:2], LANES // COLUMNS, -1, COLUMNS).swapaxes(3, 4)
+        v = codes.reshape(*part.shape[:2], LANES, -1)[..., :head_dim]
+        return _rows(k), _rows(steps[..., None]), _rows(v), _rows(more[..., None])
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    """[N, K, LANES, ...] -> [N * LANES, K, ...]."""
+    return x.swapaxes(1, 2).reshape(-1, x.shape[1], *x.shape[3:])
 
 
 class KVCache(CacheFill):
     """Keys and values of `length` positions; memory is taken as positions are first used.
 
     A smaller `length` forgets the positions from there on (what lies behind is overwritten).
-    kv_cache: `float32`, or `float16` in half the memory (SPEC 6.5).
+    kv_cache: `float32`, `float16` in half the memory, or `int8` in about a quarter (SPEC 6.5, 6.8).
     """
 
     def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
@@ -79,14 +99,9 @@ class KVCache(CacheFill):
         blocks, size = self._filled_part()
         return [self.pages.parts(page, blocks) for page in range(-(-size // LANES))]
 
-    def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Block i's keys (turned) and values: copies, f32 or f16 [S, K, E] (SPEC 6.4, 6.5)."""
-        size, pages = self.config.head_dim, self.pages
+    def layer(self, i: int) -> tuple[np.ndarray, ...]:
+        """As for any cache; copies."""
+        pages = self.pages
         held = [pages.parts(page, i + 1)[i] for page in range(-(-self.length // LANES))]
-        keys, values = pages.split(
-            np.array(held, np.uint8).reshape(-1, pages.shape[1], pages.head_bytes)
-        )
-        keys = keys.transpose(0, 3, 1, 2).reshape(-1, pages.shape[1], pages.padded)
-        values = values.transpose(0, 2, 1, 3).reshape(-1, pages.shape[1], pages.width)
-        order = key_slots(pages.padded)[:size]
-        return keys[: self.length, :, order], values[: self.length, :, :size]
+        parts = np.array(held, np.uint8).reshape(-1, pages.shape[1], pages.head_bytes)
+        return tuple(x[: self.length] for x in pages.read(parts, self.config.head_dim))

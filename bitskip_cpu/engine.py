@@ -56,7 +56,7 @@ class Engine(contract.Engine):
 
         `threads`: None for every physical core, or one where the weights are so few that waking a
         helper costs more than it saves. Interpreted kernels run on one thread. `kv_cache`: what new
-        caches hold, float32 or float16 (SPEC 6.5). `share_from`: bytes of weights from which
+        caches hold, of KV_CACHES (SPEC 6.5, 6.8). `share_from`: bytes of weights from which
         threads share a stage; 0: always (for tests). Raises ValueError for less than one thread
         or another word.
         """

@@ -49,7 +49,7 @@ class Model:
 
     @property
     def kv_cache(self) -> str:
-        """What its caches hold, float32 or float16 (SPEC 6.5)."""
+        """What its caches hold, one of KV_CACHES (SPEC 6.5, 6.8)."""
         return self.engine.kv_cache
 
     def exit_rule(

@@ -17,6 +17,7 @@ from bitskip_cpu.heldout.watch import Watch
 from bitskip_cpu.weights import Weights
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.decoding.generate import stream
 from bitskip_ref.decoding.sampling import Sampler
@@ -27,6 +28,7 @@ from bitskip_ref.folder import read_folder
 from bitskip_ref.model import ReferenceModel
 
 PROMPT, STEPS = 12, 6  # tokens: enough for a prompt tile with a remainder, few for the reference
+SMALLER_CACHES = [kind for kind in KV_CACHES if kind != "float32"]
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,16 @@ def run(model: str | None, threads: int | None, echo: Callable[[str], None]) -> 
     reference = ReferenceModel(folder.config, folder.tensors)
     weights = Weights(folder.config, folder.tensors)
     same: dict[int, list[str]] = {}
-    halves = copy.copy(reference)  # on the same tensors
-    halves.kv_cache = "float16"
+    smaller = [copy.copy(reference) for _ in SMALLER_CACHES]  # on the same tensors
+    for other, kind in zip(smaller, SMALLER_CACHES, strict=True):
+        other.kv_cache = kind
 
     def engine(threads: int, kv_cache: str = "float32") -> Engine:
         return Engine(folder.config, weights, threads, kv_cache)
 
     for check in chain(
         selftest(reference, engine, counts),
-        half_cache(halves, lambda threads: engine(threads, "float16"), counts),
+        *(smaller_cache(other, engine, counts) for other in smaller),
     ):
         if check.problem:
             echo(f"DIFFERENT with {check.threads} thread(s), {check.name}: {check.problem}")
@@ -112,18 +115,18 @@ def selftest(
             yield Check(count, "a round of speculation", problem)
 
 
-def half_cache(
+def smaller_cache(
     reference: AnyEngine,
-    engine_for: Callable[[int], AnyEngine],
+    engine_for: Callable[[int, str], AnyEngine],
     threads: Sequence[int],
     seed: int = 0,
 ) -> Iterator[Check]:
-    """Compare, for each number of threads, engines whose caches hold float16 (SPEC 6.5)."""
-    ids = random_prompt(reference.config, seed)
+    """Compare, for each number of threads, engines of the reference's kind of cache."""
+    ids, kind = random_prompt(reference.config, seed), reference.kv_cache
     expected = singly(reference, ids)
     for count in threads:
-        problem = difference("logits", expected, singly(engine_for(count), ids))
-        yield Check(count, "token by token with a float16 cache", problem)
+        problem = difference("logits", expected, singly(engine_for(count, kind), ids))
+        yield Check(count, f"token by token, {kind} cache", problem)
 
 
 def random_prompt(config: ModelConfig, seed: int) -> list[int]:

@@ -28,6 +28,7 @@ from bitskip_cpu.kernels.layout import (
     STATE,
     SWIGLU,
     UP,
+    int8_scratch,
     key_slots,
     sync_words,
 )
@@ -156,6 +157,7 @@ class Workspace:
             _power_of_two(c.vocab_size),  # confidence
             _power_of_two(int(longest)) + self.input.shape[1],  # tree sums, a widened row
             QUERIES * (seen + LANES + padded + partial),  # attention
+            -(-int8_scratch(seen, c.head_dim, int(s["value_width"])) // 4),
         )
         unpacked = -(-4 * floats // 64) * 64
         acc = unpacked + max(BAND * int(p["padded"].max()), LEAST_ROOM)

@@ -9,15 +9,34 @@ from typing import Any, Self
 import numpy as np
 
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.constants import KV_CACHES
+from bitskip_ref.constants import INT8_CACHE_POSITIONS, KV_CACHES
 from bitskip_ref.turn import IN_USE, Turn
 
 
-def check_kv_cache(kv_cache: str) -> str:
-    """One of KV_CACHES. Raises ValueError for another word."""
+def check_kv_cache(kv_cache: str, config: ModelConfig) -> str:
+    """One of KV_CACHES. Raises ValueError for another word, or one not for such a model."""
     if kv_cache not in KV_CACHES:
         raise ValueError(f"KV cache {kv_cache!r}: must be {' or '.join(KV_CACHES)}")
+    positions = config.max_position_embeddings
+    if kv_cache == "int8" and positions > INT8_CACHE_POSITIONS:
+        raise ValueError(
+            f"KV cache int8: the model has {positions} positions, exact sums fit up to "
+            f"{INT8_CACHE_POSITIONS} (SPEC 6.8): use float16"
+        )
     return kv_cache
+
+
+def cached_arrays(config: ModelConfig, kv_cache: str) -> dict[str, tuple[type, tuple[int, ...]]]:
+    """What a cache holds of a block: name -> dtype, shape behind [S] (SPEC 6.4, 6.5, 6.8).
+
+    Keys are turned. An int8 cache has a step for each of its keys and values.
+    """
+    heads, wide = config.num_key_value_heads, (config.num_key_value_heads, config.head_dim)
+    if kv_cache == "int8":
+        codes, step = (np.int8, wide), (np.float32, (heads, 1))
+        return {"keys": codes, "key_steps": step, "values": codes, "value_steps": step}
+    kind = np.float16 if kv_cache == "float16" else np.float32
+    return {"keys": (kind, wide), "values": (kind, wide)}
 
 
 class CacheFill:
@@ -30,7 +49,7 @@ class CacheFill:
     """
 
     def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
-        self.config, self.kv_cache = config, check_kv_cache(kv_cache)
+        self.config, self.kv_cache = config, check_kv_cache(kv_cache, config)
         self.turn = Turn()
         self.room = config.max_position_embeddings
         """How many positions it can hold."""
@@ -84,6 +103,10 @@ class CacheFill:
         self._filled = [min(n, length) for n in self._filled]
         self.length = self._known = length
         self._depth = self._filled.count(length)
+
+    def layer(self, i: int) -> tuple[np.ndarray, ...]:
+        """What is held of block i up to `length`, in the order of `cached_arrays`: [S, ...]."""
+        raise NotImplementedError
 
     # ---- copies ---------------------------------------------------------------------
 
@@ -139,21 +162,27 @@ def _filled_as(
 
 
 class ArrayCache(CacheFill):
-    """Keys (turned) and values of each block, f32 or f16 [S, K, E] (SPEC 6.4, 6.5).
+    """What `cached_arrays` names, of each block: `arrays[name][block]` [S, ...].
 
     The arrays are replaced, never written to, so that copies share them.
     """
 
     def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
         super().__init__(config, kv_cache)
-        empty = np.zeros((0, config.num_key_value_heads, config.head_dim), kv_cache)
-        self.keys = [empty] * config.num_hidden_layers
-        self.values = [empty] * config.num_hidden_layers
+        self.arrays: dict[str, list[np.ndarray]] = {
+            name: [np.zeros((0, *shape), kind)] * config.num_hidden_layers
+            for name, (kind, shape) in cached_arrays(config, kv_cache).items()
+        }
+        self.keys, self.values = self.arrays["keys"], self.arrays["values"]
+
+    def layer(self, i: int) -> tuple[np.ndarray, ...]:
+        return tuple(blocks[i][: self.length] for blocks in self.arrays.values())
 
     def _kept(self) -> Sequence[np.ndarray]:
         blocks, size = self._filled_part()
-        return [part[:size] for part in (*self.keys[:blocks], *self.values[:blocks])]
+        return [part[:size] for held in self.arrays.values() for part in held[:blocks]]
 
     def _keep(self, kept: Sequence[np.ndarray]) -> None:
-        blocks = len(kept) // 2
-        self.keys[:blocks], self.values[:blocks] = kept[:blocks], kept[blocks:]
+        blocks = len(kept) // len(self.arrays)
+        for k, held in enumerate(self.arrays.values()):
+            held[:blocks] = kept[k * blocks : (k + 1) * blocks]

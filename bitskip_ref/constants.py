@@ -24,8 +24,17 @@ SCALE_FLOOR = 1e-5
 LARGEST_HALF = 65504.0
 """The largest magnitude in a float16 cache (SPEC 6.5): float16's largest finite number."""
 
-KV_CACHES = ("float32", "float16")
-"""What the numbers of a cache may be (SPEC 6.5)."""
+KV_CACHES = ("float32", "float16", "int8")
+"""What the numbers of a cache may be (SPEC 6.5, 6.8)."""
+
+LARGEST_WEIGHT = 16383
+"""The largest code of a softmax weight over an int8 cache (SPEC 6.8): two times 7 bits."""
+
+SOFTMAX_UNIT = 65536
+"""What an exponential of 1 counts in the denominator over an int8 cache (SPEC 6.8)."""
+
+INT8_CACHE_POSITIONS = 131072
+"""The longest context that an int8 cache may have (SPEC 6.8)."""
 
 MEASURES = ("max", "margin", "entropy")
 """What is measured of how sure a prediction is (SPEC 8.5)."""

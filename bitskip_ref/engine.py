@@ -110,14 +110,14 @@ class Engine(ABC):
 
     config: ModelConfig
     kv_cache: str
-    """What new caches hold, float32 or float16 (SPEC 6.5)."""
+    """What new caches hold, one of KV_CACHES (SPEC 6.5, 6.8)."""
     threads: int = 1
     """How many compute; 0: as many as the library takes."""
     cache_type: type[CacheFill]
 
     def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
         """Raises ValueError for another kind of cache."""
-        self.config, self.kv_cache = config, check_kv_cache(kv_cache)
+        self.config, self.kv_cache = config, check_kv_cache(kv_cache, config)
         self._turn = Turn()
 
     # ---- verbs ----------------------------------------------------------------------

@@ -7,13 +7,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bitskip_ref.arithmetic.attention import attention
+from bitskip_ref.arithmetic.attention import attention, int8_attention
 from bitskip_ref.arithmetic.confidence import confidence
 from bitskip_ref.arithmetic.ffn import ffn_activation
 from bitskip_ref.arithmetic.functions import half, relu, relu2, sigmoid
 from bitskip_ref.arithmetic.hadamard import rotate
 from bitskip_ref.arithmetic.norms import layer_norm, rms_norm
-from bitskip_ref.arithmetic.quant import float_linear, int8_linear, ternary_linear
+from bitskip_ref.arithmetic.quant import (
+    float_linear,
+    int8_linear,
+    quantize_activations,
+    ternary_linear,
+)
 from bitskip_ref.arithmetic.rope import apply_rope
 from bitskip_ref.cache import ArrayCache
 from bitskip_ref.config import HEAD_BITS, ModelConfig
@@ -26,18 +31,26 @@ f32 = np.float32
 
 
 class KVCache(ArrayCache):
-    """Keys (turned) and values per block, f32 or f16 [S, K, E] (SPEC 6.4, 6.5)."""
+    """Keys (turned) and values per block [S, K, E]: f32, f16, or codes and steps (SPEC 6)."""
 
     def append(self, layer: int, position: int, k: np.ndarray, v: np.ndarray) -> None:
         """New keys and values f32 [T, K, E] at `position` and after it."""
-        for kept, new in ((self.keys, k), (self.values, v)):
-            if self.kv_cache == "float16":
-                new = half(new)
-            kept[layer] = np.concatenate([kept[layer][:position], new])
+        new: tuple[np.ndarray, ...]
+        if self.kv_cache == "int8":
+            new = *quantize_activations(k, 8), *quantize_activations(v, 8)
+        elif self.kv_cache == "float16":
+            new = half(k), half(v)
+        else:
+            new = k, v
+        for kept, part in zip(self.arrays.values(), new, strict=True):
+            kept[layer] = np.concatenate([kept[layer][:position], part])
 
-    def read(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of one block as attention takes them, f32 [S, K, E]."""
-        return self.keys[layer].astype(f32), self.values[layer].astype(f32)
+    def attend(self, layer: int, q: np.ndarray) -> np.ndarray:
+        """Turned queries f32 [T, H, E] of the last T positions -> f32 [T, H * E]."""
+        held = [blocks[layer] for blocks in self.arrays.values()]
+        if self.kv_cache == "int8":
+            return int8_attention(q, *held)
+        return attention(q, *(x.astype(f32) for x in held))
 
 
 class ReferenceModel(Engine):
@@ -50,7 +63,7 @@ class ReferenceModel(Engine):
     ) -> None:
         """`tensors` as in a model folder (FORMAT 3); ternary weights are unpacked here.
 
-        kv_cache: what new caches hold, float32 or float16 (SPEC 6.5).
+        kv_cache: what new caches hold, one of KV_CACHES (SPEC 6.5, 6.8).
         """
         super().__init__(config, kv_cache)
         self.tensors = dict(tensors)
@@ -83,7 +96,7 @@ class ReferenceModel(Engine):
         cache.append(i, position, k, v)
         for name, value in (("q", q), ("k", k), ("v", v)):
             trace(f"{at}.{name}", value)
-        a = attention(q, *cache.read(i))  # [T, H * E]
+        a = cache.attend(i, q)  # [T, H * E]
         trace(f"{at}.attn", a)
         if c.sub_norm:
             a = self.norm(f"{at}.attn_sub_norm", a)

@@ -19,11 +19,13 @@ from bitskip_ref.constants import (
     EXP_COEFFICIENTS,
     EXP_MAX,
     EXP_MIN,
+    LARGEST_WEIGHT,
     LN2_HIGH,
     LN2_LOW,
     LOG2_E,
     LOG_COEFFICIENTS,
     SCALE_FLOOR,
+    SOFTMAX_UNIT,
     SQRT_HALF,
 )
 from bitskip_train.fast import FastOps, Prepared, Rotations
@@ -143,6 +145,44 @@ def float_linear(x: Tensor, weights: Tensor) -> Tensor:
             products = flat[t : t + tokens, None, :] * part
             out[t : t + tokens, start : start + rows] = feature_sum(products)
     return out.unflatten(0, x.shape[:-1])
+
+
+def int8_attention(
+    q: Tensor, keys: Tensor, key_steps: Tensor, values: Tensor, value_steps: Tensor
+) -> Tensor:
+    """SPEC 6.8: turned q f32 [B, T, H, E] of the last T of S positions -> [B, T, H * E].
+
+    keys, values: integer-valued codes f32 [B, S, K, E]; their steps f32 [B, S, K, 1].
+    """
+    batch, tokens, heads, dim = q.shape
+    positions, groups = keys.shape[1:3]
+    past, share = positions - tokens, heads // groups
+    codes, step = quantize(q, 8)
+    step = step * (1.0 / math.sqrt(dim))
+    # Queries [B, K, G, T, E]; keys and values [B, K, 1, S, E], steps [B, K, 1, 1, S].
+    codes, step = (x.unflatten(2, (groups, share)).permute(0, 2, 3, 1, 4) for x in (codes, step))
+    keys, values = (x.transpose(1, 2)[:, :, None] for x in (keys, values.double()))
+    key_steps, value_steps = (x.permute(0, 2, 3, 1)[:, :, None] for x in (key_steps, value_steps))
+    exact = torch.float32 if 127 * 127 * dim < 1 << 24 else torch.float64
+    codes, keys = codes.to(exact), keys.to(exact).transpose(-1, -2)
+    out = q.new_empty(batch, groups, share, tokens, dim)
+    rows = max(1, CHUNK // (batch * heads * positions))
+    for start in range(0, tokens, rows):
+        end = min(start + rows, tokens)
+        seen = past + end  # no row of this chunk sees further
+        hidden = torch.arange(seen) > past + torch.arange(start, end)[:, None]  # [rows, seen]
+        products = (codes[..., start:end, :] @ keys[..., :seen] + 0.0).float()
+        scores = products * (step[..., start:end, :] * key_steps[..., :seen])
+        largest = scores.masked_fill(hidden, -math.inf).amax(-1, keepdim=True)
+        e = exp(scores - largest).masked_fill(hidden, 0.0)  # [B, K, G, rows, seen]
+        w = e * value_steps[..., :seen]
+        top = w.amax(-1, keepdim=True)
+        most = torch.full_like(top, LARGEST_WEIGHT)
+        w = (w * (most / top)).round().double()
+        sums = (w @ values[..., :seen, :] + 0.0).float()
+        total = (e * SOFTMAX_UNIT).round().long().sum(-1, keepdim=True).float()
+        out[..., start:end, :] = sums * ((top / most) / (total / SOFTMAX_UNIT))
+    return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * dim)
 
 
 class ExactOps(FastOps):

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitskip_ref.cache import CacheFill
+from bitskip_ref.cache import CacheFill, cached_arrays
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.constants import LARGEST_HALF
+from bitskip_train.exact import int8_attention, quantize
 from bitskip_train.fast import FastOps, Prepared, Rotations
 
 TensorTrace = Callable[[str, Tensor], None]
@@ -89,36 +90,44 @@ class Gate(nn.Module):
 
 
 class Cache(CacheFill):
-    """Keys (turned) and values of past positions (SPEC 6.4): [L, 1, S, K, E], S the context.
+    """Keys (turned) and values of past positions (SPEC 6.4, 6.5, 6.8).
 
-    f32, or f16 (SPEC 6.5).
+    `arrays`: what `cached_arrays` names, [L, 1, S, ...], S the context.
     """
 
     def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
         super().__init__(config, kv_cache)
-        shape = (
-            config.num_hidden_layers, 1, config.max_position_embeddings,
-            config.num_key_value_heads, config.head_dim,
-        )  # fmt: skip
-        dtype = getattr(torch, kv_cache)
-        self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        places = config.num_hidden_layers, 1, config.max_position_embeddings
+        self.arrays = {
+            name: torch.from_numpy(np.zeros((*places, *shape), kind))
+            for name, (kind, shape) in cached_arrays(config, kv_cache).items()
+        }
 
-    def write(self, layer: int, first: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, first: int, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """Put f32 [1, T, K, E] of one block at position `first` and after it.
 
-        Returns the block's keys and values up to there, f32 [1, S, K, E]. `length` is advanced by
-        the model, once all blocks have written.
+        Returns what the block holds up to there, f32 [1, S, ...] each, in the order of
+        `cached_arrays`; codes as f32, too. `length` is advanced by the model, once all blocks have
+        written.
         """
+        new: tuple[Tensor, ...]
+        if self.kv_cache == "int8":
+            new = *quantize(keys, 8), *quantize(values, 8)
+        elif self.kv_cache == "float16":  # rounded when it is stored
+            new = keys.clamp(-LARGEST_HALF, LARGEST_HALF), values.clamp(-LARGEST_HALF, LARGEST_HALF)
+        else:
+            new = keys, values
         end = first + keys.shape[1]
-        for kept, new in ((self.keys, keys), (self.values, values)):
-            if self.kv_cache == "float16":
-                new = new.clamp(-LARGEST_HALF, LARGEST_HALF)  # rounded when it is stored
-            kept[layer, :, first:end] = new
-        return self.keys[layer, :, :end].float(), self.values[layer, :, :end].float()
+        for kept, part in zip(self.arrays.values(), new, strict=True):
+            kept[layer, :, first:end] = part
+        return tuple(kept[layer, :, :end].float() for kept in self.arrays.values())
+
+    def layer(self, i: int) -> tuple[np.ndarray, ...]:
+        return tuple(kept[i, 0, : self.length].numpy() for kept in self.arrays.values())
 
     def _kept(self) -> Sequence[np.ndarray]:
         blocks, size = self._filled_part()
-        return [part[:blocks, :, :size].numpy() for part in (self.keys, self.values)]
+        return [part[:blocks, :, :size].numpy() for part in self.arrays.values()]
 
 
 class Block(nn.Module):
@@ -217,12 +226,13 @@ class Block(nn.Module):
         self,
         x: Tensor,
         run: Pass,
-        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        remember: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
         trace: TensorTrace | None = None,
     ) -> Tensor:
         """SPEC 7.2, 7.3: f32 [B, T, D] -> f32 [B, T, D].
 
-        `remember` stores new keys and values [B, T, K, E] and returns those of all positions.
+        `remember` stores new keys and values [B, T, K, E] and returns those of all positions, or
+        their codes and steps (SPEC 6.8).
         """
         config, ops = self.config, run.ops
         report = trace or _ignore
@@ -230,9 +240,8 @@ class Block(nn.Module):
         report("q", q)
         report("k", k)
         report("v", v)
-        if remember is not None:
-            k, v = remember(k, v)
-        mixed = ops.attention(q, k, v)
+        held = (k, v) if remember is None else remember(k, v)
+        mixed = ops.attention(q, *held) if len(held) == 2 else int8_attention(q, *held)
         report("attn", mixed)
         if config.sub_norm:
             mixed = self.attn_sub_norm(mixed, ops)

@@ -34,7 +34,7 @@ class TorchEngine(Engine):
     ) -> None:
         """`tensors` as in a model folder (FORMAT 3); codes stay int8 until they are multiplied.
 
-        kv_cache: what new caches hold, float32 or float16 (SPEC 6.5).
+        kv_cache: what new caches hold, one of KV_CACHES (SPEC 6.5, 6.8).
         """
         super().__init__(config, kv_cache)
         with torch.device("meta"):  # shapes only: the random weights are not wanted

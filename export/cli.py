@@ -182,8 +182,8 @@ def verify(
         ids = read_tokenizer(folder.tokenizer, config.vocab_size).encode(prompt)
     layers = config.num_hidden_layers
     exits = exits or sorted({1, (layers + 1) // 2, layers})
-    half = ", float16 KV cache" if kv_cache == "float16" else ""
-    click.echo(f"{len(ids)} tokens of {folder.path}, every stage against the reference{half}")
+    cache = "" if kv_cache == "float32" else f", {kv_cache} KV cache"
+    click.echo(f"{len(ids)} tokens of {folder.path}, every stage against the reference{cache}")
     click.echo(f"{'engine':<6}  {'threads':>7}  {'exit':>4}  {'fed':<14}  result")
     count = failed = 0
     missing: list[str] = []

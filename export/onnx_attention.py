@@ -9,6 +9,7 @@ import numpy as np
 
 from bitskip_export import onnx_ops as ops
 from bitskip_export.onnx_builder import GraphBuilder, value_info
+from bitskip_ref import constants
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.rope import rope_table
 
@@ -103,22 +104,74 @@ def attention(
     values = g.op("Unsqueeze", values, g.const(np.array([2])))  # [N, K, 1, E + 1]
 
     b = g.child()
-    hidden = b.op("Greater", at.keys, "position")  # [N]: the future, and padding
     scores = ops.leading_sum(b, b.op("Mul", "query", keys), width)
     scores = b.reshape(scores, kv_heads, group, -1)
     scores = b.op("Mul", scores, b.const(f32(1.0 / math.sqrt(width))))
-    scores = b.op("Where", hidden, b.const(f32(-np.inf)), scores)  # [K, G, N]
-    largest = b.op("ReduceMax", scores, b.const(np.array([-1])), keepdims=1)
-    e = ops.exp(b, b.op("Sub", scores, largest))
-    e = b.op("Where", hidden, b.const(f32(0.0)), e)
+    e = exponentials(b, at, scores)
     e = b.op("Unsqueeze", b.op("Transpose", e, perm=[2, 0, 1]), b.const(np.array([3])))
     row = heads * (width + 1)
     total = ops.neighbour_sum(b, b.op("Mul", e, values), row, at.chunk_levels)  # [N / chunk, row]
     total = ops.neighbour_sum(b, b.pad(total, 0, at.pad_to_top), row, at.top_levels)
-    weighted, exponentials = b.split(b.reshape(total, heads, width + 1), 1, [width, 1])
-    out = b.reshape(b.op("Div", weighted, exponentials), heads * width)
+    weighted, whole = b.split(b.reshape(total, heads, width + 1), 1, [width, 1])
+    out = b.reshape(b.op("Div", weighted, whole), heads * width)
     inputs = {
         q: value_info("query", f32, [width, kv_heads, group, 1]),
+        at.queries: value_info("position", np.int64, []),
+    }
+    return g.scan(b, inputs, value_info(out, f32, [heads * width]))
+
+
+def exponentials(b: GraphBuilder, at: Positions, scores: str) -> str:
+    """SPEC 6.3's e of a token's scores [K, G, N]; 0 for the future, and padding."""
+    hidden = b.op("Greater", at.keys, "position")  # [N]
+    scores = b.op("Where", hidden, b.const(f32(-np.inf)), scores)
+    largest = b.op("ReduceMax", scores, b.const(np.array([-1])), keepdims=1)
+    return b.op("Where", hidden, b.const(f32(0.0)), ops.exp(b, b.op("Sub", scores, largest)))
+
+
+def int8_attention(
+    g: GraphBuilder, config: ModelConfig, at: Positions, q: str,
+    keys: str, key_steps: str, values: str, value_steps: str,
+) -> str:  # fmt: skip
+    """SPEC 6.8: q f32 [T, H, E]; codes f32 [S + T, K, E], steps f32 [S + T, K, 1] -> [T, H * E].
+
+    Integer sums by MatMul of floats: below 2^24 in f32, and below 2^53 in f64, they are exact in
+    any order. By way of int64 a zero loses its sign.
+    """
+    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    exact = f32 if 127 * 127 * width < 1 << 24 else np.float64
+    codes, step = ops.quantize(g, q, 8)
+    step = g.op("Mul", step, g.const(f32(1.0 / math.sqrt(width))))
+    codes, step = (g.reshape(x, 0, kv_heads, heads // kv_heads, -1) for x in (codes, step))
+    keys, key_steps, values, value_steps = (
+        g.pad(x, 0, at.pad_to_chunks) for x in (keys, key_steps, values, value_steps)
+    )
+    for x, last in ((keys, width), (key_steps, 1), (values, width), (value_steps, 1)):
+        g.describe(x, f32, ["N", kv_heads, last])
+    keys = g.op("Transpose", g.cast(keys, exact), perm=[1, 2, 0])  # [K, E, N]
+    values = g.op("Transpose", g.cast(values, np.float64), perm=[1, 0, 2])  # [K, N, E]
+    key_steps, value_steps = (
+        g.op("Transpose", x, perm=[1, 2, 0]) for x in (key_steps, value_steps)
+    )  # [K, 1, N]
+
+    b = g.child()
+    last_axis = b.const(np.array([-1]))
+    most, unit = (b.const(f32(n)) for n in (constants.LARGEST_WEIGHT, constants.SOFTMAX_UNIT))
+    products = b.cast(b.op("MatMul", b.cast("query", exact), keys), f32)  # [K, G, N]
+    e = exponentials(b, at, b.op("Mul", products, b.op("Mul", "step", key_steps)))
+    w = b.op("Mul", e, value_steps)
+    top = b.op("ReduceMax", w, last_axis, keepdims=1)
+    w = b.op("Round", b.op("Mul", w, b.op("Div", most, top)))
+    sums = b.op("MatMul", b.cast(w, np.float64), values)  # [K, G, E]
+    total = b.cast(b.op("Round", b.op("Mul", e, unit)), np.int64)
+    total = b.op("ReduceSum", total, last_axis, keepdims=1)
+    sums, total = b.cast(b.cast(sums, np.int64), f32), b.cast(total, f32)
+    factor = b.op("Div", b.op("Div", top, most), b.op("Div", total, unit))
+    out = b.reshape(b.op("Mul", sums, factor), heads * width)
+    group = heads // kv_heads
+    inputs = {
+        codes: value_info("query", f32, [kv_heads, group, width]),
+        step: value_info("step", f32, [kv_heads, group, 1]),
         at.queries: value_info("position", np.int64, []),
     }
     return g.scan(b, inputs, value_info(out, f32, [heads * width]))

@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from bitskip_export.onnx_builder import lay_out
 from bitskip_export.onnx_files import find_graphs, weight_bytes
-from bitskip_export.onnx_graph import ExitGraph
+from bitskip_export.onnx_graph import ExitGraph, cache_name
 from bitskip_ref.cache import ArrayCache, check_kv_cache
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import Engine, Run, Trace, Visit
@@ -60,13 +60,13 @@ class OnnxModel(Engine):
         session, cache = self.session(n, trace is not None), run.cache
         feeds = {"token_ids": np.array(run.ids, np.int64)}
         for i in range(n):
-            feeds[f"past.{i}.key"] = cache.keys[i][: run.first]
-            feeds[f"past.{i}.value"] = cache.values[i][: run.first]
+            for array, blocks in cache.arrays.items():
+                feeds[cache_name("past", i, array)] = blocks[i][: run.first]
         names = [output.name for output in session.get_outputs()]
         outputs = dict(zip(names, session.run(names, feeds), strict=True))
         for i in range(n):
-            cache.keys[i] = outputs.pop(f"present.{i}.key")
-            cache.values[i] = outputs.pop(f"present.{i}.value")
+            for array, blocks in cache.arrays.items():
+                blocks[i] = outputs.pop(cache_name("present", i, array))
         for name in ("exit_norm", "logits"):
             if name in outputs:
                 outputs[name] = outputs[name][first:]
@@ -109,8 +109,8 @@ def load_onnx(
     """Load a model folder (graphs are built in memory), an .onnx file or a folder of them.
 
     threads: 0 leaves the number to ONNX Runtime. optimization: a GraphOptimizationLevel; it does
-    not change a bit. kv_cache: float32 or float16 (SPEC 6.5); None: float32, or what the files were
-    written for. Raises FormatError for what is neither, ValueError for files of another cache.
+    not change a bit. kv_cache: one of KV_CACHES (SPEC 6.5, 6.8); None: float32, or what the files
+    were written for. Raises FormatError for what is neither, ValueError for files of another cache.
     """
 
     def options() -> ort.SessionOptions:
@@ -121,7 +121,8 @@ def load_onnx(
 
     root = Path(path)
     if (root / CONFIG).is_file():
-        folder, kind = read_folder(root), check_kv_cache(kv_cache or "float32")
+        folder = read_folder(root)
+        kind = check_kv_cache(kv_cache or "float32", folder.config)
 
         def build(exit_layer: int, trace: bool) -> ort.InferenceSession:
             graph = ExitGraph(folder.config, folder.tensors, exit_layer, trace, kind)

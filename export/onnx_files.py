@@ -28,8 +28,9 @@ def write_onnx(
     """Write `exit-N.onnx` for each exit (None: the full depth) and the `weights-*.data` they need.
 
     The weights' file is named after its content, so that graphs written earlier keep theirs. Each
-    file appears whole or not at all, the graphs last. kv_cache: type of keys and values, float32 or
-    float16 (SPEC 6.5). Returns the paths of the graphs. Raises ValueError for an exit out of range.
+    file appears whole or not at all, the graphs last. kv_cache: kind of the cache, one of
+    KV_CACHES (SPEC 6.5, 6.8). Returns the paths of the graphs. Raises ValueError for an exit out of
+    range.
     """
     model = folder if isinstance(folder, Folder) else read_folder(folder)
     shared: dict[str, Weight] = {}

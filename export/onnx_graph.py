@@ -2,7 +2,7 @@
 
 Inputs: token_ids int64 [T]; past.{i}.key and past.{i}.value [S, K, E] of each block, S >= 0.
 Outputs: logits f32 [T, V]; present.{i}.key and present.{i}.value [S + T, K, E]. Keys and values are
-f32, or f16 (SPEC 6.5).
+f32, f16 (SPEC 6.5), or int8 with past.{i}.key_step and the like, f32 [S, K, 1] (SPEC 6.8).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 
 from bitskip_export import onnx_ops as ops
-from bitskip_export.onnx_attention import attention, positions, rope
+from bitskip_export.onnx_attention import attention, int8_attention, positions, rope
 from bitskip_export.onnx_builder import Dim, GraphBuilder, value_info
-from bitskip_ref.cache import check_kv_cache
+from bitskip_ref.cache import cached_arrays, check_kv_cache
 from bitskip_ref.checks import check_exit_layer
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.packing import unpack_ternary
@@ -52,6 +52,11 @@ def build_graph(
     return graph.model()
 
 
+def cache_name(when: str, i: int, array: str) -> str:
+    """The input (`past`) or output (`present`) that is one of block i's `cached_arrays`."""
+    return f"{when}.{i}.{array.removesuffix('s')}"
+
+
 class ExitGraph:
     """Builds the graph of one exit. `g.weights` are the weights it uses."""
 
@@ -64,7 +69,7 @@ class ExitGraph:
         kv_cache: str = "float32",
     ) -> None:
         self.config, self.tensors, self.trace = config, tensors, trace
-        self.kv_cache = check_kv_cache(kv_cache)
+        self.kv_cache = check_kv_cache(kv_cache, config)
         self.exit_layer = check_exit_layer(exit_layer, config)
         self.g = GraphBuilder()
         self.inputs = [value_info("token_ids", np.int64, ["T"])]
@@ -132,8 +137,8 @@ class ExitGraph:
         self.report(f"{at}.q", q, c.num_attention_heads, c.head_dim)
         self.report(f"{at}.k", k, c.num_key_value_heads, c.head_dim)
         self.report(f"{at}.v", v, c.num_key_value_heads, c.head_dim)
-        keys, values = self.cached(f"{i}.key", k), self.cached(f"{i}.value", v)
-        a = attention(g, c, self.at, q, keys, values)  # [T, H * E]
+        attend = int8_attention if self.kv_cache == "int8" else attention
+        a = attend(g, c, self.at, q, *self.cached(i, k, v))  # [T, H * E]
         self.report(f"{at}.attn", a, c.attention_size)
         if c.sub_norm:
             a = self.norm(f"{at}.attn_sub_norm", a)
@@ -217,17 +222,29 @@ class ExitGraph:
     def head_scale(self, name: str) -> str:
         return self.g.weight(f"{name}.scale", self.tensors[f"{name}.scale"])
 
-    def cached(self, name: str, new: str) -> str:
-        """f32: past.{name} with new [T, K, E] after it, which is present.{name} (SPEC 6.4, 6.5)."""
-        g, half = self.g, self.kv_cache == "float16"
-        kind = np.float16 if half else f32
-        tail: list[Dim] = [self.config.num_key_value_heads, self.config.head_dim]
-        self.inputs.append(value_info(f"past.{name}", kind, ["S", *tail]))
-        self.outputs.append(value_info(f"present.{name}", kind, ["S+T", *tail]))
-        if half:
-            new = ops.half(g, new)
-        x = g.op("Concat", f"past.{name}", new, axis=0, name=f"present.{name}")
-        return g.cast(x, f32) if half else x
+    def cached(self, i: int, k: str, v: str) -> list[str]:
+        """What block i's cache holds once k, v [T, K, E] are in it, as f32 (SPEC 6.4, 6.5, 6.8).
+
+        It has an input `past` and an output `present` for each of `cached_arrays`.
+        """
+        g = self.g
+        if self.kv_cache == "int8":
+            new = [*ops.quantize(g, k, 8), *ops.quantize(g, v, 8)]
+        elif self.kv_cache == "float16":
+            new = [ops.half(g, k), ops.half(g, v)]
+        else:
+            new = [k, v]
+        held = []
+        arrays = cached_arrays(self.config, self.kv_cache).items()
+        for (name, (kind, shape)), x in zip(arrays, new, strict=True):
+            past, present = (cache_name(when, i, name) for when in ("past", "present"))
+            self.inputs.append(value_info(past, kind, ["S", *shape]))
+            self.outputs.append(value_info(present, kind, ["S+T", *shape]))
+            if kind is np.int8:
+                x = g.cast(x, kind)
+            x = g.op("Concat", past, x, axis=0, name=present)
+            held.append(x if kind is f32 else g.cast(x, f32))
+        return held
 
     def report(self, stage: str, x: str, *shape: int) -> None:
         """Make x [T, *shape] an output of a tracing graph."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
+from bitskip_ref.cache import cached_arrays
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 
 TERNARY_BITS = math.log2(3)  # of a weight that is -1, 0 or +1 with equal odds
@@ -34,6 +37,8 @@ def multiply_adds(config: ModelConfig, exit_layer: int, tokens: int) -> int:
     return tokens * linear_weights(config, exit_layer) + head
 
 
-def cache_bytes(config: ModelConfig, exit_layer: int, positions: float, itemsize: int) -> float:
-    """Bytes of the keys and values that a token reads; `itemsize` of one number."""
-    return 2 * exit_layer * config.kv_size * itemsize * positions
+def cache_bytes(config: ModelConfig, exit_layer: int, positions: float, kv_cache: str) -> float:
+    """Bytes of the keys and values, and of an int8 cache's steps, that a token reads."""
+    held = cached_arrays(config, kv_cache).values()
+    row = sum(math.prod(shape) * np.dtype(kind).itemsize for kind, shape in held)
+    return exit_layer * row * positions

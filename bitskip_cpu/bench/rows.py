@@ -86,9 +86,8 @@ def _reading(case: Case, tokens_per_s: float, limits: Limits) -> dict[str, float
     if task.prompt:
         return result
     positions = task.depth + (task.generated + 1) / 2  # mean length of the cache, itself included
-    itemsize = np.dtype(case.kv_cache).itemsize
     read = case.engine.weight_bytes(case.exit_layer)  # type: ignore[attr-defined]
-    read += cache_bytes(config, case.exit_layer, positions, itemsize)
+    read += cache_bytes(config, case.exit_layer, positions, case.kv_cache)
     result["read_bytes_per_token"] = read
     result["read_bytes_per_s"] = read * tokens_per_s
     if bandwidth:

@@ -78,15 +78,15 @@ class Case:
 
     @property
     def kv_cache(self) -> str:
-        """Of the engine: float32 or float16."""
+        """Of the engine, one of KV_CACHES."""
         return self.engine.kv_cache
 
     @property
     def name(self) -> str:
         """The row in words."""
         depth = f" at depth {self.task.depth}" if self.task.depth else ""
-        half = ", float16 KV cache" if self.kv_cache == "float16" else ""
-        return f"{self.task.name}{depth}, exit {self.exit_layer}, threads {self.threads}{half}"
+        cache = "" if self.kv_cache == "float32" else f", {self.kv_cache} KV cache"
+        return f"{self.task.name}{depth}, exit {self.exit_layer}, threads {self.threads}{cache}"
 
     def tokens_per_s(self) -> list[float]:
         """Of each sample."""

@@ -65,6 +65,6 @@ def report(
     counted = (
         f"{found[0][1].tokens} tokens predicted, {text.documents} documents, {text.bytes} bytes; "
         f"context {context}, stride {stride}"
-        f"{', float16 KV cache' if model.kv_cache == 'float16' else ''}"
+        f"{'' if model.kv_cache == 'float32' else f', {model.kv_cache} KV cache'}"
     )
     return f"{table(header, rows)}\n{counted}"

@@ -10,7 +10,7 @@
       stages.py       attention_in       x -> norm -> codes
                       rows               q, k, v                           products/rows.py
                       store              RoPE on keys; into the cache      attention/attend.py
-                      attend_part        scores, softmax, values           attention/attend.py
+                      attend_part        scores, softmax, values           attention/attend, int8
                       out_in, rows       sub-norm -> codes; o
                       ffn_in, rows       x + o, norm -> codes; gate, up
                       down_in, rows      activation, sub-norm -> codes; down
@@ -23,6 +23,7 @@
                     ternary_layout, vocab_layout, repack, transpose     how weights lie
                     ternary_simd, vocab_simd, dot                       kernels, their instruction
     attention/      attend, passes       one token's heads; the loops over cached keys and values
+                    int8, int8_passes    the same over codes (SPEC 6.8)
     arithmetic/     elementwise, exponential, float16, lanes            SPEC 2 to 5, 6.5, 8.5
     numba_inside/   decorators, emit, views, atomics     what touches the insides of Numba
     object_code.py  what is compiled: `run`, `repack`

@@ -65,11 +65,12 @@ where its biases lie in the block's parameters, 0: it has none."""
 QKV, OUT, UP, DOWN, VOCAB = 0, 1, 2, 3, 4
 PRODUCTS = 4  # of a block
 INT8, FLOAT32, FLOAT16, INT6, INT4 = range(5)  # vocab_kind
-CACHED_FLOAT32, CACHED_FLOAT16 = 4, 2  # number_bytes: of a number in the cache
+CACHED_FLOAT32, CACHED_FLOAT16, CACHED_INT8 = 4, 2, 1  # number_bytes: of a number in the cache
 SWIGLU, GATED_RELU2, RELU2 = 0, 1, 2  # ffn_kind
 CHUNK = 128  # most tokens at a time
 LANES = 16  # positions in a page of the cache
 QUERIES = 4  # most heads that share a pass over keys and values
+PANEL = 64  # positions of an int8 cache whose scores are worked on together; whole pages
 LEVELS = 24  # of the streamed tree: up to 2^24 pages
 BAND = 64  # rows of a product whose int32 sums are converted together; whole tiles
 ACC_STRIDE = 4 * BAND  # bytes from one token's sums to the next
@@ -82,6 +83,13 @@ def key_slots(padded: int) -> np.ndarray:
     """
     bits = padded.bit_length() - 1
     return np.array([int(f"{i:0{bits}b}"[::-1], 2) for i in range(padded)], np.int32)
+
+
+def int8_scratch(positions: int, head_dim: int, value_width: int) -> int:
+    """Bytes that `attention.int8.attend_codes` needs for QUERIES queries over so many positions."""
+    row = -(-positions // PANEL) * PANEL
+    scores, weights, sums = 4 * row, 2 * row, 2 * (4 * value_width + 256)
+    return QUERIES * (scores + weights + 8 + head_dim + 67 + sums) + 4 * row + 128
 
 
 # What `kernels.forward.run` does, added up; in this order.

@@ -19,7 +19,13 @@ from bitskip_cpu.kernels.arithmetic.elementwise import (
     rms_norm,
 )
 from bitskip_cpu.kernels.attention.attend import attend, rope, store_key, store_value
+from bitskip_cpu.kernels.attention.int8 import (
+    attend_codes,
+    store_key_codes,
+    store_value_codes,
+)
 from bitskip_cpu.kernels.layout import (
+    CACHED_INT8,
     DOWN,
     FLOAT16,
     FLOAT32,
@@ -79,7 +85,7 @@ def attention_in(s, products, scratch, t):
 
 @kernel
 def store(s, scratch, t):
-    """Norm and turn the keys; keys and values into the cache (SPEC 6.7, 6.1, 6.4, 6.5)."""
+    """Norm and turn the keys; keys and values into the cache (SPEC 6.7, 6.1, 6.4, 6.5, 6.8)."""
     cache, position, size = cache_of(s, t), int64s(s.positions, s.tokens)[t], 4 * s.head_dim
     turned = position * 2 * s.head_dim  # bytes: a position has E / 2 cosines
     page, lane = int64s(cache.table, 1)[position // LANES], position % LANES
@@ -91,6 +97,11 @@ def store(s, scratch, t):
             norm(s, head, params(s) + s.k_norm, head, s.head_dim, scratch)
         rope(key + h * size, s.cos + turned, s.sin + turned, s.head_dim)
         at = page + part_of(s, cache, h)
+        if cache.number_bytes == CACHED_INT8:
+            store_key_codes(key + h * size, at, s.head_dim, lane, scratch)
+            store_value_codes(value + h * size, at + cache.values, s.head_dim, s.value_width, lane,
+                              scratch)  # fmt: skip
+            continue
         store_key(key + h * size, at, cache.number_bytes, s.head_padded, s.head_dim, s.key_slots,
                   lane)  # fmt: skip
         store_value(value + h * size, at + cache.values, cache.number_bytes, s.value_width,
@@ -99,7 +110,7 @@ def store(s, scratch, t):
 
 @kernel
 def attend_part(s, scratch, part):
-    """Norm, turn and run a token's query heads that share a key-value head (SPEC 6.1 to 6.7)."""
+    """Norm, turn and run a token's query heads that share a key-value head (SPEC 6.1 to 6.8)."""
     kv_head, t = part // s.tokens, part % s.tokens  # a head's keys stay at hand
     cache, position = cache_of(s, t), int64s(s.positions, s.tokens)[t]
     size, sharing = 4 * s.head_dim, s.heads // s.kv_heads
@@ -116,9 +127,14 @@ def attend_part(s, scratch, part):
         rope(q_at + i * size, s.cos + turned, s.sin + turned, s.head_dim)
     while h < end:
         queries = min(QUERIES, end - h)
-        attend(queries, q_at + h * size, cache.table, keys, keys + cache.values, cache.number_bytes,
-               s.head_padded, s.head_dim, s.key_slots, s.value_width, position + 1, cold,
-               out_at + h * size, scratch)  # fmt: skip
+        q, out, values = q_at + h * size, out_at + h * size, keys + cache.values
+        if cache.number_bytes == CACHED_INT8:
+            attend_codes(queries, q, cache.table, keys, values, s.head_dim, s.value_width,
+                         position + 1, cold, out, scratch)  # fmt: skip
+        else:
+            attend(queries, q, cache.table, keys, values, cache.number_bytes, s.head_padded,
+                   s.head_dim, s.key_slots, s.value_width, position + 1, cold, out,
+                   scratch)  # fmt: skip
         h += queries
 
 

@@ -133,7 +133,8 @@ def test_costs_of_the_papers_model() -> None:
     head = 50_257 * 2048
     assert costs.multiply_adds(config, 24, 512) == 512 * 855_638_016 + head
     assert costs.multiply_adds(config, 18, 1) == 641_728_512 + head
-    assert costs.cache_bytes(config, 24, 1024, 4) == 2 * 24 * 8 * 64 * 4 * 1024
+    assert costs.cache_bytes(config, 24, 1024, "float32") == 2 * 24 * 8 * 64 * 4 * 1024
+    assert costs.cache_bytes(config, 24, 1024, "int8") == 2 * 24 * 8 * (64 + 4) * 1024
     floats = preset("llama3")
     assert costs.entropy_bytes(floats, 24) == 4 * 855_638_016
     assert costs.multiply_adds(floats, 24, 512) == 0
@@ -308,7 +309,7 @@ def test_both_kinds_of_cache_take_turns(folder: Path) -> None:
         ("float32", 2), ("float32", 4), ("float16", 2), ("float16", 4),
     ]  # fmt: skip
     for full, half in zip(rows[:2], rows[2:], strict=True):
-        cached = costs.cache_bytes(CONFIG, full["exit_layer"], 21.5, 4)
+        cached = costs.cache_bytes(CONFIG, full["exit_layer"], 21.5, "float32")
         assert full["read_bytes_per_token"] - half["read_bytes_per_token"] == cached / 2
         assert (full["gain_percent"] is None) == (half["gain_percent"] is None)
 
@@ -334,7 +335,7 @@ def test_a_preset_has_random_weights_and_the_context_it_needs() -> None:
         (["-r", "0"], "-r"),
         (["-t", "0"], "0 is not in the range x>=1"),
         (["-p", "1;2"], "'1;2' is not a valid integer"),
-        (["--kv-cache", "float32,int8"], "unknown KV cache 'int8'; known: float32, float16"),
+        (["--kv-cache", "float32,q8"], "unknown KV cache 'q8'; known: float32, float16, int8"),
         (["-o", "xml"], "'md', 'json', 'jsonl', 'csv'"),
         (["--preset", "tiny"], "exclude each other"),
     ],

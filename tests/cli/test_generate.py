@@ -328,5 +328,5 @@ def test_a_float16_cache_gives_the_reference_s_text(folder: Path) -> None:
     expected = stream(reference, prompt, FixedExit(), Sampler(), 12, 0)
     assert got["token_ids"] == [token.id for token in expected]
     assert bitskip_cpu.load(folder, 1, "float16").new_cache().layer(0)[0].dtype == "float16"
-    result = generate(folder, "-p", "Once", "--kv-cache", "int8")
-    assert result.exit_code == 2 and "'float32', 'float16'" in result.stderr
+    result = generate(folder, "-p", "Once", "--kv-cache", "int4")
+    assert result.exit_code == 2 and "'float32', 'float16', 'int8'" in result.stderr

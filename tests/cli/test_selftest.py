@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import bitskip_ref
 from bitskip.program import runtime as main
-from bitskip_cpu.selftest import half_cache, selftest
+from bitskip_cpu.selftest import selftest, smaller_cache
 from bitskip_ref.exits import FixedExit
 from tests.cli.conftest import write_model
 
@@ -104,17 +104,21 @@ def test_a_planted_fault_is_found_and_named(
     assert found[0].problem is not None and problem in found[0].problem
 
 
-def test_a_fault_with_a_float16_cache_is_found(reference: Any) -> None:
+def test_a_fault_with_a_smaller_cache_is_found(reference: Any) -> None:
     faulty = Faulty(reference, extend=wrong_single)
-    assert [c.problem for c in half_cache(reference, lambda _: reference, [1, 2])] == [None, None]
-    (found,) = half_cache(reference, lambda _: faulty, [2])
+    right = smaller_cache(reference, lambda *_: reference, [1, 2])
+    assert [c.problem for c in right] == [None, None]
+    (found,) = smaller_cache(reference, lambda *_: faulty, [2])
     assert found.problem is not None and "logits: 12 of" in found.problem
 
 
 def test_the_verb(folder: Path) -> None:
     result = CliRunner().invoke(main, ["selftest", str(folder)])
     assert result.exit_code == 0, result.output
-    assert "comparisons equal" in result.stdout and "float16 cache" in result.stdout
+    assert (
+        "comparisons equal" in result.stdout
+        and "float16 cache; token by token, int8 cache" in result.stdout
+    )
 
 
 def test_the_verb_names_a_difference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

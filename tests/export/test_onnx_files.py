@@ -96,8 +96,23 @@ def test_a_float16_cache(model: Path, tmp_path: Path) -> None:
     write_onnx(model, out, [2])
     with pytest.raises(FormatError, match="different models or caches"):
         load_onnx(out)
-    with pytest.raises(ValueError, match="KV cache 'int8'"):
-        load_onnx(model, kv_cache="int8")
+    with pytest.raises(ValueError, match="KV cache 'int4'"):
+        load_onnx(model, kv_cache="int4")
+
+
+def test_an_int8_cache(model: Path, tmp_path: Path) -> None:
+    """SPEC 6.8 from files: codes and steps are inputs and outputs of their own."""
+    out, ids = tmp_path / "onnx", random_tokens(CONFIG, 5)
+    write_onnx(model, out, [4], "int8")
+    engine = load_onnx(out)
+    cache = engine.new_cache()
+    expected = load(model, "int8").logits(ids)
+    assert difference("logits", expected[:3], engine.extend(ids[:3], cache)) is None
+    assert difference("logits", expected[3:], engine.extend(ids[3:], cache)) is None
+    kinds = {name: blocks[0].dtype.name for name, blocks in cache.arrays.items()}
+    assert kinds == {
+        "keys": "int8", "key_steps": "float32", "values": "int8", "value_steps": "float32",
+    }  # fmt: skip
 
 
 def test_rounding_to_float16_in_onnxruntime(model: Path) -> None:

@@ -21,6 +21,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 
 from bitskip_cpu.compiling import warmup
 from bitskip_cpu.engine import Engine
+from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.engine import Row
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
@@ -158,7 +159,7 @@ class Calls(RuleBasedStateMachine):
 
     pairs = Bundle("pairs")
 
-    @initialize(kv_cache=st.sampled_from(["float32", "float16"]))
+    @initialize(kv_cache=st.sampled_from(KV_CACHES))
     def start(self, kv_cache: str) -> None:
         """Choose what caches hold."""
         self.engines = engines(kv_cache)

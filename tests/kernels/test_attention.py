@@ -12,6 +12,7 @@ from bitskip_ref.arithmetic.attention import attention
 from bitskip_ref.arithmetic.functions import half
 from bitskip_ref.arithmetic.rope import apply_rope
 from bitskip_ref.config import small_twin
+from bitskip_ref.constants import KV_CACHES
 from tests.kernels.calling import call, same_bits
 
 f32 = np.float32
@@ -104,16 +105,18 @@ def test_cache_shows_what_was_stored(kind: str) -> None:
         for position in range(20):
             row = keys[position, h].copy()
             page, lane = divmod(position, LANES)
-            k_at, v_at = cache.pages.split(cache.pages.parts(page, 3)[2, h])
-            call(kernels.store_key, row, k_at, k_at.itemsize, 8, 6, key_slots(8), lane)
-            v_at[lane, :6] = row
+            at = cache.pages.parts(page, 3)[2, h]
+            size, v_at = cache.pages.kind.itemsize, at[cache.pages.values :]
+            call(kernels.store_key, row, at, size, 8, 6, key_slots(8), lane)
+            call(kernels.store_value, row, v_at, size, 16, 6, lane)
     cache.length = 20
     for found in cache.layer(2):
         assert same_bits(keys.astype(kind), found)
 
 
-def test_float16_takes_half_the_memory() -> None:
-    full, small = (KVCache(small_twin("bitskip-v1"), kind) for kind in KINDS)
-    assert 2 * small.pages.memory.nbytes == full.pages.memory.nbytes
-    with pytest.raises(ValueError, match=r"KV cache 'int8': must be float32 or float16"):
-        KVCache(small_twin("bitskip-v1"), "int8")
+def test_smaller_caches_take_less_memory() -> None:
+    config = small_twin("bitskip-v1").replace(head_dim=64)
+    full, half, quarter = (KVCache(config, kind).pages.memory.nbytes for kind in KV_CACHES)
+    assert 2 * half == full and quarter <= full / 4 * 1.1
+    with pytest.raises(ValueError, match=r"KV cache 'int4': must be float32 or float16 or int8"):
+        KVCache(config, "int4")

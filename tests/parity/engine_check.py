@@ -2,7 +2,7 @@
 
 Also a script, so that a process with another instruction-set path can run the same comparison:
 `python -m tests.parity.engine_check NAME ...` prints one JSON object, name -> problems. A name
-may end in `:float16`, which is the kind of cache (SPEC 6.5).
+may end in `:float16` or `:int8`, the kind of cache (SPEC 6.5, 6.8).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from bitskip_cpu.engine import Engine
+from bitskip_ref.cache import cached_arrays
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig, small_twin
 from bitskip_ref.decoding.draft import Draft
@@ -137,14 +138,13 @@ def check(
 
     cache = reference.new_cache()
     whole = traced(reference, ids, cache)
-    caches = dict(enumerate(zip(cache.keys, cache.values, strict=True)))
+    caches = {i: held(cache, i) for i in range(layers)}
     z = whole["returned logits"]
     for who, engine in engines.items():
         mine = engine.new_cache()
         problems += compare(f"{who}whole", whole, traced(engine, ids, mine))
-        for i, (keys, values) in caches.items():
-            found = dict(zip(("keys", "values"), mine.layer(i), strict=True))
-            problems += compare(f"{who}cache {i}", {"keys": keys, "values": values}, found)
+        for i, arrays in caches.items():
+            problems += compare(f"{who}cache {i}", arrays, held(mine, i))
         problems += compare(f"{who}in parts", {"logits": z}, {"logits": in_parts(engine, ids)})
         last = engine.extend(ids, engine.new_cache(), last_only=True)
         problems += compare(f"{who}last only", {"logits": z[-1:]}, {"logits": last})
@@ -167,8 +167,14 @@ def check(
     return problems
 
 
+def held(cache: Any, i: int) -> Stages:
+    """What a cache holds of block i, by name."""
+    names = cached_arrays(cache.config, cache.kv_cache)
+    return dict(zip(names, cache.layer(i), strict=True))
+
+
 def check_named(name: str) -> list[str]:
-    """`check` of a configuration with its cache's kind: NAME or NAME:float16."""
+    """`check` of a configuration with its cache's kind: NAME or NAME:KIND."""
     kind = name.partition(":")[2] or "float32"
     return check(config_of(name), tensors_of(name), kv_cache=kind)
 

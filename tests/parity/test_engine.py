@@ -17,10 +17,14 @@ NAMES = list({config_of(name): name for name in [*PRESETS, *OPTIONS, *SIZES]}.va
 
 
 # Heads of every size, several groups of positions, heads that share keys and that do not.
-HALVES = [f"{name}:float16" for name in ("extreme", "long", "wide", "smallest", "wt2-bitskip")]
+SMALLER = [
+    f"{name}:{kind}"
+    for name in ("extreme", "long", "wide", "smallest", "wt2-bitskip")
+    for kind in ("float16", "int8")
+]
 
 
-@pytest.mark.parametrize("name", [*NAMES, *HALVES])
+@pytest.mark.parametrize("name", [*NAMES, *SMALLER])
 def test_bits_equal_the_reference(name: str) -> None:
     assert check_named(name) == []
 

@@ -24,7 +24,7 @@ Folder = Callable[[str], Path]
 LEVELS = {"none": 0, "basic": 1, "extended": 2, "layout": 3, "all": 99}
 # Presets that differ in size alone have one small twin.
 NAMES = list({twin(name): name for name in reversed([*QUANTIZED, *OPTIONS])}.values())
-HALVES = [(name, "float16") for name in ("bitskip-v3", "wt2-bitskip")]
+SMALLER = [(n, kind) for n in ("bitskip-v3", "wt2-bitskip") for kind in ("float16", "int8")]
 FLOAT32 = ["layerskip", "llama3"]
 CONTEXT = 64  # of the small twins
 
@@ -62,7 +62,7 @@ def equal(name: str, expected: np.ndarray, actual: np.ndarray) -> None:
     assert (report := difference(name, expected, actual)) is None, report
 
 
-@pytest.mark.parametrize(("name", "kv_cache"), [*((n, "float32") for n in NAMES), *HALVES])
+@pytest.mark.parametrize(("name", "kv_cache"), [*((n, "float32") for n in NAMES), *SMALLER])
 def test_every_stage_and_token_by_token(name: str, kv_cache: str, folder: Folder) -> None:
     engine = load_onnx(folder(name), threads=1, kv_cache=kv_cache)
     ids = random_tokens(twin(name), 7)
@@ -80,7 +80,7 @@ def test_every_stage_and_token_by_token(name: str, kv_cache: str, folder: Folder
             equal(f"exit {exit_layer}, token {t}", expected[-1][1][t], logits)
 
 
-@pytest.mark.parametrize(("name", "kv_cache"), [*((n, "float32") for n in NAMES), *HALVES])
+@pytest.mark.parametrize(("name", "kv_cache"), [*((n, "float32") for n in NAMES), *SMALLER])
 def test_every_optimization_level_and_thread_count(
     name: str, kv_cache: str, folder: Folder
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from bitskip_cpu.engine import Engine
 from bitskip_ref.compare import difference
+from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.decoding.generate import stream
 from bitskip_ref.decoding.sampling import Sampler
@@ -25,15 +26,9 @@ NAMES = [*{twin(n): n for n in QUANTIZED}.values(), "per-layer-exits", "float16-
 PROMPTS = 200 // len(NAMES) + 1
 
 
-def layers_of(cache: Any, depth: int = 4) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Keys and values [S, K, E] of the first blocks, from the cache of any engine."""
-    for i in range(depth):
-        if hasattr(cache, "layer"):
-            yield cache.layer(i)
-        else:
-            keys, values = (np.asarray(part[i]) for part in (cache.keys, cache.values))
-            first = 0 if keys.ndim == 4 else slice(None)  # PyTorch's has a batch axis
-            yield keys[first][: cache.length], values[first][: cache.length]
+def layers_of(cache: Any, depth: int = 4) -> Iterator[tuple[np.ndarray, ...]]:
+    """What the cache of any engine holds of the first blocks."""
+    return (cache.layer(i) for i in range(depth))
 
 
 def generate(engine: Any, tokens: Callable[[Any, Any], Iterator[Any]]) -> tuple[list[int], Any]:
@@ -48,7 +43,7 @@ def same(expected: Any, actual: Any, depth: int = 4) -> None:
     assert expected[1].length == actual[1].length
     layers = (layers_of(cache, depth) for _, cache in (expected, actual))
     for i, (a, b) in enumerate(zip(*layers, strict=True)):
-        for what, x, y in zip(("keys", "values"), a, b, strict=True):
+        for what, (x, y) in enumerate(zip(a, b, strict=True)):
             assert (problem := difference(f"{what} {i}", x, y)) is None, problem
 
 
@@ -64,7 +59,8 @@ def settings(config: Any, seed: int) -> tuple[Speculation, Sampler]:
 
 
 @pytest.mark.parametrize(
-    ("name", "kv_cache"), [*((n, "float32") for n in NAMES), ("wt2-bitskip", "float16")]
+    ("name", "kv_cache"),
+    [*((n, "float32") for n in NAMES), ("wt2-bitskip", "float16"), ("wt2-bitskip", "int8")],
 )
 def test_200_prompts(name: str, kv_cache: str) -> None:
     config, tensors = twin(name), random_tensors(twin(name))
@@ -108,7 +104,7 @@ def test_two_threads() -> None:
 def test_pytorch(name: str) -> None:
     config, tensors = twin(name), random_tensors(twin(name))
     for seed in range(5):
-        made, kind = [], ("float32", "float16")[seed % 2]
+        made, kind = [], KV_CACHES[seed % 3]
         for engine in (ReferenceModel(config, tensors, kind), TorchEngine(config, tensors, kind)):
             speculation, sampler = settings(config, seed)
             tokens = lambda e, c: speculate(e, [5, 7], speculation, sampler, 8, cache=c)  # noqa: B023, E731

@@ -11,6 +11,7 @@ from bitskip_ref.arithmetic.attention import attention
 from bitskip_ref.arithmetic.functions import half
 from bitskip_ref.compare import difference
 from bitskip_ref.config import PRESETS, ConfigError, ModelConfig, preset, small_twin
+from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.decoding.generate import stream
 from bitskip_ref.decoding.sampling import Sampler, splitmix64, uniform
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
@@ -29,7 +30,7 @@ def equal(expected: np.ndarray, actual: np.ndarray) -> None:
     assert (report := difference("values", expected, actual)) is None, report
 
 
-@pytest.mark.parametrize("kv_cache", ["float32", "float16"])
+@pytest.mark.parametrize("kv_cache", KV_CACHES)
 @pytest.mark.parametrize("name", NAMES)
 def test_whole_prompt_equals_token_by_token(name: str, kv_cache: str) -> None:
     m, ids = model(name, kv_cache), random_tokens(twin(name), 7)
@@ -73,7 +74,7 @@ def test_a_float16_cache_rounds_what_is_cached_and_nothing_else() -> None:
 
 
 def test_an_unknown_kind_of_cache_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"KV cache 'bfloat16': must be float32 or float16"):
+    with pytest.raises(ValueError, match=r"'bfloat16': must be float32 or float16 or int8"):
         ReferenceModel(twin("tiny"), random_tensors(twin("tiny")), "bfloat16")
 
 

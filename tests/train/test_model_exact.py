@@ -34,7 +34,7 @@ from tests.parity.engine_check import exits_of
 
 f32 = np.float32
 NAMES = [*QUANTIZED, *OPTIONS]
-HALVES = [(name, "float16") for name in ("bitskip-v1", "wt2-bitskip")]
+SMALLER = [(n, kind) for n in ("bitskip-v1", "wt2-bitskip") for kind in ("float16", "int8")]
 
 
 def equal(expected: np.ndarray, actual: np.ndarray | torch.Tensor, name: str = "values") -> None:
@@ -85,10 +85,15 @@ def test_functions(numbers: np.ndarray) -> None:
     wide = np.random.default_rng(0).uniform(-100, 100, 1 << 16).astype(f32)
     equal(functions.exp(wide), exact.exp(torch.from_numpy(wide)))
     cache = Cache(twin("bitskip-v1"), kv_cache="float16")
-    shape = (2, -1, *cache.keys.shape[-2:])  # tests 6.5 with ties, subnormals and what is too large
+    shape = (
+        2,
+        -1,
+        *cache.arrays["keys"].shape[-2:],
+    )  # tests 6.5 with ties, subnormals and what is too large
     near = np.concatenate([np.ldexp(wide, -30), wide * 1e4, np.rint(wide * 64) + 0.5]).astype(f32)
     near = near[: near.size // 4096 * 4096].reshape(shape)
-    cache.keys = cache.values = torch.zeros(1, 1, near.shape[1], *shape[2:], dtype=torch.float16)
+    kept = torch.zeros(1, 1, near.shape[1], *shape[2:], dtype=torch.float16)
+    cache.arrays = {"keys": kept, "values": kept}
     for part in near:
         kept, _ = cache.write(0, 0, *[torch.from_numpy(part)[None]] * 2)
         equal(functions.half(part).astype(f32), kept[0])
@@ -121,7 +126,7 @@ def test_quantizers(numbers: np.ndarray) -> None:
         equal(np.full(len(w), alpha), made.alpha)
 
 
-@pytest.mark.parametrize(("name", "kv_cache"), [*((n, "float32") for n in NAMES), *HALVES])
+@pytest.mark.parametrize(("name", "kv_cache"), [*((n, "float32") for n in NAMES), *SMALLER])
 def test_every_stage_equals_the_reference(name: str, kv_cache: str, threads: int) -> None:
     reference, engine = engines(name, kv_cache)
     ids = random_tokens(reference.config, 19)
@@ -133,7 +138,7 @@ def test_every_stage_equals_the_reference(name: str, kv_cache: str, threads: int
             equal(x, actual[stage], stage)
 
 
-@pytest.mark.parametrize(("name", "kv_cache"), [*((n, "float32") for n in NAMES), *HALVES])
+@pytest.mark.parametrize(("name", "kv_cache"), [*((n, "float32") for n in NAMES), *SMALLER])
 def test_token_by_token(name: str, kv_cache: str) -> None:
     reference, engine = engines(name, kv_cache)
     ids = random_tokens(reference.config, 9)

@@ -59,7 +59,7 @@ def _constant(value: np.float32 | np.int32, kind: ir.VectorType = LANE_FLOATS) -
     return ir.Constant(kind, [value.item()] * LANES)
 
 
-def _exp(builder: ir.IRBuilder, x: Vectors) -> Vectors:
+def exp_of(builder: ir.IRBuilder, x: Vectors) -> Vectors:
     """`exp` of vectors, an operation on all before the next."""
 
     def each(operation: Callable[..., ir.Value], *operands: Vectors | ir.Value) -> Vectors:
@@ -104,7 +104,7 @@ def _exp_lanes(count: int) -> Callable[..., None]:
     def exp_lanes(builder, x_at, top, out_at):
         top = splat(builder, top)
         x = [builder.fsub(v, top) for v in _vectors(builder, x_at, count)]
-        _store(builder, _exp(builder, x), out_at)
+        _store(builder, exp_of(builder, x), out_at)
 
     return exp_lanes
 
@@ -121,7 +121,7 @@ def _silu_lanes(count: int) -> Callable[..., None]:
     def silu_lanes(builder, gate_at, up_at, out_at):
         gates, ups = (_vectors(builder, at, count) for at in (gate_at, up_at))
         products = []
-        below = _exp(builder, [builder.fneg(gate) for gate in gates])
+        below = exp_of(builder, [builder.fneg(gate) for gate in gates])
         for gate, up, e in zip(gates, ups, below, strict=True):
             silu = builder.fdiv(gate, builder.fadd(_constant(ONE), e))
             products.append(builder.fmul(silu, up))

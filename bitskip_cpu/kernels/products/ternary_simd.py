@@ -138,16 +138,23 @@ class Sums:
             builder.store(add_pairs(builder, builder.load(total), pairs), total)
         self.pairs = {}
 
+    def finished(self, t: int) -> list[ir.Value]:
+        """The sums of token t, by register."""
+        builder, found = self.builder, []
+        for chains in self.totals[t]:
+            left = [builder.load(total) for total in chains]
+            while len(left) > 1:
+                left = [builder.add(a, b) for a, b in zip(left[::2], left[1::2])]  # noqa: B905
+            found += left
+        return found
+
     def store(self, out: ir.Value, out_stride: ir.Value) -> None:
         """Store all sums of a token side by side."""
         builder = self.builder
-        for token in self.totals:
-            for r, chains in enumerate(token):
-                left = [builder.load(total) for total in chains]
-                while len(left) > 1:
-                    left = [builder.add(a, b) for a, b in zip(left[::2], left[1::2])]  # noqa: B905
+        for t in range(self.shape[0]):
+            for r, total in enumerate(self.finished(t)):
                 at = builder.add(out, LONG(r * WIDTH))
-                builder.store(left[0], pointer(builder, at, INTS), align=4)
+                builder.store(total, pointer(builder, at, INTS), align=4)
             out = builder.add(out, out_stride)
 
 

@@ -1,0 +1,158 @@
+"""Attention over an int8 cache (SPEC 6.8): keys and values as codes, sums as integers.
+
+Of one block and key-value head a page (`layout.CACHE`) has
+
+    keys    [E' / 4, LANES, 4]  E' = E padded to a multiple of 4; a line holds 4 features of LANES
+                                positions, codes + KEY_OFFSET
+    steps   f32 [LANES]         of the keys
+    values  [LANES / 4, W, 4]   W = E padded to a multiple of 16; a line holds 4 positions of 16
+                                features
+    steps   f32 [LANES]         of the values
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from bitskip_cpu.kernels.arithmetic.elementwise import ZERO, quantize
+from bitskip_cpu.kernels.arithmetic.lanes import LANE_BYTES
+from bitskip_cpu.kernels.attention.int8_passes import (
+    KEY_OFFSET,
+    LINES,
+    PAGES,
+    UNIT,
+    UPPER,
+    encode,
+    largest,
+    scores_1,
+    scores_4,
+    values_1,
+    values_2,
+    weigh,
+)
+from bitskip_cpu.kernels.layout import LANES, PANEL, QUERIES
+from bitskip_cpu.kernels.numba_inside.decorators import kernel
+from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s, int64s
+from bitskip_cpu.kernels.products.ternary_layout import COLUMNS, LINE
+from bitskip_ref import constants
+
+f32, f64, i32 = np.float32, np.float64, np.int32
+
+LARGEST_CODE = f32(127.0)
+LARGEST_WEIGHT = f32(constants.LARGEST_WEIGHT)
+MINUS_INFINITY = f32(-np.inf)
+SHIFTED = f64(1 << UPPER)  # what an upper code counts
+FLIP = i32(0x80808080 - (1 << 32) if KEY_OFFSET else 0)  # adds KEY_OFFSET to four codes
+
+
+@kernel
+def store_key_codes(key_at, keys_at, head_dim, lane, scratch_at):
+    """Quantize one head's turned key into its lane of the page. Scratch: E' bytes."""
+    fours = (head_dim + COLUMNS - 1) // COLUMNS
+    step, _ = quantize(key_at, head_dim, LARGEST_CODE, scratch_at, fours * COLUMNS)
+    codes, lines = int32s(scratch_at, fours), int32s(keys_at, fours * LANES)
+    for i in range(fours):
+        lines[i * LANES + lane] = i32(codes[i] ^ FLIP)
+    floats(keys_at + fours * LINE, LANES)[lane] = step
+
+
+@kernel
+def store_value_codes(value_at, values_at, head_dim, width, lane, scratch_at):
+    """Quantize one head's value into its place in the page. Scratch: W bytes."""
+    step, _ = quantize(value_at, head_dim, LARGEST_CODE, scratch_at, width)
+    codes, size = int8s(scratch_at, width), COLUMNS * width
+    lines = int8s(values_at + lane // COLUMNS * size, size)
+    for i in range(width):
+        lines[i * COLUMNS + lane % COLUMNS] = codes[i]
+    floats(values_at + LANES * width, LANES)[lane] = step
+
+
+@kernel
+def attend_codes(
+    queries, q_at, table, keys, values, head_dim, width, seen, cold, out_at, scratch_at
+):
+    """`queries` (1 to QUERIES) turned query heads over `seen` positions -> out (SPEC 6.8).
+
+    q and out: [queries, E]. `table`: addresses of pages, `keys` and `values`: where in each those
+    of this head lie. `cold`: they have to come from memory. Scratch: `layout.int8_scratch` bytes.
+    """
+    pages, panels = (seen + LANES - 1) // LANES, (seen + PANEL - 1) // PANEL
+    fours = (head_dim + COLUMNS - 1) // COLUMNS
+    padded = fours * COLUMNS
+    row = 4 * panels * PANEL  # bytes of a query's scores
+    steps_at = scratch_at + queries * row  # of values
+    weights_at, weights = steps_at + row, row // 4  # of each query upper, then lower codes
+    facts_at = weights_at + 2 * queries * weights
+    state_at = facts_at + 8 * QUERIES
+    codes_at = state_at + 2 * LANE_BYTES
+    sums_at = codes_at + (queries * padded + LINE - 1) // LINE * LINE
+    sums = 4 * width + LINES * LINE  # bytes of a row's
+    last_line = width // LANES - 1
+
+    scale = f32(1.0 / math.sqrt(float(head_dim)))
+    for i in range(queries):
+        fact = facts_at + 8 * i
+        step, total = quantize(q_at + 4 * i * head_dim, head_dim, LARGEST_CODE,
+                               codes_at + i * padded, padded)  # fmt: skip
+        floats(fact, 1)[0] = step * scale
+        int32s(fact + 4, 1)[0] = total
+    for page in range(0, pages, PAGES):
+        at, last, to = table + 8 * page, pages - 1 - page, scratch_at + LANE_BYTES * page
+        if queries == 1:
+            scores_1(at, keys, last, fours, codes_at, padded, facts_at, 0, to, row)
+        else:
+            scores_4(at, keys, last, fours, codes_at, padded, facts_at, queries - 1, to, row)
+    value_steps(table, values + LANES * width, pages, seen, panels * PANEL, steps_at)
+    for i in range(queries):
+        softmax_codes(scratch_at + i * row, seen, panels, steps_at, weights_at + 2 * i * weights,
+                      weights, state_at, facts_at + 8 * i)  # fmt: skip
+    lines = width // LANES
+    for i in range(0, queries, 2):
+        rows, to = weights_at + 2 * i * weights, sums_at + 2 * i * sums
+        for line in range(0, lines, LINES):
+            if queries - i == 1:
+                values_1(table, values, pages, lines, line, last_line, rows, weights, 1,
+                         to + line * LINE, sums)  # fmt: skip
+            else:
+                values_2(table, values, pages, lines, line, last_line, rows, weights, 3,
+                         to + line * LINE, sums)  # fmt: skip
+    for i in range(queries):
+        at, factor = sums_at + 2 * i * sums, floats(facts_at + 8 * i, 1)[0]
+        upper, lower = int32s(at, head_dim), int32s(at + sums, head_dim)
+        out = floats(out_at + 4 * i * head_dim, head_dim)
+        for j in range(head_dim):
+            out[j] = f32(f64(upper[j]) * SHIFTED + f64(lower[j])) * factor  # exact, then rounded
+
+
+@kernel
+def value_steps(table, steps, pages, seen, padded, out_at):
+    """The steps of values side by side; zeros from `seen` on."""
+    page_at, out = int64s(table, pages), floats(out_at, padded)
+    for page in range(pages):
+        held = floats(page_at[page] + steps, LANES)
+        for lane in range(LANES):
+            out[page * LANES + lane] = held[lane]
+    for s in range(seen, padded):
+        out[s] = ZERO
+
+
+@kernel
+def softmax_codes(scores_at, seen, panels, steps_at, weights_at, stride, state_at, factor_at):
+    """Scores -> the upper codes of weights and `stride` bytes further the lower ones.
+
+    The factor is what the sums of codes are multiplied with.
+    """
+    padded = panels * PANEL
+    scores = floats(scores_at, padded)
+    for s in range(seen, padded):
+        scores[s] = MINUS_INFINITY
+    weigh(scores_at, largest(scores_at, panels), steps_at, panels, state_at)
+    counts, tops = int32s(state_at, LANES), floats(state_at + LANE_BYTES, LANES)
+    total, top = 0, tops[0]
+    for lane in range(LANES):
+        total += counts[lane]
+        top = tops[lane] if tops[lane] > top else top
+    encode(scores_at, LARGEST_WEIGHT / top, panels, weights_at, weights_at + stride)
+    floats(factor_at, 1)[0] = (top / LARGEST_WEIGHT) / (f32(total) / UNIT)

@@ -1,0 +1,324 @@
+"""What attention does with an int8 cache, as LLVM IR (SPEC 6.8; layout: `int8`).
+
+Positions are lanes of the scores, features those of the results: query codes and weights are
+broadcast, so that nothing is added across lanes. Rows of PANEL positions are worked on whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+
+from bitskip_cpu.isa import PATH
+from bitskip_cpu.kernels.arithmetic.exponential import AT_ONCE, ROUNDER, exp, exp_of
+from bitskip_cpu.kernels.arithmetic.lanes import (
+    LANE_BYTES,
+    LANE_FLOATS,
+    LANE_INTS,
+    load_lanes,
+    splat,
+    store_lanes,
+    swapped,
+)
+from bitskip_cpu.kernels.layout import LANES, PANEL
+from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
+from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, LONG, loop, pointer, variable
+from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s, int64s, uint8s
+from bitskip_cpu.kernels.products.dot import INTS, WIDTH, Kernel, load, starts
+from bitskip_cpu.kernels.products.ternary_layout import COLUMNS, LINE
+from bitskip_cpu.kernels.products.ternary_simd import REGISTERS, Sums, broadcast
+from bitskip_cpu.kernels.products.vocab_layout import OFFSET
+from bitskip_cpu.kernels.products.vocab_simd import unsigned
+from bitskip_ref import constants
+
+f32, i32 = np.float32, np.int32
+
+KEY_OFFSET = OFFSET[8]  # added to a key's codes where `dot` takes unsigned bytes
+assert PANEL == AT_ONCE * LANES
+UNIT = f32(constants.SOFTMAX_UNIT)
+UPPER = 7  # bits that a weight's upper code is shifted by; both have so many
+PAGES = 4 if WIDTH == 64 else 1  # whose scores fit the registers
+LINES = 4 if WIDTH == 64 else 1  # of values, likewise
+PART = ir.VectorType(ir.FloatType(), WIDTH // 4)
+
+
+# ---- products of codes -----------------------------------------------------------------
+
+
+def score_pages(queries: int, chains: int) -> Kernel:
+    """(table, keys, last page, fours, codes, stride, facts, last, out, out stride): scores.
+
+    Of the pages in `table`, int64 addresses, and `queries` queries. `facts`: f32 step, with
+    1 / sqrt(E) in it, and int32 sum of a query's codes. The keys' steps follow their codes.
+    """
+
+    @intrinsic()
+    def pages_scores(
+        builder, table, keys, last_page, fours, codes, stride, facts, last, out, out_stride
+    ):
+        page_at = []
+        for i in range(PAGES):
+            page = LONG(i)
+            page = builder.select(builder.icmp_signed("<", page, last_page), page, last_page)
+            at = builder.add(table, builder.mul(page, LONG(8)))
+            page_at.append(builder.add(builder.load(pointer(builder, at, LONG)), keys))
+        code_at = starts(builder, codes, stride, last, queries)
+        sums = Sums(builder, queries, PAGES * REGISTERS, chains)
+        with loop(builder, fours) as index:
+            line = builder.mul(index, LONG(LINE))
+            codes_of = [
+                load(builder, builder.add(base, line), LONG(h * WIDTH))
+                for base in page_at for h in range(REGISTERS)
+            ]  # fmt: skip
+            for t in range(queries):
+                four = broadcast(builder, code_at[t], builder.mul(index, LONG(COLUMNS)))
+                for r, code in enumerate(codes_of):
+                    pair = unsigned(builder, code, four) if PATH.pairs else (code, four)
+                    sums.add(t, r, *pair, 0)
+            sums.flush()
+        steps_at = builder.mul(fours, LONG(LINE))
+        steps = [
+            builder.load(pointer(builder, builder.add(base, builder.add(steps_at, LONG(h * WIDTH))),
+                                 PART), align=4)
+            for base in page_at for h in range(REGISTERS)
+        ]  # fmt: skip
+        fact_at, to = starts(builder, facts, LONG(8), last, queries), out
+        for t in range(queries):
+            fact = builder.load(pointer(builder, fact_at[t], ir.FloatType()), align=4)
+            step = _repeated(builder, fact, PART)
+            at = pointer(builder, builder.add(fact_at[t], LONG(4)), INT)
+            surplus = builder.mul(builder.load(at, align=4), INT(KEY_OFFSET))
+            surplus = _repeated(builder, surplus, INTS)
+            for r, total in enumerate(sums.finished(t)):
+                score = builder.sitofp(builder.sub(total, surplus), PART)
+                score = builder.fmul(score, builder.fmul(step, steps[r]))
+                place = builder.add(to, LONG(r * WIDTH))
+                builder.store(score, pointer(builder, place, PART), align=4)
+            to = builder.add(to, out_stride)
+
+    return pages_scores
+
+
+def value_lines(queries: int) -> Kernel:
+    """(table, values, pages, page lines, first, last line, weights, stride, last, out, out stride).
+
+    Sums over the pages of LINES lines of 16 features, from `first` on, with the upper and then the
+    lower codes of `queries` queries: int32, `page lines` to the next kind.
+    """
+
+    @intrinsic()
+    def lines_sums(
+        builder, table, values, pages, page_lines, first, last_line, weights, stride, last, out,
+        out_stride,
+    ):  # fmt: skip
+        rows = starts(builder, weights, stride, last, 2 * queries)
+        sums = Sums(builder, 2 * queries, LINES * REGISTERS, 1)
+        wide = builder.mul(page_lines, LONG(LINE))
+        offsets = []
+        for i in range(LINES):
+            line = builder.add(first, LONG(i))
+            line = builder.select(builder.icmp_signed("<", line, last_line), line, last_line)
+            offsets.append(builder.mul(line, LONG(LINE)))
+        with loop(builder, pages) as page:
+            at = builder.add(table, builder.mul(page, LONG(8)))
+            at = builder.add(builder.load(pointer(builder, at, LONG)), values)
+            position = builder.mul(page, LONG(LANES))
+            for four in range(LANES // COLUMNS):
+                codes = [
+                    load(builder, builder.add(at, offset), LONG(h * WIDTH))
+                    for offset in offsets for h in range(REGISTERS)
+                ]  # fmt: skip
+                for t, row in enumerate(rows):
+                    weight = broadcast(builder, row, builder.add(position, LONG(four * COLUMNS)))
+                    for r, code in enumerate(codes):
+                        sums.add(t, r, weight, code, 0)
+                sums.flush()
+                at = builder.add(at, wide)
+        to = out
+        for t in range(2 * queries):
+            for r, total in enumerate(sums.finished(t)):
+                place = builder.add(to, LONG(r * WIDTH))
+                builder.store(total, pointer(builder, place, INTS), align=4)
+            to = builder.add(to, out_stride)
+
+    return lines_sums
+
+
+def _repeated(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
+    nothing = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(nothing, value, INT(0))
+    mask = ir.Constant(ir.VectorType(INT, kind.count), [0] * kind.count)
+    return builder.shuffle_vector(first, nothing, mask)
+
+
+# ---- softmax ---------------------------------------------------------------------------
+
+
+def _largest(x_at: int, panels: int) -> Any:
+    return floats(x_at, panels * PANEL).max()
+
+
+def _weigh(x_at: int, top: Any, steps_at: int, panels: int, state_at: int) -> None:
+    x, steps = floats(x_at, panels * PANEL), floats(steps_at, panels * PANEL)
+    e = np.array([exp(score - top) for score in x])
+    total = np.rint(e * UNIT).astype(i32).reshape(-1, LANES).sum(0)
+    int32s(state_at, LANES)[:] = total
+    x[:] = e * steps
+    floats(state_at + LANE_BYTES, LANES)[:] = x.max()
+
+
+def _encode(w_at: int, factor: Any, panels: int, upper_at: int, lower_at: int) -> None:
+    n = panels * PANEL
+    codes = np.rint(floats(w_at, n) * factor).astype(i32)
+    uint8s(upper_at, n)[:] = codes >> UPPER
+    uint8s(lower_at, n)[:] = codes & (1 << UPPER) - 1
+
+
+def _panel(builder: ir.IRBuilder, at: ir.Value, index: ir.Value) -> list[ir.Value]:
+    """Addresses of the panel's vectors of floats."""
+    start = builder.add(at, builder.mul(index, LONG(4 * PANEL)))
+    return [builder.add(start, LONG(i * LANE_BYTES)) for i in range(AT_ONCE)]
+
+
+def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _constant(value: float | np.float32) -> ir.Constant:
+    return ir.Constant(LANE_FLOATS, [float(value)] * LANES)
+
+
+@intrinsic(_largest, returns="float32")
+def largest(builder, x_at, panels):
+    """The largest of whole panels of floats."""
+    tops = [variable(builder, _constant(-np.inf)) for _ in range(AT_ONCE)]
+    with loop(builder, panels) as index:
+        for top, at in zip(tops, _panel(builder, x_at, index), strict=True):
+            builder.store(_larger(builder, builder.load(top), load_lanes(builder, at)), top)
+    return _top(builder, [builder.load(top) for top in tops])
+
+
+def _top(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    x = vectors[0]
+    for other in vectors[1:]:
+        x = _larger(builder, x, other)
+    h = LANES // 2
+    while h:
+        x = _larger(builder, x, swapped(builder, x, h))
+        h //= 2
+    return builder.extract_element(x, INT(0))
+
+
+@intrinsic(_weigh, top="float32")
+def weigh(builder, x_at, top, steps_at, panels, state_at):
+    """Scores -> e * step, in place.
+
+    State: int32 [LANES] sums of e * SOFTMAX_UNIT, rounded, and f32 [LANES], the largest e * step of
+    all in some lane and no larger number in the others.
+    """
+    total = variable(builder, ir.Constant(LANE_INTS, [0] * LANES))
+    most = variable(builder, _constant(0.0))
+    top = splat(builder, top)
+    with loop(builder, panels) as index:
+        places = _panel(builder, x_at, index)
+        e = exp_of(builder, [builder.fsub(load_lanes(builder, at), top) for at in places])
+        counts, largest_of = builder.load(total), builder.load(most)
+        for x, at, step_at in zip(e, places, _panel(builder, steps_at, index), strict=True):
+            count = _rounded(builder, builder.fmul(x, _constant(UNIT)))
+            counts = builder.add(counts, count)
+            w = builder.fmul(x, load_lanes(builder, step_at))
+            largest_of = _larger(builder, largest_of, w)
+            store_lanes(builder, w, at)
+        builder.store(counts, total)
+        builder.store(largest_of, most)
+    at = pointer(builder, state_at, LANE_INTS)
+    builder.store(builder.load(total), at, align=4)
+    store_lanes(builder, builder.load(most), builder.add(state_at, LONG(LANE_BYTES)))
+
+
+def _rounded(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """SPEC 2.5, of 0 <= x < 2^22, as int32."""
+    moved = builder.fadd(x, _constant(ROUNDER))
+    bits = builder.bitcast(moved, LANE_INTS)
+    base = int(ROUNDER.view(i32))
+    return builder.sub(bits, ir.Constant(LANE_INTS, [base] * LANES))
+
+
+@intrinsic(_encode, factor="float32")
+def encode(builder, w_at, factor, panels, upper_at, lower_at):
+    """Codes round(w * factor): their upper bits and their lower UPPER bits, uint8 each."""
+    factor, kind = splat(builder, factor), ir.VectorType(BYTE, LANES)
+    low = ir.Constant(LANE_INTS, [(1 << UPPER) - 1] * LANES)
+    shift = ir.Constant(LANE_INTS, [UPPER] * LANES)
+    with loop(builder, panels) as index:
+        for i, at in enumerate(_panel(builder, w_at, index)):
+            code = _rounded(builder, builder.fmul(load_lanes(builder, at), factor))
+            place = builder.add(builder.mul(index, LONG(PANEL)), LONG(i * LANES))
+            parts = (builder.lshr(code, shift), upper_at), (builder.and_(code, low), lower_at)
+            for part, row_at in parts:
+                to = pointer(builder, builder.add(row_at, place), kind)
+                builder.store(builder.trunc(part, kind), to, align=1)
+
+
+# ---- without instructions for products of bytes ----------------------------------------
+
+
+def _plain_scores() -> Callable[..., None]:
+    @kernel
+    def pages_scores(
+        table, keys, last_page, fours, codes, stride, facts, last, out, out_stride
+    ):  # fmt: skip
+        """As `score_pages` does, one page."""
+        at = int64s(table, 1)[0] + keys
+        key_codes, steps = uint8s(at, fours * LINE), floats(at + fours * LINE, LANES)
+        for t in range(last + 1):
+            query, fact = int8s(codes + t * stride, fours * COLUMNS), facts + 8 * t
+            step, surplus = floats(fact, 1)[0], KEY_OFFSET * int32s(fact + 4, 1)[0]
+            scores = floats(out + t * out_stride, LANES)
+            for s in range(LANES):
+                total = i32(0)
+                for i in range(fours):
+                    for c in range(COLUMNS):
+                        code = i32(key_codes[i * LINE + s * COLUMNS + c])
+                        total = i32(total + code * i32(query[i * COLUMNS + c]))
+                scores[s] = f32(i32(total - surplus)) * (step * steps[s])
+
+    return pages_scores
+
+
+def _plain_lines() -> Callable[..., None]:
+    @kernel
+    def lines_sums(
+        table, values, pages, page_lines, first, last_line, weights, stride, last, out, out_stride
+    ):
+        """As `value_lines` does, one line."""
+        page_at = int64s(table, pages)
+        for t in range(last + 1):
+            row, sums = (
+                uint8s(weights + t * stride, pages * LANES),
+                int32s(out + t * out_stride, LANES),
+            )
+            for i in range(LANES):
+                sums[i] = 0
+            for page in range(pages):
+                at = page_at[page] + values + first * LINE
+                for four in range(LANES // COLUMNS):
+                    codes = int8s(at + four * page_lines * LINE, LINE)
+                    for i in range(LANES):
+                        for c in range(COLUMNS):
+                            weight = i32(row[page * LANES + four * COLUMNS + c])
+                            sums[i] += i32(weight * i32(codes[i * COLUMNS + c]))
+
+    return lines_sums
+
+
+if PATH.compiled:
+    scores_1, scores_4 = score_pages(1, 4), score_pages(4, 1)
+    values_1, values_2 = value_lines(1), value_lines(2)
+else:
+    PAGES = LINES = 1
+    scores_1 = scores_4 = _plain_scores()
+    values_1 = values_2 = _plain_lines()
