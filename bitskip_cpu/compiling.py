@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,14 +19,17 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from bitskip.places import user_cache
-from bitskip_cpu import isa, native, shipped, sources, trusted
+from bitskip_cpu import beside, isa, native, shipped, sources, trusted
 from bitskip_ref.files import replace_file
 
-Progress = Callable[[int], None]
-"""Called with the number of functions compiled so far."""
+Progress = Callable[[float], None]
+"""Called with the share of the compiling that is done, 0 to 1."""
 
-ARGUMENTS = {"run": 5, "repack": 7}
-"""The kernels that Python calls (`kernels.object_code`), each with the number of its arguments."""
+ARGUMENTS = {"run": 5, "attend_part": 3, "repack": 7}
+"""The pieces of compiled code (`kernels.object_code`), each with the number of its arguments."""
+
+CALLED = {"run": ("attend_part",), "repack": ()}
+"""Those that Python calls, each with the others that it needs."""
 
 DIGEST = 32  # bytes of the checksum before the code
 
@@ -58,6 +61,7 @@ class Kernels:
 
     def __init__(self) -> None:
         self._functions: dict[str, Callable[..., None]] = {}
+        self._made: dict[str, bytes] = {}
 
     @cached_property
     def _folder(self) -> Path:
@@ -76,7 +80,7 @@ class Kernels:
     @property
     def compiled(self) -> bool:
         """Whether everything can start without compiling (always, if interpreted)."""
-        if isa.INTERPRETED or self._functions.keys() == ARGUMENTS.keys():
+        if isa.INTERPRETED or self._functions.keys() == CALLED.keys():
             return True
         return all(self._stored(name) for name in ARGUMENTS)
 
@@ -91,7 +95,7 @@ class Kernels:
         return self.function("repack")
 
     def function(self, name: str, progress: Progress | None = None) -> Callable[..., None]:
-        """One of ARGUMENTS, loaded, and compiled before if need be."""
+        """One of CALLED, loaded, and compiled before if need be."""
         if name not in self._functions:
             if isa.INTERPRETED:
                 from bitskip_cpu.kernels.object_code import FUNCTIONS
@@ -102,36 +106,68 @@ class Kernels:
         return self._functions[name]
 
     def _loaded(self, name: str, progress: Progress) -> Callable[..., None]:
-        code = self._stored(name)
-        if code is None:
+        pieces = (name, *CALLED[name])
+        if not all(self._stored(piece) for piece in pieces):
             try:
-                code = self._made(name, progress)
+                self._make([n for n in ARGUMENTS if not self._stored(n)], progress)
             except Exception as error:
                 if not _insides_changed(error):
                     raise
                 return _plain(name, error)
-        return native.load(code, name, ARGUMENTS[name])
+        codes = [self._stored(piece) or b"" for piece in pieces]
+        return native.load(codes, name, ARGUMENTS[name])
 
     def _stored(self, name: str) -> bytes | None:
-        """The object file: the package's, or that in the cache if it is whole and nobody else's."""
-        if code := shipped.code(name):
+        """A piece: made here, the package's, or in the cache, if it is whole and nobody else's."""
+        if code := self._made.get(name) or shipped.code(name):
             return code
         content = trusted.read_file(self._folder / name) or b""
         code = content[DIGEST:]
         return code if code and hashlib.sha256(code).digest() == content[:DIGEST] else None
 
-    def _made(self, name: str, progress: Progress) -> bytes:
-        """The object file, compiled, and kept if there is a place for it."""
-        from bitskip_cpu.kernels.object_code import machine_code
+    def _make(self, names: list[str], progress: Progress) -> None:
+        """Compile pieces, the first here, the others beside; and keep them, if there is a place."""
+        from bitskip_cpu.kernels import object_code
 
-        code = machine_code(name, ARGUMENTS[name], progress)
+        work, done = {n: object_code.work(n) for n in names}, dict.fromkeys(names, 0.0)
+
+        def tell(name: str, share: float) -> None:
+            done[name] = share
+            progress(sum(work[n] * done[n] for n in names) / sum(work.values()))
+
+        def make(name: str) -> bytes:
+            return object_code.machine_code(name, ARGUMENTS[name], partial(tell, name))
+
+        if len(names) > 1 and beside.possible():
+            with beside.Beside(names[1:], self._folder.name, tell) as second:
+                self._keep(names[0], make(names[0]))
+                for name in names[1:]:
+                    self._keep(name, second.code(name) or make(name))
+        else:
+            for name in names:
+                self._keep(name, make(name))
+
+    def _keep(self, name: str, code: bytes) -> None:
+        self._made[name] = code
         if self.directory:
             try:
                 with replace_file(self.directory / name) as file:
                     file.write(hashlib.sha256(code).digest() + code)
             except OSError:  # a full disk: what is compiled is used, and the user told
                 self.directory = None
-        return code
+
+
+def compile_beside(names: list[str], cache: str, folder: str) -> None:
+    """What the second process does (`beside`): object files into a folder, progress to stdout."""
+    from bitskip_cpu.kernels import object_code
+
+    if cache_folder().name != cache:  # another path, other sources, another Numba
+        sys.exit(1)
+    for name in names:
+        tell = partial(print, name, flush=True)
+        code = object_code.machine_code(name, ARGUMENTS[name], tell)
+        with replace_file(Path(folder) / name) as file:
+            file.write(code)
 
 
 def _insides_changed(error: Exception) -> bool:
@@ -141,7 +177,7 @@ def _insides_changed(error: Exception) -> bool:
 
 
 def _plain(name: str, error: Exception) -> Callable[..., None]:
-    """One of ARGUMENTS by Numba's public `njit`: the same bits, compiled anew in every process."""
+    """One of CALLED by Numba's public `njit`: the same bits, compiled anew in every process."""
     import numba
 
     from bitskip_cpu.kernels import numba_inside
@@ -169,5 +205,5 @@ KERNELS = Kernels()
 
 def warmup(progress: Progress | None = None) -> None:
     """Compile the kernels, or load them from the cache; once per process."""
-    for name in ARGUMENTS:
+    for name in CALLED:
         KERNELS.function(name, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import llvmlite.binding as llvm
@@ -25,16 +25,18 @@ KNOWN = {SLEEP, "memset", "memcpy", "memmove", "sqrt", "sqrtf"}
 _engines: list[llvm.ExecutionEngine] = []  # they own the memory that code lies in
 
 
-def load(code: bytes, symbol: str, arguments: int) -> Callable[..., None]:
-    """A function of that many int64 from an object file for this machine (`kernels.object_code`).
+def load(codes: Sequence[bytes], symbol: str, arguments: int) -> Callable[..., None]:
+    """A function of that many int64 from object files for this machine (`kernels.object_code`).
 
-    It runs without the interpreter's lock. The file must be whole: LLVM does not check it.
+    The files may refer to each other. It runs without the interpreter's lock. The files must be
+    whole: LLVM does not check them.
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    for code in codes:
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
     # Numba's calling convention: a place for the result (None) and one for an exception (never).

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import click
 
-from bitskip.terminal import animated
+from bitskip.terminal import animated, progress_bar
 
 if TYPE_CHECKING:
     from bitskip_cpu.model import Model
@@ -33,14 +32,16 @@ def prepare(quiet: bool = False) -> None:
     if quiet or KERNELS.compiled:
         warmup()
         return
-    start, done = time.perf_counter(), 0
+    if not animated(sys.stderr):
+        click.echo("compiling kernels, once on this machine: 10 to 40 seconds", err=True)
+    done = 0.0
+    with progress_bar("compiling kernels, once on this machine", 1.0) as advance:
 
-    def count(_: int) -> None:
-        nonlocal done
-        done += 1
-        click.echo(f"\r{done} functions\r", err=True, nl=False)
+        def reached(share: float) -> None:
+            nonlocal done
+            advance(share - done)
+            done = share
 
-    click.echo("compiling kernels, once on this machine: 10 to 40 seconds ...", err=True)
-    warmup(count if animated(sys.stderr) else None)
-    kept = "" if KERNELS.directory else "; not kept, the cache folder cannot be written"
-    click.echo(f"compiled in {time.perf_counter() - start:.0f} s{kept}", err=True)
+        warmup(reached)
+    if KERNELS.directory is None:
+        click.echo("the kernels are not kept: the cache folder cannot be written", err=True)

@@ -37,6 +37,7 @@ from bitskip_cpu.kernels.layout import (
     VOCAB,
 )
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
+from bitskip_cpu.kernels.numba_inside.pieces import piece
 from bitskip_cpu.kernels.numba_inside.views import cache_structs, floats, int32s, int64s
 from bitskip_cpu.kernels.products.rows import float_rows, ternary_rows, vocab_rows
 
@@ -108,7 +109,7 @@ def store(s, scratch, t):
                     s.head_dim, lane)  # fmt: skip
 
 
-@kernel
+@piece
 def attend_part(s, scratch, part):
     """Norm, turn and run a token's query heads that share a key-value head (SPEC 6.1 to 6.8)."""
     kv_head, t = part // s.tokens, part % s.tokens  # a head's keys stay at hand

@@ -21,7 +21,7 @@ TRIPLE = "aarch64-unknown-linux-gnu"
 WIDTH, ROWS, TOKENS = 300, 29, 8  # one unit of columns and a tail; two tiles; all that a call takes
 TERNARY = {f"packed_{n}": n for n in (1, 2, 3, 4, 8)}  # tokens of a call
 VOCAB = {f"int{bits}_{tokens}": (bits, tokens) for bits in (4, 6, 8) for tokens in (1, 4)}
-FLOATS = {"silu_products": 4, "dot_tree": 4, "rope": 4, "weigh_group": 9}  # number of arguments
+FLOATS = {"silu_products": 4, "dot_tree": 4, "rope": 4, "weigh_page": 9}  # number of arguments
 
 
 def for_arm(module: llvm.ModuleRef, folder: Path, name: str) -> None:

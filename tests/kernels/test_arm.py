@@ -47,7 +47,7 @@ def test_instructions(folder: Path) -> None:
         assert ("\tsdot\t" in assembly) == (name in DOTS), name
         assert not FUSED.search(assembly), name
         assert not re.search(r"\sbl\s+__", assembly), name  # a function for each float16
-    assert "\tfcvtl\t" in (folder / "weigh_group.s").read_text()
+    assert "\tfcvtl\t" in (folder / "weigh_page.s").read_text()
     for name in arm.FLOATS:
         assert "\tfmul\t" in (folder / f"{name}.s").read_text(), name
 

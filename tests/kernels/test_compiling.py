@@ -6,12 +6,13 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from bitskip_cpu import compiling, isa, native, shipped
-from bitskip_cpu.compiling import ARGUMENTS, KERNELS, Kernels, cache_directory
+from bitskip_cpu import beside, compiling, isa, native, shipped
+from bitskip_cpu.compiling import ARGUMENTS, CALLED, KERNELS, Kernels, cache_directory
 from tests.helpers import random_folder, twin
 
 
@@ -31,6 +32,9 @@ def test_kernels_count_as_compiled_once_used() -> None:
     assert KERNELS.compiled
 
 
+RUN = b"code of run and code of attend_part"
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Names of the kernels compiled, into an empty folder; nothing is really made or loaded."""
@@ -40,13 +44,16 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     def machine_code(name: str, arguments: int, progress: compiling.Progress) -> bytes:
         names.append(name)
+        progress(1.0)
         return b"code of " + name.encode()
 
     monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(isa, "INTERPRETED", False)
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "shipped")  # whatever the clone holds
     monkeypatch.setattr(object_code, "machine_code", machine_code)
-    monkeypatch.setattr(native, "load", lambda code, *_: code)
+    monkeypatch.setattr(object_code, "work", lambda name: 1)
+    monkeypatch.setattr(beside, "possible", lambda: False)
+    monkeypatch.setattr(native, "load", lambda codes, *_: b" and ".join(codes))
     return names
 
 
@@ -54,7 +61,7 @@ def test_a_kernel_is_compiled_once(made: list[str]) -> None:
     assert not Kernels().compiled
     for _ in range(2):
         kernels = Kernels()
-        assert [kernels.function(name) for name in ARGUMENTS] == [b"code of run", b"code of repack"]
+        assert [kernels.function(name) for name in CALLED] == [RUN, b"code of repack"]
         assert kernels.compiled
     assert made == list(ARGUMENTS)
     assert Kernels().compiled
@@ -68,10 +75,59 @@ def test_a_damaged_file_is_made_anew(made: list[str], damage: bytes | None) -> N
     assert kernels.directory is not None
     file = kernels.directory / "run"
     file.write_bytes(file.read_bytes()[:-1] if damage is None else damage)
-    assert Kernels().function("run") == b"code of run"
-    assert made == ["run", "run"]
+    assert Kernels().function("run") == RUN
+    assert made == [*ARGUMENTS, "run"]
     Kernels().function("run")
-    assert made == ["run", "run"]
+    assert made == [*ARGUMENTS, "run"]
+
+
+class Stub:
+    """A second process that brings what it is said to."""
+
+    def __init__(self, codes: dict[str, bytes]) -> None:
+        self.codes, self.asked = codes, list[str]()
+
+    def __call__(self, names: list[str], cache: str, progress: Callable[..., None]) -> Stub:
+        self.asked = list(names)
+        progress(names[0], 1.0)
+        return self
+
+    def code(self, name: str) -> bytes | None:
+        return self.codes.get(name)
+
+    def __enter__(self) -> Stub:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def test_what_a_second_process_cannot_make_is_made_here(
+    made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three pieces one here, one there; the third is missing there. Progress ends at 1."""
+    stub, shares = Stub({"attend_part": b"code of attend_part"}), list[float]()
+    monkeypatch.setattr(beside, "possible", lambda: True)
+    monkeypatch.setattr(beside, "Beside", stub)
+    assert Kernels().function("run", shares.append) == RUN
+    assert stub.asked == ["attend_part", "repack"] and made == ["run", "repack"]
+    assert shares == sorted(shares) and shares[-1] == 1
+    assert Kernels().function("repack") == b"code of repack" and made == ["run", "repack"]
+
+
+@pytest.mark.skipif(isa.INTERPRETED, reason="nothing is compiled")
+def test_a_second_process() -> None:
+    """It makes the same code as this one would; told of another cache folder, none."""
+    shares: list[float] = []
+    with beside.Beside(["repack"], "kernels-of-others", print) as second:
+        assert second.code("repack") is None
+    cache = compiling.cache_folder().name
+    with beside.Beside(["repack"], cache, lambda _, share: shares.append(share)) as second:
+        code = second.code("repack")
+    assert code and native.load([code], "repack", ARGUMENTS["repack"])
+    assert shares == sorted(shares) and shares[-1] == 1
+    with beside.Beside(["run"], cache, print) as second:
+        pass
+    assert second._process.returncode  # ended with the statement
 
 
 @pytest.mark.skipif(isa.INTERPRETED, reason="nothing is compiled")

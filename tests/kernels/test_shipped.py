@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bitskip_cpu import isa, shipped, sources
-from bitskip_cpu.compiling import ARGUMENTS, Kernels
+from bitskip_cpu.compiling import ARGUMENTS, CALLED, Kernels
 from bitskip_cpu.shipped import make
 from tests.kernels.test_compiling import made
 
@@ -42,7 +42,7 @@ def manifest(made: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_nothing_is_compiled(manifest: Path, made: list[str]) -> None:
     kernels = Kernels()
     assert kernels.compiled
-    assert [kernels.function(name) for name in ARGUMENTS] == [CODE] * len(ARGUMENTS)
+    assert [kernels.function(name) for name in CALLED] == [CODE + b" and " + CODE, CODE]
     assert made == []
     assert not list(manifest.parent.parent.glob("kernels-*"))
 
@@ -75,8 +75,9 @@ def test_what_is_not_for_here_is_not_used(manifest: Path, made: list[str], damag
     assert shipped.code("run") == CODE
     DAMAGES[damage](manifest)
     assert shipped.code("run") is None
-    assert Kernels().function("run") == b"code of run"
-    assert made == ["run"]
+    assert b"code of run" in Kernels().function("run")
+    of_one_file = damage in ("a byte", "cut short", "gone", "a folder")
+    assert made == (["run"] if of_one_file else list(ARGUMENTS))
 
 
 def test_only_linux_has_any(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
