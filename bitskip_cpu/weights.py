@@ -75,7 +75,7 @@ class Weights:
         self._heads: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.products = self._products()
         self.norm_offsets, self.params = self._params()
-        if config.linear == "ternary":
+        if config.linear != "float32":
             self.linear = self._tiles(blocks)
         else:
             self.linear = in_a_row([t for block in blocks for product in block for t in product])
@@ -90,11 +90,20 @@ class Weights:
         }
 
     def _tiles(self, blocks: Sequence[Sequence[Sequence[np.ndarray]]]) -> np.ndarray:
-        """Every block's packed rows as tiles, uint8 [L * layer_bytes]; made on all cores."""
+        """Every block's rows as tiles, uint8 [L * layer_bytes]; made on all cores."""
         result = aligned((len(blocks) * self.layer_bytes,), np.uint8, zeros=False)
         widest = max(
             max(int(p["padded"]), 4 * packed_width(int(p["width"]))) for p in self.products
         )
+
+        def pack_rows(i: int) -> None:
+            for p, members in zip(self.products, blocks[i], strict=True):
+                rows, size = ternary_layout.padded_rows(int(p["rows"])), int(p["row_bytes"])
+                at = i * self.layer_bytes + int(p["weights"])
+                tiles = result[at : at + rows * size].reshape(rows, size)
+                vocab_layout.pack(np.concatenate(members), 8, tiles)
+                for t in members:
+                    give_back(t)
 
         def repack(i: int) -> None:
             scratch = np.empty(32 * (widest + 64) + 512, np.uint8)
@@ -108,7 +117,8 @@ class Weights:
                 for t in members:
                     give_back(t)
 
-        in_parallel(repack, range(len(blocks)), result.nbytes)
+        make = repack if self.config.linear == "ternary" else pack_rows
+        in_parallel(make, range(len(blocks)), result.nbytes)
         return result
 
     def _products(self) -> np.ndarray:
@@ -131,7 +141,11 @@ class Weights:
             if c.linear == "ternary":
                 p["row_bytes"] = ternary_layout.tile_bytes(width) // ternary_layout.TILE_ROWS
                 rows = ternary_layout.padded_rows(rows)
-            p["alphas"] = names.index(members[0])
+            elif c.linear == "int8":
+                p["padded"] = p["row_bytes"] = vocab_layout.row_bytes(width, 8)
+                rows = ternary_layout.padded_rows(rows)
+            before = names[: names.index(members[0])]
+            p["alphas"] = sum(shapes[n][0] if c.linear == "int8" else 1 for n in before)
             p["end0"], p["end1"] = ends[0], ends[min(1, len(ends) - 1)]
             offset += rows * int(p["row_bytes"])
         self.layer_bytes = int(offset)
@@ -143,7 +157,8 @@ class Weights:
         -> (byte offsets of the norms, f32 [L, P]).
         """
         c, t = self.config, self.tensors
-        offsets, size, biases = {}, SCALES, {}
+        scales = sum(out for out, _ in c.linear_shapes().values()) if c.linear == "int8" else SCALES
+        offsets, size, biases = {}, scales, {}
         for index, members in self._members().items():
             for name in members:
                 if name in c.bias_shapes():
@@ -156,9 +171,9 @@ class Weights:
             size += width * (2 if c.norm == "layer" else 1)
         table = np.zeros((c.num_hidden_layers, size), np.float32)
         for i, row in enumerate(table):
-            if c.linear == "ternary":
-                scales = [t[f"layers.{i}.{name}.scale"] for name in c.linear_shapes()]
-                row[: len(scales)] = np.concatenate(scales)
+            if c.linear != "float32":
+                found = np.concatenate([t[f"layers.{i}.{n}.scale"] for n in c.linear_shapes()])
+                row[: len(found)] = found
             for name, start in biases.items():
                 values = t[f"layers.{i}.{name}.bias"]
                 row[start : start + values.size] = values
@@ -230,7 +245,8 @@ def random_tensors(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
                 part = flat[first : first + (1 << 20)]
                 part[:] = rng.integers(-largest, largest + 1, part.size, np.int8)
         elif name.endswith(".scale"):
-            flat[:] = rng.uniform(0.5, 1.5, flat.size) * (0.02 if "_proj" in name else 2e-3)
+            size = 2e-3 if "_proj" not in name else 2e-4 if config.linear == "int8" else 0.02
+            flat[:] = size * rng.uniform(0.5, 1.5, flat.size)
         elif len(shape) == 1:
             flat[:] = 0.1 * rng.standard_normal(flat.size) + name.endswith(".weight")
         else:

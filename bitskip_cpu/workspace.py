@@ -15,10 +15,12 @@ from bitskip_cpu.kernels.layout import (
     DOWN,
     FLOAT16,
     FLOAT32,
+    FLOAT_ROWS,
     GATED_RELU2,
     INT4,
     INT6,
     INT8,
+    INT8_ROWS,
     LANES,
     LEVELS,
     OUT,
@@ -27,18 +29,21 @@ from bitskip_cpu.kernels.layout import (
     RELU2,
     STATE,
     SWIGLU,
+    TERNARY,
     UP,
     int8_scratch,
     key_slots,
     sync_words,
 )
 from bitskip_cpu.weights import Weights
-from bitskip_ref.config import HEAD_BITS
+from bitskip_ref.config import HEAD_BITS, odd_part
 from bitskip_ref.decoding.draft import MOST, Draft
 from bitskip_ref.engine import Run
+from bitskip_ref.hartley import hartley
 from bitskip_ref.rope import rope_table
 
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
+LINEAR_KINDS = {"ternary": TERNARY, "int8": INT8_ROWS, "float32": FLOAT_ROWS}
 VOCAB_KINDS = {"int8": INT8, "int6": INT6, "int4": INT4, "float32": FLOAT32, "float16": FLOAT16}
 LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: no kernel of products.amx takes more
 SHARE_FROM = 1 << 16  # bytes of weights below which a stage is not worth sharing
@@ -95,7 +100,7 @@ class Workspace:
             "head_padded": padded_keys(c.head_dim), "value_width": padded_values(c.head_dim),
             "attention": c.attention_size,
             "kv": c.kv_size, "ffn": c.intermediate_size, "vocab": c.vocab_size,
-            "ternary": c.linear == "ternary", "hadamard": c.hadamard,
+            "linear_kind": LINEAR_KINDS[c.linear], "hadamard": c.hadamard,
             "layer_norm": c.norm == "layer", "post_norm": c.norm_position == "post",
             "sub_norm": c.sub_norm, "qk_norm": c.qk_norm, "embedding_norm": c.embedding_norm,
             "ffn_kind": FFN_KINDS[c.ffn], "squared": c.relu2_in_linear, "norm_eps": c.norm_eps,
@@ -115,6 +120,13 @@ class Workspace:
         s["embedding"] = self._keep(w.tensors["embed_tokens.weight"])
         if w.config.head_format in HEAD_BITS:
             s["embedding_scale"] = self._keep(w.tensors["embed_tokens.scale"])
+        if w.config.hadamard and w.config.linear == "int8":
+            for p in self.products:
+                p["odd"] = odd_part(int(p["width"]))
+                p["table"] = self._keep(hartley(int(p["odd"])))
+        if w.config.rotated_head:
+            s["head_odd"] = odd_part(w.config.hidden_size)
+            s["head_table"] = self._keep(hartley(int(s["head_odd"])))
         if w.config.embedding_norm:
             s["first_norm"] = self._keep(w.norm("embedding_norm"))
 

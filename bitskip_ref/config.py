@@ -24,7 +24,7 @@ BIASES: dict[str, tuple[str, ...]] = {
 
 # Allowed words of the text fields; anything else is refused when a config is made.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "linear": ("ternary", "float32"),
+    "linear": ("ternary", "int8", "float32"),
     "ffn": ("swiglu", "relu2", "gated_relu2"),
     "norm": ("rms", "layer"),
     "norm_position": ("pre", "post"),
@@ -39,6 +39,9 @@ HEAD_BITS = {"int8": 8, "int6": 6, "int4": 4}
 """head_format -> bits of the codes of embedding and head (SPEC 4.4); the others are floats."""
 
 
+MOST_ODD = 255
+"""The largest odd part of a width that SPEC 5.3 turns: its work grows with it."""
+
 MOST_LAYERS = 4096
 """Every block has about twenty tensors, whose table is made before a file is compared with it."""
 
@@ -51,6 +54,11 @@ class ConfigError(ValueError):
 def _types() -> dict[str, Any]:
     """Field -> its type. Finding them takes longer than all checks, so once."""
     return get_type_hints(ModelConfig)
+
+
+def odd_part(width: int) -> int:
+    """m of width = m * 2^k, m odd."""
+    return width // (width & -width)
 
 
 @dataclass(frozen=True)
@@ -76,13 +84,15 @@ class ModelConfig:
     """The context: the most positions that a prompt and its continuation may have."""
     # Arithmetic
     linear: str = "ternary"
-    """Weights of the linear layers: `ternary` (SPEC 4.1 to 4.3; v1 Eq. 7, v2 Eq. 1), or `float32`,
-    which quantizes nothing (the papers' FP models)."""
+    """Weights of the linear layers: `ternary` (SPEC 4.1 to 4.3; v1 Eq. 7, v2 Eq. 1), `int8` (rows
+    with a scale each, SPEC 4.8), or `float32`, which quantizes nothing (the papers' FP models)."""
     activation_bits: int = 8
-    """Bits of the activations that enter ternary layers: 8 or 4 (SPEC 4.2; v2 Eq. 2)."""
+    """Bits of the activations that enter ternary layers: 8 or 4 (SPEC 4.2; v2 Eq. 2). `int8` layers
+    take 8."""
     hadamard: bool = False
     """Whether activations go through a Hadamard transform before they are quantized (SPEC 5;
-    v2 Eq. 3). Needs `linear = "ternary"`."""
+    v2 Eq. 3); in `int8` layers through one that needs no padding (SPEC 5.3). Needs `linear =
+    "ternary"` or `"int8"`."""
     ffn: str = "swiglu"
     """The FFN (SPEC 7.1): `swiglu` (v1), `relu2` (v2 Eq. 3), `gated_relu2` (BitNet b1.58 2B4T)."""
     relu2_in_linear: bool = False
@@ -172,8 +182,17 @@ class ModelConfig:
                 f"rope_low_freq_factor = {self.rope_low_freq_factor}: must be above 0 and below "
                 f"rope_high_freq_factor = {self.rope_high_freq_factor}"
             )
-        if self.hadamard and self.linear != "ternary":
-            raise ConfigError("hadamard = true: needs linear = 'ternary' (SPEC 5.1)")
+        if self.hadamard and self.linear == "float32":
+            raise ConfigError("hadamard = true: needs linear = 'ternary' or 'int8' (SPEC 5)")
+        if self.linear == "int8" and self.activation_bits != 8:
+            raise ConfigError(f"activation_bits = {self.activation_bits}: linear = 'int8' takes 8")
+        if self.hadamard and self.linear == "int8":
+            for width in self.linear_inputs():
+                if odd_part(width) > MOST_ODD:
+                    raise ConfigError(
+                        f"hadamard = true: a width of {width} is {odd_part(width)} times a power "
+                        f"of two; at most {MOST_ODD} times one is turned (SPEC 5.3)"
+                    )
         if self.relu2_in_linear and not (self.hadamard and self.ffn == "relu2"):
             raise ConfigError("relu2_in_linear = true: needs hadamard = true and ffn = 'relu2'")
         if self.exit_head == "per_layer" and self.tie_word_embeddings:
@@ -204,8 +223,14 @@ class ModelConfig:
         return self.hidden_size, self.attention_size, self.intermediate_size
 
     def padded(self, width: int) -> int:
-        """Input width of a linear layer: the next power of two under Hadamard (SPEC 5.1)."""
-        return 1 << (width - 1).bit_length() if self.hadamard else width
+        """Input width of a linear layer: the next power of two in an H-BitLinear (SPEC 5.1)."""
+        whole = self.hadamard and self.linear == "ternary"
+        return 1 << (width - 1).bit_length() if whole else width
+
+    @property
+    def rotated_head(self) -> bool:
+        """Whether embedding and head lie in the space that SPEC 5.3 turns to (SPEC 5.4)."""
+        return self.hadamard and self.linear == "int8" and self.head_format in HEAD_BITS
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Name -> (out, in) of one block's linear layers, in file order (FORMAT 3)."""

@@ -11,7 +11,7 @@ from bitskip_ref.arithmetic.attention import attention, int8_attention
 from bitskip_ref.arithmetic.confidence import confidence
 from bitskip_ref.arithmetic.ffn import ffn_activation
 from bitskip_ref.arithmetic.functions import half, relu, relu2, sigmoid
-from bitskip_ref.arithmetic.hadamard import rotate
+from bitskip_ref.arithmetic.hadamard import rotate, rotate_unpadded
 from bitskip_ref.arithmetic.norms import layer_norm, rms_norm
 from bitskip_ref.arithmetic.quant import (
     float_linear,
@@ -77,10 +77,11 @@ class ReferenceModel(Engine):
     # ---- the forward pass, top to bottom --------------------------------------------
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
-        """ids [T] -> x [T, D] (SPEC 4.4, 7.4)."""
+        """ids [T] -> x [T, D] (SPEC 4.4, 5.4, 7.4)."""
         x = self.tensors["embed_tokens.weight"][ids].astype(f32)
         if self.config.head_format in HEAD_BITS:
             x = x * self.tensors["embed_tokens.scale"][ids][:, None]
+        x = rotate_unpadded(x) if self.config.rotated_head else x
         return self.norm("embedding_norm", x) if self.config.embedding_norm else x
 
     def block(
@@ -141,19 +142,23 @@ class ReferenceModel(Engine):
         return y if bias is None else y + bias
 
     def product(self, name: str, x: np.ndarray) -> np.ndarray:
-        """BitLinear, H-BitLinear or a float32 layer (SPEC 4.3, 5.1, 4.5, 4.6)."""
-        weight = self.tensors[f"{name}.weight"]
+        """BitLinear, H-BitLinear, int8 rows or float32 (SPEC 4.3, 5.1, 4.8, 5.3, 4.5, 4.6)."""
+        weight, ternary = self.tensors[f"{name}.weight"], self.config.linear == "ternary"
         if self.config.linear == "float32":
             return float_linear(x, weight)
         if self.config.hadamard:
-            x = rotate(x)
-        alpha = self.tensors[f"{name}.scale"][0]
-        y = ternary_linear(x, weight, alpha, self.config.activation_bits)
+            x = rotate(x) if ternary else rotate_unpadded(x)
+        scale = self.tensors[f"{name}.scale"]
+        if ternary:
+            y = ternary_linear(x, weight, scale[0], self.config.activation_bits)
+        else:
+            y = int8_linear(x, weight, scale)
         return relu2(y) if self.config.relu2_in_linear else y
 
     def head(self, name: str, x: np.ndarray) -> np.ndarray:
-        """An exit's head: int8 rows or float (SPEC 4.4, 4.5)."""
+        """An exit's head: integer rows or float (SPEC 4.4, 5.4, 4.5)."""
         weight = self.tensors[f"{name}.weight"]
+        x = rotate_unpadded(x) if self.config.rotated_head else x
         if self.config.head_format in HEAD_BITS:
             return int8_linear(x, weight, self.tensors[f"{name}.scale"])
         return float_linear(x, weight)

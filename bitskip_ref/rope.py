@@ -31,7 +31,7 @@ def _frequencies(theta: float, head_dim: int) -> np.ndarray:
     return np.array([float(context.exp(e)) for e in exponents])
 
 
-def _sine_cosine(angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sine_cosine(angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """sin and cos of binary64 angles within 1e-13, from + - * and rounding only."""
     quadrant = np.rint(angle * (2.0 / np.pi))
     r = angle
@@ -74,7 +74,7 @@ def _table(
     for start in range(0, positions, PIECE):
         piece = slice(start, min(start + PIECE, positions))
         angle = np.arange(piece.start, piece.stop, dtype=np.float64)[:, None] * frequencies
-        sine[piece], cosine[piece] = _sine_cosine(angle)
+        sine[piece], cosine[piece] = sine_cosine(angle)
     sine.setflags(write=False)
     cosine.setflags(write=False)
     return cosine, sine

@@ -20,14 +20,15 @@ class FormatError(ValueError):
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[type, tuple[int, ...]]]:
     """Name -> (dtype, shape) of every tensor, in file order (FORMAT 3)."""
-    ternary = config.linear == "ternary"
     blocks = range(config.num_hidden_layers)
     table: dict[str, tuple[type, tuple[int, ...]]] = {}
     for i in blocks:
         for name, (rows, width) in config.linear_shapes().items():
-            table[f"layers.{i}.{name}.weight"] = (
-                (np.uint8, (rows, packed_width(width))) if ternary else (np.float32, (rows, width))
-            )
+            table[f"layers.{i}.{name}.weight"] = {
+                "ternary": (np.uint8, (rows, packed_width(width))),
+                "int8": (np.int8, (rows, width)),
+                "float32": (np.float32, (rows, width)),
+            }[config.linear]
     heads = ["embed_tokens"] + ([] if config.tie_word_embeddings else ["lm_head"])
     exits = range(1, config.num_hidden_layers)
     if config.exit_head == "per_layer":
@@ -35,10 +36,11 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[type, tuple[int, ..
     for name in heads:
         shape = (config.vocab_size, config.hidden_size)
         table[f"{name}.weight"] = (HEAD_DTYPES[config.head_format], shape)
-    if ternary:
+    if config.linear != "float32":
         for i in blocks:
-            for name in config.linear_shapes():
-                table[f"layers.{i}.{name}.scale"] = (np.float32, (1,))
+            for name, (rows, _) in config.linear_shapes().items():
+                scales = 1 if config.linear == "ternary" else rows
+                table[f"layers.{i}.{name}.scale"] = (np.float32, (scales,))
     if config.head_format in HEAD_BITS:
         for name in heads:
             table[f"{name}.scale"] = (np.float32, (config.vocab_size,))
@@ -120,11 +122,12 @@ def _check(
         except IllegalCodeError as error:
             raise FormatError(f"{WEIGHTS}: {name}: {error}") from None
     elif kind is np.int8:
-        largest = 2 ** (HEAD_BITS[config.head_format] - 1) - 1
+        form = "int8" if name.endswith("_proj.weight") else config.head_format
+        largest = 2 ** (HEAD_BITS[form] - 1) - 1
         if t.size and (t.min() < -largest or t.max() > largest):
             worst = t.min() if t.min() < -largest else t.max()
             raise FormatError(
-                f"{WEIGHTS}: {name} holds the illegal {config.head_format} code {worst}: "
+                f"{WEIGHTS}: {name} holds the illegal {form} code {worst}: "
                 f"codes lie in -{largest}..{largest}"
             )
     elif not np.isfinite(t).all():

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitskip_ref.config import HEAD_BITS
+from bitskip_ref.config import HEAD_BITS, odd_part
 from bitskip_ref.constants import (
     EXP_COEFFICIENTS,
     EXP_MAX,
@@ -28,6 +28,7 @@ from bitskip_ref.constants import (
     SOFTMAX_UNIT,
     SQRT_HALF,
 )
+from bitskip_ref.hartley import hartley
 from bitskip_train.fast import FastOps, Prepared, Rotations
 
 CHUNK = 1 << 21  # most values of a temporary: the sums by tree need their products in memory
@@ -109,6 +110,17 @@ def confidence(z: Tensor, measure: str) -> Tensor:
         return (one - exp(d.topk(2).values[1])) / total
     entropy = log(total) - feature_sum(e * d) / total
     return one - entropy / log(z.new_tensor(len(z)))
+
+
+def butterflies(x: Tensor) -> Tensor:
+    """SPEC 5.2 without its scale over the last axis: f32 [..., n], n a power of two."""
+    n = x.shape[-1]
+    h = n // 2
+    while h:
+        a, b = x.unflatten(-1, (n // (2 * h), 2, h)).unbind(-2)
+        x = torch.stack([a + b, a - b], -2).flatten(-3)
+        h //= 2
+    return x
 
 
 def relu(x: Tensor) -> Tensor:
@@ -223,17 +235,27 @@ class ExactOps(FastOps):
     def ternary_product(
         self, codes: Tensor, step: Tensor, prepared: Prepared, weights: Sequence[Tensor]
     ) -> Tensor:
-        return integer_product(codes, prepared.ternary, 127) * (step * prepared.alpha)
+        bound = 127 * prepared.largest
+        return integer_product(codes, prepared.codes, bound) * (step * prepared.alpha)
 
     def rotate(self, x: Tensor, rotations: Rotations) -> Tensor:
-        x = pad_last(x)
+        x = butterflies(pad_last(x))
+        return x * (1.0 / math.sqrt(x.shape[-1]))
+
+    def unpadded_rotations(self, widths: Sequence[int], device: torch.device) -> Rotations:
+        return {}
+
+    def rotate_unpadded(self, x: Tensor, rotations: Rotations) -> Tensor:
         n = x.shape[-1]
-        h = n // 2
-        while h:
-            a, b = x.unflatten(-1, (n // (2 * h), 2, h)).unbind(-2)
-            x = torch.stack([a + b, a - b], -2).flatten(-3)
-            h //= 2
-        return x * (1.0 / math.sqrt(n))
+        m = odd_part(n)
+        rows = butterflies(x.unflatten(-1, (m, n // m)))
+        if m > 1:
+            table = torch.tensor(hartley(m))
+            total = table[:, 0, None] * rows[..., None, 0, :]
+            for j in range(1, m):
+                total = total + table[:, j, None] * rows[..., None, j, :]
+            rows = total
+        return rows.flatten(-2) * (1.0 / math.sqrt(n))
 
     # ---- embedding, heads, gates ----------------------------------------------------
 

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitskip_ref.config import odd_part
 from bitskip_ref.constants import SCALE_FLOOR
+from bitskip_ref.hartley import hartley
 from bitskip_train.attention import grouped_attention
 from bitskip_train.functions import QuantizeActivations, TernaryProduct
 
@@ -23,9 +25,10 @@ from bitskip_train.functions import QuantizeActivations, TernaryProduct
 class Prepared(NamedTuple):
     """Quantized weights of linear layers that share an input, one below the other."""
 
-    ternary: Tensor  # [out, in], values -1, 0, 1 in the dtype of the product
-    alpha: Tensor  # f32 [out], the scale of each row's tensor
-    scaled: Tensor | None  # ternary * alpha in the dtype of the product, for the backward pass
+    codes: Tensor  # [out, in], whole numbers in the dtype of the product
+    alpha: Tensor  # f32 [out], the scale of each row or of its tensor
+    scaled: Tensor | None  # codes * alpha in the dtype of the product, for the backward pass
+    largest: int  # of the codes' magnitudes: 1 (ternary) or 127 (int8)
 
 
 Rotations = dict[int, tuple[Tensor, ...]]
@@ -65,20 +68,27 @@ class FastOps:
         """SPEC 4.1: alpha, f32 scalar, of a tensor [out, in]."""
         return w.abs().mean().clamp_min(SCALE_FLOOR)
 
-    def prepare(self, weights: Sequence[Tensor], scales: Sequence[Tensor | None]) -> Prepared:
-        """Quantize (SPEC 4.1) full-precision weights f32 (out_i, in), recording no gradient.
+    def prepare(
+        self, weights: Sequence[Tensor], scales: Sequence[Tensor | None], ternary: bool = True
+    ) -> Prepared:
+        """Quantize (SPEC 4.1, 4.8) full-precision weights f32 (out_i, in), recording no gradient.
 
-        A weight with a scale (f32 [1]) is loaded: int8 codes already, taken as they are.
+        A weight with a scale (f32 [1] or [out_i]) is loaded: int8 codes already, taken as they are.
         """
         codes, alphas = [], []
-        for w, scale in zip(weights, scales, strict=True):
+        for w, alpha in zip(weights, scales, strict=True):
             w = w.detach()
-            alpha = self.weight_scale(w) if scale is None else scale[0]
-            codes.append((ternary_codes(w, alpha) if scale is None else w).to(self.dtype))
+            if alpha is None and ternary:
+                alpha = self.weight_scale(w)
+                w = ternary_codes(w, alpha)
+            elif alpha is None:
+                w, steps = self.quantize(w, 8)
+                alpha = steps[:, 0]
+            codes.append(w.to(self.dtype))
             alphas.append(alpha.expand(w.shape[0]))
-        ternary, alpha = torch.cat(codes), torch.cat(alphas)
-        scaled = None if self.exact else ternary * alpha[:, None].to(self.dtype)
-        return Prepared(ternary, alpha, scaled)
+        whole, alpha = torch.cat(codes), torch.cat(alphas)
+        scaled = None if self.exact else whole * alpha[:, None].to(self.dtype)
+        return Prepared(whole, alpha, scaled, 1 if ternary else 127)
 
     def quantize(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """SPEC 4.2 with straight-through gradient: codes in the product's dtype, step f32."""
@@ -87,9 +97,9 @@ class FastOps:
     def ternary_product(
         self, codes: Tensor, step: Tensor, prepared: Prepared, weights: Sequence[Tensor]
     ) -> Tensor:
-        """SPEC 4.3: [..., in] -> [..., sum of out_i]."""
+        """SPEC 4.3, 4.8: [..., in] -> [..., sum of out_i]."""
         return TernaryProduct.apply(
-            codes, step, prepared.ternary, prepared.scaled, prepared.alpha, *weights
+            codes, step, prepared.codes, prepared.scaled, prepared.alpha, *weights
         )
 
     def finish(self, y: Tensor, rotations: Rotations) -> Tensor:
@@ -126,6 +136,25 @@ class FastOps:
         left, right = factors
         grid = F.pad(x, (0, n - width)).unflatten(-1, (len(left), len(right)))
         return (left @ (grid @ right)).flatten(-2)
+
+    def unpadded_rotations(self, widths: Sequence[int], device: torch.device) -> Rotations:
+        """What `rotate_unpadded` needs for inputs of these widths."""
+        found: Rotations = {}
+        for width in set(widths):
+            m = odd_part(width)
+            (halves,) = FastOps.rotations(self, (width // m,), device).values()
+            left = torch.tensor(hartley(m) / math.sqrt(m)).to(device, self.dtype)
+            found[width] = (left, *halves)
+        return found
+
+    def rotate_unpadded(self, x: Tensor, rotations: Rotations) -> Tensor:
+        """SPEC 5.3: [..., n] -> [..., n]."""
+        left, *halves = rotations[x.shape[-1]]
+        grid = x.to(self.dtype).unflatten(-1, [len(left), *map(len, halves)])
+        grid = grid @ halves[-1]
+        if len(halves) == 2:
+            grid = (halves[0] @ grid).flatten(-2)
+        return (left @ grid).flatten(-2)
 
     # ---- embedding, heads, gates ----------------------------------------------------
 

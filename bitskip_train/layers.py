@@ -168,7 +168,8 @@ class Block(nn.Module):
         if group in self._kept:
             return self._kept[group]
         layers = self.linears(group)
-        made = ops.prepare([x.weight for x in layers], [x.scale for x in layers])
+        ternary = self.config.linear == "ternary"
+        made = ops.prepare([x.weight for x in layers], [x.scale for x in layers], ternary)
         if layers[0].scale is not None:
             self._kept[group] = made
         return made
@@ -178,8 +179,9 @@ class Block(nn.Module):
         config, ops, layers = self.config, run.ops, self.linears(group)
         weights = [layer.weight for layer in layers]
         if config.hadamard:
-            x = ops.rotate(x, run.rotations)
-        if config.linear != "ternary" or run.bypass == "activations":
+            turn = ops.rotate if config.linear == "ternary" else ops.rotate_unpadded
+            x = turn(x, run.rotations)
+        if config.linear == "float32" or run.bypass == "activations":
             y = ops.float_product(x, weights)
         else:
             codes, step = ops.quantize(x, config.activation_bits)

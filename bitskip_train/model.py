@@ -119,14 +119,22 @@ class BitskipModel(nn.Module):
         rows = slice(first, first + tokens)
         config = self.config
         widths = (*config.linear_inputs(), config.kv_size) if config.hadamard else ()
-        rotations = ops.rotations(widths, self.rope_cos.device)
+        make = ops.rotations if config.linear == "ternary" else ops.unpadded_rotations
+        rotations = make(widths, self.rope_cos.device)
         return Pass(ops, bypass, first, self.rope_cos[rows], self.rope_sin[rows], rotations)
 
     def embed(self, ids: Tensor, ops: FastOps) -> Tensor:
         """ids [B, T] -> f32 [B, T, D], normed where the configuration says so."""
         table = self.embed_tokens
         x = ops.embed(ids, table.weight, table.scale, self.config.head_format)
+        x = self.turn_head(x, ops)
         return self.embedding_norm(x, ops) if self.config.embedding_norm else x
+
+    def turn_head(self, x: Tensor, ops: FastOps) -> Tensor:
+        """SPEC 5.4, where the configuration says so: f32 [..., D] -> [..., D]."""
+        if not self.config.rotated_head:
+            return x
+        return ops.rotate_unpadded(x, ops.unpadded_rotations([x.shape[-1]], x.device))
 
     def forward(
         self,
@@ -216,7 +224,8 @@ class BitskipModel(nn.Module):
         ops, norm, head = self.ops(), self.exit_norm(n), self.exit_head(n)
         with self.region(ops):
             normed_hidden = norm(hidden, ops) if normed else hidden
-            z = ops.head(normed_hidden, head.weight, head.scale, self.config.head_format)
+            turned = self.turn_head(normed_hidden, ops)
+            z = ops.head(turned, head.weight, head.scale, self.config.head_format)
         if trace is not None:
             trace("exit_norm", normed_hidden)
             trace("logits", z)

@@ -244,8 +244,11 @@ def check_settings(config: ModelConfig, train: TrainConfig) -> None:
         )
     if train.route_lambda and not config.gates:
         raise ConfigError("route_lambda above 0: needs model.gates = true")
-    if train.hadamard_form != "definition" and not config.hadamard:
-        raise ConfigError(f"hadamard_form = {train.hadamard_form!r}: needs model.hadamard = true")
+    if train.hadamard_form != "definition" and (not config.hadamard or config.linear == "int8"):
+        raise ConfigError(
+            f"hadamard_form = {train.hadamard_form!r}: needs model.hadamard = true and ternary "
+            "linear layers"
+        )
     if train.linear_form != "definition":
         _check_public(config, train)
     if train.quant_lambda and config.linear != "ternary":

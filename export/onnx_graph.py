@@ -90,7 +90,7 @@ class ExitGraph:
         """The finished model; `external` as in `GraphBuilder.model`."""
         metadata = {
             EXIT_KEY: str(self.exit_layer),
-            ARITHMETIC_KEY: "exact" if self.config.linear == "ternary" else "tolerance",
+            ARITHMETIC_KEY: "tolerance" if self.config.linear == "float32" else "exact",
             CONFIG_KEY: json.dumps(self.config.to_dict()),
             CACHE_KEY: self.kv_cache,
         }
@@ -117,6 +117,7 @@ class ExitGraph:
         if c.head_format in HEAD_BITS:
             scale = g.op("Gather", self.head_scale("embed_tokens"), ids)
             x = g.op("Mul", x, g.op("Unsqueeze", scale, g.const(np.int64(1))))
+            x = ops.rotate_unpadded(g, x, c.hidden_size) if c.rotated_head else x
         x = self.norm("embedding_norm", x) if c.embedding_norm else x
         self.report("embed", x, c.hidden_size)
         return x
@@ -182,18 +183,24 @@ class ExitGraph:
         ]
 
     def products(self, names: list[str], x: str, width: int) -> list[str]:
-        """Those layers without their biases (SPEC 4.3, 4.5, 4.6, 5.1)."""
+        """Those layers without their biases (SPEC 4.3, 4.5, 4.6, 4.8, 5)."""
         g, c = self.g, self.config
         if c.linear == "float32":
             return [
                 g.op("MatMul", x, g.weight(key, self.tensors[key].T))
                 for key in (f"{name}.weight" for name in names)
             ]
+        ternary, outputs = c.linear == "ternary", []
         if c.hadamard:
-            x = ops.rotate(g, x, width)
+            x = (ops.rotate if ternary else ops.rotate_unpadded)(g, x, width)
         quantized = ops.quantize(g, x, c.activation_bits)
-        outputs = []
         for name in names:
+            if not ternary:
+                weight = g.weight(f"{name}.weight", self.tensors[f"{name}.weight"].T)
+                scale = g.weight(f"{name}.scale", self.tensors[f"{name}.scale"])
+                y = ops.int8_linear(g, quantized, weight, scale)
+                outputs.append(ops.relu2(g, y) if c.relu2_in_linear else y)
+                continue
             codes = unpack_ternary(self.tensors[f"{name}.weight"], c.padded(width))
             alpha = self.tensors[f"{name}.scale"]
             y = ops.ternary_linear(g, name, quantized, codes, alpha)
@@ -211,7 +218,10 @@ class ExitGraph:
         """x [T, D] -> logits [T, V] (SPEC 4.4, 4.5)."""
         weight = self.head_weight(name)
         if self.config.head_format in HEAD_BITS:
-            return ops.int8_linear(self.g, x, weight, self.head_scale(name))
+            if self.config.rotated_head:
+                x = ops.rotate_unpadded(self.g, x, self.config.hidden_size)
+            codes = ops.quantize(self.g, x, 8)
+            return ops.int8_linear(self.g, codes, weight, self.head_scale(name))
         shape = (self.config.hidden_size, self.config.vocab_size)
         return ops.float_linear(self.g, x, self.g.cast(weight, f32), shape)
 

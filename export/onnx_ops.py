@@ -13,6 +13,8 @@ import numpy as np
 
 from bitskip_export.onnx_builder import Dim, GraphBuilder, value_info
 from bitskip_ref import constants
+from bitskip_ref.config import odd_part
+from bitskip_ref.hartley import hartley
 
 f32 = np.float32
 
@@ -160,13 +162,13 @@ def ternary_linear(
     return g.op("Mul", g.cast(total, f32), g.op("Mul", step, g.const(alpha)))
 
 
-def int8_linear(g: GraphBuilder, x: str, weight: str, scale: str) -> str:
-    """SPEC 4.4. x [T, in], weight int8 [in, out], scale f32 [out] -> [T, out].
+def int8_linear(g: GraphBuilder, quantized: tuple[str, str], weight: str, scale: str) -> str:
+    """SPEC 4.4, 4.8. quantized [T, in], weight int8 [in, out], scale f32 [out] -> [T, out].
 
     Positive and negative activation codes are multiplied apart, as 7-bit numbers: pairs of
     products of uint8 128..255 with int8 would saturate on CPUs without VNNI.
     """
-    codes, step = quantize(g, x, 8)
+    codes, step = quantized
     signed = g.op("Concat", codes, g.op("Neg", codes), axis=0)
     parts = g.op("MatMulInteger", g.cast(g.op("Relu", signed), np.uint8), weight)
     total = g.op("Sub", *g.halves(parts, axis=0))
@@ -204,6 +206,26 @@ def rotate(g: GraphBuilder, x: str, width: int) -> str:
     x = g.reshape(butterflies(g, x, low, high), 0, low, high)
     x = g.reshape(g.op("Transpose", x, perm=[0, 2, 1]), 0, n)
     return g.op("Mul", x, g.const(f32(1.0 / math.sqrt(n))))
+
+
+def rotate_unpadded(g: GraphBuilder, x: str, width: int) -> str:
+    """SPEC 5.3: x [T, width] -> [T, width]."""
+    m = odd_part(width)
+    n = width // m  # x is seen as [T, m, n]; butterflies of its last axis
+    h = n // 2
+    while h:
+        x = g.reshape(x, 0, width // (2 * h), 2, h)
+        a, b = g.halves(x, axis=2)
+        x = g.op("Concat", g.op("Add", a, b), g.op("Sub", a, b), axis=2)
+        h //= 2
+    if m > 1:
+        table = hartley(m)
+        parts = g.split(g.reshape(x, 0, m, n), 1, [1] * m)  # [T, 1, n] each
+        x = ""
+        for j, part in enumerate(parts):
+            product = g.op("Mul", part, g.const(table[:, j, None]))  # [T, m, n]
+            x = g.op("Add", x, product) if x else product
+    return g.op("Mul", g.reshape(x, 0, width), g.const(f32(1.0 / math.sqrt(width))))
 
 
 def butterflies(g: GraphBuilder, x: str, n: int, run: int) -> str:

@@ -137,7 +137,8 @@ def pack(
             codes, alpha = ternary_codes(name, w, ternary)
             tensors[name], tensors[scale] = pack_ternary(codes), np.array([alpha])
         elif kind is np.int8:
-            tensors[name], tensors[scale] = integer_rows(w, HEAD_BITS[config.head_format])
+            form = "int8" if name.endswith("_proj.weight") else config.head_format
+            tensors[name], tensors[scale] = integer_rows(w, HEAD_BITS[form])
         else:
             if kind is np.float16 and np.abs(w).max() > np.finfo(np.float16).max:
                 raise ExportError(f"{name} exceeds float16 (65504): use --head int8 or float32")

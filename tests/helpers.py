@@ -30,6 +30,15 @@ OPTIONS: dict[str, ModelConfig] = {
     ),
     "biases": small_twin("bitskip-v1").replace(biases="qkvo", qk_norm=True),
     "biases-layer-norm": small_twin("wt2-h").replace(biases="qkv", qk_norm=True, head_dim=12),
+    "int8": small_twin("llama3").replace(
+        linear="int8",
+        hadamard=True,
+        head_format="int8",
+        biases="qkv",
+        hidden_size=36,
+        intermediate_size=28,
+    ),
+    "int8-plain": small_twin("wt2-baseline").replace(linear="int8", head_format="int4"),
     "relu2-in-linear": small_twin("wt2-bitskip").replace(relu2_in_linear=True),
     "4-bit-post-norm": small_twin("wt2-bitskip").replace(activation_bits=4),
 }
@@ -56,7 +65,7 @@ def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarra
 def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """A model folder's tensors, quantized from `random_parameters` by the reference."""
     parameters = random_parameters(config, seed)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, (kind, _) in expected_tensors(config).items():
         if name not in parameters:
             continue  # a scale: made with its weight
@@ -65,7 +74,8 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
             codes, alpha = quantize_weights(parameters[name])
             tensors[name], tensors[scale] = pack_ternary(codes), np.array([alpha])
         elif kind is np.int8:
-            codes, step = quantize_activations(parameters[name], HEAD_BITS[config.head_format])
+            form = "int8" if name.endswith("_proj.weight") else config.head_format
+            codes, step = quantize_activations(parameters[name], HEAD_BITS[form])
             tensors[name], tensors[scale] = codes, step[:, 0]
         else:
             tensors[name] = parameters[name].astype(kind)

@@ -18,11 +18,11 @@ def linear_weights(config: ModelConfig, exit_layer: int) -> int:
 
 
 def entropy_bytes(config: ModelConfig, exit_layer: int) -> float:
-    """Bytes of those weights at log2(3) bits each, or 4 bytes each if they are float32.
+    """Bytes of those weights: ternary ones at log2(3) bits each, int8 1, float32 4.
 
     The head is left out: the figure is the same for every runtime and every format.
     """
-    bits = TERNARY_BITS if config.linear == "ternary" else 32
+    bits = {"ternary": TERNARY_BITS, "int8": 8, "float32": 32}[config.linear]
     return linear_weights(config, exit_layer) * bits / 8
 
 
@@ -31,7 +31,7 @@ def multiply_adds(config: ModelConfig, exit_layer: int, tokens: int) -> int:
 
     0 if the linear layers are float32. Attention is left out.
     """
-    if config.linear != "ternary":
+    if config.linear == "float32":
         return 0
     head = config.vocab_size * config.hidden_size if config.head_format in HEAD_BITS else 0
     return tokens * linear_weights(config, exit_layer) + head

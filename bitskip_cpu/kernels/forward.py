@@ -12,6 +12,7 @@ from bitskip_cpu.kernels.arithmetic.elementwise import (
     first_of,
     layer_norm,
     relu,
+    rotate_unpadded,
     sigmoid,
     two_largest,
 )
@@ -66,13 +67,15 @@ PART_BYTES = 1 << 15  # of weights, about, in one part of a product
 
 @kernel
 def embed(s, t):
-    """Token t's embedding, and its norm if there is one (SPEC 4.4, 7.4)."""
+    """Token t's embedding, and its norm if there is one (SPEC 4.4, 5.4, 7.4)."""
     n, token, x_at = s.hidden, np.int64(int32s(s.ids, s.tokens)[t]), s.x + t * 4 * s.hidden
     if s.vocab_kind != FLOAT16 and s.vocab_kind != FLOAT32:
         codes, x = int8s(s.embedding + token * n, n), floats(x_at, n)
         scale = floats(s.embedding_scale, s.vocab)[token]
         for i in range(n):
             x[i] = f32(codes[i]) * scale
+        if s.head_odd:
+            rotate_unpadded(x_at, n, s.head_odd, s.head_table, s.scratch)
     elif s.vocab_kind == FLOAT16:
         widen(s.embedding + token * 2 * n, x_at, n)
     else:

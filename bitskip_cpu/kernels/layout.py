@@ -11,14 +11,14 @@ import numpy as np
 
 _STATE = """
     hidden heads kv_heads head_dim head_padded value_width attention kv ffn vocab
-    ternary hadamard layer_norm post_norm sub_norm qk_norm embedding_norm ffn_kind squared
+    linear_kind hadamard layer_norm post_norm sub_norm qk_norm embedding_norm ffn_kind squared
     norm_eps largest_code
 
     weights layer_bytes params params_stride attn_norm ffn_norm q_norm k_norm attn_sub_norm
     ffn_sub_norm
     first_norm cos sin key_slots embedding embedding_scale vocab_kind
     final_norm vocab_weights vocab_row_bytes vocab_scale
-    gate_norm gate_fc1 gate_fc2 gate_width
+    head_odd head_table gate_norm gate_fc1 gate_fc2 gate_width
 
     ids x mid qkv attended y up act input input_stride codes codes_stride steps sums
     scratch scratch_stride unpacked acc
@@ -52,19 +52,22 @@ of `head_bytes` bytes: the keys, and from byte `values` on the values, of number
 bytes (`attention/attend.py` has their order)."""
 
 _PRODUCT = (
-    "weights rows width source row_bytes padded units tail alphas end0 end1 bias out out_stride"
+    "weights rows width source row_bytes padded units tail alphas end0 end1 bias odd table "
+    "out out_stride"
 )
 
 PRODUCT = np.dtype([(name, np.int64) for name in _PRODUCT.split()])
 """One of a block's four products: q|k|v, o, gate|up, down. `weights`: its bytes' offset in a block;
 `source`: floats of input, `width`: with the Hadamard padding, `padded`: with that of tiles, which
 have `units` and a `tail` (`ternary_layout`); `row_bytes` of a packed row: a tile's over its rows;
-`alphas`: index of its first weight scale, whose rows end at `end0`, the second's at `end1`; `bias`:
-where its biases lie in the block's parameters, 0: it has none."""
+`alphas`: index of its first weight scale, whose rows end at `end0`, the second's at `end1` (int8:
+row 0's); `bias`: where its biases lie in the block's parameters, 0: it has none; `odd`, `table`:
+odd part of the width and address of `hartley` of it (SPEC 5.3), 0: it is not turned so."""
 
 QKV, OUT, UP, DOWN, VOCAB = 0, 1, 2, 3, 4
 PRODUCTS = 4  # of a block
 INT8, FLOAT32, FLOAT16, INT6, INT4 = range(5)  # vocab_kind
+TERNARY, INT8_ROWS, FLOAT_ROWS = range(3)  # linear_kind
 CACHED_FLOAT32, CACHED_FLOAT16, CACHED_INT8 = 4, 2, 1  # number_bytes: of a number in the cache
 SWIGLU, GATED_RELU2, RELU2 = 0, 1, 2  # ffn_kind
 CHUNK = 128  # most tokens at a time

@@ -17,6 +17,7 @@ from bitskip_cpu.kernels.arithmetic.elementwise import (
     layer_norm,
     quantize,
     rms_norm,
+    rotate_unpadded,
 )
 from bitskip_cpu.kernels.attention.attend import attend, rope, store_key, store_value
 from bitskip_cpu.kernels.attention.int8 import (
@@ -29,17 +30,20 @@ from bitskip_cpu.kernels.layout import (
     DOWN,
     FLOAT16,
     FLOAT32,
+    FLOAT_ROWS,
+    INT8_ROWS,
     LANES,
     OUT,
     QKV,
     QUERIES,
+    TERNARY,
     UP,
     VOCAB,
 )
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.pieces import piece
 from bitskip_cpu.kernels.numba_inside.views import cache_structs, floats, int32s, int64s
-from bitskip_cpu.kernels.products.rows import float_rows, ternary_rows, vocab_rows
+from bitskip_cpu.kernels.products.rows import float_rows, int8_rows, ternary_rows, vocab_rows
 
 ATTENTION_IN, ROWS, STORE, ATTEND, OUT_IN, FFN_IN, DOWN_IN, BLOCK_OUT, EXIT_IN = range(9)
 LARGEST_INT8 = np.float32(127.0)
@@ -81,7 +85,7 @@ def attention_in(s, products, scratch, t):
         copy(x, input_at, s.hidden)
     else:
         norm(s, x, params(s) + s.attn_norm, input_at, s.hidden, scratch)
-    feed(s, products[QKV], t)
+    feed(s, products[QKV], scratch, t)
 
 
 @kernel
@@ -147,7 +151,7 @@ def out_in(s, products, scratch, t):
         norm(s, attended, params(s) + s.attn_sub_norm, input_at, s.attention, scratch)
     else:
         copy(attended, input_at, s.attention)
-    feed(s, products[OUT], t)
+    feed(s, products[OUT], scratch, t)
 
 
 @kernel
@@ -161,7 +165,7 @@ def ffn_in(s, products, scratch, t):
         copy(mid, input_at, s.hidden)
     else:
         norm(s, mid, params(s) + s.ffn_norm, input_at, s.hidden, scratch)
-    feed(s, products[UP], t)
+    feed(s, products[UP], scratch, t)
 
 
 @kernel
@@ -173,7 +177,7 @@ def down_in(s, products, scratch, t):
         norm(s, act, params(s) + s.ffn_sub_norm, input_at, s.ffn, scratch)
     else:
         copy(act, input_at, s.ffn)
-    feed(s, products[DOWN], t)
+    feed(s, products[DOWN], scratch, t)
 
 
 @kernel
@@ -188,12 +192,17 @@ def block_out(s, scratch, t):
 
 @kernel
 def exit_in(s, scratch, t):
-    """x of a token from `exit_from` on -> final norm, and its codes if needed (SPEC 8.1, 4.4)."""
+    """x of a token from `exit_from` on -> final norm, its codes if needed (SPEC 8.1, 5.4, 4.4)."""
     input_at = s.input + t * s.input_stride
     norm(s, s.x + (s.exit_from + t) * 4 * s.hidden, s.final_norm, input_at, s.hidden, scratch)
     if s.vocab_kind == FLOAT16 or s.vocab_kind == FLOAT32:
         return
-    make_codes(s, t, s.hidden, LARGEST_INT8, (s.hidden + 63) // 64 * 64)
+    if s.head_odd:  # elsewhere: the norm's result is a stage
+        turned_at = s.y + t * 4 * s.hidden
+        copy(input_at, turned_at, s.hidden)
+        rotate_unpadded(turned_at, s.hidden, s.head_odd, s.head_table, scratch)
+        input_at = turned_at
+    make_codes(s, input_at, t, s.hidden, LARGEST_INT8, (s.hidden + 63) // 64 * 64)
 
 
 @kernel
@@ -205,8 +214,10 @@ def rows(s, products, scratch, part):
         vocab_rows(s, first, last, scratch, scratch + s.acc)
         return
     p = products[s.product]
-    if s.ternary:
+    if s.linear_kind == TERNARY:
         ternary_rows(s, p, first, last, scratch + s.acc, scratch + s.unpacked)
+    elif s.linear_kind == INT8_ROWS:
+        int8_rows(s, p, first, last, scratch + s.acc)
     else:
         float_rows(s, p, first, last, scratch)
     if p.bias:
@@ -242,21 +253,23 @@ def residual(x_at, y_at, out_at, n):
 
 
 @kernel
-def feed(s, p, t):
-    """Pad, rotate and quantize token t's input of a product (SPEC 5.1, 4.2)."""
-    if not s.ternary:
+def feed(s, p, scratch, t):
+    """Pad, rotate and quantize token t's input of a product (SPEC 5.1, 5.3, 4.2)."""
+    if s.linear_kind == FLOAT_ROWS:
         return
     input_at = s.input + t * s.input_stride
-    if s.hadamard:
+    if p.odd:
+        rotate_unpadded(input_at, p.width, p.odd, p.table, scratch)
+    elif s.hadamard:
         fill_zero(input_at + 4 * p.source, p.width - p.source)
         fwht(input_at, p.width)
-    make_codes(s, t, p.width, s.largest_code, p.padded)
+    make_codes(s, input_at, t, p.width, s.largest_code, p.padded)
 
 
 @kernel
-def make_codes(s, t, width, largest, padded):
+def make_codes(s, input_at, t, width, largest, padded):
     """Quantize token t's input: its codes, their step and sum (SPEC 4.2)."""
-    input_at, codes = s.input + t * s.input_stride, s.codes + t * s.codes_stride
+    codes = s.codes + t * s.codes_stride
     step, total = quantize(input_at, width, largest, codes, padded)
     floats(s.steps, s.tokens)[t] = step
     int32s(s.sums, s.tokens)[t] = total

@@ -10,8 +10,9 @@ import numpy as np
 
 from bitskip_export.foreign.source import Floats, RefusedError, Report, Source, Ternary
 from bitskip_export.pack import CHUNK, check_target
+from bitskip_ref.arithmetic.hadamard import rotate_unpadded
 from bitskip_ref.arithmetic.quant import quantize_activations, quantize_weights
-from bitskip_ref.config import HEAD_BITS, ModelConfig
+from bitskip_ref.config import HEAD_BITS, MOST_ODD, ModelConfig, odd_part
 from bitskip_ref.folder import write_folder
 from bitskip_ref.packing import pack_ternary, packed_width
 from bitskip_ref.tensors import expected_tensors
@@ -25,18 +26,18 @@ def import_model(
     source: Source,
     out: Path,
     *,
+    linear: str | None = None,
     head_format: str | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Report:
     """Write the folder `out`, whole or not at all; memory is that of the largest tensor.
 
-    head_format: instead of `source.config.head_format`. Raises RefusedError, ExportError for a
-    place that holds something else (unless `force`), and FormatError for values that FORMAT has no
-    place for.
+    linear, head_format: as of `chosen`. Raises RefusedError, ExportError for a place that holds
+    something else (unless `force`), and FormatError for values that FORMAT has no place for.
     """
     check_target(out, force)
-    config = source.config.replace(head_format=head_format or source.config.head_format)
+    config = chosen(source.config, linear, head_format)
     words = source.tokenizer_json
     if words is not None:
         words = parse_tokenizer(words, source.origin, config.vocab_size).json
@@ -51,6 +52,26 @@ def import_model(
         chat=source.chat,
     )  # fmt: skip
     return _report(source, config)
+
+
+def usual(source: Source) -> str:
+    """What linear layers become unless told otherwise: int8 where they are floats."""
+    return "int8" if source.config.linear == "float32" else source.config.linear
+
+
+def chosen(config: ModelConfig, linear: str | None, head_format: str | None) -> ModelConfig:
+    """A source's configuration with what was asked for.
+
+    linear: `int8` quantizes float32 layers (SPEC 4.8), rotated where SPEC 5.3 can; `float32` and
+    None keep what the source has. head_format: None for the source's, or int8 with `int8`. Raises
+    RefusedError for another kind of linear layers than a ternary model's own.
+    """
+    if config.linear == "ternary" and linear not in (None, "ternary"):
+        raise RefusedError(f"linear weights are ternary: they are kept so, not made {linear}")
+    if linear == "int8":
+        turned = all(odd_part(width) <= MOST_ODD for width in config.linear_inputs())
+        config = config.replace(linear="int8", hadamard=turned, head_format="int8")
+    return config.replace(head_format=head_format or config.head_format)
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -89,7 +110,11 @@ class Tensors(Mapping[str, np.ndarray]):
         if isinstance(weight, Ternary):
             raise RefusedError(f"{name} is ternary, but {self._source.origin} is float32 there")
         if kind is np.int8:
-            made, self._scales[scale] = integer_rows(weight, HEAD_BITS[self._config.head_format])
+            linear, config = name.endswith("_proj.weight"), self._config
+            if config.hadamard if linear else config.rotated_head:
+                weight = rotated(weight)
+            bits = HEAD_BITS["int8" if linear else config.head_format]
+            made, self._scales[scale] = integer_rows(weight, bits)
             return made
         made = np.empty(shape, kind)
         for first in range(0, shape[0], CHUNK):
@@ -98,6 +123,11 @@ class Tensors(Mapping[str, np.ndarray]):
                 raise RefusedError(f"{name} exceeds float16 (65504): choose another head format")
             made[first : first + CHUNK] = part
         return made
+
+
+def rotated(weight: Floats) -> Floats:
+    """The matrix that gives the same product with inputs turned by SPEC 5.3."""
+    return replace(weight, rows=lambda first, end: rotate_unpadded(weight.rows(first, end)))
 
 
 def packed(weight: Floats | Ternary) -> tuple[np.ndarray, np.float32]:
@@ -151,6 +181,9 @@ def _report(source: Source, config: ModelConfig) -> Report:
             kept.append(f"linear weights: codes and scales ({stored})")
         elif config.linear == "ternary":
             converted.append(f"linear weights: {stored} masters to ternary (SPEC 4.1)")
+        elif config.linear == "int8":
+            turned = ", rotated (SPEC 5.3)" if config.hadamard else ""
+            converted.append(f"linear weights: {stored} to int8 rows{turned}")
         else:
             kept.append(f"linear weights: {stored} as float32")
     stored = source.weights["embed_tokens.weight"].stored

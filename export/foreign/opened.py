@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bitskip_export.foreign.convert import Progress
     from bitskip_export.foreign.source import Source
 
-CONVERTER = "1"  # raised when what is imported changes: folders in users' caches are made anew
+CONVERTER = "2"  # raised when what is imported changes: folders in users' caches are made anew
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]  # and never a pickle or a program
 
 
@@ -50,7 +50,7 @@ def cached(path: Path) -> Path:
     """
     import click
 
-    from bitskip_export.foreign.convert import import_model
+    from bitskip_export.foreign.convert import import_model, usual
     from bitskip_ref.files import replace_file
 
     root = user_cache() / "models"
@@ -70,7 +70,7 @@ def cached(path: Path) -> Path:
         source = open_source(path)
         click.echo(f"{path}: converted once, kept in {folder}", err=True)
         with bar("converting") as progress:
-            report = import_model(source, folder, progress=progress)
+            report = import_model(source, folder, linear=usual(source), progress=progress)
         for line in report.lines():
             click.echo(line, err=True)
     with replace_file(known) as made:

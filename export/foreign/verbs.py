@@ -18,24 +18,32 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 @click.argument("source")
 @click.option("--out", "-o", type=FOLDER, required=True, help="The model folder to write.")
 @click.option(
+    "--linear", type=click.Choice(["int8", "float32"]),
+    help="How float weights of linear layers are stored. Default: int8; float32 keeps them as they "
+    "are, and takes four times the memory.",
+)  # fmt: skip
+@click.option(
     "--head", type=click.Choice(CHOICES["head_format"]),
-    help="How embedding and head are stored. Default: int8 with ternary weights, else float32.",
+    help="How embedding and head are stored. Default: float32 with --linear float32, else int8.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Write over a folder that holds other files.")
-def bring(source: str, out: Path, head: str | None, force: bool) -> None:
+def bring(source: str, out: Path, linear: str | None, head: str | None, force: bool) -> None:
     """Convert SOURCE to a model folder: a Hugging Face folder, owner/name of one, or a GGUF file.
 
     SOURCE is only read; OUT appears whole or not at all. A model that needs what bitskip has
     not is refused by its name.
     """
-    from bitskip_export.foreign.convert import import_model
+    from bitskip_export.foreign.convert import chosen, import_model, usual
     from bitskip_export.pack import check_target
 
     check_target(out, force)
     opened = open_source(_local(source))
+    linear = linear or usual(opened)
     with bar("importing") as progress:
-        report = import_model(opened, out, head_format=head, force=force, progress=progress)
-    c = opened.config
+        report = import_model(
+            opened, out, linear=linear, head_format=head, force=force, progress=progress
+        )
+    c = chosen(opened.config, linear, head)
     click.echo(
         f"{out}: {c.num_hidden_layers} blocks of width {c.hidden_size}, {c.parameters():,} "
         f"parameters, {c.linear} linear weights, context {c.max_position_embeddings}"

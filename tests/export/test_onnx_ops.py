@@ -96,7 +96,7 @@ def test_int8_linear_at_its_largest_sums(fill: int | None) -> None:
     x[2], x[3] = 1.0, -1.0
     expected = quant.int8_linear(x, weight, scale)
     equal(expected, run(x, lambda g: ops.int8_linear(
-        g, "x", g.weight("w", weight.T), g.const(scale))))  # fmt: skip
+        g, ops.quantize(g, "x", 8), g.weight("w", weight.T), g.const(scale))))  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [48, 64])

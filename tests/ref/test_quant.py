@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitskip_ref.arithmetic.hadamard import fwht, rotate
+from bitskip_ref.arithmetic.hadamard import fwht, rotate, rotate_unpadded
 from bitskip_ref.arithmetic.quant import (
     float_linear,
     int8_linear,
@@ -143,3 +143,27 @@ def test_rotation_pads_and_fwht_refuses() -> None:
     assert rotate(np.ones(48, f32)).shape == (64,)
     with pytest.raises(ValueError, match="48"):
         fwht(np.ones(48, f32))
+
+
+# ---- rotation without padding (SPEC 5.3) ----------------------------------------------
+
+
+def test_rotation_of_three_and_six_by_hand() -> None:
+    root = np.sqrt(3)
+    table = np.array(
+        [[2, 2, 2], [2, root - 1, -root - 1], [2, -root - 1, root - 1]]
+    ) / (2 * root)  # fmt: skip
+    assert np.allclose(rotate_unpadded(np.eye(3, dtype=f32)), table, atol=1e-7)
+    both = np.kron(table, np.array([[1, 1], [1, -1]]) / np.sqrt(2))
+    assert np.allclose(rotate_unpadded(np.eye(6, dtype=f32)), both, atol=1e-7)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 12, 48, 64, 576, 1536])
+def test_rotation_is_orthonormal_symmetric_and_its_own_inverse(n: int) -> None:
+    matrix = rotate_unpadded(np.eye(n, dtype=f32)).astype(np.float64)
+    assert np.allclose(matrix @ matrix.T, np.eye(n), atol=2e-6)
+    assert np.allclose(matrix, matrix.T, atol=2e-7)
+    assert np.abs(matrix).max() <= np.sqrt(2 / n) + 1e-7  # nothing stays in one place
+    if not n & (n - 1):
+        x = np.random.default_rng(n).standard_normal((3, n)).astype(f32)
+        assert np.array_equal(rotate_unpadded(x), fwht(x))

@@ -122,7 +122,7 @@ def test_quantizers(numbers: np.ndarray) -> None:
     for w in (numbers, numbers[4:], np.zeros((3, 5), f32), numbers[2:3]):
         codes, alpha = quant.quantize_weights(w)
         made = exact.ExactOps().prepare([torch.from_numpy(w)], [None])
-        equal(codes, made.ternary.to(torch.int8))
+        equal(codes, made.codes.to(torch.int8))
         equal(np.full(len(w), alpha), made.alpha)
 
 

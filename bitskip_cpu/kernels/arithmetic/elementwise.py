@@ -194,6 +194,43 @@ def layer_norm(x_at, weight_at, y_at, n, eps, scratch_at):
 @kernel
 def fwht(at, n):
     """Transform in place (SPEC 5.2), n a power of two."""
+    butterfly(at, n)
+    multiply(at, f32(1.0 / math.sqrt(float(n))), n)
+
+
+@kernel
+def rotate_unpadded(at, n, m, table_at, scratch_at):
+    """SPEC 5.3 in place; m: the odd part of n; table: `hartley(m)`; scratch: n floats."""
+    width = n // m
+    for j in range(m):
+        butterfly(at + 4 * j * width, width)
+    if m > 1:
+        copy(at, scratch_at, n)
+        table, first = floats(table_at, m * m), floats(scratch_at, width)
+        for i in range(m):
+            out = floats(at + 4 * i * width, width)
+            c = table[i * m]
+            for k in range(width):
+                out[k] = c * first[k]
+            for j in range(1, m):
+                x = floats(scratch_at + 4 * j * width, width)
+                c = table[i * m + j]
+                for k in range(width):
+                    out[k] = out[k] + c * x[k]
+    multiply(at, f32(1.0 / math.sqrt(float(n))), n)
+
+
+@kernel
+def multiply(at, factor, n):
+    """x = x * factor."""
+    x = floats(at, n)
+    for i in range(n):
+        x[i] = x[i] * factor
+
+
+@kernel
+def butterfly(at, n):
+    """SPEC 5.2 without its scale, in place."""
     h = n >> 1
     shortest = LANES if n >= LANES else 1
     while h >= shortest:
@@ -207,10 +244,6 @@ def fwht(at, n):
     if n >= LANES:
         for start in range(0, n, LANES):
             butterflies(at + 4 * start)
-    scale = f32(1.0 / math.sqrt(float(n)))
-    x = floats(at, n)
-    for i in range(n):
-        x[i] = x[i] * scale
 
 
 @kernel

