@@ -1,0 +1,186 @@
+"""`python -m tests.faults.soak`: many threads on one engine and one cache, copies and forks.
+
+Every result is compared, bit for bit, with what one thread alone gets.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import pickle
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+import numpy as np
+
+os.environ.setdefault("BITSKIP_CHECK", "1")
+from bitskip_cpu.aligned import check_canaries
+from bitskip_cpu.engine import Engine
+from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.exits import ConfidenceExit, FixedExit
+from bitskip_ref.model import ReferenceModel
+from tests.helpers import random_tensors, random_tokens, twin
+
+CONFIG = twin("bitskip-v1").replace(max_position_embeddings=48, gates=True)
+PREFIX, TEXTS, WORD = 12, 6, 3
+PATIENCE = 120  # seconds that a forked child may take
+RULES: list[Any] = [FixedExit(None), FixedExit(2), ConfidenceExit(0.02)]
+COPIES: list[Callable[[Any], Any]] = [
+    lambda cache: cache.fork(), copy.copy, copy.deepcopy,
+    lambda cache: pickle.loads(pickle.dumps(cache)),
+]  # fmt: skip
+
+
+def digest(*parts: np.ndarray) -> str:
+    """Of the bits."""
+    return hashlib.sha256(b"".join(np.ascontiguousarray(p).tobytes() for p in parts)).hexdigest()
+
+
+@dataclass
+class Soak:
+    """One engine and two caches that all threads use, with what they must give."""
+
+    threads: int
+    kv_cache: str = "float32"
+    calls: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        tensors = random_tensors(CONFIG)
+        self.engine = Engine(CONFIG, tensors, self.threads, self.kv_cache, share_from=0)
+        self.texts = [random_tokens(CONFIG, 8, seed) for seed in range(TEXTS)]
+        reference = ReferenceModel(CONFIG, tensors, self.kv_cache)
+        # A prefix that all branch from, and nobody goes on in itself.
+        start = random_tokens(CONFIG, PREFIX, 99)
+        theirs, self.prefix = reference.new_cache(), self.engine.new_cache()
+        reference.extend(start, theirs)
+        self.engine.extend(start, self.prefix)
+        self.expected = {
+            (i, k): self._text(reference, theirs.fork(), i, k)
+            for i in range(TEXTS) for k in range(len(RULES))
+        }  # fmt: skip
+        # A cache that all step in at once, with one word only: what a step gives is then a
+        # matter of its position alone, whoever came before.
+        alone = reference.new_cache()
+        self.steps = {
+            digest(reference.step(WORD, alone, FixedExit(None))[0])
+            for _ in range(CONFIG.max_position_embeddings)
+        }
+        self.shared = self.engine.new_cache()
+
+    @staticmethod
+    def _text(engine: Any, cache: Any, text: int, rule: int) -> str:
+        ids = random_tokens(CONFIG, 8, text)
+        parts = [engine.extend(ids[:3], cache, exit_layer=RULES[rule].deepest(CONFIG))]
+        parts += [engine.step(i, cache, RULES[rule])[0] for i in ids[3:6]]
+        if rule == 0:
+            parts += [np.array(engine.speculate(ids[6], cache, 3, Draft(1))[0])]
+        return digest(*parts)
+
+    # ---- what a thread does ---------------------------------------------------------
+
+    def branch(self, draw: random.Random) -> None:
+        """A copy of the prefix goes on in its own way."""
+        text, rule = draw.randrange(TEXTS), draw.randrange(len(RULES))
+        found = self._text(self.engine, draw.choice(COPIES)(self.prefix), text, rule)
+        if found != self.expected[text, rule]:
+            self.faults.append(f"wrong bits: text {text}, rule {rule}")
+
+    def step(self, draw: random.Random) -> None:
+        """A step in the cache that is everybody's; it may be full, or made shorter meanwhile."""
+        try:
+            z, _ = self.engine.step(WORD, self.shared, FixedExit(None))
+        except ValueError as error:
+            if "positions" not in str(error) and "context" not in str(error):
+                self.faults.append(f"refused: {error}")
+            self.shared.length = draw.randrange(CONFIG.max_position_embeddings // 2)
+            return
+        if digest(z) not in self.steps:
+            self.faults.append("wrong bits: a step in the shared cache")
+
+    def shorten(self, draw: random.Random) -> None:
+        """Forget positions while others step there."""
+        self.shared.length = min(draw.randrange(8), self.shared.length)
+
+    def fork(self, draw: random.Random) -> None:
+        """A child made while other threads are in the engine goes on in it."""
+        child = os.fork()
+        if child == 0:
+            before = len(self.faults)
+            try:
+                for _ in range(2):
+                    self.branch(draw)
+                self.step(draw)
+                check_canaries()
+            except BaseException:
+                os._exit(2)
+            os._exit(1 if self.faults[before:] else 0)
+        deadline = time.monotonic() + PATIENCE
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(child, 9)
+                ended = os.waitpid(child, 0)
+                break
+            time.sleep(0.002)
+        if ended[1]:
+            self.faults.append(f"a forked child ended with {os.waitstatus_to_exitcode(ended[1])}")
+
+    def live(self, draw: random.Random, until: float) -> None:
+        """One of these after the other."""
+        acts = [self.branch] * 10 + [self.step] * 30 + [self.shorten] * 3 + [self.fork]
+        try:
+            while time.monotonic() < until and not self.faults:
+                draw.choice(acts)(draw)
+                self.calls += 1
+        except BaseException as error:
+            self.faults.append(f"{type(error).__name__}: {error}")
+
+    def run(self, callers: int, seconds: float, seed: int) -> None:
+        """So many threads for so long."""
+        until = time.monotonic() + seconds
+        team = [
+            threading.Thread(target=self.live, args=(random.Random(f"{seed} {i}"), until))
+            for i in range(callers)
+        ]
+        for thread in team:
+            thread.start()
+        for thread in team:
+            thread.join()
+        check_canaries()
+
+
+def soak(seconds: float, seed: int, part: float = 15.0) -> tuple[int, list[str]]:
+    """Parts of some seconds, each on a new engine, with 2 to 16 callers: (calls, faults)."""
+    draw, calls = random.Random(seed), 0
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        part_of = Soak(draw.choice([1, 2, 3, 4]), draw.choice(["float32", "float16"]))
+        left = min(part, until - time.monotonic())
+        part_of.run(draw.randrange(2, 17), max(left, 0.5), draw.randrange(1 << 30))
+        calls += part_of.calls
+        if part_of.faults:
+            return calls, part_of.faults
+    return calls, []
+
+
+@click.command()
+@click.option("--minutes", type=float, default=0.05, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def main(minutes: float, seed: int) -> None:
+    """Exit code 1 if a bit differed, a canary died, a child hung, or anything else went wrong."""
+    calls, faults = soak(60 * minutes, seed)
+    for fault in faults:
+        click.echo(fault)
+    click.echo(f"seed {seed}: {calls} calls in {minutes:g} minutes, {len(faults)} faults")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
