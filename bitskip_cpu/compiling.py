@@ -45,6 +45,12 @@ def cache_directory() -> Path | None:
     return folder if trusted.writable_folder(folder) else None
 
 
+def cache_refusal() -> str:
+    """Why compiled kernels cannot be kept: a part of a line, with the folder."""
+    folder = cache_folder()
+    return f"{folder} {trusted.refusal(folder) or 'was full when they were to be written'}"
+
+
 def _fingerprint() -> str:
     words = [llvmlite.__version__, np.__version__, llvm.get_process_triple()]
     words += [isa.cpu_name(), *sorted(isa.cpu_features())]

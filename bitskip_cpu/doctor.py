@@ -7,7 +7,7 @@ from typing import Any
 
 from bitskip.tables import size
 from bitskip_cpu import isa, models
-from bitskip_cpu.compiling import KERNELS
+from bitskip_cpu.compiling import KERNELS, cache_refusal
 from bitskip_cpu.cores import default_threads
 from bitskip_cpu.machine import fingerprint
 from bitskip_cpu.models import DEFAULT
@@ -27,8 +27,8 @@ def doctor() -> dict[str, Any]:
     problems = []
     if KERNELS.directory is None and not KERNELS.shipped:
         problems.append(
-            "the kernel cache cannot be written, so kernels are compiled in every process: set "
-            "BITSKIP_CACHE_DIR to a folder that can"
+            f"kernels are compiled in every process: {cache_refusal()}: set BITSKIP_CACHE_DIR to a "
+            "folder of yours"
         )
     shipped = [_check(name) for name in models.names()]
     problems += [f"model {m['name']}: {m['problem']}" for m in shipped if m["problem"]]

@@ -17,14 +17,16 @@ from bitskip_text.tokenizer import read_tokenizer
 
 # Byte -> how many of its four codes are 0, 1, 2 (weights -1, 0, +1; FORMAT 1).
 _CODES = (np.arange(256)[:, None] >> np.array([0, 2, 4, 6])) & 3
+WEIGHT_BITS = {"ternary": 2, "float32": 32}  # in a file, without padding
 _COUNTS = np.stack([np.equal(_CODES, code).sum(1) for code in range(3)], 1)
 
 
 def inspect(path: Path) -> dict[str, Any]:
     """Everything `bitskip-cpu inspect` prints. Raises FormatError for a folder that is not whole.
 
-    Keys: path, parameters, bits_per_weight, bytes (per kind of tensor), layers (ternary
-    statistics, one entry per block), exits, tokenizer, generation, config, weights_sha256.
+    Keys: path, parameters, bits_per_weight (of linear layers, with the padding of rows),
+    bits_per_weight_unpadded, bytes (per kind of tensor), layers (ternary statistics, one entry per
+    block), exits, tokenizer, generation, config, weights_sha256.
     """
     folder = read_folder(path)
     config = folder.config
@@ -37,6 +39,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "parameters": config.parameters(),
         "linear_parameters": linears,
         "bits_per_weight": 8 * sizes["linear layers"] / linears,
+        "bits_per_weight_unpadded": WEIGHT_BITS[config.linear],
         "bytes": sizes,
         "layers": [ternary_statistics(folder, i) for i in range(config.num_hidden_layers)]
         if config.linear == "ternary"
@@ -101,6 +104,12 @@ def ternary_statistics(folder: Folder, layer: int) -> dict[str, Any]:
     }
 
 
+def bits(facts: dict[str, Any]) -> str:
+    """Bits of a linear layer's weight in words: without padding, and with it where there is any."""
+    unpadded, stored = facts["bits_per_weight_unpadded"], facts["bits_per_weight"]
+    return f"{unpadded} bits" + (f" ({stored:.3f} with rows padded)" if stored > unpadded else "")
+
+
 def describe(facts: dict[str, Any]) -> str:
     """The facts of `inspect` as text."""
     config, generation = facts["config"], facts["generation"]
@@ -114,7 +123,7 @@ def describe(facts: dict[str, Any]) -> str:
     lines = [
         facts["path"],
         f"{facts['parameters']:,} parameters, {facts['linear_parameters']:,} of them in linear "
-        f"layers at {facts['bits_per_weight']:.3f} bits",
+        f"layers at {bits(facts)}",
         f"{config['num_hidden_layers']} blocks, hidden {config['hidden_size']}, "
         f"{config['num_attention_heads']} heads x {config['head_dim']} "
         f"({config['num_key_value_heads']} for keys and values), FFN "

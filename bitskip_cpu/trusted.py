@@ -16,15 +16,26 @@ from pathlib import Path
 
 def writable_folder(folder: Path) -> bool:
     """Whether new files can be kept there; makes the folder, for its owner alone, if need be."""
+    return refusal(folder) is None
+
+
+def refusal(folder: Path) -> str | None:
+    """Why new files cannot be kept there, to be put behind the folder's name; None if they can."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        if not _ours(folder.lstat(), stat.S_ISDIR):
-            return False
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            return "is no folder"
+        if not _ours(found, stat.S_ISDIR):
+            if found.st_uid not in (0, os.geteuid()):
+                return f"belongs to another user ({found.st_uid}), whose code would be run"
+            mode = stat.S_IMODE(found.st_mode)
+            return f"can be written by other users (mode {mode:o}): chmod go-w would mend it"
         with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
+            return None
+    except OSError as error:
+        return f"cannot be written ({error.strerror})"
 
 
 def read_file(path: Path) -> bytes | None:

@@ -58,6 +58,7 @@ class Folder:
     bos_token_id: int | None = None
     exit_layer: int | None = None  # where it stops unless told otherwise; None: at full depth
     draft_vocab: int | None = None  # speculation drafts among so many first ids; None: all
+    trained_context: int | None = None  # tokens of a window in training; None: unknown
     auto_exit: ExitRule | None = None  # what `--exit-layer auto` means; None: not calibrated
     more_eos_token_ids: tuple[int, ...] = ()  # that end a text, too
     chat: ChatForm | None = None  # how messages become a prompt; None: the model does not chat
@@ -128,6 +129,7 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
         ("bos_token_id", 0, config.vocab_size - 1),
         ("exit_layer", 1, config.num_hidden_layers),
         ("draft_vocab", 1, config.vocab_size),
+        ("trained_context", 1, config.max_position_embeddings),
     ):
         value = extra.get(name)
         if value is not None and (type(value) is not int or not least <= value <= most):
@@ -215,6 +217,7 @@ def write_folder(
     bos_token_id: int | None = None,
     exit_layer: int | None = None,
     draft_vocab: int | None = None,
+    trained_context: int | None = None,
     chat: ChatForm | None = None,
 ) -> None:
     """Write a model folder, whole or not at all.
@@ -233,6 +236,8 @@ def write_folder(
         "exit_layer": exit_layer,
         "draft_vocab": draft_vocab,
     }
+    if trained_context is not None:
+        generation["trained_context"] = trained_context
     if chat is not None:
         generation |= {"bos_token": chat.bos_token, "eos_token": chat.eos_token}
     older = like_folder(Path(path), config, tokenizer_json)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,7 +22,13 @@ from bitskip_ref.tensors import FormatError
 from bitskip_text.decoders import Decoder, decoder_of
 
 LARGEST = 1 << 24  # ids, as of a ModelConfig
+REGEX = '"Regex"'  # in a file that has regular expressions of its own
+RUNS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # of equal characters, to try these on
+PATIENCE = 1.0  # seconds that a run may take; a common expression takes less than a thousandth
 RANDOM = ("dropout", "alpha", "nbest_size")  # settings of a model that make ids a matter of chance
+
+
+_PRINTING = threading.Lock()  # of two that turn standard error away one would not turn it back
 
 
 class TokenizerError(FormatError):
@@ -45,6 +52,8 @@ def parse_tokenizer(text: str, source: str, vocab_size: int | None = None) -> To
     """`read_tokenizer` of a text at hand; `source` names it in errors."""
     with _errors_of_the_library(f"{source}: not a tokenizer.json"), _panics_unprinted():
         library = Library.from_str(text)
+        if REGEX in text:
+            _probe(library, source)
     return Tokenizer(library, source, vocab_size, text)
 
 
@@ -158,6 +167,30 @@ class Tokenizer:
         return self._library.get_vocab(with_added_tokens=True)
 
 
+def _probe(library: Library, source: str) -> None:
+    """Raise TokenizerError if a regular expression of the file takes absurdly long.
+
+    The library gives up a match after ten million steps back, with a panic, but may come near to
+    that at each character of a text. Runs of characters show it while they are short.
+    """
+    for run in RUNS:
+        text = "".join(sign * run for sign in "aA 1\n!é中")
+        began = time.thread_time()
+        try:
+            library.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            if _is_panic(error) and "Regex" in str(error):
+                raise
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise  # Ctrl-C
+            return  # it lacks a character: no matter of regular expressions
+        if (took := time.thread_time() - began) > PATIENCE:
+            raise TokenizerError(
+                f"{source}: its regular expressions take {took:.1f} s for {len(text)} characters, "
+                "and longer texts for ever: use a tokenizer without nested repetitions"
+            )
+
+
 def check_text(text: str) -> None:
     """Raise ValueError unless `text` is a string that UTF-8 can hold."""
     if not isinstance(text, str):
@@ -193,6 +226,11 @@ def _is_panic(error: BaseException) -> bool:
 @contextmanager
 def _panics_unprinted() -> Iterator[None]:
     """Keep off standard error the many lines that the library writes there when it panics."""
+    with _PRINTING:
+        yield from _unprinted()
+
+
+def _unprinted() -> Iterator[None]:
     try:
         kept = os.dup(2)
     except OSError:  # it is closed

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from bitskip_ref.files import unfinished
 from bitskip_ref.folder import CONFIG, like_folder, write_folder
 from bitskip_ref.packing import pack_ternary
 from bitskip_ref.tensors import expected_tensors, parameter_shapes
+
+if TYPE_CHECKING:
+    from bitskip_train.checkpoint import Checkpoint
 
 DRAFTS = 4  # one in so many ids: the commonest quarter covers nearly all of a text; measured
 CHUNK = 4096  # rows of an embedding that are quantized at a time, for bounded scratch
@@ -74,6 +77,7 @@ def export_checkpoint(
         tokenizer_json, end = tokenizer.json, tokenizer.token_id(END_OF_TEXT)
     facts: dict[str, Any] = {
         "eos_token_id": end, "exit_layer": exit_layer, "draft_vocab": draft_vocab,
+        "trained_context": _trained_context(loaded),
     }  # fmt: skip
     if (older := like_folder(root, config, tokenizer_json)) is not None:
         kept = {
@@ -85,6 +89,13 @@ def export_checkpoint(
     tensors = pack(config, state, ternary=ternary)
     write_folder(root, config, tensors, tokenizer_json=tokenizer_json, **facts)
     return root
+
+
+def _trained_context(loaded: Checkpoint) -> int | None:
+    """Tokens of a window in training, if the model can hold them."""
+    context = loaded.train.get("context")
+    fits = type(context) is int and 0 < context <= loaded.config.max_position_embeddings
+    return context if fits else None
 
 
 def check_target(root: Path, force: bool = False) -> None:

@@ -10,15 +10,14 @@ import numpy as np
 def summary(path: Path) -> str:
     """Sizes, bits per weight and ternary statistics of a model folder."""
     from bitskip.tables import size, table
-    from bitskip_cpu.inspect import inspect
+    from bitskip_cpu.inspect import bits, inspect
 
     facts = inspect(path)
     total = facts["bytes"]["total"]
     rows = [(kind, size(n), f"{n / total:.1%}") for kind, n in facts["bytes"].items()]
     lines = [
         table(("kind", "size", "share"), rows),
-        f"{facts['parameters']:,} parameters; linear layers at "
-        f"{facts['bits_per_weight']:.3f} bits per weight",
+        f"{facts['parameters']:,} parameters; linear layers at {bits(facts)} per weight",
     ]
     if blocks := facts["layers"]:
         mean = {k: np.mean([b[k] for b in blocks]) for k in ("minus", "zero", "plus")}

@@ -27,7 +27,7 @@ def load_model(
 
 def prepare(quiet: bool = False) -> None:
     """Load the kernels; where they must be compiled first, say so on standard error."""
-    from bitskip_cpu.compiling import KERNELS, warmup
+    from bitskip_cpu.compiling import KERNELS, cache_refusal, warmup
 
     if quiet or KERNELS.compiled:
         warmup()
@@ -44,4 +44,4 @@ def prepare(quiet: bool = False) -> None:
 
         warmup(reached)
     if KERNELS.directory is None:
-        click.echo("the kernels are not kept: the cache folder cannot be written", err=True)
+        click.echo(f"the kernels are not kept: {cache_refusal()}", err=True)

@@ -38,7 +38,7 @@ def selftest(model: str | None, threads: int | None) -> None:
 def warmup() -> None:
     """Compile the kernels now, so that the first `generate` starts at once."""
     from bitskip_cpu.cli.loading import prepare
-    from bitskip_cpu.compiling import KERNELS
+    from bitskip_cpu.compiling import KERNELS, cache_refusal
 
     prepare()
     if KERNELS.shipped:
@@ -46,8 +46,7 @@ def warmup() -> None:
         return
     if KERNELS.directory is None:
         raise ValueError(
-            "the cache folder cannot be written, so nothing was kept: set BITSKIP_CACHE_DIR to a "
-            "folder that can"
+            f"nothing was kept: {cache_refusal()}: set BITSKIP_CACHE_DIR to a folder of yours"
         )
     click.echo(f"kernels are ready in {KERNELS.directory}")
 

@@ -44,6 +44,7 @@ def report(
             "model": str(model.folder.path),
             "text": str(path),
             "context": context,
+            "trained_context": model.folder.trained_context,
             "stride": stride,
             "kv_cache": model.kv_cache,
             "documents": text.documents,
@@ -67,4 +68,10 @@ def report(
         f"context {context}, stride {stride}"
         f"{'' if model.kv_cache == 'float32' else f', {model.kv_cache} KV cache'}"
     )
+    trained = model.folder.trained_context
+    if trained is not None and context > trained:
+        counted += (
+            f"\nwindows of {context} tokens are longer than the {trained} of training: "
+            f"--ctx {trained} keeps to those"
+        )
     return f"{table(header, rows)}\n{counted}"

@@ -64,3 +64,15 @@ def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
     assert len(facts["layers"]) == (0 if name == "llama3" else 4)
     assert facts["config"] == small_twin(name).to_dict()
     assert facts["weights_sha256"] in plain.stdout
+
+
+def test_d6_bits_with_and_without_padding(folder: Path, tmp_path: Path) -> None:
+    """Rows of 48 codes are stored as rows of 256."""
+    facts = inspect(folder)
+    assert facts["bits_per_weight_unpadded"] == 2 < facts["bits_per_weight"]
+    text = CliRunner().invoke(main, ["inspect", str(folder)]).stdout
+    assert f"at 2 bits ({facts['bits_per_weight']:.3f} with rows padded)" in text
+    plain = random_folder(tmp_path / "model", small_twin("llama3"))
+    assert (
+        "in linear layers at 32 bits\n" in CliRunner().invoke(main, ["inspect", str(plain)]).stdout
+    )

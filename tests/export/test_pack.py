@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from bitskip.program import main
 from bitskip_export.pack import ExportError, export_checkpoint, pack
 from bitskip_export.report import summary
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.folder import read_folder
+from bitskip_ref.exits import FixedExit
+from bitskip_ref.folder import ChatForm, read_folder, write_auto_exit, write_folder
 from bitskip_ref.packing import unpack_ternary
 from bitskip_ref.tensors import FormatError
-from bitskip_train.checkpoint import Checkpoint, save_checkpoint
+from bitskip_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bitskip_train.errors import CheckpointError
 from bitskip_train.settings import TrainConfig
 from tests.cli.conftest import byte_level_bpe
@@ -60,7 +64,9 @@ def test_a_checkpoint_becomes_a_folder(tmp_path: Path) -> None:
         assert difference(name, values, folder.tensors[name]) is None
     assert hashlib.sha256(path.read_bytes()).digest() == digest
     text = summary(folder.path)
-    assert "9.481 bits per weight" in text  # rows of 48, 64 and 80 weights take 64 bytes each
+    assert (
+        "2 bits (9.481 with rows padded) per weight" in text
+    )  # rows of 48, 64 and 80 weights take 64 bytes each
     assert "sparsest: block" in text
 
 
@@ -174,3 +180,63 @@ def test_readings_that_no_engine_runs_are_refused_in_one_line(
     with pytest.raises(ExportError, match=f"trained with {name} = '{value}': no engine runs it$"):
         export_checkpoint(path, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_d1_exporting_again_keeps_what_the_folder_says(tmp_path: Path) -> None:
+    """The calibrated exit, the default exit, ends of text, the chat template; other files, too."""
+    config, tokenizer = CONFIG.replace(vocab_size=320, gates=False), byte_level_bpe()
+    out, chat = tmp_path / "model", ChatForm("{{ messages }}")
+    write_folder(
+        out, config, random_tensors(config, 5), tokenizer_json=tokenizer, eos_token_id=[3, 4],
+        bos_token_id=5, exit_layer=2, draft_vocab=17, chat=chat,
+    )  # fmt: skip
+    write_auto_exit(read_folder(out), FixedExit(3), {"budget": 0.04})
+    (out / "README.md").write_text("mine")
+    before = read_folder(out)
+    path = write_checkpoint(tmp_path / "best.pt", config, tokenizer)
+    after = read_folder(export_checkpoint(path, out))
+    assert after.tensors["layers.0.q_proj.scale"] != before.tensors["layers.0.q_proj.scale"]
+    for name in ("auto_exit", "exit_layer", "draft_vocab", "end_ids", "bos_token_id", "chat"):
+        assert getattr(after, name) == getattr(before, name), name
+    assert json.loads((out / "generation_config.json").read_text())["auto_exit"]["budget"] == 0.04
+    assert (out / "README.md").read_text() == "mine"
+    assert read_folder(export_checkpoint(path, out, exit_layer=1)).exit_layer == 1
+    assert read_folder(export_checkpoint(path, out, head_format="int4")).auto_exit is not None
+
+    # Another shape or vocabulary: what was said of the old one says nothing of it.
+    other = write_checkpoint(tmp_path / "other.pt", config.replace(ffn="relu2"), tokenizer)
+    found = read_folder(export_checkpoint(other, out))
+    assert (found.auto_exit, found.exit_layer, found.end_ids, found.chat) == (
+        None,
+        None,
+        (0,),
+        None,
+    )
+
+
+def test_d3_the_folder_knows_the_context_of_training(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "best.pt", CONFIG.replace(vocab_size=320), byte_level_bpe())
+    loaded = load_checkpoint(path)
+    for context, known in ((9, 9), (CONFIG.max_position_embeddings + 1, None), ("9", None)):
+        loaded.train["context"] = context
+        folder = _exported(loaded, tmp_path)
+        assert read_folder(folder).trained_context == known
+    loaded.train["context"] = 9
+    (tmp_path / "text").write_text("the cat sat on the mat " * 9)
+    words = [
+        "perplexity",
+        str(_exported(loaded, tmp_path)),
+        "--text",
+        str(tmp_path / "text"),
+        "-t1",
+    ]
+    said = "longer than the 9 of training: --ctx 9 keeps to those"
+    assert said in CliRunner().invoke(main, words).stdout
+    short = CliRunner().invoke(main, [*words, "--ctx", "9"])
+    assert short.exit_code == 0 and "of training" not in short.stdout
+
+
+def _exported(loaded: Checkpoint, place: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitskip_train.checkpoint.load_checkpoint", lambda path: loaded)
+        return export_checkpoint(place / "best.pt", place / "model")

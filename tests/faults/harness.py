@@ -132,6 +132,8 @@ class Faults:
             return True
         if end.code == 0:
             return False
+        if end.code == -signal.SIGTERM and not end.errors:
+            return True  # before the verb began, or when all was done: as any program ends
         self._one_line(end, 128 + number, "stopped; go on with", "interrupted", "ended")
         return True
 

@@ -98,9 +98,10 @@ class Soak:
         try:
             z, _ = self.engine.step(WORD, self.shared, FixedExit(None))
         except ValueError as error:
-            if "positions" not in str(error) and "context" not in str(error):
+            # Full, or made longer than it is by two threads that shorten it at once.
+            if not any(word in str(error) for word in ("positions", "context", "exit layer 0")):
                 self.faults.append(f"refused: {error}")
-            self.shared.length = draw.randrange(CONFIG.max_position_embeddings // 2)
+            self.shared.length = 0
             return
         if digest(z) not in self.steps:
             self.faults.append("wrong bits: a step in the shared cache")

@@ -27,10 +27,11 @@ def test_threads_copies_and_forks_for_a_minute() -> None:
 
 def test_caches_that_are_no_copies_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "COPIES", [lambda cache: cache])
+    monkeypatch.setattr(soak, "RULES", soak.RULES[:1])
     planted, draw = soak.Soak(1), random.Random(0)
-    for _ in range(5):
+    for _ in range(2):
         planted.branch(draw)
-    assert any(fault.startswith("wrong bits") for fault in planted.faults)
+    assert planted.faults[0].startswith("wrong bits: text")
     planted.steps = set()
     planted.step(draw)
     assert planted.faults[-1] == "wrong bits: a step in the shared cache"

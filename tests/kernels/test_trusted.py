@@ -131,3 +131,22 @@ assert places.user_cache().is_absolute()
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a6_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only that nothing is kept, but why, and what to do."""
+    folder = tmp_path / "kernels"
+    assert trusted.refusal(folder) is None
+    folder.chmod(0o777)
+    reason = "can be written by other users (mode 777): chmod go-w would mend it"
+    assert trusted.refusal(folder) == reason
+    folder.chmod(0o700)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 12345)
+        if folder.stat().st_uid:
+            assert "belongs to another user" in str(trusted.refusal(folder))
+    (tmp_path / "file").touch()
+    assert "cannot be written (" in str(trusted.refusal(tmp_path / "file" / "kernels"))
+    monkeypatch.setattr(compiling, "cache_folder", lambda: folder)
+    folder.chmod(0o722)
+    assert compiling.cache_refusal().startswith(f"{folder} can be written by other users")

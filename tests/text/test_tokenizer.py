@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models
 
 from bitskip_ref.documents import END_OF_TEXT
+from bitskip_text import tokenizer as tokenizer_module
 from bitskip_text.tokenizer import Tokenizer, TokenizerError, parse_tokenizer, read_tokenizer
 from bitskip_train.tokenizer import make_tokenizer
 from tests.text.tokenizers_of_all_kinds import KINDS
@@ -192,3 +193,32 @@ def test_what_a_panic_prints_is_not_seen() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert done.stderr == b"after"
+
+
+def with_regex(pattern: str) -> str:
+    def change(stored: dict[str, Any]) -> None:
+        stored["pre_tokenizer"] = {
+            "type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False,
+        }  # fmt: skip
+
+    return edited("words", change)
+
+
+COMMON = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*$", "(?:a|aa)+$"])
+def test_expressions_that_take_for_ever_are_refused(
+    pattern: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(TokenizerError) as refused:
+        parse_tokenizer(with_regex(pattern), "tokenizer.json")
+    assert str(refused.value).count("\n") == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_expressions_in_use_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_tokenizer(with_regex(COMMON), "tokenizer.json").encode("the cat")
+    monkeypatch.setattr(tokenizer_module, "PATIENCE", -1.0)
+    with pytest.raises(TokenizerError, match="regular expressions take"):
+        parse_tokenizer(with_regex(COMMON), "tokenizer.json")

@@ -1,0 +1,93 @@
+"""Every verb with standard streams that are closed, full, or read by nobody (fault C5)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_every_verb import ROOT, VERBS, fine, place
+
+__all__ = ["place"]  # a fixture
+# Each verb in a child of one process, whose streams are as they were given to it.
+PROBE = """
+import json, os, sys
+from bitskip.program import main
+report = open(sys.argv[1], "w", closefd=True)
+for words in json.loads(sys.argv[2]):
+    main.get_command(None, words[0])
+for words in json.loads(sys.argv[2]):
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=report, flush=True)
+    else:
+        main(words)  # SystemExit, as if it were the program
+        os._exit(99)
+"""
+LIGHT = {"generate", "chat", "inspect", "perplexity", "import"}
+every = pytest.mark.parametrize(
+    "some", [LIGHT, pytest.param(set(VERBS), marks=pytest.mark.slow)], ids=["light", "every"]
+)
+
+
+def codes(
+    some: set[str], place: Path, redirected: str, tmp_path: Path
+) -> tuple[dict[str, int], str]:
+    """Verb -> exit code, and what came on standard error."""
+    verbs = [verb for verb in VERBS if verb in some]
+    words = [
+        [w.replace(str(place / "out"), str(tmp_path / verb)) for w in fine(verb, place)]
+        for verb in verbs
+    ]
+    report, errors = tmp_path / "codes", tmp_path / "errors"
+    script = f'"$@" {redirected.format(errors=errors)}'
+    probe = [sys.executable, "-W", "ignore", "-c", PROBE, str(report), json.dumps(words)]
+    subprocess.run(["bash", "-c", script, "bash", *probe], cwd=ROOT, check=True, timeout=600)
+    found = map(int, report.read_text().split())
+    said = errors.read_text() if errors.exists() else ""
+    return dict(zip(verbs, found, strict=True)), said
+
+
+@every
+@pytest.mark.parametrize("closed", ["<&- >&- 2>{errors}", "2>&-"])
+def test_c5_closed_streams_change_nothing(
+    closed: str, some: set[str], place: Path, tmp_path: Path
+) -> None:
+    found, said = codes(some, place, closed, tmp_path)
+    assert set(found.values()) == {0}, (found, said)
+    assert "Traceback" not in said and "Exception ignored" not in said
+
+
+@every
+def test_c5_a_full_disk_behind_standard_output(some: set[str], place: Path, tmp_path: Path) -> None:
+    found, said = codes(some, place, ">/dev/full 2>{errors}", tmp_path)
+    silent = {"average", "fit-gates", "train", "chat"}
+    assert all(found[verb] == (0 if verb in silent else 1) for verb in found), (found, said)
+    assert "Traceback" not in said and "Exception ignored" not in said
+    assert said.count("error: [Errno 28] No space left on device") == sum(found.values())
+
+
+@every
+def test_c5_nobody_reads(some: set[str], place: Path, tmp_path: Path) -> None:
+    found, said = codes(some, place, "2>{errors} | true", tmp_path)
+    assert set(found.values()) <= {0, 1}
+    assert "Traceback" not in said and "Exception ignored" not in said and "error" not in said
+
+
+def test_c5_a_prompt_from_a_closed_stream(place: Path) -> None:
+    words = f'"{sys.executable}" -m bitskip generate "{place / "model"}" -p - <&-'
+    done = subprocess.run(["bash", "-c", words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: the prompt is empty: give at least one character\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["bitskip", "bitskip_cpu", "bitskip_train", "bitskip_export", "bitskip_experiments"]
+)
+def test_d4_every_package_with_verbs_is_a_program(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", name, "--version"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("bitskip"), done.stderr
