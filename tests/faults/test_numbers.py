@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import tested
+
 ROOT = Path(__file__).parents[2]
 COUNTS = {"A": 7, "B": 10, "C": 7, "D": 9}
 ROWS, API, FORMAT = "parity/test_rows.py", "fuzz/test_api.py", "format/test_folder.py"
@@ -181,6 +183,10 @@ def test_a_planted_gap_is_seen(number: str, tests: list[str] | None) -> None:
 
 def test_d8_the_readme_says_what_a_dynamic_exit_costs() -> None:
     assert "0.57 times the speed" in " ".join((ROOT / "README.md").read_text("utf-8").split())
+
+
+def test_the_table_of_long_runs_is_up_to_date() -> None:
+    assert tested.DOCUMENT.read_text("utf-8") == tested.rendered()
 
 
 SENTENCES = [
