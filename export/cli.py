@@ -29,9 +29,9 @@ def _engines() -> list[str]:
     return list(ENGINES)
 
 
-OTHERS = ("onnx", "hf")
+OTHERS = ("onnx", "hf", "gguf")
 TARGETS = {  # --to -> what is put behind the model's name where no --out is given
-    "folder": "", "onnx": "-onnx", "hf": "-hf",
+    "folder": "", "onnx": "-onnx", "hf": "-hf", "gguf": ".gguf",
 }  # fmt: skip
 
 
@@ -40,11 +40,11 @@ TARGETS = {  # --to -> what is put behind the model's name where no --out is giv
 @click.option(
     "--to", type=click.Choice(list(TARGETS)),
     help="folder: bitskip's own, of a checkpoint (the default there). onnx: graphs that ONNX "
-    "Runtime runs. hf: a folder that Hugging Face's transformers loads.",
+    "Runtime runs. hf: a folder that Hugging Face's transformers loads. gguf: a file of llama.cpp.",
 )  # fmt: skip
 @click.option(
     "--out", "-o", type=click.Path(path_type=Path),
-    help="What to write. Default: beside MODEL, its name without .pt and with -onnx or -hf.",
+    help="What to write. Default: beside MODEL, its name without .pt and with -onnx, -hf or .gguf.",
 )  # fmt: skip
 @exit_layer(
     "exits", Listed(COUNT), "Exits to write: so many graphs, or one model. Default: full depth.",

@@ -28,6 +28,22 @@ NUMBERS = {  # value type -> its NumPy type
     11: "<i8", 12: "<f8",
 }  # fmt: skip
 STRING, ARRAY = 8, 9
+Q2_0, Q2_0_BLOCK, Q2_0_BYTES = 42, 64, 18  # a type that the package does not know
+
+# Ours -> theirs. One table for reading and writing.
+BLOCK = {
+    "attn_norm": "attn_norm", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v",
+    "o_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm",
+    "attn_sub_norm": "attn_sub_norm", "ffn_norm": "ffn_norm", "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up", "down_proj": "ffn_down", "ffn_sub_norm": "ffn_sub_norm",
+}  # fmt: skip
+TOP = {"embed_tokens": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
+
+
+def written_name(name: str) -> str:
+    """`layers.3.q_proj.weight` -> `blk.3.attn_q.weight`."""
+    *layer, part, leaf = name.split(".")
+    return f"blk.{layer[1]}.{BLOCK[part]}.{leaf}" if layer else f"{TOP[part]}.{leaf}"
 
 
 @dataclass(frozen=True)
@@ -43,15 +59,12 @@ class Tensor:
         """Its values; order: which row of the file each row is, int [rows]."""
 
         def rows(first: int, end: int) -> np.ndarray:
-            from gguf import GGMLQuantizationType
-            from gguf.quants import dequantize
-
             if len(self.shape) == 1:
-                part = dequantize(self.data[0], GGMLQuantizationType[self.kind])
+                part = _dequantize(self.data[0], self.kind)
                 part = (part if order is None else part[order])[first:end]
             else:
                 raw = self.data[first:end] if order is None else self.data[order[first:end]]
-                part = dequantize(raw, GGMLQuantizationType[self.kind])
+                part = _dequantize(raw, self.kind)
             part = np.array(part, np.float32)
             if not np.isfinite(part).all():
                 raise RefusedError(f"{shown(self.name)} holds a value that is not finite")
@@ -106,11 +119,28 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return metadata, tensors
 
 
+def _dequantize(raw: np.ndarray, kind: str) -> np.ndarray:
+    """u8 [..., bytes] of a type -> f32 [..., n]."""
+    if kind == "Q2_0":  # a float16 d, then 64 codes of 2 bits, the first lowest: (code - 1) d
+        blocks = raw.reshape(*raw.shape[:-1], -1, Q2_0_BYTES)
+        scale = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float32)
+        codes = (blocks[..., 2:, None] >> np.array([0, 2, 4, 6], np.uint8)) & np.uint8(3)
+        values = (codes.astype(np.float32) - 1) * scale[..., None]
+        return values.reshape(*raw.shape[:-1], -1)
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    found: np.ndarray = dequantize(raw, GGMLQuantizationType[kind])
+    return found
+
+
 def _kind(number: int, path: Path, name: str) -> tuple[str, int, int]:
     """(name, weights in a block, its bytes) of a tensor type."""
     from gguf import GGMLQuantizationType
     from gguf.constants import GGML_QUANT_SIZES
 
+    if number == Q2_0:
+        return "Q2_0", Q2_0_BLOCK, Q2_0_BYTES
     try:
         kind = GGMLQuantizationType(number)
         block, size = GGML_QUANT_SIZES[kind]

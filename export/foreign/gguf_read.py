@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bitskip_export.foreign.gguf_file import Tensor, open_gguf
+from bitskip_export.foreign.gguf_file import BLOCK, TOP, Tensor, open_gguf, written_name
 from bitskip_export.foreign.gguf_words import chat_form, end_ids, tokenizer_json
 from bitskip_export.foreign.hf_read import meaning
 from bitskip_export.foreign.source import (
@@ -19,26 +19,18 @@ from bitskip_export.foreign.source import (
     Ternary,
     Weight,
 )
-from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.config import CHOICES, ConfigError, ModelConfig
 from bitskip_ref.excerpt import shown
 from bitskip_ref.tensors import parameter_shapes, tensor_count
 
-# Ours -> theirs. One table for reading and writing.
-BLOCK = {
-    "attn_norm": "attn_norm", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v",
-    "o_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm",
-    "attn_sub_norm": "attn_sub_norm", "ffn_norm": "ffn_norm",
-    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
-    "ffn_sub_norm": "ffn_sub_norm",
-}  # fmt: skip
-TOP = {"embed_tokens": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
+OURS = "bitskip"  # keys of files that we wrote, for what theirs have no word for
 _LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
 # Architecture -> (ffn, whether each head's rows of q and k lie in interleaved pairs).
 ARCHITECTURES = {
     "llama": ("swiglu", True), "bitnet": ("swiglu", False), "qwen2": ("swiglu", False),
     "qwen3": ("swiglu", False),
 }  # fmt: skip
-TERNARY = ("TQ1_0", "TQ2_0")
+TERNARY = ("TQ1_0", "TQ2_0", "Q2_0")
 CHUNK = 4096  # rows looked at in one go
 
 
@@ -62,13 +54,14 @@ def read_gguf(path: Path) -> Source:
     if "embed_tokens.weight" not in named:
         raise RefusedError(f"{path} has no weights: tensor token_embd.weight is not there")
     linear = {t.kind for n, t in named.items() if n.endswith("_proj.weight")}
-    ternary = architecture == "bitnet" or bool(linear & set(TERNARY))
+    scaled = "layers.0.q_proj.scale" in named  # float codes beside their scales
+    ternary = architecture == "bitnet" or bool(linear & set(TERNARY)) or scaled
     config = _config(path, metadata, named, ternary)
     if tensor_count(config) > 4 * len(named) + 64:
         raise RefusedError(f"{path} lacks tensors: it tells of {config.num_hidden_layers} blocks")
     shapes = parameter_shapes(config)
     if missing := shapes.keys() - named.keys():
-        raise RefusedError(f"{path} lacks {_theirs(min(missing))} ({len(missing)} in all)")
+        raise RefusedError(f"{path} lacks {written_name(min(missing))} ({len(missing)} in all)")
     pairs = ARCHITECTURES[architecture][1]
     weights: dict[str, Weight] = {}
     for name, shape in shapes.items():
@@ -97,6 +90,8 @@ def read_gguf(path: Path) -> Source:
         tokenizer_json=words,
         eos_token_ids=end_ids(path, metadata, config.vocab_size),
         bos_token_id=_first_id(path, metadata, config.vocab_size),
+        exit_layer=_number(path, metadata, "exit_layer", config.num_hidden_layers),
+        draft_vocab=_number(path, metadata, "draft_vocab", config.vocab_size),
         chat=chat_form(path, metadata),
         report=Report(
             converted=("tokenizer: from the file's lists to tokenizer.json",) if words else ()
@@ -114,12 +109,6 @@ def _ours(name: str) -> str | None:
         return f"layers.{found[1]}.{part}.{leaf}" if part else None
     part = {theirs: ours for ours, theirs in TOP.items()}.get(stem)
     return f"{part}.{leaf}" if part else None
-
-
-def _theirs(name: str) -> str:
-    """Inverse of `_ours`."""
-    *layer, part, leaf = name.split(".")
-    return f"blk.{layer[1]}.{BLOCK[part]}.{leaf}" if layer else f"{TOP[part]}.{leaf}"
 
 
 def _config(
@@ -177,13 +166,25 @@ def _config(
             qk_norm="layers.0.q_norm.weight" in named,
             sub_norm="layers.0.attn_sub_norm.weight" in named,
             tie_word_embeddings="lm_head.weight" not in named,
-            head_format="int8" if ternary else "float32",
+            head_format=_head_format(metadata, "int8" if ternary else "float32"),
         )
     except (TypeError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, RefusedError):
             raise
         reason = str(error) if isinstance(error, ConfigError) else "a key has a wrong type"
         raise RefusedError(f"{path}: {reason}") from None
+
+
+def _head_format(metadata: dict[str, Any], usual: str) -> str:
+    kept = metadata.get(f"{OURS}.head_format")
+    return kept if kept in CHOICES["head_format"] else usual
+
+
+def _number(path: Path, metadata: dict[str, Any], name: str, limit: int) -> int | None:
+    value = metadata.get(f"{OURS}.{name}")
+    if value is not None and (type(value) is not int or not 1 <= value <= limit):
+        raise RefusedError(f"{path}: {OURS}.{name} = {shown(value)} is not in 1..{limit}")
+    return value
 
 
 def from_pairs(rows: int, head_dim: int) -> np.ndarray:

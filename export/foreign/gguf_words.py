@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from bitskip_export.foreign.source import RefusedError
 from bitskip_ref.excerpt import shown
-from bitskip_ref.folder import ChatForm
+from bitskip_ref.folder import ChatForm, Folder
 
 CONTROL, USER, BYTE, UNKNOWN = 3, 4, 6, 2  # token_type
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -161,3 +162,66 @@ def chat_form(path: Path, metadata: dict[str, Any]) -> ChatForm | None:
         i = metadata.get(f"tokenizer.ggml.{name}_token_id")
         words.append(tokens[i] if type(i) is int and 0 <= i < len(tokens) else "")
     return ChatForm(template, *words)
+
+
+# ---- written --------------------------------------------------------------------------
+
+NORMAL, UNUSED = 1, 5  # token_type
+
+
+def words_of(folder: Folder, vocab_size: int) -> dict[str, Any]:
+    """The keys that describe a folder's tokenizer, end ids and template.
+
+    Raises RefusedError for a tokenizer that is not byte-level BPE, or cuts words in a way that has
+    no name there.
+    """
+    if folder.tokenizer is None:
+        return {"tokenizer.ggml.model": "no_vocab"}
+    stored = json.loads(folder.tokenizer.read_text("utf-8"))
+    model, pre = stored["model"], _name_of_split(stored)
+    if model.get("type") != "BPE" or pre is None:
+        raise RefusedError(
+            f"{folder.tokenizer}: words are cut in another way than "
+            f"{', '.join([*PLAIN, *SPLITS])}, which llama.cpp has names for: not exported"
+        )
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    kinds = np.full(vocab_size, UNUSED, np.int32)
+    for token, i in model["vocab"].items():
+        tokens[i], kinds[i] = token, NORMAL
+    for added in stored.get("added_tokens") or ():
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = CONTROL if added["special"] else USER
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    found: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.add_bos_token": folder.bos_token_id is not None,
+    }  # fmt: skip
+    for name, end in zip(("eos", "eot", "eom"), folder.end_ids, strict=False):
+        found[f"tokenizer.ggml.{name}_token_id"] = end
+    if unnamed := [tokens[i] for i in folder.end_ids[3:] if tokens[i] not in ENDS]:
+        raise RefusedError(f"{unnamed[0]!r} ends a text, too: the format has keys for three ids")
+    if folder.bos_token_id is not None:
+        found["tokenizer.ggml.bos_token_id"] = folder.bos_token_id
+    if folder.chat is not None:
+        found["tokenizer.chat_template"] = folder.chat.template
+    return found
+
+
+def _name_of_split(stored: dict[str, Any]) -> str | None:
+    """`tokenizer.ggml.pre` of a tokenizer.json, by what `_byte_level` makes of each name."""
+    for pre in (*PLAIN, *SPLITS):
+        metadata = {"tokenizer.ggml.merges": [], "tokenizer.ggml.pre": pre}
+        made = json.loads(_byte_level(Path(), metadata, {"a": 0}).to_str())
+        if all(_steps(made[k]) == _steps(stored.get(k)) for k in ("pre_tokenizer", "normalizer")):
+            return pre
+    return None
+
+
+def _steps(stored: Any) -> list[dict[str, Any]]:
+    """The steps of a pre-tokenizer or normalizer without what does not change ids."""
+    if stored is None:
+        return []
+    lists = ("pretokenizers", "normalizers")
+    inner = next((stored[name] for name in lists if name in stored), [stored])
+    return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in inner]

@@ -70,12 +70,15 @@ def _local(source: str) -> Path:
 
 
 def give(to: str, folder: Path, out: Path, exit_layer: int | None, force: bool) -> None:
-    """What `export --to hf` does with a model folder."""
+    """What `export --to hf` and `--to gguf` do with a model folder."""
+    from bitskip_export.foreign.gguf_write import write_gguf
     from bitskip_export.foreign.hf_write import write_huggingface
     from bitskip_ref.folder import read_folder
 
+    write = write_gguf if to == "gguf" else write_huggingface
+
     with bar(f"writing {to}") as progress:
-        report = write_huggingface(
+        report = write(
             read_folder(folder), out, exit_layer=exit_layer, force=force, progress=progress
         )
     click.echo(out)

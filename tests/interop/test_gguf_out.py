@@ -1,0 +1,126 @@
+"""GGUF files, written: read back by our reader and by the package `gguf`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import bitskip_cpu
+from bitskip.program import main
+from bitskip_export.foreign import gguf_write
+from bitskip_export.foreign.convert import import_model
+from bitskip_export.foreign.gguf_read import read_gguf
+from bitskip_export.foreign.gguf_write import pack_blocks, ternary_kind, write_gguf
+from bitskip_export.foreign.source import RefusedError
+from bitskip_ref.compare import difference
+from bitskip_ref.config import ModelConfig, small_twin
+from bitskip_ref.folder import read_folder
+from bitskip_ref.model import ReferenceModel
+from tests.helpers import random_folder, twin
+
+gguf = pytest.importorskip("gguf")
+STORIES = Path(bitskip_cpu.__file__).parent / "models/stories-24"
+LLAMA = small_twin("bitskip-v1").replace(head_format="float32")
+WIDE = {"hidden_size": 256, "intermediate_size": 512}
+FLOAT = small_twin("llama3")
+GIVEN: dict[str, ModelConfig] = {
+    "F16": LLAMA,  # 48 weights a row fit no block
+    "TQ2_0": LLAMA.replace(**WIDE, num_attention_heads=16),
+    "Q2_0": LLAMA.replace(hidden_size=64, intermediate_size=192, head_format="int8"),
+    "F32": FLOAT,
+    "float16": FLOAT.replace(head_format="float16", rope_scaling="linear", rope_factor=4.0),
+    "biases": FLOAT.replace(biases="qkvo"),
+    "qwen2": FLOAT.replace(biases="qkv", tie_word_embeddings=True),
+    "qwen3": FLOAT.replace(qk_norm=True),
+    "bitnet": small_twin("bitnet-2b4t").replace(
+        ffn="swiglu", hidden_size=64, head_format="float32"
+    ),
+}
+
+
+def back(path: Path, out: Path) -> Path:
+    import_model(read_gguf(path), out)
+    return out
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_is_written_comes_back(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = read_folder(random_folder(tmp_path / "model", GIVEN[name]))
+    write_gguf(first, tmp_path / "m.gguf")
+    again = read_folder(back(tmp_path / "m.gguf", tmp_path / "again"))
+    assert again.config == first.config and again.eos_token_id is None
+    for key, t in first.tensors.items():
+        assert difference(key, t, again.tensors[key]) is None
+    if first.config.linear == "ternary" and name != "TQ2_0":
+        return  # they hold Q2_0, which the package cannot read
+    theirs = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    up = theirs["blk.1.ffn_up.weight"]
+    assert up.tensor_type.name == ("TQ2_0" if name == "TQ2_0" else "F32")
+    if name == "TQ2_0":
+        values = gguf.quants.dequantize(up.data, up.tensor_type)
+        alpha = theirs["blk.1.ffn_up.scale"].data[0]
+        packed = first.tensors["layers.1.up_proj.scale"][0]
+        assert alpha == packed and set(np.unique(values)) == {-1, 0, 1}
+        # Planted: rows of queries left in halves.
+        monkeypatch.setattr(gguf_write, "from_pairs", lambda rows, _: np.arange(rows))
+        write_gguf(first, tmp_path / "wrong.gguf")
+        wrong = read_folder(back(tmp_path / "wrong.gguf", tmp_path / "wrong"))
+        key = "layers.1.q_proj.weight"
+        assert difference(key, first.tensors[key], wrong.tensors[key]) is not None
+
+
+def test_blocks_are_the_packages() -> None:
+    codes = np.random.default_rng(0).integers(-1, 2, (8, 512)).astype(np.int8)
+    codes[:, 0] = 1  # of each block, too: the package takes its scale from the largest
+    codes[:, 256] = -1
+    kind = gguf.GGMLQuantizationType.TQ2_0
+    assert ternary_kind(512) == (35, 132)
+    expected = gguf.quants.quantize(codes.astype(np.float32), kind)
+    assert np.array_equal(pack_blocks(codes, 35), expected)
+
+
+def test_an_exit_is_written_as_a_model(tmp_path: Path) -> None:
+    config = LLAMA.replace(exit_norm="per_layer", exit_head="per_layer", gates=True)
+    full = read_folder(random_folder(tmp_path / "model", config))
+    report = write_gguf(full, tmp_path / "m.gguf", exit_layer=2)
+    assert len(report.dropped) == 3
+    cut = read_folder(back(tmp_path / "m.gguf", tmp_path / "cut"))
+    ids = [1, 2, 3, 4, 5]
+    assert np.array_equal(
+        ReferenceModel(cut.config, cut.tensors).logits(ids),
+        ReferenceModel(full.config, full.tensors).logits(ids, 2),
+    )
+
+
+def test_the_shipped_model_there_and_back(tmp_path: Path) -> None:
+    shipped = read_folder(STORIES)
+    result = CliRunner().invoke(
+        main, ["export", "stories-24", "--to", "gguf", "-o", str(tmp_path / "s.gguf")]
+    )
+    assert result.exit_code == 0 and "codes and scales" in result.output, result.output
+    again = read_folder(back(tmp_path / "s.gguf", tmp_path / "again"))
+    assert again.config == shipped.config.replace(gates=False)
+    for key, t in again.tensors.items():
+        assert difference(key, shipped.tensors[key], t) is None
+    assert (again.eos_token_id, again.draft_vocab) == (shipped.eos_token_id, shipped.draft_vocab)
+    ours, theirs = (bitskip_cpu.load(p).tokenizer for p in (STORIES, again.path))
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        text = "".join(rng.choice(list("abc dé\n's 12中😀.,!"), rng.integers(1, 40)))
+        assert ours.encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("bitskip-v3", "hadamard"), ("wt2-baseline", "layer norms"), ("bitnet-2b4t", "SiLU built in"),
+    ("int8", "rows of 8 bits"), ("rope-llama3", "llama3"),
+], ids=str)  # fmt: skip
+def test_what_llama_cpp_cannot_compute_is_refused(name: str, words: str, tmp_path: Path) -> None:
+    folder = read_folder(random_folder(tmp_path / "model", twin(name)))
+    with pytest.raises(RefusedError, match=words):
+        write_gguf(folder, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
