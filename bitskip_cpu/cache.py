@@ -83,10 +83,21 @@ class KVCache(CacheFill):
     kv_cache: `float32`, `float16` in half the memory, or `int8` in about a quarter (SPEC 6.5, 6.8).
     """
 
-    def __init__(self, config: ModelConfig, kv_cache: str = "float32") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        kv_cache: str = "float32",
+        pages: Pages | None = None,
+        numbers: Sequence[int] = (),
+    ) -> None:
+        """On pages of its own, for the whole context, or on those of some numbers of `pages`."""
         super().__init__(config, kv_cache)
-        self.pages = Pages(config, kv_cache, -(-config.max_position_embeddings // LANES))
-        self.table = self.pages.addresses()
+        if pages is None:
+            numbers = range(-(-config.max_position_embeddings // LANES))
+            pages = Pages(config, kv_cache, len(numbers))
+        self.pages, self.numbers = pages, numbers
+        self.room = min(self.room, len(numbers) * LANES)
+        self.table = pages.addresses()[list(numbers)]
         self._struct = np.zeros(1, CACHE)
         self._struct[0] = (
             self.pages.kind.itemsize, self.pages.head_bytes, self.pages.values,
@@ -97,11 +108,11 @@ class KVCache(CacheFill):
 
     def _kept(self) -> Sequence[np.ndarray]:
         blocks, size = self._filled_part()
-        return [self.pages.parts(page, blocks) for page in range(-(-size // LANES))]
+        return [self.pages.parts(page, blocks) for page in self.numbers[: -(-size // LANES)]]
 
     def layer(self, i: int) -> tuple[np.ndarray, ...]:
         """As for any cache; copies."""
         pages = self.pages
-        held = [pages.parts(page, i + 1)[i] for page in range(-(-self.length // LANES))]
+        held = [pages.parts(page, i + 1)[i] for page in self.numbers[: -(-self.length // LANES)]]
         parts = np.array(held, np.uint8).reshape(-1, pages.shape[1], pages.head_bytes)
         return tuple(x[: self.length] for x in pages.read(parts, self.config.head_dim))

@@ -19,6 +19,7 @@ from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.cores import default_threads
 from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, GATE, MEASURE
+from bitskip_cpu.rows import run_rows
 from bitskip_cpu.threads import Team
 from bitskip_cpu.weights import Tensors, Weights, random_tensors
 from bitskip_cpu.workspace import SHARE_FROM, Workspace
@@ -26,7 +27,7 @@ from bitskip_ref import engine as contract
 from bitskip_ref.checks import is_whole
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import Draft
-from bitskip_ref.engine import Run, Trace, Visit
+from bitskip_ref.engine import Planned, Run, Trace, Visit
 from bitskip_ref.folder import read_folder
 
 f32 = np.float32
@@ -128,6 +129,9 @@ class Engine(contract.Engine):
         self._call(EMBED | BLOCKS | EXIT, 0, n)
         return space.logits[0].copy()  # cheaper than asking a new array for its address
 
+    def _many(self, rows: Sequence[Planned]) -> list[tuple[np.ndarray | None, int]]:
+        return run_rows(self, rows)
+
     def _speculate(
         self, run: Run, count: int, draft: Draft, n: int
     ) -> tuple[list[int], np.ndarray]:
@@ -166,9 +170,8 @@ class Engine(contract.Engine):
         self, x: np.ndarray, run: Run, first: int, last: int, trace: Trace | None = None
     ) -> np.ndarray:
         space = self._space
-        if not space.holds(run):
-            space.set_tokens(run.ids, run.cache, run.first)
         if x is not space.x:
+            space.set_tokens(run.ids, run.cache, run.first)
             space.x[: len(x)] = x
         if trace is None:
             self._call(BLOCKS, first, last)
@@ -195,7 +198,7 @@ class Engine(contract.Engine):
     def _gate(self, x: np.ndarray, n: int) -> np.float32:
         self._space.set_gate(n)
         self._call(GATE)
-        return f32(self._space.state["gate_probability"])
+        return f32(self._space.gates[0])
 
     def _confidence(self, z: np.ndarray, measure: str) -> np.float32:
         self._space.set_logits(z.ctypes.data)

@@ -16,9 +16,7 @@ from bitskip_ref.engine import Engine, ExitRule
 from bitskip_text.streaming import StopStrings, StreamDecoder
 from bitskip_text.tokenizer import Tokenizer
 
-StopReason = Literal[
-    "end_of_text", "stop_string", "max_tokens", "context", "interrupted", "deadline"
-]
+StopReason = Literal["end_of_text", "stop_string", "max_tokens", "context", "interrupted"]
 
 
 @dataclass(frozen=True)

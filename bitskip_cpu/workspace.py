@@ -65,6 +65,7 @@ def _row(*names: str) -> tuple[struct.Struct, int]:
 
 EXIT_ROW, EXIT_AT = _row("final_norm", "vocab_weights", "vocab_row_bytes", "vocab_scale")
 LOGITS, LOGITS_AT = _row("logits", "exit_from")
+ROWS, ROWS_AT = _row("tokens", "from_row")
 DRAFT_ROW, DRAFT_AT = _row("draft_vocab", "least_lead")
 TOKENS = STATE.fields["tokens"][1] // 8  # type: ignore[index]
 
@@ -139,6 +140,7 @@ class Workspace:
 
         self.ids = aligned((CHUNK,), np.int32)
         self.positions, self.caches = (aligned((CHUNK,), np.int64) for _ in range(2))
+        self.gates = aligned((CHUNK,), np.float32)
         self.x, self.mid, self.y = (floats(c.hidden_size) for _ in range(3))
         self.qkv, self.attended = floats(int(p["rows"][QKV])), floats(c.attention_size)
         self.up, self.act = floats(int(p["rows"][UP])), floats(c.intermediate_size)
@@ -146,6 +148,7 @@ class Workspace:
         codes = aligned((CHUNK, int(max(*p["padded"], -(-c.hidden_size // 64) * 64))), np.int8)
         for name, array in {
             "ids": self.ids, "positions": self.positions, "caches": self.caches,
+            "gates": self.gates,
             "x": self.x, "mid": self.mid, "y": self.y, "qkv": self.qkv,
             "attended": self.attended, "up": self.up, "act": self.act, "input": self.input,
             "codes": codes, "steps": aligned((CHUNK,), np.float32),
@@ -194,17 +197,29 @@ class Workspace:
         else:
             self.ids[: len(ids)] = ids
             self._follow(cache.at, position, len(ids))
-        self._words[TOKENS] = len(ids)
+        self.window(0, len(ids))
+
+    def set_rows(self, runs: Sequence[Run]) -> None:
+        """One token of each run."""
+        count = len(runs)
+        self.ids[:count] = [run.ids[0] for run in runs]
+        self.positions[:count] = [run.first for run in runs]
+        self.caches[:count] = [run.cache.at for run in runs]
+        self.window(0, count)
+
+    def window(self, first: int, count: int) -> None:
+        """Calls are about `count` of the tokens at hand, from number `first` on."""
+        ROWS.pack_into(self._bytes, ROWS_AT, count, first)
+
+    def arrange(self, order: list[int]) -> None:
+        """Have the tokens of these numbers at hand, in that order."""
+        for array in (self.x, self.positions, self.caches):
+            array[: len(order)] = array[order]
 
     def _follow(self, cache_at: int, position: int, count: int) -> None:
         """`count` positions of one cache, one after the other."""
         self.positions[:count] = range(position, position + count)
         self.caches[:count] = cache_at
-
-    def holds(self, run: Run) -> bool:
-        """Whether as many tokens are at hand, at the same positions of the same cache."""
-        where = self.tokens, self.caches[0], self.positions[0]
-        return where == (len(run.ids), run.cache.at, run.first)
 
     @property
     def tokens(self) -> int:

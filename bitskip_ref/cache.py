@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -110,22 +110,22 @@ class CacheFill:
 
     # ---- copies ---------------------------------------------------------------------
 
-    def fork(self) -> Self:
+    def fork(self) -> Any:
         """Another cache with the same positions. Raises RuntimeError in a callback that uses it."""
         with self.turn.lock:
             self._at_rest()
-            return _filled_as(type(self), *self._facts(), self._kept())
+            return _filled_as(self._copy_type(), *self._facts(), self._kept())
 
     __copy__ = fork
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self.fork()
 
     def __reduce__(self) -> tuple[Any, ...]:
         with self.turn.lock:
             self._at_rest()
             kept = [np.array(part) for part in self._kept()]  # a view would bring all behind it
-            return _filled_as, (type(self), *self._facts(), kept)
+            return _filled_as, (self._copy_type(), *self._facts(), kept)
 
     def _at_rest(self) -> None:
         if self.turn.owner is not None:
@@ -134,6 +134,10 @@ class CacheFill:
 
     def _facts(self) -> tuple[ModelConfig, str, int, list[int]]:
         return self.config, self.kv_cache, self.length, list(self._filled)
+
+    def _copy_type(self) -> type[CacheFill]:
+        """What copies of it are."""
+        return type(self)
 
     def _filled_part(self) -> tuple[int, int]:
         """(blocks, positions) that hold all that was filled."""

@@ -160,9 +160,9 @@ def draft(s, products, last):
 
 
 @kernel
-def gate(s):
-    """The routing gate on the first token at hand (SPEC 8.4)."""
-    layer_norm(s.x, s.gate_norm, s.input, s.hidden, s.norm_eps, s.scratch)
+def gate(s, t):
+    """The routing gate on token t (SPEC 8.4)."""
+    layer_norm(s.x + t * 4 * s.hidden, s.gate_norm, s.input, s.hidden, s.norm_eps, s.scratch)
     middle_at = s.input + 4 * s.hidden
     middle = floats(middle_at, s.gate_width)
     for i in range(s.gate_width):
@@ -173,13 +173,17 @@ def gate(s):
 def run(state_at, products_at, actions, first, last):
     """Do `actions` (`layout`) on a state and its products; BLOCKS and FILL: blocks first..last-1.
 
-    DRAFT: through blocks 0..first-1. HELP: live as helper thread `first`. No argument is checked:
-    `bitskip_cpu.engine` does.
+    DRAFT: through blocks 0..first-1. HELP: live as helper thread `first`. Tokens count from
+    `from_row` on, but for GATE's results and logits. No argument is checked: `bitskip_cpu.engine`
+    does.
     """
     s, products = state_structs(state_at, 1)[0], product_structs(products_at, PRODUCTS)
     if actions & HELP:
         help_out(s, products, first)
         return
+    x, ids, positions, caches = s.x, s.ids, s.positions, s.caches
+    s.x, s.ids = x + s.from_row * 4 * s.hidden, ids + s.from_row * 4
+    s.positions, s.caches = positions + s.from_row * 8, caches + s.from_row * 8
     if actions & EMBED:
         for t in range(s.tokens):
             embed(s, t)
@@ -198,4 +202,6 @@ def run(state_at, products_at, actions, first, last):
         values = confidence(s.logits, s.vocab, s.scratch)
         s.confidence_max, s.confidence_margin, s.confidence_entropy = values
     if actions & GATE:
-        s.gate_probability = gate(s)
+        for t in range(s.tokens):
+            floats(s.gates, s.tokens)[t] = gate(s, t)
+    s.x, s.ids, s.positions, s.caches = x, ids, positions, caches

@@ -23,13 +23,13 @@ _STATE = """
     ids x mid qkv attended y up act input input_stride codes codes_stride steps sums
     scratch scratch_stride unpacked acc
 
-    positions caches tokens logits exit_from draft_vocab least_lead
-    gate_probability confidence_max confidence_margin confidence_entropy
+    positions caches gates tokens from_row logits exit_from draft_vocab least_lead
+    confidence_max confidence_margin confidence_entropy
 
     helpers share_from sync stage layer product first_row last_row part_rows
 """
 _FLOATS = {
-    "norm_eps", "largest_code", "gate_probability", "confidence_max", "confidence_margin",
+    "norm_eps", "largest_code", "confidence_max", "confidence_margin",
     "confidence_entropy", "least_lead",
 }  # fmt: skip
 
@@ -40,6 +40,7 @@ STATE = np.dtype(
 of up to CHUNK tokens; the call at hand: int64 [T] the tokens' `positions`, and where their `caches`
 are, a CACHE each; the stage at hand, which threads share (`kernels.share`).
 
+The call is about `tokens` of them, from `from_row` on. `gates`: f32 [T].
 It is argument and scratch: `forward` changes `tokens`, `x`, `positions` and the like for a while
 and puts them back."""
 

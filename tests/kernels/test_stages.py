@@ -54,9 +54,9 @@ def test_the_functions_stand_in_the_order_of_the_schedule() -> None:
 
 
 @pytest.mark.parametrize(
-    "apart", [("tokens", "exit_from"), ("logits", "tokens"), ("draft_vocab", "gate_probability")]
+    "apart", [("tokens", "logits"), ("logits", "from_row"), ("draft_vocab", "confidence_max")]
 )
 def test_fields_written_at_once_must_lie_in_a_row(apart: tuple[str, str]) -> None:
-    assert _row("tokens", "logits")[0].size == 16
+    assert _row("tokens", "from_row")[0].size == 16
     with pytest.raises(AssertionError, match="does not lie behind"):
         _row(*apart)
