@@ -140,6 +140,7 @@ def write_tensors(
             raw = part if isinstance(part, bytes) else np.ascontiguousarray(part).data.cast("B")
             digest.update(raw)
             file.write(raw)
+            del part, raw  # before the next is made
         if file.tell() != len(head) + end:
             raise ValueError(f"{path}: {file.tell() - len(head)} bytes of tensors, expected {end}")
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bitskip_export.foreign.source import Floats, RefusedError, Report, Source, Ternary
-from bitskip_export.pack import CHUNK, check_target
+from bitskip_export.pack import check_target
 from bitskip_ref.arithmetic.hadamard import rotate_unpadded
 from bitskip_ref.arithmetic.quant import quantize_activations, quantize_weights
 from bitskip_ref.config import HEAD_BITS, MOST_ODD, ModelConfig, odd_part
@@ -18,6 +19,7 @@ from bitskip_ref.packing import pack_ternary, packed_width
 from bitskip_ref.tensors import expected_tensors
 from bitskip_text.tokenizer import parse_tokenizer
 
+PIECE = 1 << 19  # values that are converted at a time
 Progress = Callable[[int, int], None]
 """Called with (bytes written so far, bytes in all)."""
 
@@ -117,12 +119,19 @@ class Tensors(Mapping[str, np.ndarray]):
             made, self._scales[scale] = integer_rows(weight, bits)
             return made
         made = np.empty(shape, kind)
-        for first in range(0, shape[0], CHUNK):
-            part = weight.rows(first, min(first + CHUNK, shape[0]))
+        for first, end in pieces(weight.shape):
+            part = weight.rows(first, end)
             if kind is np.float16 and np.abs(part).max(initial=0) > np.finfo(np.float16).max:
                 raise RefusedError(f"{name} exceeds float16 (65504): choose another head format")
-            made[first : first + CHUNK] = part
+            made[first:end] = part
         return made
+
+
+def pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(first, end) of rows of about PIECE values together: scratch does not grow with a model."""
+    step = max(1, PIECE // math.prod(shape[1:]))
+    for first in range(0, shape[0], step):
+        yield first, min(first + step, shape[0])
 
 
 def rotated(weight: Floats) -> Floats:
@@ -137,8 +146,7 @@ def packed(weight: Floats | Ternary) -> tuple[np.ndarray, np.float32]:
         return pack_ternary(codes), alpha
     rows, width = weight.shape
     made = np.empty((rows, packed_width(width)), np.uint8)
-    for first in range(0, rows, CHUNK):
-        end = min(first + CHUNK, rows)
+    for first, end in pieces(weight.shape):
         made[first:end] = pack_ternary(weight.codes(first, end))
     return made, weight.alpha
 
@@ -151,8 +159,7 @@ def integer_rows(weight: Floats, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """
     codes = np.empty(weight.shape, np.int8)
     scales = np.empty(weight.shape[0], np.float32)
-    for first in range(0, weight.shape[0], CHUNK):
-        end = min(first + CHUNK, weight.shape[0])
+    for first, end in pieces(weight.shape):
         part = weight.rows(first, end)
         found, step = quantize_activations(part, bits)
         down, up = np.nextafter(step, np.float32(0)), np.nextafter(step, np.float32(1))

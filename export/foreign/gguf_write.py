@@ -204,11 +204,11 @@ def pack_blocks(codes: np.ndarray, kind: int) -> np.ndarray:
     blocks: list[np.ndarray]
     if kind == TQ2_0:  # two halves of 32 bytes; byte m: bits 2n hold weight 32 n + m
         planes = whole.reshape(rows, -1, 2, 4, 32)
-        packed = sum((planes[..., n, :] << np.uint8(2 * n) for n in range(4)), np.uint8(0))
+        packed = np.bitwise_or.reduce([planes[..., n, :] << np.uint8(2 * n) for n in range(4)])
         blocks = [packed.reshape(rows, -1, 64), np.broadcast_to(one, (rows, planes.shape[1], 2))]
     else:  # Q2_0: the scale first; byte j / 4, bits 2 (j % 4)
         fours = whole.reshape(rows, -1, 16, 4)
-        packed = sum((fours[..., n] << np.uint8(2 * n) for n in range(4)), np.uint8(0))
+        packed = np.bitwise_or.reduce([fours[..., n] << np.uint8(2 * n) for n in range(4)])
         blocks = [np.broadcast_to(one, (rows, fours.shape[1], 2)), packed]
     return np.concatenate(blocks, -1).astype(np.uint8).reshape(rows, -1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +75,17 @@ def test_what_is_asked_for_is_taken(tmp_path: Path) -> None:
     assert convert.usual(ternary) == "ternary" and convert.usual(source) == "int8"
     with pytest.raises(RefusedError, match="kept so, not made int8"):
         import_model(ternary, tmp_path / "b", linear="int8")
+
+
+@pytest.mark.parametrize("linear", ["int8", "float32"])
+def test_memory_is_that_of_the_largest_tensor(linear: str, tmp_path: Path) -> None:
+    """Beside what is mapped: at most 1.6 times the largest tensor as float32."""
+    shape = {"vocab_size": 16_000, "hidden_size": 256, "intermediate_size": 8000}
+    path = save(random_model("Llama", **shape, num_attention_heads=4), tmp_path / "hf")
+    largest = 4 * 16_000 * 256
+    tracemalloc.start()
+    import_model(read_huggingface(path), tmp_path / "out", linear=linear)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (path / "model.safetensors").stat().st_size > 5 * largest
+    assert peak < 1.6 * largest
