@@ -16,7 +16,9 @@ from bitskip_ref.engine import Engine, ExitRule
 from bitskip_text.streaming import StopStrings, StreamDecoder
 from bitskip_text.tokenizer import Tokenizer
 
-StopReason = Literal["end_of_text", "stop_string", "max_tokens", "context", "interrupted"]
+StopReason = Literal[
+    "end_of_text", "stop_string", "max_tokens", "context", "interrupted", "deadline"
+]
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class GenerationOptions:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token id and what is added to its logit, -100 to 100 (SPEC 9.2)."""
     stop: tuple[str, ...] = ()
     """Strings before which the text ends."""
     context: int | None = None
@@ -73,6 +75,8 @@ class GenerationOptions:
             raise ValueError(f"special = {self.special!r}: must be True or False")
         if self.exit_looks is not None:
             self._keep("exit_looks", is_whole, "whole numbers, like [6, 12]")
+        self._keep("logit_bias", lambda p: isinstance(p, Iterable), "pairs, like [[50, -1.5]]")
+        object.__setattr__(self, "logit_bias", tuple(tuple(pair) for pair in self.logit_bias))
         self._keep("stop", lambda s: isinstance(s, str), 'strings, like ["\\n"]')
         StopStrings(self.stop)  # which refuses an empty one
         if isinstance(self.speculate, str) and self.speculate != "auto":
@@ -99,8 +103,9 @@ class GenerationOptions:
     def sampler(self) -> Sampler:
         """How tokens are chosen."""
         return Sampler(
-            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed
-        )
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
+            self.seed, self.logit_bias,
+        )  # fmt: skip
 
     def rule(self, folder: Folder) -> ExitRule:
         """How many blocks a token runs, checked for a folder's model. Raises ValueError."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from bitskip_cpu.generate import Generation, TextStream
 from bitskip_cpu.generation_options import GenerationOptions
@@ -99,16 +101,7 @@ class Model:
         Raises ValueError.
         """
         chosen = (options or GenerationOptions()).replace(**changes)
-        if not isinstance(prompt, str):
-            raise ValueError(
-                f"the prompt is a {type(prompt).__name__}, it must be a string; token ids are for "
-                "extend and step"
-            )
-        ids = self.tokenizer.encode(prompt, chosen.special)
-        if not ids:
-            raise ValueError("the prompt is empty: give at least one character")
-        if self.folder.bos_token_id is not None and not (cache is not None and cache.length):
-            ids = [self.folder.bos_token_id, *ids]
+        ids = self.prompt_ids(prompt, chosen.special, first=cache is None or not cache.length)
         rule = chosen.rule(self.folder)
         return TextStream(
             self.engine,
@@ -123,3 +116,60 @@ class Model:
             eos_token_id=self.folder.end_ids,
             cache=cache,
         )
+
+    def prompt_ids(self, prompt: str, special: bool = False, first: bool = True) -> list[int]:
+        """The ids of a prompt; where a text begins with it, after the model's first token.
+
+        special: as in `GenerationOptions`. Raises ValueError for what is no text, and for no token.
+        """
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"the prompt is a {type(prompt).__name__}, it must be a string; token ids are for "
+                "extend and step"
+            )
+        ids = self.tokenizer.encode(prompt, special)
+        if not ids:
+            raise ValueError("the prompt is empty: give at least one character")
+        if self.folder.bos_token_id is not None and first:
+            ids = [self.folder.bos_token_id, *ids]
+        return ids
+
+    def generate_many(
+        self,
+        prompts: Iterable[str | tuple[str, GenerationOptions]],
+        options: GenerationOptions | None = None,
+        *,
+        parallel: int = 8,
+        **changes: Any,
+    ) -> Iterator[Generation]:
+        """The continuations of many prompts, in their order, `parallel` of them side by side.
+
+        Each is what `generate` says to that prompt, to the bit; together they take less time. A
+        prompt may bring options of its own. options, changes: as of `stream`, for the others.
+        Raises ValueError at the prompt that is refused.
+        """
+        from bitskip_cpu.many.offline import in_order
+        from bitskip_cpu.many.scheduler import Scheduler
+
+        chosen = (options or GenerationOptions()).replace(**changes)
+        pairs = ((p, chosen) if isinstance(p, str) else p for p in prompts)
+        asked = ((self.prompt_ids(text, how.special), how) for text, how in pairs)
+        for end in in_order(Scheduler(self, parallel=parallel), asked):
+            if end.error is not None:
+                raise ValueError(end.error)
+            yield end.generation
+
+    def hidden(self, text: str, exit_layer: int | None = None) -> np.ndarray:
+        """What the exit's head sees of each token of a text: f32 [T, D] (SPEC 8.1), after its norm.
+
+        exit_layer: blocks to run, 1..L (None: all). Raises ValueError as `extend`.
+        """
+        found: list[np.ndarray] = []
+
+        def note(stage: str, values: np.ndarray) -> None:
+            if stage == "exit_norm":
+                found.append(values.copy())
+
+        cache = self.new_cache()
+        self.extend(self.prompt_ids(text), cache, exit_layer=exit_layer, trace=note)
+        return found[0]

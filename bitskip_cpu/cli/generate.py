@@ -15,6 +15,7 @@ import click
 from bitskip.options import (
     COUNT,
     EXIT,
+    FILE,
     JSON,
     KV_CACHE,
     MODEL,
@@ -32,6 +33,7 @@ from bitskip_cpu.cli.loading import load_model
 
 if TYPE_CHECKING:
     from bitskip_cpu.generate import Piece, TextStream
+    from bitskip_cpu.generation_options import GenerationOptions
     from bitskip_cpu.model import Model
 
 STORY = "Once upon a time"  # the prompt of the models that come with the package
@@ -45,6 +47,20 @@ STORY = "Once upon a time"  # the prompt of the models that come with the packag
 @click.option(
     "--prompt-file", "-f", type=click.File("rb"),
     help="UTF-8 file with the prompt, without its last newline; - is standard input.",
+)  # fmt: skip
+@click.option(
+    "--prompts", "prompts_file", type=FILE, metavar="FILE.jsonl",
+    help="Many prompts, a line each: a JSON string, or an object with prompt and options, as "
+    '{"prompt": "Tom", "exit_layer": 18}. Needs --output.',
+)  # fmt: skip
+@click.option(
+    "--output", "-o", type=NEW_FILE, metavar="FILE.jsonl",
+    help="Where the answers to --prompts go, in their order. If it is there, what is missing is "
+    "added.",
+)  # fmt: skip
+@click.option(
+    "--parallel", type=COUNT, default=8, show_default=True,
+    help="Texts of --prompts that run side by side; no text depends on it.",
 )  # fmt: skip
 @click.option("--max-tokens", "-n", type=WHOLE, default=200, show_default=True)
 @exit_layer(
@@ -108,7 +124,8 @@ STORY = "Once upon a time"  # the prompt of the models that come with the packag
 @click.pass_context
 def generate(
     click_context: click.Context, model: str | None, prompts: tuple[str, ...],
-    prompt_file: IO[bytes] | None, threads: int | None, kv_cache: str, ctx: int | None,
+    prompt_file: IO[bytes] | None, prompts_file: Path | None, output: Path | None, parallel: int,
+    threads: int | None, kv_cache: str, ctx: int | None,
     quiet: bool, as_json: bool, show_exits: bool, html: Path | None, **options: Any,
 ) -> None:  # fmt: skip
     """Continue a prompt. The text streams to standard output, statistics go to standard error.
@@ -119,6 +136,13 @@ def generate(
     from bitskip_cpu.generation_options import GenerationOptions
 
     chosen = GenerationOptions(context=ctx, **options)
+    if prompts_file is not None or output is not None:
+        if prompts_file is None or output is None or prompts or prompt_file is not None:
+            raise click.UsageError("--prompts and --output go together, and without --prompt")
+        if as_json or show_exits or html is not None:
+            raise click.UsageError("--json, --show-exits and --html are for one text")
+        _many(model, prompts_file, output, parallel, chosen, (threads, quiet, kv_cache))
+        return
     text = _prompt(model, prompts, prompt_file)
     if html is not None and not html.absolute().parent.is_dir():
         raise ValueError(f"{html}: no such folder")
@@ -167,6 +191,29 @@ def generate(
         if not quiet:
             click.echo(_statistics(stream, loaded), err=True)
     click_context.exit(code)
+
+
+def _many(
+    model: str | None, file: Path, output: Path, parallel: int, options: GenerationOptions,
+    load: tuple[int | None, bool, str],
+) -> None:  # fmt: skip
+    """Answer a file of prompts."""
+    import time
+
+    from bitskip.terminal import animated
+    from bitskip_cpu.many.offline import answer_file, read_prompts
+
+    lines = read_prompts(file, options)
+    loaded = load_model(model, *load)
+    quiet, start, begun = load[1], time.perf_counter(), None
+    for done in answer_file(loaded, lines, output, parallel):
+        begun = done if begun is None else begun
+        if animated(sys.stderr) and not quiet:
+            click.echo(f"\r{done} of {len(lines)}", err=True, nl=False)
+    if not quiet:
+        there = f", {begun} were there" if begun else ""
+        seconds = time.perf_counter() - start
+        click.echo(f"\r[{len(lines)} answers{there}; {seconds:.1f} s]", err=True)
 
 
 def _prompt(model: str | None, prompts: tuple[str, ...], file: IO[bytes] | None) -> str:

@@ -46,6 +46,8 @@ class Sampler:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(id, what is added to its logit)."""
 
     def __post_init__(self) -> None:
         t, r = self.temperature, self.repetition_penalty
@@ -62,6 +64,14 @@ class Sampler:
             if not (is_whole(value) if whole else is_number(value)) or not good(value):
                 kind = "a whole number, " if whole else ""
                 raise ValueError(f"{name} {value!r}: must be {kind}{rule}")
+        for pair in self.logit_bias:
+            if not (
+                isinstance(pair, tuple) and len(pair) == 2 and is_whole(pair[0])
+                and pair[0] >= 0 and is_number(pair[1]) and abs(pair[1]) <= 100
+            ):  # fmt: skip
+                raise ValueError(
+                    f"logit bias {pair!r}: must be a token id and a number between -100 and 100"
+                )
         object.__setattr__(self, "seed", int(self.seed))  # its arithmetic has more than 64 bits
 
     def choose(self, logits: np.ndarray, seen: Collection[int], index: int) -> int:
@@ -81,7 +91,12 @@ class Sampler:
         return pick(ids, weights, uniform(self.seed, index))
 
     def penalised(self, logits: np.ndarray, seen: Collection[int]) -> np.ndarray:
-        """Logits after the repetition penalty, f32 [V]; the input is not changed."""
+        """Logits after bias and repetition penalty, f32 [V]; the input is not changed."""
+        if self.logit_bias:
+            logits = logits.copy()
+            for i, bias in self.logit_bias:
+                if i < len(logits):
+                    logits[i] += np.float32(bias)
         if self.repetition_penalty == 1.0 or not seen:
             return logits
         r = np.float32(self.repetition_penalty)

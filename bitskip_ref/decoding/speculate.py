@@ -140,7 +140,8 @@ class Verifier:
         self._engine, self._speculation, self._sampler = engine, speculation, sampler
         self._seen = set(seen)
         self._made = 0  # tokens of the text
-        self._plain = sampler.temperature == 0 and sampler.repetition_penalty == 1
+        changed = sampler.repetition_penalty != 1 or bool(sampler.logit_bias)
+        self._plain = sampler.temperature == 0 and not changed
 
     def round(self, token_id: int, cache: Any, count: int) -> list[int]:
         """Draft at most `count` tokens after `token_id`; the tokens that follow it, 1..count + 1.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import batches, heads, many, onnx_graph, speculate, start
+from benchmarks import batches, heads, kv_cache, many, onnx_graph, speculate, start
 from bitskip_cpu import isa
 from bitskip_ref.config import small_twin
 from tests.helpers import random_folder
@@ -42,6 +42,22 @@ def test_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         many, "--preset tiny -t 1 --sequences 3 --depth 5 --steps 2 -r 2", monkeypatch, capsys
     )
     assert [line.split(" |")[0] for line in out[1:]] == ["sequences", "1", "3"]
+
+
+def test_kv_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    arguments = f"--text {tmp_path / 'text'} --exits 2,4 --tokens 40 -o {tmp_path / 'out.json'}"
+    out = lines(kv_cache, arguments, monkeypatch, capsys)
+    assert [line.split()[1] for line in out[2:]] == ["float32", "float16", "int8"]
+    assert "\n".join(out) == kv_cache.render(json.loads((tmp_path / "out.json").read_text()))
+
+
+def test_the_documented_losses_are_those_measured() -> None:
+    root = Path(__file__).parent.parent.parent
+    facts = json.loads((root / "results" / "kv-cache" / "stories-24.json").read_text())
+    assert kv_cache.render(facts) in (root / "docs" / "PERFORMANCE.md").read_text()
 
 
 def test_onnx_graph(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import bitskip_ref.arithmetic.attention
 import bitskip_ref.model
 from bitskip_cpu.engine import Engine
 from bitskip_ref.arithmetic.hadamard import rotate, rotate_unpadded
@@ -36,6 +37,15 @@ def test_another_kind_of_cache_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("cache 0: keys" in line for line in problems)
     assert any("layers.0.attn" in line for line in problems)
     assert not any("layers.0.k" in line or "layers.0.v" in line for line in problems)
+
+
+@pytest.mark.parametrize("name", ["LARGEST_WEIGHT", "SOFTMAX_UNIT"])
+def test_other_sums_over_an_int8_cache_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, or exponentials, that are rounded otherwise show behind a cache that is the same."""
+    monkeypatch.setattr(bitskip_ref.arithmetic.attention, name, np.float32(32767))
+    problems = check(config_of("bitskip-v1"), tensors_of("bitskip-v1"), [1], kv_cache="int8")
+    assert any("layers.0.attn" in line for line in problems)
+    assert not any("cache 0" in line for line in problems)
 
 
 def test_a_flipped_weight_code_is_seen() -> None:

@@ -7,8 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from bitskip_ref.arithmetic.attention import attention
+from bitskip_ref.arithmetic.attention import attention, int8_attention
 from bitskip_ref.arithmetic.functions import half
+from bitskip_ref.arithmetic.quant import quantize_activations
+from bitskip_ref.cache import check_kv_cache
 from bitskip_ref.compare import difference
 from bitskip_ref.config import PRESETS, ConfigError, ModelConfig, preset, small_twin
 from bitskip_ref.constants import KV_CACHES
@@ -92,6 +94,36 @@ def test_attention_by_hand() -> None:
     v = np.array([[[2.0, 0.0]], [[4.0, 8.0]], [[6.0, 1.0]]], f32)
     got = attention(q, k, v)
     assert got.tolist() == [[3.0, 4.0], [4.0, 3.0]]
+
+
+def int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return quantize_activations(x, 8)
+
+
+def test_int8_attention_by_hand() -> None:
+    """SPEC 6.8 with equal scores: codes of values, of weights, and the sum of exponentials."""
+    q, k = np.zeros((1, 1, 2), f32), np.zeros((2, 1, 2), f32)
+    v = np.array([[[2.0, 0.0]], [[4.0, 8.0]]], f32)  # codes 127, 0 and 64 (63.5), 127
+    weights = 4096, 16383  # 16383 * 2 / 8 = 4095.75, and the largest
+    sums = np.array([weights[0] * 127 + weights[1] * 64, weights[1] * 127])
+    factor = f32(f32(8 / 127) / f32(16383)) / f32(2)
+    equal((sums.astype(f32) * factor)[None], int8_attention(q, *int8(k), *int8(v)))
+
+
+def test_int8_attention_is_near_and_has_no_order() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((n, 2, 32)).astype(f32) for n in (1, 300, 300))
+    found = int8_attention(q, *int8(k), *int8(v))
+    assert np.abs(found - attention(q, k, v)).max() < 0.02
+    order = rng.permutation(300)
+    equal(found, int8_attention(q, *int8(k[order]), *int8(v[order])))
+
+
+def test_a_context_beyond_exact_sums_is_refused() -> None:
+    config = twin("tiny").replace(max_position_embeddings=131_073)
+    with pytest.raises(ValueError, match=r"131073 positions, exact sums fit up to 131072"):
+        check_kv_cache("int8", config)
+    assert check_kv_cache("int8", twin("tiny").replace(max_position_embeddings=131_072)) == "int8"
 
 
 def test_query_heads_share_their_group() -> None:

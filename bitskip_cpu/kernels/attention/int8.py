@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from bitskip_cpu.kernels.arithmetic.elementwise import ZERO, quantize
+from bitskip_cpu.kernels.arithmetic.elementwise import ZERO, fill_zero, quantize
 from bitskip_cpu.kernels.arithmetic.lanes import LANE_BYTES
 from bitskip_cpu.kernels.attention.int8_passes import (
     KEY_OFFSET,
@@ -25,6 +25,7 @@ from bitskip_cpu.kernels.attention.int8_passes import (
     UNIT,
     UPPER,
     encode,
+    fetch,
     largest,
     scores_1,
     scores_4,
@@ -43,6 +44,10 @@ f32, f64, i32 = np.float32, np.float64, np.int32
 LARGEST_CODE = f32(127.0)
 LARGEST_WEIGHT = f32(constants.LARGEST_WEIGHT)
 MINUS_INFINITY = f32(-np.inf)
+PAGES_AHEAD = 8  # between asking for a page and its use
+PAGES_KEPT = 256  # whose values of a head the second cache holds
+COLD_PAGES, HOT_PAGES = 8, 32  # whose values all queries take before the next
+PANELS = 4  # of scores between asking for values
 SHIFTED = f64(1 << UPPER)  # what an upper code counts
 FLIP = i32(0x80808080 - (1 << 32) if KEY_OFFSET else 0)  # adds KEY_OFFSET to four codes
 
@@ -100,24 +105,42 @@ def attend_codes(
         int32s(fact + 4, 1)[0] = total
     for page in range(0, pages, PAGES):
         at, last, to = table + 8 * page, pages - 1 - page, scratch_at + LANE_BYTES * page
+        if cold:
+            fetch_pages(table, page + PAGES_AHEAD, page + PAGES_AHEAD + PAGES, pages, keys, fours)
         if queries == 1:
             scores_1(at, keys, last, fours, codes_at, padded, facts_at, 0, to, row)
         else:
             scores_4(at, keys, last, fours, codes_at, padded, facts_at, queries - 1, to, row)
+    lines = width // LANES
     value_steps(table, values + LANES * width, pages, seen, panels * PANEL, steps_at)
     for i in range(queries):
-        softmax_codes(scratch_at + i * row, seen, panels, steps_at, weights_at + 2 * i * weights,
-                      weights, state_at, facts_at + 8 * i)  # fmt: skip
-    lines = width // LANES
-    for i in range(0, queries, 2):
-        rows, to = weights_at + 2 * i * weights, sums_at + 2 * i * sums
-        for line in range(0, lines, LINES):
-            if queries - i == 1:
-                values_1(table, values, pages, lines, line, last_line, rows, weights, 1,
-                         to + line * LINE, sums)  # fmt: skip
-            else:
-                values_2(table, values, pages, lines, line, last_line, rows, weights, 3,
-                         to + line * LINE, sums)  # fmt: skip
+        at, codes = scratch_at + i * row, weights_at + 2 * i * weights
+        softmax_begin(at, seen, panels, state_at)
+        top = largest(at, panels)
+        for panel in range(0, panels, PANELS):
+            some = min(PANELS, panels - panel)
+            if cold:  # meanwhile the values come, each query's share of them
+                first = (i * panels + panel) * pages // (queries * panels)
+                end = (i * panels + panel + some) * pages // (queries * panels)
+                fetch_pages(table, first, end, min(pages, PAGES_KEPT), values, lines * COLUMNS)
+            weigh(at + 4 * PANEL * panel, top, steps_at + 4 * PANEL * panel, some, state_at)
+        softmax_end(at, panels, codes, weights, state_at, facts_at + 8 * i)
+    fill_zero(sums_at, queries * sums // 2)  # two rows a query, 4 bytes a number
+    chunk = COLD_PAGES if cold else HOT_PAGES
+    for page in range(0, pages, chunk):
+        some = min(chunk, pages - page)
+        if cold:
+            first = page + PAGES_AHEAD
+            fetch_pages(table, first, first + some, pages, values, lines * COLUMNS)
+        for i in range(0, queries, 2):
+            rows, to = weights_at + 2 * i * weights + page * LANES, sums_at + 2 * i * sums
+            for line in range(0, lines, LINES):
+                if queries - i == 1:
+                    values_1(table + 8 * page, values, some, lines, line, last_line, rows, weights,
+                             1, to + line * LINE, sums)  # fmt: skip
+                else:
+                    values_2(table + 8 * page, values, some, lines, line, last_line, rows, weights,
+                             3, to + line * LINE, sums)  # fmt: skip
     for i in range(queries):
         at, factor = sums_at + 2 * i * sums, floats(facts_at + 8 * i, 1)[0]
         upper, lower = int32s(at, head_dim), int32s(at + sums, head_dim)
@@ -139,20 +162,33 @@ def value_steps(table, steps, pages, seen, padded, out_at):
 
 
 @kernel
-def softmax_codes(scores_at, seen, panels, steps_at, weights_at, stride, state_at, factor_at):
-    """Scores -> the upper codes of weights and `stride` bytes further the lower ones.
-
-    The factor is what the sums of codes are multiplied with.
-    """
+def softmax_begin(scores_at, seen, panels, state_at):
+    """Hide what lies behind `seen`; an empty state for `weigh`."""
     padded = panels * PANEL
     scores = floats(scores_at, padded)
     for s in range(seen, padded):
         scores[s] = MINUS_INFINITY
-    weigh(scores_at, largest(scores_at, panels), steps_at, panels, state_at)
+    fill_zero(state_at, 2 * LANES)  # of both kinds
+
+
+@kernel
+def softmax_end(weights_at, panels, codes_at, stride, state_at, factor_at):
+    """e * step -> the upper codes of weights and `stride` bytes further the lower ones.
+
+    The factor is what the sums of codes are multiplied with.
+    """
     counts, tops = int32s(state_at, LANES), floats(state_at + LANE_BYTES, LANES)
     total, top = 0, tops[0]
     for lane in range(LANES):
         total += counts[lane]
         top = tops[lane] if tops[lane] > top else top
-    encode(scores_at, LARGEST_WEIGHT / top, panels, weights_at, weights_at + stride)
+    encode(weights_at, LARGEST_WEIGHT / top, panels, codes_at, codes_at + stride)
     floats(factor_at, 1)[0] = (top / LARGEST_WEIGHT) / (f32(total) / UNIT)
+
+
+@kernel
+def fetch_pages(table, first, end, pages, offset, lines):
+    """Ask for what lies at `offset` in pages first..end-1, if there are so many: lines, and one."""
+    page_at = int64s(table, pages)
+    for page in range(first, min(end, pages)):
+        fetch(page_at[page] + offset, lines + 1)

@@ -25,7 +25,7 @@ from bitskip_cpu.kernels.arithmetic.lanes import (
 )
 from bitskip_cpu.kernels.layout import LANES, PANEL
 from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
-from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, LONG, loop, pointer, variable
+from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, LONG, loop, pointer, prefetch, variable
 from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s, int64s, uint8s
 from bitskip_cpu.kernels.products.dot import INTS, WIDTH, Kernel, load, starts
 from bitskip_cpu.kernels.products.ternary_layout import COLUMNS, LINE
@@ -105,8 +105,8 @@ def score_pages(queries: int, chains: int) -> Kernel:
 def value_lines(queries: int) -> Kernel:
     """(table, values, pages, page lines, first, last line, weights, stride, last, out, out stride).
 
-    Sums over the pages of LINES lines of 16 features, from `first` on, with the upper and then the
-    lower codes of `queries` queries: int32, `page lines` to the next kind.
+    Add sums over the pages of LINES lines of 16 features, from `first` on, with the upper and then
+    the lower codes of `queries` queries: int32. A page has 4 times `page lines`.
     """
 
     @intrinsic()
@@ -140,11 +140,18 @@ def value_lines(queries: int) -> Kernel:
         to = out
         for t in range(2 * queries):
             for r, total in enumerate(sums.finished(t)):
-                place = builder.add(to, LONG(r * WIDTH))
-                builder.store(total, pointer(builder, place, INTS), align=4)
+                place = pointer(builder, builder.add(to, LONG(r * WIDTH)), INTS)
+                builder.store(builder.add(builder.load(place, align=4), total), place, align=4)
             to = builder.add(to, out_stride)
 
     return lines_sums
+
+
+@intrinsic(lambda at, lines: None)
+def fetch(builder, at, lines):
+    """Ask for so many lines of memory."""
+    with loop(builder, lines) as index:
+        prefetch(builder, builder.add(at, builder.mul(index, LONG(LINE))), 2)
 
 
 def _repeated(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
@@ -164,10 +171,10 @@ def _largest(x_at: int, panels: int) -> Any:
 def _weigh(x_at: int, top: Any, steps_at: int, panels: int, state_at: int) -> None:
     x, steps = floats(x_at, panels * PANEL), floats(steps_at, panels * PANEL)
     e = np.array([exp(score - top) for score in x])
-    total = np.rint(e * UNIT).astype(i32).reshape(-1, LANES).sum(0)
-    int32s(state_at, LANES)[:] = total
+    int32s(state_at, LANES)[:] += np.rint(e * UNIT).astype(i32).reshape(-1, LANES).sum(0, i32)
     x[:] = e * steps
-    floats(state_at + LANE_BYTES, LANES)[:] = x.max()
+    most = floats(state_at + LANE_BYTES, LANES)
+    most[:] = np.maximum(most, x.reshape(-1, LANES).max(0))
 
 
 def _encode(w_at: int, factor: Any, panels: int, upper_at: int, lower_at: int) -> None:
@@ -216,11 +223,13 @@ def _top(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
 def weigh(builder, x_at, top, steps_at, panels, state_at):
     """Scores -> e * step, in place.
 
-    State: int32 [LANES] sums of e * SOFTMAX_UNIT, rounded, and f32 [LANES], the largest e * step of
-    all in some lane and no larger number in the others.
+    State, brought up to date: int32 [LANES], to add round(e * SOFTMAX_UNIT) to, and f32 [LANES],
+    the largest e * step in some lane.
     """
-    total = variable(builder, ir.Constant(LANE_INTS, [0] * LANES))
-    most = variable(builder, _constant(0.0))
+    counted_at = pointer(builder, state_at, LANE_INTS)
+    most_at = builder.add(state_at, LONG(LANE_BYTES))
+    total = variable(builder, builder.load(counted_at, align=4))
+    most = variable(builder, load_lanes(builder, most_at))
     top = splat(builder, top)
     with loop(builder, panels) as index:
         places = _panel(builder, x_at, index)
@@ -234,9 +243,8 @@ def weigh(builder, x_at, top, steps_at, panels, state_at):
             store_lanes(builder, w, at)
         builder.store(counts, total)
         builder.store(largest_of, most)
-    at = pointer(builder, state_at, LANE_INTS)
-    builder.store(builder.load(total), at, align=4)
-    store_lanes(builder, builder.load(most), builder.add(state_at, LONG(LANE_BYTES)))
+    builder.store(builder.load(total), counted_at, align=4)
+    store_lanes(builder, builder.load(most), most_at)
 
 
 def _rounded(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
@@ -301,8 +309,6 @@ def _plain_lines() -> Callable[..., None]:
                 uint8s(weights + t * stride, pages * LANES),
                 int32s(out + t * out_stride, LANES),
             )
-            for i in range(LANES):
-                sums[i] = 0
             for page in range(pages):
                 at = page_at[page] + values + first * LINE
                 for four in range(LANES // COLUMNS):

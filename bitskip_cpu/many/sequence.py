@@ -1,0 +1,231 @@
+"""One text among many: what it wants to run next, and what it says with the answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from bitskip_cpu.generate import Generation, Piece, Telling, check_prompt
+from bitskip_cpu.generation_options import GenerationOptions
+from bitskip_ref.config import ModelConfig
+from bitskip_ref.decoding.generate import Choosing, Token
+from bitskip_ref.decoding.speculate import stream as stream_speculated
+from bitskip_ref.engine import Engine, Row
+from bitskip_ref.exits import FixedExit
+from bitskip_ref.folder import Folder
+from bitskip_ref.heldout import log_probabilities
+from bitskip_text.tokenizer import Tokenizer
+
+MOST_ALTERNATIVES = 20
+
+
+class Loaded(Protocol):
+    """What is needed of a `bitskip_cpu.model.Model`."""
+
+    engine: Engine
+    config: ModelConfig
+    folder: Folder
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The folder's."""
+
+
+@dataclass(frozen=True)
+class Likely:
+    """Natural logarithms of a token's probability and of the likeliest ones', from raw logits."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # best first; the lower id among equals
+
+
+@dataclass(frozen=True)
+class Said:
+    """A piece of a text, and what there is to know of its token."""
+
+    piece: Piece
+    likely: Likely | None = None
+    batch: int = 0  # rows of the step that it came from
+
+
+@dataclass(frozen=True)
+class End:
+    """The last that is told of a text."""
+
+    generation: Generation
+    reused: int = 0  # positions of the prompt that were held already
+    echo: tuple[Likely, ...] = ()  # of the prompt's tokens from the second on
+    error: str | None = None  # what went wrong; None: nothing
+
+
+Tell = Callable[[Said | End], None]
+"""Called in the scheduler's thread; it must return at once and not raise."""
+
+
+class Sequence:
+    """A text that the scheduler runs."""
+
+    def __init__(
+        self, model: Loaded, ids: list[int], options: GenerationOptions, tell: Tell, *,
+        alternatives: int | None = None, echo: bool = False, deadline: float | None = None,
+    ) -> None:  # fmt: skip
+        """ids: the prompt, with its first token. alternatives: how many likeliest tokens to tell of
+        beside the chosen one (0..20; None: nothing). echo: tell of the prompt's tokens as well.
+        deadline: `time.monotonic()` after which the text ends. Raises ValueError.
+        """
+        config, folder = model.config, model.folder
+        self.rule = options.rule(folder)
+        self.depth = self.rule.deepest(config)
+        self.speculation = options.speculation(self.rule, folder)
+        if self.speculation is not None and (alternatives is not None or echo):
+            raise ValueError(
+                "log probabilities are not told of a text that is speculated: leave one out"
+            )
+        if alternatives is not None and not 0 <= alternatives <= MOST_ALTERNATIVES:
+            raise ValueError(f"logprobs {alternatives}: must be 0..{MOST_ALTERNATIVES}")
+        if not ids:
+            raise ValueError("the prompt is empty: give at least one token")
+        context = options.positions(config)
+        room = check_prompt(len(ids), 0, context)
+        self.most = min(context, len(ids) + options.max_tokens)
+        """Positions that it may come to."""
+        self.ids, self.tell, self.deadline = ids, tell, deadline
+        self.alternatives = 0 if echo and alternatives is None else alternatives
+        self.echo = echo
+        self._told = Telling(
+            model.tokenizer, ids, stop=options.stop, max_tokens=options.max_tokens, room=room,
+            speculation=self.speculation,
+        )  # fmt: skip
+        most = min(options.max_tokens, room)
+        free = config.max_position_embeddings - len(ids)
+        self._choosing = Choosing(options.sampler, most, free, folder.end_ids, ids)
+        self._sampler, self._ends, self._max_tokens = options.sampler, folder.end_ids, most
+        self._engine = model.engine
+        self._told.begin()
+        self.cache: Any = None
+        self.reused = 0
+        self.cancelled = False
+        self.over = False
+        self.reason = ""
+        """Why it is over."""
+        self._next: int | None = None  # the token to be run
+        self._tokens: Generator[Token, None, None] | None = None  # of a speculated text
+        self._echoed: list[Likely] = []
+
+    # ---- what it wants ----------------------------------------------------------------
+
+    def start(self, cache: Any) -> None:
+        """Begin, after the positions that the cache holds."""
+        self.cache, self.reused = cache, cache.length
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are still to be run."""
+        # A speculated text's last token is run by its first round.
+        end = len(self.ids) - (self.speculation is not None)
+        return max(0, end - self.cache.length) if self._next is None else 0
+
+    def prompt_rows(self, count: int) -> list[Row]:
+        """The next `count` tokens of the prompt."""
+        first = self.cache.length
+        last = len(self.ids) - 1
+        rule = FixedExit(self.depth)
+        return [
+            Row(self.ids[i], self.cache, rule, self.echo or i == last)
+            for i in range(first, first + count)
+        ]
+
+    def next_row(self) -> Row | None:
+        """The token that was chosen last; None while there is none, or rounds run it."""
+        return None if self._next is None else Row(self._next, self.cache, self.rule)
+
+    @property
+    def kept_ids(self) -> list[int]:
+        """Ids of the first positions that all blocks up to `depth` ran."""
+        if self.rule.looks(self._engine.config):
+            return self.ids[: self.cache.length]
+        return [*self.ids, *self._told.ids][: self.cache.length]
+
+    # ---- what it is given ---------------------------------------------------------------
+
+    def read(self, first: int, logits: list[np.ndarray | None], batch: int) -> Token | None:
+        """The prompt's tokens from position `first` on were run; the text's first token."""
+        for i, z in enumerate(logits, first):
+            if z is None:
+                continue
+            if i + 1 == len(self.ids):
+                return self.take(z, self.depth, batch)
+            self._echoed.append(self._likely(z, self.ids[i + 1]))
+        return None
+
+    def take(self, logits: np.ndarray, depth: int, batch: int) -> Token | None:
+        """Choose the token after logits f32 [V] that `depth` blocks gave; None: it has ended."""
+        token = self._choosing.next(logits)
+        self._next = None
+        if token is None:
+            self.end()
+            return None
+        likely = None if self.alternatives is None else self._likely(logits, token)
+        said = Token(token, depth)
+        self._say(said, likely, batch)
+        if self._choosing.over or self._told.stopped:
+            self.end()
+        else:
+            self._next = token
+        return said
+
+    def round(self, batch: int) -> Token | None:
+        """A speculated text's next token: of the round at hand, or of a new one."""
+        if self._tokens is None:
+            assert self.speculation is not None
+            self._tokens = stream_speculated(
+                self._engine, self.ids[-1:], self.speculation, self._sampler, self._max_tokens,
+                self._ends, cache=self.cache, seen=self.ids[:-1],
+            )  # fmt: skip
+        token = next(self._tokens, None)
+        if token is not None:
+            self._say(token, None, batch)
+        if token is None or self._told.stopped or len(self._told.ids) == self._max_tokens:
+            self.end()
+        return token
+
+    def _say(self, token: Token, likely: Likely | None, batch: int) -> None:
+        self.tell(Said(self._told.add(token), likely, batch))
+
+    def _likely(self, logits: np.ndarray, token: int) -> Likely:
+        z = log_probabilities(logits[None])[0]
+        count = min(self.alternatives or 0, len(z))
+        found: list[tuple[int, float]] = []
+        if count:
+            ids = np.flatnonzero(z >= np.partition(z, -count)[-count])
+            ids = ids[np.argsort(-z[ids], kind="stable")][:count]
+            found = [(int(i), float(z[i])) for i in ids]
+        return Likely(token, float(z[token]), tuple(found))
+
+    # ---- its end ------------------------------------------------------------------------
+
+    def end(self, ended: bool = True, error: str | None = None) -> None:
+        """Tell what was held back, and the end. ended: by itself; else it was broken off."""
+        if self.over:
+            return
+        self.over, self._told.ended = True, ended
+        if self._tokens is not None:
+            self._tokens.close()
+        rest = self._told.rest()
+        if rest.text:
+            self.tell(Said(rest))
+        generation = self._told.generation()
+        if self.late and not ended:
+            generation = replace(generation, stop_reason="deadline")
+        self.reason = "error" if error else generation.stop_reason
+        self.tell(End(generation, self.reused, tuple(self._echoed), error))
+
+    @property
+    def late(self) -> bool:
+        """Whether its time is over."""
+        return self.deadline is not None and time.monotonic() > self.deadline

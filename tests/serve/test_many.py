@@ -1,0 +1,210 @@
+"""The scheduler's promise: what a request says depends on the request alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bitskip_cpu
+from bitskip_cpu.generation_options import GenerationOptions
+from bitskip_cpu.many import scheduler as scheduling
+from bitskip_cpu.many.offline import answer_file, read_prompts
+from bitskip_cpu.many.scheduler import Full, Scheduler
+from bitskip_cpu.many.sequence import Sequence
+from bitskip_cpu.model import Model
+from tests.cli.conftest import write_model
+from tests.serve.asked import Heard, check, random_request, run_all
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return bitskip_cpu.load(write_model(tmp_path_factory.mktemp("many") / "random"), threads=1)
+
+
+def some(model: Model, count: int, seed: int) -> None:
+    """Random requests under random settings of the scheduler."""
+    rng = random.Random(seed)
+    heads = [[rng.randrange(1, 290) for _ in range(n)] for n in (0, 1, 16, 33)]
+    while count > 0:
+        requests = [random_request(rng, model, heads) for _ in range(min(count, 60))]
+        scheduler = Scheduler(
+            model, parallel=rng.choice((1, 3, 8, 20)), rows=rng.choice((1, 5, 16, 64)),
+            memory=rng.choice((1 << 18, 1 << 30)),
+        )  # fmt: skip
+        run_all(scheduler, requests)
+        for request in requests:
+            check(model, request)
+        assert scheduler.running == scheduler.waiting == 0
+        assert sum(scheduler.figures.ended.values()) == len(requests)
+        count -= len(requests)
+
+
+def test_a_text_depends_on_its_request_alone(model: Model) -> None:
+    some(model, 40, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("threads", "kv_cache"), [(1, "float32"), (2, "float32"), (2, "float16")])
+def test_two_thousand_requests(tmp_path: Path, threads: int, kv_cache: str) -> None:
+    folder = write_model(tmp_path / "model")
+    some(bitskip_cpu.load(folder, threads=threads, kv_cache=kv_cache), 700, threads)
+
+
+def test_a_text_of_another_depth_is_seen(model: Model) -> None:
+    """The check can fail: a request that is told of another exit's text."""
+    asked = Heard([5, 6, 7], GenerationOptions(max_tokens=8, exit_layer=1))
+    run_all(Scheduler(model), [asked])
+    asked.options = GenerationOptions(max_tokens=8, exit_layer=2)
+    with pytest.raises(AssertionError):
+        check(model, asked)
+
+
+def test_a_prefix_is_run_once(model: Model) -> None:
+    scheduler = Scheduler(model)
+    ids = [*range(1, 40)]
+    first = Heard(ids, GenerationOptions(max_tokens=4, exit_layer=2))
+    run_all(scheduler, [first])
+    again = Heard([*ids, 50], GenerationOptions(max_tokens=4, exit_layer=2))
+    deeper = Heard([*ids, 50], GenerationOptions(max_tokens=4))
+    run_all(scheduler, [again])
+    assert again.end is not None and again.end.reused >= 32
+    run_all(scheduler, [deeper])
+    assert deeper.end is not None and deeper.end.reused == 0
+    for request in (first, again, deeper):
+        check(model, request)
+
+
+def test_a_dynamic_text_is_no_prefix(model: Model) -> None:
+    """Its positions were run to other depths than a prompt's are."""
+    scheduler = Scheduler(model)
+    how = GenerationOptions(max_tokens=20, exit_layer="max", exit_threshold=0.0, exit_looks=(1,))
+    first = Heard([5, 6, 7], how)
+    run_all(scheduler, [first])
+    again = Heard([5, 6, 7, *first.tokens, 9], how)
+    run_all(scheduler, [again])
+    assert again.end is not None and again.end.reused <= 3
+    check(model, again)
+
+
+def test_long_prompts_and_texts_take_turns(model: Model) -> None:
+    """Every step carries a row of each running text, and no more rows than allowed."""
+    seen: list[int] = []
+    scheduler = Scheduler(model, rows=8)
+    texts = [Heard([3, 4], GenerationOptions(max_tokens=20, exit_layer=2)) for _ in range(3)]
+    long = Heard([*range(1, 60)], GenerationOptions(max_tokens=2, exit_layer=2), arrives=4)
+    with pytest.MonkeyPatch.context() as patch:
+        run = scheduling.run_rows
+        patch.setattr(
+            scheduling, "run_rows",
+            lambda engine, rows: (seen.append(len(rows)), run(engine, rows))[1],
+        )  # fmt: skip
+        run_all(scheduler, [*texts, long])
+    assert max(seen) <= 8
+    assert seen[5:8] == [8, 8, 8]  # three texts' tokens, five of the long prompt
+    for text in [*texts, long]:
+        check(model, text)
+
+
+def test_limits(model: Model) -> None:
+    how = GenerationOptions(max_tokens=5)
+    scheduler = Scheduler(model, parallel=1, queue=1, memory=1 << 16)
+    asked = [Heard([1, 2], how) for _ in range(3)]
+    for a in asked:
+        a.text = Sequence(model, a.ids, a.options, a.tell)
+    scheduler.submit([asked[0].text, asked[1].text])
+    with pytest.raises(Full, match="waiting"):
+        scheduler.submit([asked[2].text])
+    late = Heard([1, 2], how)
+    late.text = Sequence(model, late.ids, late.options, late.tell, deadline=time.monotonic() - 1)
+    scheduler.step()
+    scheduler.step()
+    while scheduler.waiting:
+        scheduler.step()
+    scheduler.submit([late.text])
+    while scheduler.step():
+        pass
+    assert late.end is not None and late.end.generation.stop_reason == "deadline"
+    check(model, asked[1])
+    large = Heard([1] * 20, GenerationOptions(max_tokens=9))
+    tiny = Scheduler(model, memory=100)
+    run_all(tiny, [large])
+    assert large.end is not None and "memory for keys and values" in str(large.end.error)
+
+
+def test_an_error_concerns_one_text(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = (Heard([n, 2], GenerationOptions(max_tokens=5)) for n in (7, 8))
+    choose = type(good.options.sampler).choose
+
+    def fail(sampler: Any, z: Any, seen: Any, index: int) -> int:
+        if index == 2 and 8 in seen:
+            raise ValueError("planted")
+        return choose(sampler, z, seen, index)
+
+    monkeypatch.setattr(type(good.options.sampler), "choose", fail)
+    run_all(Scheduler(model), [good, bad])
+    assert bad.end is not None and bad.end.error == "planted"
+    check(model, good)
+
+
+# ---- without a server -------------------------------------------------------------------
+
+
+def test_generate_many(model: Model) -> None:
+    special = GenerationOptions(max_tokens=3, exit_layer=1)
+    prompts = ["the cat", ("a little", special), "sat"] * 5
+    found = list(model.generate_many(prompts, max_tokens=9, parallel=4))
+    for prompt, g in zip(prompts, found, strict=True):
+        text, how = (prompt, None) if isinstance(prompt, str) else prompt
+        one = model.generate(text, how) if how else model.generate(text, max_tokens=9)
+        assert (g.text, g.token_ids, g.exit_layers) == (one.text, one.token_ids, one.exit_layers)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        list(model.generate_many([""]))
+
+
+def test_hidden_states(model: Model) -> None:
+    ids = model.prompt_ids("the cat sat")
+    assert model.hidden("the cat sat", 2).shape == (len(ids), model.config.hidden_size)
+    z = model.logits(ids, 2)
+    same = model.hidden("the cat sat", 1) == model.hidden("the cat sat", 2)
+    assert np.isfinite(z).all() and not same.all()
+    with pytest.raises(ValueError, match="exit layer 99"):
+        model.hidden("a", 99)
+
+
+def test_a_file_of_prompts_goes_on_where_it_stopped(model: Model, tmp_path: Path) -> None:
+    file, whole, broken = (tmp_path / n for n in ("prompts.jsonl", "whole.jsonl", "broken.jsonl"))
+    given = [{"prompt": "the cat", "id": f"x{i}", "max_tokens": i % 5} for i in range(12)]
+    file.write_text("\n".join(map(json.dumps, [*given, "sat"])) + "\n\n")
+    lines = read_prompts(file, GenerationOptions(max_tokens=4))
+    assert list(answer_file(model, lines, whole, 3)) == list(range(14))
+    work = answer_file(model, lines, broken, 2)
+    for _ in range(5):
+        next(work)
+    work.close()
+    with broken.open("ab") as out:
+        out.write(b'{"half')
+    assert next(iter(answer_file(model, lines, broken, 2))) == 4
+    list(answer_file(model, lines, broken, 2))
+    assert broken.read_bytes() == whole.read_bytes()
+    assert [json.loads(x).get("id") for x in whole.read_text().splitlines()][:2] == ["x0", "x1"]
+    with pytest.raises(ValueError, match="line 1, is not the answer"):
+        list(answer_file(model, read_prompts(file, GenerationOptions(seed=3)), whole, 3))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("{", "line 2: not JSON"), ("3", "must be a string"), ('{"prompt": 1}', "must be a string"),
+     ('{"prompt": "a", "tempreature": 1}', "temperature"),
+     ('{"prompt": "a", "top_k": -1}', "line 2: top-k")],
+)  # fmt: skip
+def test_a_wrong_line_is_named(tmp_path: Path, line: str, words: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'"a"\n{line}\n')
+    with pytest.raises(ValueError, match=words):
+        read_prompts(file, GenerationOptions())
