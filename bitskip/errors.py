@@ -23,6 +23,7 @@ EXTRAS = {
     "onnx": "onnx", "onnxruntime": "onnx", "matplotlib": "plot", "optuna": "experiments",
     "transformers": "experiments", "gguf": "gguf", "jinja2": "chat",
 }  # fmt: skip
+NO_THREADS = ("can't start new thread", "ThreadPoolBuildError")
 LONGEST = 2000  # characters of an error line; names from files may have any length
 
 
@@ -67,7 +68,18 @@ def one_line_errors() -> Iterator[None]:
         named = error.filename is not None and error.strerror
         raise ErrorLine(f"{error.filename}: {error.strerror}" if named else str(error)) from None
     except (ValueError, RuntimeError) as error:
-        raise ErrorLine(str(error)) from None
+        raise ErrorLine(_with_remedy(str(error))) from None
+    except BaseException as error:  # a panic of a library in Rust is no Exception, nor ours
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ErrorLine(_with_remedy(str(error))) from None
+
+
+def _with_remedy(text: str) -> str:
+    """What Python and libraries say of threads that cannot start, and what helps."""
+    if any(words in text for words in NO_THREADS):
+        return f"no thread can be started ({text}): raise the limit of processes (ulimit -u)"
+    return text
 
 
 def not_installed(error: ImportError) -> str:

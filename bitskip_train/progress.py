@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ class Report:
         return SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
 
     def note(self, text: str) -> None:
-        """One line for the reader."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """One line for the reader. A full disk behind the log does not end the training."""
+        with suppress(OSError):
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Move the bar to a step that is done."""

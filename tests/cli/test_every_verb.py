@@ -285,6 +285,13 @@ def test_ctrl_c_and_a_mistake_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     one_line(run(["doctor"]), "No space left on device")
     raising(ImportError("cannot import name 'x' from 'torch'", name="torch"))
     one_line(run(["doctor"]), "torch is installed but cannot be imported")
+    raising(RuntimeError("can't start new thread"))
+    one_line(run(["doctor"]), "ulimit -u")
+    panic = type("PanicException", (BaseException,), {})
+    raising(panic("ThreadPoolBuildError { kind: IOError }"))
+    one_line(run(["doctor"]), "ulimit -u")
+    raising(panic("index out of bounds"))
+    one_line(run(["doctor"]), "index out of bounds")
     raising(TypeError("a mistake of ours"))
     with pytest.raises(TypeError):
         run(["doctor"])

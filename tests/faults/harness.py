@@ -142,7 +142,7 @@ class Faults:
         end = self.end(self.start(full=draw.randrange(1 + max(sizes, default=1))))
         if end.code:
             self._one_line(end, 1, "error: ")
-            reasons = os.strerror(errno.EFBIG), "No usable temporary directory"
+            reasons = os.strerror(errno.EFBIG), "No usable temporary directory", "was full"
             if not any(reason in end.errors for reason in reasons):
                 raise Broken(f"does not name the reason: {end}")
         return bool(end.code)

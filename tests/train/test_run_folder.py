@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bitskip_train import run_folder
 from bitskip_train.checkpoint import load_checkpoint, save_checkpoint
 from bitskip_train.data import Split
 from bitskip_train.errors import CheckpointError, TrainingError
+from bitskip_train.progress import Report
 from bitskip_train.run_folder import locked
 from bitskip_train.settings import TrainConfig
 from bitskip_train.threads import time_threads, use_threads
@@ -305,3 +307,18 @@ def test_without_pytorch(tmp_path: Path) -> None:
         refused = without(*words)
         assert refused.returncode == 1 and "pip install" in refused.stderr, refused.stderr
         assert refused.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_behind_the_log_ends_no_training(tmp_path: Path) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        with pytest.raises(OSError):
+            print("x", file=full)
+        report = Report(tmp_path, 3, 0, [], False)
+        report.console.file = full
+        report.note("a line")
+        report.train(1, {"loss": 2.0, "lr": 0.1, "tokens_per_second": 5.0})
+        report.close()
+        with suppress(OSError):
+            full.close()
+    assert b'"loss": 2.0' in (tmp_path / "history.jsonl").read_bytes()
