@@ -25,6 +25,8 @@ Decorator = Callable[[Any], Any]
 class Word(click.ParamType):
     """One of some words, which are asked for when a value is read."""
 
+    otherwise = ""  # what else is taken, for messages
+
     def __init__(self, kind: str, known: Known) -> None:
         """kind: what the word names, for messages and as metavar."""
         self.name, self.known = kind, known
@@ -33,7 +35,7 @@ class Word(click.ParamType):
         """The word as it is known."""
         words = list(self.known())
         if value not in words:
-            self.fail(unknown(self.name, str(value), words), param, ctx)
+            self.fail(unknown(self.name, str(value), words) + self.otherwise, param, ctx)
         return value
 
     def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
@@ -44,6 +46,8 @@ class Word(click.ParamType):
 class NumberOr(Word):
     """A whole number, or one of some words."""
 
+    otherwise = ", or a whole number"
+
     def __init__(self, kind: str, known: Known, least: int = 1, most: int | None = None) -> None:
         super().__init__(kind, known)
         self.number = click.IntRange(least, most)
@@ -52,11 +56,7 @@ class NumberOr(Word):
         """A number as int, a word as it is."""
         if str(value).lstrip("+-").isdecimal():
             return self.number.convert(value, param, ctx)
-        words = list(self.known())
-        if value not in words:
-            text = unknown(self.name, str(value), words)
-            self.fail(f"{text}, or a whole number", param, ctx)
-        return value
+        return super().convert(value, param, ctx)
 
 
 class Listed(click.ParamType):

@@ -48,7 +48,7 @@ def cache_directory() -> Path | None:
 def cache_refusal() -> str:
     """Why compiled kernels cannot be kept: a part of a line, with the folder."""
     folder = cache_folder()
-    return f"{folder} {trusted.refusal(folder) or 'was full when they were to be written'}"
+    return f"{folder} {trusted.refusal(folder) or KERNELS.refused}"
 
 
 def _fingerprint() -> str:
@@ -68,6 +68,7 @@ class Kernels:
     def __init__(self) -> None:
         self._functions: dict[str, Callable[..., None]] = {}
         self._made: dict[str, bytes] = {}
+        self.refused = ""  # why a compiled kernel could not be kept
 
     @cached_property
     def _folder(self) -> Path:
@@ -159,8 +160,9 @@ class Kernels:
             try:
                 with replace_file(self.directory / name) as file:
                     file.write(hashlib.sha256(code).digest() + code)
-            except OSError:  # a full disk: what is compiled is used, and the user told
+            except OSError as error:  # a full disk: what is compiled is used, and the user told
                 self.directory = None
+                self.refused = f"could not hold them ({error.strerror})"
 
 
 def compile_beside(names: list[str], cache: str, folder: str) -> None:

@@ -73,6 +73,15 @@ class ExitRule(Protocol):
         """Whether to stop here; asked at each of `looks` until it says so."""
 
 
+def check_rule(rule: ExitRule) -> None:
+    """Raise ValueError for what is no exit rule: a number, a word, a rule's class."""
+    methods = ("deepest", "looks", "check", "stops")
+    if isinstance(rule, type) or not all(hasattr(rule, name) for name in methods):
+        raise ValueError(
+            f"{rule!r} is no exit rule: give one like FixedExit(18) (bitskip_ref.exits)"
+        )
+
+
 class Row(NamedTuple):
     """One token of one sequence, to be run after what its cache holds (SPEC 12.1)."""
 
@@ -359,16 +368,9 @@ class Engine(ABC):
 
     def _asks(self, rule: ExitRule) -> tuple[tuple[int, ...], int]:
         """The rule's looks and its last block. Raises ValueError for what is none, or is wrong."""
-        try:
-            if isinstance(rule, type):
-                raise AttributeError  # the class, without its parentheses
-            ask_looks, ask_deepest = rule.looks, rule.deepest
-        except AttributeError:
-            raise ValueError(
-                f"{rule!r} is no exit rule: give one like FixedExit(18) (bitskip_ref.exits)"
-            ) from None
-        deepest = check_exit_layer(ask_deepest(self.config), self.config)
-        looks = ask_looks(self.config)
+        check_rule(rule)
+        deepest = check_exit_layer(rule.deepest(self.config), self.config)
+        looks = rule.looks(self.config)
         return (check_looks(looks, deepest) if looks else ()), deepest
 
     def _plan(self, rows: Sequence[Row]) -> list[Planned]:

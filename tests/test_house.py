@@ -31,6 +31,18 @@ FORBIDDEN = {
     "export": {"bitskip_experiments"},
 }  # fmt: skip
 LAZY = {
+    "bitskip": {
+        "bitskip_cpu",
+        "bitskip_train",
+        "bitskip_export",
+        "bitskip_experiments",
+        "bitskip_serve",
+        "numpy",
+        "numba",
+        "torch",
+        "onnx",
+        "rich",
+    },
     "export": {"bitskip_train", "bitskip_cpu", "torch"},
     "bitskip_experiments": {"bitskip_cpu", "bitskip_export", "optuna", "matplotlib"},
 }
@@ -93,6 +105,7 @@ def test_imports_point_one_way(path: Path) -> None:
         ("bitskip_text/x.py", "import bitskip_train.data"),
         ("bitskip_train/x.py", "from tests.helpers import twin"),
         ("export/x.py", "import torch"),
+        ("bitskip/x.py", "from bitskip_cpu.engine import load"),
         ("export/x.py", "import bitskip_experiments.runs"),
         ("bitskip_experiments/x.py", "import optuna"),
     ],

@@ -147,10 +147,7 @@ def attend_part(s, scratch, part):
 def out_in(s, products, scratch, t):
     """Attention's result -> input of o: its sub-norm, if there is one (SPEC 7.1)."""
     attended, input_at = s.attended + t * 4 * s.attention, s.input + t * s.input_stride
-    if s.sub_norm:
-        norm(s, attended, params(s) + s.attn_sub_norm, input_at, s.attention, scratch)
-    else:
-        copy(attended, input_at, s.attention)
+    sub_norm(s, attended, s.attn_sub_norm, input_at, s.attention, scratch)
     feed(s, products[OUT], scratch, t)
 
 
@@ -173,10 +170,7 @@ def down_in(s, products, scratch, t):
     """gate, up -> act, and its sub-norm, if there is one -> input of down (SPEC 7.1)."""
     act, input_at = s.act + t * 4 * s.ffn, s.input + t * s.input_stride
     ffn_activation(s.ffn_kind, s.squared, s.up + t * products[UP].out_stride, act, s.ffn)
-    if s.sub_norm:
-        norm(s, act, params(s) + s.ffn_sub_norm, input_at, s.ffn, scratch)
-    else:
-        copy(act, input_at, s.ffn)
+    sub_norm(s, act, s.ffn_sub_norm, input_at, s.ffn, scratch)
     feed(s, products[DOWN], scratch, t)
 
 
@@ -242,6 +236,15 @@ def norm(s, x, weight, y, n, scratch):
         layer_norm(x, weight, y, n, s.norm_eps, scratch)
     else:
         rms_norm(x, weight, y, n, s.norm_eps, scratch)
+
+
+@kernel
+def sub_norm(s, x, weight, y, n, scratch):
+    """The norm with the block's weight at that offset, in models with one; else x (SPEC 7.1)."""
+    if s.sub_norm:
+        norm(s, x, params(s) + weight, y, n, scratch)
+    else:
+        copy(x, y, n)
 
 
 @kernel

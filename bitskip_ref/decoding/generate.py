@@ -9,7 +9,7 @@ import numpy as np
 
 from bitskip_ref.checks import is_whole
 from bitskip_ref.decoding.sampling import Sampler
-from bitskip_ref.engine import Engine, ExitRule
+from bitskip_ref.engine import Engine, ExitRule, check_rule
 
 
 class Token(NamedTuple):
@@ -92,6 +92,7 @@ def stream(
     Raises ValueError, before any work, for an empty prompt, one longer than the context, or a rule
     that means nothing for the model.
     """
+    check_rule(rule)
     rule.check(engine.config)
     check_max_tokens(max_tokens)
     cache = engine.new_cache() if cache is None else cache

@@ -13,6 +13,8 @@ import pytest
 
 from bitskip_ref.config import small_twin
 from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.decoding.generate import stream
+from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.engine import Row
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.model import ReferenceModel
@@ -133,6 +135,9 @@ def test_a_rule_is_checked_in_step(engine: Any, rule: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         engine.step(1, cache, rule)
     assert cache.length == 3
+    if not hasattr(rule, "looks"):
+        with pytest.raises(ValueError, match=words):
+            next(stream(engine, IDS[:2], rule, Sampler(), 3))
     assert engine.extend([1], cache).tobytes() == engine.logits([*IDS[:3], 1])[3:].tobytes()
 
 
