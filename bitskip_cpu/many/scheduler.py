@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bitskip_cpu.many.pool import NoRoom, Pool
-from bitskip_cpu.many.rows import run_rows
 from bitskip_cpu.many.sequence import Loaded, Sequence
+from bitskip_cpu.pages import NoRoom, Pool
 from bitskip_ref.decoding.generate import Token
 from bitskip_ref.engine import Row
 
@@ -138,7 +137,7 @@ class Scheduler:
         rounds = [t for t in running if t.speculation is not None and not t.unread]
         batch = len(plan) + len(rounds)
         try:
-            found = run_rows(self.model.engine, rows) if rows else []
+            found = self.model.engine.step_many(rows) if rows else []
         except Exception as error:  # nobody's text can go on, and none of the next is concerned
             for text, _, _ in plan:
                 text.end(ended=False, error=f"{type(error).__name__}: {error}")

@@ -13,11 +13,11 @@ import pytest
 
 import bitskip_cpu
 from bitskip_cpu.generation_options import GenerationOptions
-from bitskip_cpu.many import scheduler as scheduling
 from bitskip_cpu.many.offline import answer_file, read_prompts
 from bitskip_cpu.many.scheduler import Full, Scheduler
 from bitskip_cpu.many.sequence import Sequence
 from bitskip_cpu.model import Model
+from bitskip_cpu.pages import Pool
 from tests.cli.conftest import write_model
 from tests.serve.asked import Heard, check, random_request, run_all
 
@@ -30,12 +30,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def some(model: Model, count: int, seed: int) -> None:
     """Random requests under random settings of the scheduler."""
     rng = random.Random(seed)
+    page = Pool(model.engine, 1 << 20).page_bytes
     heads = [[rng.randrange(1, 290) for _ in range(n)] for n in (0, 1, 16, 33)]
     while count > 0:
         requests = [random_request(rng, model, heads) for _ in range(min(count, 60))]
         scheduler = Scheduler(
             model, parallel=rng.choice((1, 3, 8, 20)), rows=rng.choice((1, 5, 16, 64)),
-            memory=rng.choice((1 << 18, 1 << 30)),
+            memory=page * rng.choice((8, 4000)),
         )  # fmt: skip
         run_all(scheduler, requests)
         for request in requests:
@@ -99,11 +100,10 @@ def test_long_prompts_and_texts_take_turns(model: Model) -> None:
     texts = [Heard([3, 4], GenerationOptions(max_tokens=20, exit_layer=2)) for _ in range(3)]
     long = Heard([*range(1, 60)], GenerationOptions(max_tokens=2, exit_layer=2), arrives=4)
     with pytest.MonkeyPatch.context() as patch:
-        run = scheduling.run_rows
+        run = model.engine.step_many
         patch.setattr(
-            scheduling, "run_rows",
-            lambda engine, rows: (seen.append(len(rows)), run(engine, rows))[1],
-        )  # fmt: skip
+            model.engine, "step_many", lambda rows: (seen.append(len(rows)), run(rows))[1]
+        )
         run_all(scheduler, [*texts, long])
     assert max(seen) <= 8
     assert seen[5:8] == [8, 8, 8]  # three texts' tokens, five of the long prompt
@@ -132,7 +132,7 @@ def test_limits(model: Model) -> None:
     assert late.end is not None and late.end.generation.stop_reason == "deadline"
     check(model, asked[1])
     large = Heard([1] * 20, GenerationOptions(max_tokens=9))
-    tiny = Scheduler(model, memory=100)
+    tiny = Scheduler(model, memory=20_000)  # one page
     run_all(tiny, [large])
     assert large.end is not None and "memory for keys and values" in str(large.end.error)
 
