@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rms", "layer"),
     "norm_position": ("pre", "post"),
     "biases": tuple(BIASES),
-    "rope_scaling": ("none", "linear", "llama3"),
+    "rope_scaling": ("none", "linear", "llama3", "yarn"),
     "exit_norm": ("shared", "per_layer"),
     "exit_head": ("shared", "per_layer"),
     "head_format": ("int8", "int6", "int4", "float32", "float16"),
@@ -118,7 +118,7 @@ class ModelConfig:
     """The base of RoPE's frequencies (SPEC 6.1); between 1 and 1e12."""
     rope_scaling: str = "none"
     """How RoPE's frequencies are lowered for a longer context (SPEC 6.6): not at all, all alike
-    (`linear`), or the low ones (`llama3`)."""
+    (`linear`), or the low ones (`llama3`, `yarn`)."""
     rope_factor: float = 1.0
     """By what they are divided; from 1 on."""
     rope_low_freq_factor: float = 1.0
@@ -126,7 +126,14 @@ class ModelConfig:
     rope_high_freq_factor: float = 4.0
     """`llama3`: frequencies of more turns stay as they are; above `rope_low_freq_factor`."""
     rope_original_context: int = 8192
-    """`llama3`: the context before it was made longer."""
+    """`llama3`, `yarn`: the context before it was made longer."""
+    rope_beta_fast: float = 32.0
+    """`yarn`: pairs of more turns in the original context stay as they are; above
+    `rope_beta_slow`."""
+    rope_beta_slow: float = 1.0
+    """`yarn`: pairs of fewer turns are divided."""
+    rope_attention_factor: float = 1.0
+    """`yarn`: what cosines and sines are multiplied by; above 0 and at most 16."""
     tie_word_embeddings: bool = False
     """Whether the head's weights are the embedding's."""
     # Exits
@@ -181,6 +188,20 @@ class ModelConfig:
             raise ConfigError(
                 f"rope_low_freq_factor = {self.rope_low_freq_factor}: must be above 0 and below "
                 f"rope_high_freq_factor = {self.rope_high_freq_factor}"
+            )
+        if not 0.0 < self.rope_beta_slow < self.rope_beta_fast < 1e6:
+            raise ConfigError(
+                f"rope_beta_slow = {self.rope_beta_slow}: must be above 0 and below "
+                f"rope_beta_fast = {self.rope_beta_fast}"
+            )
+        if not 0.0 < self.rope_attention_factor <= 16.0:
+            raise ConfigError(
+                f"rope_attention_factor = {self.rope_attention_factor}: must be above 0 and at "
+                "most 16"
+            )
+        if self.rope_attention_factor != 1.0 and self.rope_scaling != "yarn":
+            raise ConfigError(
+                f"rope_attention_factor = {self.rope_attention_factor}: needs rope_scaling 'yarn'"
             )
         if self.hadamard and self.linear == "float32":
             raise ConfigError("hadamard = true: needs linear = 'ternary' or 'int8' (SPEC 5)")

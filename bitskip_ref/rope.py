@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from decimal import Context, Decimal
 from functools import lru_cache
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from bitskip_ref.config import ModelConfig
 
 TWO_PI = 6.283185307179586
+_TWO_PI = Decimal(TWO_PI)
 PIECE = 4096  # positions computed at a time, for bounded scratch
 
 # pi / 2 in three parts: products of the first two with integers below 2^20 are exact.
@@ -65,16 +67,42 @@ def scaled(
     return np.where(turns > high, f, np.where(turns < low, f / factor, between))
 
 
+def yarn(
+    f: np.ndarray, theta: float, factor: float, fast: float, slow: float, original: int
+) -> np.ndarray:
+    """SPEC 6.6: frequencies f64 [E/2] for a longer context -> f64 [E/2]."""
+    context, width = Context(prec=40), 2 * len(f)
+    log = context.ln(Decimal(theta))
+
+    def pair(turns: float) -> float:
+        """Which pair turns so often in the original context; decimal, as in `_frequencies`."""
+        ratio = context.divide(Decimal(original), context.multiply(Decimal(turns), _TWO_PI))
+        return float(context.divide(context.multiply(Decimal(len(f)), context.ln(ratio)), log))
+
+    low, high = max(math.floor(pair(fast)), 0), min(math.ceil(pair(slow)), width - 1)
+    span = 0.001 if low == high else float(high - low)
+    share = np.clip((np.arange(len(f)) - float(low)) / span, 0.0, 1.0)
+    return np.asarray((f / factor) * share + f * (1.0 - share))
+
+
 @lru_cache(maxsize=8)
 def _table(
-    theta: float, head_dim: int, positions: int, *scaling: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    frequencies = scaled(_frequencies(theta, head_dim), *scaling)
+    theta: float, head_dim: int, positions: int, attention: float, betas: tuple[float, float],
+    *scaling: Any,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    frequencies = _frequencies(theta, head_dim)
+    if scaling[0] == "yarn":
+        frequencies = yarn(frequencies, theta, scaling[1], *betas, scaling[-1])
+    else:
+        frequencies = scaled(frequencies, *scaling)
     sine, cosine = (np.empty((positions, head_dim // 2), np.float32) for _ in range(2))
     for start in range(0, positions, PIECE):
         piece = slice(start, min(start + PIECE, positions))
         angle = np.arange(piece.start, piece.stop, dtype=np.float64)[:, None] * frequencies
-        sine[piece], cosine[piece] = sine_cosine(angle)
+        both = sine_cosine(angle)
+        if attention != 1.0:
+            both = both[0] * attention, both[1] * attention
+        sine[piece], cosine[piece] = both
     sine.setflags(write=False)
     cosine.setflags(write=False)
     return cosine, sine
@@ -84,6 +112,7 @@ def rope_table(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """(cos, sin), each f32 [max_position_embeddings, E/2], read-only: every engine's source."""
     c = config
     return _table(
-        c.rope_theta, c.head_dim, c.max_position_embeddings, c.rope_scaling, c.rope_factor,
+        c.rope_theta, c.head_dim, c.max_position_embeddings, c.rope_attention_factor,
+        (c.rope_beta_fast, c.rope_beta_slow), c.rope_scaling, c.rope_factor,
         c.rope_low_freq_factor, c.rope_high_freq_factor, c.rope_original_context,
     )  # fmt: skip

@@ -28,6 +28,12 @@ OPTIONS: dict[str, ModelConfig] = {
     "rope-llama3": small_twin("bitskip-v1").replace(
         rope_scaling="llama3", rope_factor=8.0, rope_original_context=32
     ),
+    "rope-yarn": small_twin("bitskip-v1").replace(
+        rope_scaling="yarn",
+        rope_factor=4.0,
+        rope_original_context=2048,
+        rope_attention_factor=1.125,
+    ),
     "biases": small_twin("bitskip-v1").replace(biases="qkvo", qk_norm=True),
     "biases-layer-norm": small_twin("wt2-h").replace(biases="qkv", qk_norm=True, head_dim=12),
     "int8": small_twin("llama3").replace(

@@ -98,7 +98,10 @@ def architecture_of(config: ModelConfig) -> str:
         (config.hadamard, "hadamard: a rotation before each linear"),
         (config.embedding_norm, "embedding_norm: a norm after the embedding"),
         (config.ffn != "swiglu", f"ffn = {config.ffn!r}: the graph has SiLU built in"),
-        (config.rope_scaling == "llama3", "rope_scaling = 'llama3'"),
+        (
+            config.rope_scaling not in ("none", "linear"),
+            f"rope_scaling = {config.rope_scaling!r}",
+        ),
         (
             config.linear == "ternary" and config.activation_bits != 8,
             f"activation_bits = {config.activation_bits}: activations of other than 8 bits",

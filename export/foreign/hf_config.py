@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,11 @@ ROPE = {
         "factor": "rope_factor", "low_freq_factor": "rope_low_freq_factor",
         "high_freq_factor": "rope_high_freq_factor",
         "original_max_position_embeddings": "rope_original_context",
+    },
+    "yarn": {
+        "factor": "rope_factor", "original_max_position_embeddings": "rope_original_context",
+        "beta_fast": "rope_beta_fast", "beta_slow": "rope_beta_slow",
+        "attention_factor": "rope_attention_factor",
     },
 }  # fmt: skip
 BIAS_SCALE = "transformers multiplies them by the weights' scale, too"
@@ -138,9 +144,25 @@ def _rope(values: dict[str, Any]) -> dict[str, Any]:
         return found
     if kind not in ROPE:
         raise RefusedError(f"RoPE scaling of type {kind!r}: {REMEDY}")
+    if kind == "yarn":
+        return found | {"rope_scaling": "yarn"} | _yarn(rope)
     if missing := ROPE[kind].keys() - rope.keys():
         raise RefusedError(f"config.json: RoPE scaling {kind} lacks {min(missing)}")
     return found | {"rope_scaling": kind} | {our: rope[key] for key, our in ROPE[kind].items()}
+
+
+def _yarn(rope: dict[str, Any]) -> dict[str, Any]:
+    """YaRN's fields; what is left out is as transformers has it."""
+    fields = ROPE["yarn"]
+    if missing := {"factor", "original_max_position_embeddings"} - rope.keys():
+        raise RefusedError(f"config.json: RoPE scaling yarn lacks {min(missing)}")
+    if rope.get("truncate", True) is not True or rope.get("mscale") or rope.get("mscale_all_dim"):
+        raise RefusedError(f"RoPE scaling yarn with truncate or mscale: {REMEDY}")
+    values = {"beta_fast": 32.0, "beta_slow": 1.0}
+    values |= {k: v for k, v in rope.items() if k in fields and v is not None}
+    if "attention_factor" not in values:
+        values["attention_factor"] = 0.1 * math.log(values["factor"]) + 1.0
+    return {fields[key]: value for key, value in values.items()}
 
 
 def _quantization(raw: dict[str, Any]) -> Quantization | None:

@@ -117,7 +117,7 @@ def test_the_shipped_model_there_and_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "words"), [
     ("bitskip-v3", "hadamard"), ("wt2-baseline", "layer norms"), ("bitnet-2b4t", "SiLU built in"),
-    ("int8", "rows of 8 bits"), ("rope-llama3", "llama3"),
+    ("int8", "rows of 8 bits"), ("rope-llama3", "llama3"), ("rope-yarn", "yarn"),
 ], ids=str)  # fmt: skip
 def test_what_llama_cpp_cannot_compute_is_refused(name: str, words: str, tmp_path: Path) -> None:
     folder = read_folder(random_folder(tmp_path / "model", twin(name)))

@@ -33,6 +33,10 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0,
+    "original_max_position_embeddings": 2048,
+}  # fmt: skip
 STORIES = Path(bitskip_cpu.__file__).parent / "models/stories-24"
 safetensors = pytest.importorskip("safetensors.numpy")
 
@@ -114,7 +118,8 @@ def test_biases_and_head_norms_are_theirs(
     {}, {"tie_word_embeddings": True}, {"head_dim": 32}, {"num_key_value_heads": None},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}},
     {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
-    {"rope_parameters": LLAMA3},
+    {"rope_parameters": LLAMA3}, {"rope_parameters": YARN, "head_dim": 32},
+    {"rope_parameters": YARN | {"attention_factor": 1.0, "beta_fast": 4.0}, "head_dim": 32},
 ], ids=str)  # fmt: skip
 def test_float_blocks_are_theirs(changes: dict[str, Any], tmp_path: Path) -> None:
     path = save(random_model("Llama", **changes), tmp_path / "hf")
@@ -143,7 +148,10 @@ def test_scaled_rope_is_seen_and_comes_back(tmp_path: Path) -> None:
     edit(tmp_path / "hf/config.json", rope_parameters=LLAMA3 | {"factor": 4.0})
     assert distances(model, bring(tmp_path / "hf", tmp_path / "other")).max() > 1e-3
     edit(tmp_path / "hf/config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
-    with pytest.raises(RefusedError, match="RoPE scaling of type 'yarn'"):
+    with pytest.raises(RefusedError, match="yarn lacks factor"):
+        read_huggingface(tmp_path / "hf")
+    edit(tmp_path / "hf/config.json", rope_parameters={"rope_type": "longrope", "rope_theta": 1e4})
+    with pytest.raises(RefusedError, match="RoPE scaling of type 'longrope'"):
         read_huggingface(tmp_path / "hf")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bitskip_ref.config import ConfigError, small_twin
-from bitskip_ref.rope import rope_table, scaled
+from bitskip_ref.rope import rope_table, scaled, yarn
 
 F = np.array([1.0, 0.5, 0.1, 0.01])  # turns in a context of 64: 10.2, 5.1, 1.02, 0.1
 
@@ -33,10 +33,26 @@ def test_none_is_the_old_table() -> None:
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"rope_factor": 2.0}, "needs a rope_scaling"),
-    ({"rope_scaling": "yarn"}, "rope_scaling"),
+    ({"rope_scaling": "longrope"}, "rope_scaling"),
+    ({"rope_attention_factor": 2.0}, "needs rope_scaling 'yarn'"),
+    ({"rope_scaling": "yarn", "rope_beta_fast": 0.5}, "below rope_beta_fast"),
     ({"rope_scaling": "linear", "rope_factor": 0.5}, "from 1"),
     ({"rope_low_freq_factor": 4.0}, "must be above 0 and below"),
 ], ids=str)  # fmt: skip
 def test_wrong_settings_are_refused(changes: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         small_twin("tiny").replace(**changes)
+
+
+def test_yarn_by_hand() -> None:
+    """Pairs that turn often stay, those that turn seldom are divided, between them a ramp."""
+    f = 10_000.0 ** (-np.arange(16) / 16)
+    found = yarn(f, 10_000.0, 4.0, 32.0, 1.0, 2048)
+    # Pair i turns 2048 f / 2 pi times: 32 between i = 4 and 5, 1 between 10 and 11.
+    share = np.clip((np.arange(16) - 4) / 7, 0, 1)
+    np.testing.assert_allclose(found, f * (1 - share) + f / 4 * share, rtol=1e-14)
+    config = small_twin("bitskip-v1")
+    plain = rope_table(config)
+    longer = config.replace(rope_scaling="yarn", rope_attention_factor=2.0)  # a factor of 1
+    for once, twice in zip(plain, rope_table(longer), strict=True):
+        np.testing.assert_allclose(twice, 2 * once, rtol=2e-7)
