@@ -13,6 +13,7 @@ RUN: Sections = {
     "Run a model": {
         "generate": (f"{_CPU}.generate:generate", "Continue a prompt."),
         "chat": (f"{_CPU}.chat:chat", "Talk with a model that has a chat template."),
+        "serve": ("bitskip_serve.cli:serve", "An HTTP server with OpenAI's API, and a page."),
         "bench": (f"{_CPU}.bench:bench", "Measure tokens a second."),
         "inspect": (f"{_CPU}.machine:inspect", "Shapes, sizes and statistics of a model."),
     },

@@ -60,6 +60,7 @@ class End:
     generation: Generation
     reused: int = 0  # positions of the prompt that were held already
     echo: tuple[Likely, ...] = ()  # of the prompt's tokens from the second on
+    last: Likely | None = None  # of the token by which it ended, if it did by one
     error: str | None = None  # what went wrong; None: nothing
 
 
@@ -116,6 +117,7 @@ class Sequence:
         self._next: int | None = None  # the token to be run
         self._tokens: Generator[Token, None, None] | None = None  # of a speculated text
         self._echoed: list[Likely] = []
+        self._last: Likely | None = None
 
     # ---- what it wants ----------------------------------------------------------------
 
@@ -168,6 +170,9 @@ class Sequence:
         token = self._choosing.next(logits)
         self._next = None
         if token is None:
+            end = self._choosing.end
+            if self.alternatives is not None and end is not None:
+                self._last = self._likely(logits, end)
             self.end()
             return None
         likely = None if self.alternatives is None else self._likely(logits, token)
@@ -223,7 +228,7 @@ class Sequence:
         if self.late and not ended:
             generation = replace(generation, stop_reason="deadline")
         self.reason = "error" if error else generation.stop_reason
-        self.tell(End(generation, self.reused, tuple(self._echoed), error))
+        self.tell(End(generation, self.reused, tuple(self._echoed), self._last, error))
 
     @property
     def late(self) -> bool:

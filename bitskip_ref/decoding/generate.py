@@ -54,6 +54,8 @@ class Choosing:
         self._sampler, self._ends, self._seen = sampler, end_ids(eos_token_id), set(seen)
         self._left = min(max_tokens, room + 1)  # nothing is predicted from the last: no position
         self._made = 0
+        self.end: int | None = None
+        """The token by which the text ended, once it has ended by one."""
 
     @property
     def over(self) -> bool:
@@ -66,7 +68,7 @@ class Choosing:
             return None
         token = self._sampler.choose(logits, self._seen, self._made)
         if token in self._ends:
-            self._left = 0
+            self.end, self._left = token, 0
             return None
         self._seen.add(token)
         self._made, self._left = self._made + 1, self._left - 1

@@ -54,6 +54,7 @@ def fine(verb: str, place: Path) -> list[str]:
         "chat": [place / "talker", "-n", 1],
         "bench": [model, "-p", 2, "-n", 1, "-r", 1],
         "inspect": [model],
+        "serve": [model, "--port", 0],
         "perplexity": [model, *held],
         "exits": [model, *held, "--tokens", 4, "--exit-layer", 4, "--rule", "none"],
         "calibrate": [model, *held, "--dry-run", "--tokens", 4],
@@ -324,6 +325,7 @@ def with_extras(place: Path) -> dict[str, list[str]]:
     """Verbs as above, and with the options that bring in more."""
     named = {verb: fine(verb, place) for verb in VERBS}
     del named["warmup"], named["selftest"], named["doctor"]  # no extras, and they take their time
+    del named["serve"]  # tests/serve/test_process.py
     named["exits --plot"] = [*fine("exits", place), "--plot", str(place / "exits.svg")]
     named["export --to onnx"] = [*fine("export", place), "--to", "onnx"]
     named["verify onnx"] = [*fine("verify", place), "--engines", "onnx"]
@@ -348,6 +350,8 @@ NEEDS = {  # module -> what cannot go without it
     "huggingface_hub": set(),
     "gguf": set(),
     "jinja2": {"chat"},
+    "starlette": set(),
+    "uvicorn": set(),
 }
 
 
