@@ -52,8 +52,11 @@ def test_it_knows_the_capital_of_france(models: dict[str, Model]) -> None:
         assert model.config.num_hidden_layers == 30
         text = model.generate("The capital of France is", max_tokens=8).text
         assert text.startswith(" Paris")
-        answer = Chat(model).ask("What is the capital of France?", GenerationOptions(max_tokens=30))
-        assert "Paris" in "".join(answer)
+        chat = Chat(model)
+        stream = chat.ask("What is the capital of France?", GenerationOptions(max_tokens=30))
+        for _ in stream:
+            pass
+        assert "Paris" in chat.keep(stream)
 
 
 def test_no_byte_is_padding(models: dict[str, Model]) -> None:
