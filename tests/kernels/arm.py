@@ -21,6 +21,7 @@ TRIPLE = "aarch64-unknown-linux-gnu"
 WIDTH, ROWS, TOKENS = 300, 29, 8  # one unit of columns and a tail; two tiles; all that a call takes
 TERNARY = {f"packed_{n}": n for n in (1, 2, 3, 4, 8)}  # tokens of a call
 VOCAB = {f"int{bits}_{tokens}": (bits, tokens) for bits in (4, 6, 8) for tokens in (1, 4)}
+CACHE = {"scores_4": 10, "values_2": 11}  # number of arguments; an int8 cache's (SPEC 6.8)
 FLOATS = {"silu_products": 4, "dot_tree": 4, "rope": 4, "weigh_page": 9}  # number of arguments
 
 
@@ -142,6 +143,36 @@ def vocabulary(program: Program) -> None:
         program.compare(kernel, "out", exact[:tokens], 64)
 
 
+def int8_cache(program: Program) -> None:
+    """A page's scores with four queries, and its values with two."""
+    rng = np.random.default_rng(2)
+    keys, queries = (rng.integers(-127, 128, (n, 64)).astype(np.int8) for n in (16, 4))
+    values = rng.integers(-127, 128, (16, 64)).astype(np.int8)
+    weights = rng.integers(0, 128, (4, 16)).astype(np.uint8)
+    keys[0], queries[0], values[:, 0], weights[0] = -127, 127, -127, 127
+    steps, own = rng.random(16, np.float32), rng.random(4, np.float32)
+    page = [
+        keys.reshape(16, 16, 4).swapaxes(0, 1).reshape(-1).view(np.uint8), steps.view(np.uint8),
+        values.reshape(4, 4, 64).swapaxes(1, 2).reshape(-1).view(np.uint8),
+    ]  # fmt: skip
+    sums = queries.astype(np.int32).sum(1, dtype=np.int32)
+    program.array("cache_page", np.concatenate(page))
+    program.array("cache_queries", queries)
+    program.array("cache_facts", np.stack([own.view(np.int32), sums], 1))
+    program.array("cache_weights", weights)
+    program.data += "static int64_t table[1];\n"
+    program.calls += "  table[0] = (int64_t)cache_page;\n"
+    program.call("scores_4", "table", 0, 0, 16, "cache_queries", 64, "cache_facts", 3, "out", 256)
+    scores = (queries.astype(np.int32) @ keys.astype(np.int32).T).astype(np.float32)
+    program.compare("scores_4", "out", (scores * (own[:, None] * steps)).view(np.int32), 64)
+    program.calls += "  memset(out, 0, sizeof out);\n"
+    for line in range(4):
+        program.call("values_2", "table", 1088, 1, 4, line, 3, "cache_weights", 16, 3,
+                     f"out + {16 * line}", 256)  # fmt: skip
+    exact = weights.astype(np.int32) @ values.astype(np.int32)
+    program.compare("values_2", "out", exact, 64)
+
+
 def outermost(kernel: Callable[..., None], arguments: int) -> Callable[..., None]:
     """A function that only calls a kernel; Numba wants its arguments one by one."""
     names = ", ".join(f"a{i}" for i in range(arguments))
@@ -154,7 +185,7 @@ def main(folder: Path) -> None:
     isa.PATH = next(path for path in isa.PATHS if path.name == "dotprod")
     from bitskip_cpu.kernels import object_code
     from bitskip_cpu.kernels.arithmetic import elementwise, exponential
-    from bitskip_cpu.kernels.attention import attend
+    from bitskip_cpu.kernels.attention import attend, int8_passes
     from bitskip_cpu.kernels.products import simd
 
     llvm.initialize_all_targets()
@@ -164,6 +195,7 @@ def main(folder: Path) -> None:
     wanted |= {name: (getattr(simd, name), 8) for name in TERNARY}
     wanted |= {"unpack_tile": (simd.unpack_tile, 4), "bytes_panel": (simd.bytes_panel, 9)}
     wanted |= {name: (getattr(simd, name), 7) for name in VOCAB}
+    wanted |= {name: (getattr(int8_passes, name), n) for name, n in CACHE.items()}
     for name, arguments in FLOATS.items():
         found = (getattr(m, name, None) for m in (exponential, elementwise, attend))
         wanted[name] = next(f for f in found if f), arguments
@@ -173,6 +205,7 @@ def main(folder: Path) -> None:
     program = Program()
     ternary(program)
     vocabulary(program)
+    int8_cache(program)
     (folder / "main.c").write_text(program.source())
     (folder / "kernels.json").write_text(json.dumps(list(wanted)))
 

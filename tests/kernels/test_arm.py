@@ -18,7 +18,7 @@ from tests.kernels import arm
 
 ROOT = Path(__file__).parent.parent.parent
 FUSED = re.compile(r"\s(fmla|fmls|f?n?madd|fn?msub)\s+[vsd]")
-DOTS = {*arm.TERNARY, *arm.VOCAB, "bytes_panel"}
+DOTS = {*arm.TERNARY, *arm.VOCAB, *arm.CACHE, "bytes_panel"}
 
 try:
     llvm.initialize_all_targets()

@@ -29,7 +29,7 @@ COMPILED = ["extreme", "wide", "wide-hadamard", "wt2-bitskip", "bitskip-v2", "bi
 INTERPRETED = ["smallest", "smallest:float16", "smallest:int8"]
 ADDED = {  # paths of `added_path`: environment, what they run
     "narrow": ({}, ["extreme", "wide", "bitnet-2b4t", "layerskip"]),
-    "widening": ({}, ["extreme", "wide", "bitnet-2b4t", "layerskip"]),
+    "widening": ({}, ["extreme", "wide", "bitnet-2b4t", "layerskip", "wide:int8"]),
     "eager": ({"NUMBA_DISABLE_JIT": "1"}, ["smallest"]),
 }  # fmt: skip
 
