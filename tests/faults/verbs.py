@@ -20,7 +20,7 @@ intermediate_size = 24
 [train]
 threads = 1
 tokenizer = "bpe:300"
-steps = 12
+steps = 6
 context = 8
 batch = 2
 warmup = 2
