@@ -181,9 +181,9 @@ class Service:
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
         texts = await run_sync(self._sequences, asked, tell, limiter=self._reading)
+        answer = Answer(asked, self.tokenizer)
         self.scheduler.submit(texts)
         self._live.update(texts)
-        answer = Answer(asked, self.tokenizer)
         if asked.stream:
             return _Stream(self._events(asked, answer, events), partial(self._let_go, texts))
         gone = asyncio.ensure_future(_disconnect(request))
