@@ -74,7 +74,7 @@ def serve(
 
     from bitskip_cpu.many.scheduler import Scheduler
     from bitskip_serve.app import Limits, Service
-    from bitskip_serve.http_server import run
+    from bitskip_serve.http_server import server
 
     if api_key_file is not None:
         lines = api_key_file.read_text("utf-8").splitlines()
@@ -99,7 +99,7 @@ def serve(
                 click.echo(f"{name}: http://{shown}:{bound}/ (Ctrl-C stops it)", err=True)
 
         try:
-            run(service, listening, grace, announce)
+            server(service, grace, announce).run(sockets=[listening])
         except (KeyboardInterrupt, Terminated):  # the usual end: all was brought to its own
             if not quiet:
                 click.echo("stopped", err=True)

@@ -71,10 +71,8 @@ class _Server(uvicorn.Server):
         timer.cancel()
 
 
-def run(
-    service: Service, listening: socket.socket, grace: float, announce: Callable[[], None]
-) -> None:
-    """Serve until a signal comes, which is raised again when all has ended.
+def server(service: Service, grace: float, announce: Callable[[], None]) -> uvicorn.Server:
+    """What serves until a signal comes, and raises that again when all has ended.
 
     grace: seconds that texts have then. announce: called once clients may come.
     """
@@ -83,4 +81,4 @@ def run(
         server_header=False, h11_max_incomplete_event_size=HEAD, limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=int(grace) + 10, timeout_keep_alive=30,
     )  # fmt: skip
-    _Server(config, service, grace, announce).run(sockets=[listening])
+    return _Server(config, service, grace, announce)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import socket
+import threading
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -18,6 +20,7 @@ from bitskip_cpu.many.scheduler import Scheduler
 from bitskip_cpu.model import Model
 from bitskip_ref.folder import ChatForm
 from bitskip_ref.heldout import log_probabilities
+from bitskip_serve import http_server
 from bitskip_serve.app import Limits, Service
 from tests.cli.conftest import CONFIG, write_model
 
@@ -281,6 +284,37 @@ def test_keys_and_origins(model: Model) -> None:
         answer = client.options("/props", headers={"Origin": "https://ours"})
         assert answer.headers["access-control-allow-origin"] == "https://ours"
         assert client.get("/health", headers={"Origin": "http://testserver"}).status_code == 200
+
+
+def test_who_brings_no_request_is_let_go(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "PATIENCE", 0.2)
+    service = Service(model, Scheduler(model), name="random", limits=Limits(patience=0.2))
+    ready = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        place = listening.getsockname()
+        running = http_server.server(service, 1, ready.set)
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+        thread.start()
+        assert ready.wait(60)
+        try:
+            post = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
+            for start, told in (
+                (b"", b""), (b"GET /hea", b""), (post, b""),
+                (post + b"Content-Length: 9\r\n\r\n{", b"HTTP/1.1 408"),
+            ):  # fmt: skip
+                with socket.create_connection(place, timeout=60) as slow:
+                    slow.sendall(start)
+                    assert slow.recv(12) == told
+            with socket.create_connection(place, timeout=60) as slow:  # after a good one, too
+                slow.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+                assert slow.recv(4096).startswith(b"HTTP/1.1 200")
+                slow.sendall(b"GET /health HT")
+                while slow.recv(4096):
+                    pass
+        finally:
+            running.should_exit = True
+            thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_a_full_queue_is_said(model: Model) -> None:
