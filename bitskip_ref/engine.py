@@ -376,8 +376,10 @@ class Engine(ABC):
     def _plan(self, rows: Sequence[Row]) -> list[Planned]:
         """Where each row goes, if all of them may. Raises ValueError as `step`."""
         planned, ahead = [], dict[int, tuple[int, int]]()  # next position, whole blocks up to it
+        rules = {id(row.rule): row.rule for row in rows}
+        asks = {key: self._asks(rule) for key, rule in rules.items()}
         for token_id, cache, rule, wanted in rows:
-            looks, deepest = self._asks(rule)
+            looks, deepest = asks[id(rule)]
             if id(cache) not in ahead:
                 ahead[id(cache)] = cache.require(deepest), deepest
             position, depth = ahead[id(cache)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,14 @@ import numpy as np
 from bitskip_cpu.heldout.text import Text
 from bitskip_ref.checks import check_exit_layers
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import Engine, ExitRule
+from bitskip_ref.engine import Engine, ExitRule, Row
 from bitskip_ref.exits.named import describe_rule
 from bitskip_ref.heldout import HeldOutLoss, check_windows, token_losses, windows
 
 Advance = Callable[[int], None]
 """Called with the number of tokens whose loss has become known."""
 
-AT_ONCE = 1 << 22  # logits kept before their losses are taken: 16 MiB in f32
+TOGETHER = 16  # windows side by side, where nobody asks for the speed of one
 
 
 def exit_token_losses(
@@ -107,13 +108,15 @@ def step_through(
     *,
     context: int | None = None,
     stride: int | None = None,
+    together: int = 1,
     advance: Advance = lambda _: None,
 ) -> list[Stepped]:
-    """Each rule's loss over all tokens but the first, one `Engine.step` a token, and the time.
+    """Each rule's loss over all tokens but the first, token by token, and the time.
 
     Windows are as in `exit_losses`. What a window shares with the one before it, or its first
     token, is the prompt (SPEC 8.2, 8.3); the text's own tokens follow, whatever is predicted. All
     rules take their turn at each window, so that a change in the machine's speed meets all alike.
+    together: windows that run side by side (SPEC 12.2), in equal parts of the time they took.
     """
     context, stride = check_windows(context, stride, engine.config.max_position_embeddings)
     sizes, steps = [], []
@@ -122,16 +125,23 @@ def step_through(
     seconds: list[list[float]] = [[] for _ in rules]
     for rule in rules:
         rule.check(engine.config)
-    for turn, (begin, scored, end) in enumerate(windows(len(text.tokens), context, stride)):
-        ids = text.tokens[begin : end + 1]
-        sizes.append(end - scored)
-        steps.append(end - scored - 1)
+    places = list(windows(len(text.tokens), context, stride))
+    for turn, at in enumerate(range(0, len(places), together)):
+        part = places[at : at + together]
+        sizes += [end - scored for _, scored, end in part]
+        steps += [end - scored - 1 for _, scored, end in part]
         for k in range(len(rules)):
             k = (k + turn) % len(rules)
-            total, taken = _window(engine, ids, scored - begin + 1, rules[k], depths[k])
-            sums[k].append(total)
-            seconds[k].append(taken)
-            advance(end - scored)
+            group = [
+                _Window(engine, text.tokens[begin : end + 1], scored - begin + 1, rules[k])
+                for begin, scored, end in part
+            ]
+            taken = _run(engine, group, rules[k])
+            for window in group:
+                sums[k].append(float(np.sum(window.losses)))
+                depths[k] += window.depths
+                seconds[k].append(taken / len(group))
+                advance(len(window.losses))
     return [
         Stepped(
             rule, HeldOutLoss(np.array(sums[k]), np.array(sizes), text.bytes),
@@ -141,29 +151,40 @@ def step_through(
     ]  # fmt: skip
 
 
-def _window(
-    engine: Engine, ids: np.ndarray, prompt: int, rule: ExitRule, depths: list[int]
-) -> tuple[float, float]:
-    """(summed loss of ids[prompt:], seconds of the steps); the depths are added to the list."""
-    config, cache, total, seconds = engine.config, engine.new_cache(), 0.0, 0.0
-    depth = rule.deepest(config)
-    rows = [engine.extend(ids[:prompt].tolist(), cache, exit_layer=depth, last_only=True)[0]]
-    depths.append(depth)
-    most = max(1, AT_ONCE // config.vocab_size)
-    done = prompt
-    for token in ids[prompt:-1].tolist():
+class _Window:
+    """A window on its way, its prompt run."""
+
+    def __init__(self, engine: Engine, ids: np.ndarray, prompt: int, rule: ExitRule) -> None:
+        self.cache, depth = engine.new_cache(), rule.deepest(engine.config)
+        z = engine.extend(ids[:prompt].tolist(), self.cache, exit_layer=depth, last_only=True)
+        self.left = deque(ids[prompt:].tolist())
+        self.losses, self.depths = list[float](), list[int]()
+        _score([self], z, [depth])
+
+
+def _score(group: Sequence[_Window], z: np.ndarray, depths: Iterable[int]) -> None:
+    """Note the loss of each one's next token under logits f32 [windows, V]."""
+    losses = token_losses(z, np.array([window.left[0] for window in group]))
+    for window, loss, depth in zip(group, losses.tolist(), depths, strict=True):
+        window.losses.append(loss)
+        window.depths.append(depth)
+
+
+def _run(engine: Engine, group: Sequence[_Window], rule: ExitRule) -> float:
+    """Run windows to their ends, side by side; seconds of the steps."""
+    seconds = 0.0
+    while live := [window for window in group if len(window.left) > 1]:
+        ids = [window.left.popleft() for window in live]
         start = time.perf_counter()
-        z, depth = engine.step(token, cache, rule)
+        if len(live) == 1:
+            found: Any = [engine.step(ids[0], live[0].cache, rule)]
+        else:
+            found = engine.step_many(
+                [Row(i, w.cache, rule) for i, w in zip(ids, live, strict=True)]
+            )
         seconds += time.perf_counter() - start
-        rows.append(z)
-        depths.append(depth)
-        if len(rows) == most:
-            total += float(token_losses(np.stack(rows), ids[done : done + most]).sum())
-            done += most
-            rows.clear()
-    if rows:
-        total += float(token_losses(np.stack(rows), ids[done:]).sum())
-    return total, seconds
+        _score(live, np.stack([z for z, _ in found]), (n for _, n in found))
+    return seconds
 
 
 def facts(

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 import bitskip_cpu
 import bitskip_ref
 from bitskip.program import runtime as main
-from bitskip_cpu.heldout import scoring
 from bitskip_cpu.heldout.scoring import exit_losses, step_through
 from bitskip_cpu.heldout.text import Text, read_text
 from bitskip_ref.documents import read_documents
@@ -82,9 +81,7 @@ def test_it_is_the_loss_of_the_reference(
 
 
 @pytest.mark.parametrize(("context", "stride"), [(40, 40), (9, 9), (9, 4), (9, 1), (1, 1)])
-def test_stepping_is_the_same_loss(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, context: int, stride: int
-) -> None:
+def test_stepping_is_the_same_loss(folder: Path, context: int, stride: int) -> None:
     """Fixed exits, and rules that always or never stop, have the losses of one pass for all."""
     model, text = bitskip_cpu.load(folder), text_of(50)
     cut = {"context": context, "stride": stride}
@@ -93,8 +90,11 @@ def test_stepping_is_the_same_loss(
         ConfidenceExit(1.0, last=2),
     ]  # fmt: skip
     expected = exit_losses(model, text, [2, 4], **cut)
-    monkeypatch.setattr(scoring, "AT_ONCE", 7 * CONFIG.vocab_size)
-    for result in step_through(model, text, rules, **cut):
+    alone = step_through(model, text, rules, **cut)
+    beside = step_through(model, text, rules, **cut, together=3)
+    for result, other in zip(alone, beside, strict=True):
+        assert (result.losses.sums == other.losses.sums).all()
+        assert (result.depths == other.depths).all()
         depth = result.rule.deepest(CONFIG)
         assert set(result.depths.tolist()) == {depth} and len(result.depths) == 49
         assert result.losses.loss == pytest.approx(expected[depth].loss, rel=1e-12)
@@ -114,10 +114,13 @@ def test_a_dynamic_exit_is_scored_as_it_generates(folder: Path) -> None:
                 p = np.exp(z.astype(np.float64))
                 total -= math.log(p[target] / p.sum())
                 depths.append(depth)
-        (result,) = step_through(bitskip_cpu.load(folder), text, [rule], context=10)
-        assert result.depths.tolist() == depths and 4 > result.mean_depth > 1
-        assert result.losses.loss == pytest.approx(total / 29, rel=1e-12)
-        assert result.steps.tolist() == [9, 9, 8]
+        for together in (1, 2, 16):
+            (result,) = step_through(
+                bitskip_cpu.load(folder), text, [rule], context=10, together=together
+            )
+            assert result.depths.tolist() == depths and 4 > result.mean_depth > 1
+            assert result.losses.loss == pytest.approx(total / 29, rel=1e-12)
+            assert result.steps.tolist() == [9, 9, 8]
 
 
 def test_a_difference_of_the_same_windows_has_a_small_error() -> None:
