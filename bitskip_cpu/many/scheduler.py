@@ -18,6 +18,7 @@ from bitskip_cpu.many.sequence import Loaded, Sequence
 from bitskip_cpu.pages import NoRoom, Pool
 from bitskip_ref.decoding.generate import Token
 from bitskip_ref.engine import Row
+from bitskip_ref.turn import MOST_SEQUENCES
 
 MEMORY = 2 << 30  # bytes of keys and values
 ROWS = 64  # of a step: running texts wait for that many at most
@@ -56,6 +57,8 @@ class Scheduler:
         for name, value in (("parallel", parallel), ("rows", rows), ("memory", memory)):
             if value < 1:
                 raise ValueError(f"{name} {value}: must be at least 1")
+        if parallel > MOST_SEQUENCES:
+            raise ValueError(f"parallel {parallel}: at most {MOST_SEQUENCES} texts run at once")
         self.model, self.parallel, self._rows, self._most = model, parallel, rows, queue
         self.pool = Pool(model.engine, memory)
         self.figures = Figures()

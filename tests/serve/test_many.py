@@ -131,6 +131,8 @@ def test_limits(model: Model) -> None:
         pass
     assert late.end is not None and late.end.generation.stop_reason == "deadline"
     check(model, asked[1])
+    with pytest.raises(ValueError, match="parallel 257: at most 256"):
+        Scheduler(model, parallel=257)
     large = Heard([1] * 20, GenerationOptions(max_tokens=9))
     tiny = Scheduler(model, memory=20_000)  # one page
     run_all(tiny, [large])
