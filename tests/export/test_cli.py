@@ -116,6 +116,8 @@ def test_verify_holds_float32_models_to_the_bound(
     assert result.output.count("within 1e-05\n") == 2 * 3 * 2  # engines, exits, modes
     result = run_verify(*arguments, "--kv-cache", "float16")
     assert result.output.count("within 0.001\n") == 2 * 3 * 2, result.output
+    result = run_verify(*arguments, "--kv-cache", "int8")
+    assert result.output.count("within 0.01\n") == 2 * 3 * 2, result.output
     tensors = random_tensors(twin("layerskip"))
     tensors["layers.0.o_proj.weight"][5] *= np.float32(1.001)
     write_folder(tmp_path / "other", twin("layerskip"), tensors)
