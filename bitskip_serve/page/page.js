@@ -58,11 +58,10 @@ async function begin() {
     slider.value = value;
     slider.addEventListener("input", shown);
   }
-  if (facts.prompt) $("prompt").value = facts.prompt;
   $("scale").replaceChildren(
     ...facts.colours.map((_, i) => {
       const chip = make("span", "chip", String(i + 1));
-      if (facts.exits.includes(i + 1)) chip.title = "trained as an exit";
+      if (facts.exits.includes(i + 1)) chip.title = "a usual exit of this model";
       paint(chip, i + 1);
       return chip;
     }),
@@ -209,7 +208,10 @@ async function write(event) {
   ends.forEach((end, i) => {
     if (end.status === "fulfilled") return;
     if (end.reason.name === "AbortError") texts[i].tell("stopped");
-    else problem(end.reason.message);
+    else {
+      problem(end.reason.message);
+      texts[i].figures.textContent = "";
+    }
   });
   if (texts.length > 1) compare(...texts);
   running = null;

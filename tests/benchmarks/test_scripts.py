@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import batches, heads, kv_cache, many, onnx_graph, speculate, start
+from benchmarks import batches, gguf_out, heads, kv_cache, many, onnx_graph, speculate, start
 from bitskip_cpu import isa
 from bitskip_ref.config import small_twin
 from tests.helpers import random_folder
@@ -42,6 +42,20 @@ def test_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         many, "--preset tiny -t 1 --sequences 3 --depth 5 --steps 2 -r 2", monkeypatch, capsys
     )
     assert [line.split(" |")[0] for line in out[1:]] == ["sequences", "1", "3"]
+
+
+def test_gguf_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for tool in ("llama-completion", "llama-perplexity"):  # which say nothing of the model
+        (tmp_path / tool).write_text("#!/bin/sh\necho 'Final estimate: PPL = 1.5'\n")
+        (tmp_path / tool).chmod(0o755)
+    (tmp_path / "text").write_text(TEXT * 4)
+    monkeypatch.setattr(gguf_out, "PROMPTS", ("Once",))
+    with pytest.raises(SystemExit, match="1"):  # the bars are not met
+        lines(gguf_out, f"--llama {tmp_path} --text {tmp_path / 'text'}", monkeypatch, capsys)
+    out = capsys.readouterr().out.splitlines()
+    assert out[-2].startswith("texts: 0 of 1") and "1.5000 there" in out[-1]
 
 
 def test_kv_cache(

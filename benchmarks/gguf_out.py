@@ -1,0 +1,100 @@
+"""An exported GGUF file in stock llama.cpp against the model it came from: texts and perplexity.
+
+    python -m benchmarks.gguf_out stories-24 --llama BIN --text FILE
+
+BIN: a folder with llama-completion and llama-perplexity. The perplexity is llama-perplexity's: of
+chunks of 512 tokens the second halves count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import bitskip_cpu
+from bitskip_cpu import models
+from bitskip_cpu.model import Model
+from bitskip_ref.folder import read_folder
+from bitskip_ref.heldout import token_losses
+
+PROMPTS = (
+    "Once upon a time", "Tom had a red ball.", "The little dog", "One day, a girl named Lily",
+    "It was a sunny day and", "There was a big tree", "Ben and Mia went to", "The cat sat",
+    "A boy found a", "Mom said",
+)  # fmt: skip
+TOKENS, CHUNK = 20, 512
+
+
+def run(tool: Path, *arguments: object) -> str:
+    """What a llama.cpp tool prints."""
+    done = subprocess.run(
+        [tool, *map(str, arguments)], capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        env={"LD_LIBRARY_PATH": str(tool.parent)},
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"{tool.name} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+    return done.stdout + done.stderr
+
+
+def texts(model: Model, exit_layer: int | None, gguf: Path, tools: Path) -> list[bool]:
+    """For each prompt, whether the first tokens of both greedy texts are the same."""
+    same = []
+    for prompt in PROMPTS:
+        ours = prompt + model.generate(prompt, max_tokens=TOKENS, exit_layer=exit_layer).text
+        theirs = run(
+            tools / "llama-completion", "-m", gguf, "-p", prompt, "-n", TOKENS, "--temp", 0,
+            "-no-cnv", "--no-warmup", "-t", 1,
+        )  # fmt: skip
+        same.append(ours.strip() in theirs)
+        print(f"{'same' if same[-1] else 'other'}: {ours!r}")
+    return same
+
+
+def perplexity(model: Model, exit_layer: int | None, ids: list[int]) -> float:
+    """Ours, over llama-perplexity's chunks."""
+    losses = [
+        token_losses(
+            model.logits(chunk, exit_layer)[CHUNK // 2 : -1], np.array(chunk[CHUNK // 2 + 1 :])
+        )
+        for at in range(0, len(ids) - CHUNK + 1, CHUNK)
+        for chunk in [ids[at : at + CHUNK]]
+    ]
+    return math.exp(float(np.concatenate(losses).mean()))
+
+
+def main() -> None:
+    """Print what agrees; exit code 1 where the bars of 8 of 10 texts and 1 % are not met."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--llama", type=Path, required=True, help="folder of llama.cpp's tools")
+    parser.add_argument("--text", type=Path, required=True, help="held-out text")
+    parser.add_argument("--exit-layer", type=int, help="default: all blocks")
+    parser.add_argument("--characters", type=int, default=60_000)
+    given = parser.parse_args()
+    from bitskip_export.foreign.gguf_write import write_gguf
+
+    path, depth = models.resolve(given.model), given.exit_layer
+    model = bitskip_cpu.load(path)
+    with tempfile.TemporaryDirectory() as place:
+        gguf, text = Path(place) / "model.gguf", Path(place) / "text"
+        write_gguf(read_folder(path), gguf, exit_layer=depth)
+        said = given.text.read_text("utf-8")[: given.characters]
+        text.write_text(said, "utf-8")
+        same = texts(model, depth, gguf, given.llama)
+        out = run(given.llama / "llama-perplexity", "-m", gguf, "-f", text, "-c", CHUNK, "-t", 1)
+        theirs = float(re.findall(r"PPL = ([0-9.]+)", out)[-1])
+        ours = perplexity(model, depth, model.tokenizer.encode(said))
+    print(f"texts: {sum(same)} of {len(same)} agree in their first {TOKENS} tokens")
+    print(f"perplexity: {ours:.4f} here, {theirs:.4f} there, {100 * (theirs / ours - 1):+.2f} %")
+    sys.exit(0 if sum(same) >= 8 and abs(theirs / ours - 1) <= 0.01 else 1)
+
+
+if __name__ == "__main__":
+    main()
