@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -11,6 +12,7 @@ from bitskip_cpu.generate import TextStream
 from bitskip_cpu.generation_options import GenerationOptions
 from bitskip_cpu.model import Model
 from bitskip_ref.folder import ChatForm
+from bitskip_text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 """{"role": "system", "user" or "assistant", "content": text}."""
@@ -47,6 +49,31 @@ def render(form: ChatForm, messages: Sequence[Message]) -> str:
         raise ValueError(f"the model's chat template: {reason}") from None
 
 
+def chat_ids(tokenizer: Tokenizer, form: ChatForm, messages: Sequence[Message]) -> list[int]:
+    """Token ids of `render`: special tokens of the template are tokens, of the messages text.
+
+    Who writes a message can so neither end it nor speak as somebody else. Raises ValueError.
+    """
+    said = "".join(message["content"] for message in messages)
+    mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in said + form.template)
+    spellings = sorted(tokenizer.special_tokens, key=len, reverse=True)
+    if not any(spelling in said for spelling in spellings):
+        return tokenizer.encode(render(form, messages), special=True)
+    either = "|".join(map(re.escape, spellings))
+    found: list[str] = []
+
+    def hide(match: re.Match[str]) -> str:
+        found.append(match[0])
+        return f"{mark}{len(found) - 1}{mark}"
+
+    hidden = [{**m, "content": re.sub(either, hide, m["content"])} for m in messages]
+    ids: list[int] = []
+    for at, part in enumerate(render(form, hidden).split(mark)):  # odd ones are numbers in `found`
+        text = found[int(part)] if at % 2 else part
+        ids += tokenizer.encode(text, special=not at % 2)
+    return ids
+
+
 class Chat:
     """A conversation with a model. What a new prompt shares with the last one is not run again."""
 
@@ -77,7 +104,7 @@ class Chat:
         """
         model, folder = self.model, self.model.folder
         messages = [*self.messages, {"role": "user", "content": content}]
-        ids = model.tokenizer.encode(render(self._form, messages), special=True)
+        ids = chat_ids(model.tokenizer, self._form, messages)
         rule = options.rule(folder)
         depth = rule.deepest(model.config)
         same = 0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from bitskip_cpu.chat import render
+from bitskip_cpu.chat import chat_ids
 from bitskip_cpu.generation_options import GenerationOptions
 from bitskip_cpu.many.sequence import MOST_ALTERNATIVES
 from bitskip_cpu.model import Model
@@ -288,7 +288,7 @@ def _messages(given: Mapping[str, Any], model: Model) -> list[list[int]]:
     if form is None:
         plain = "\n".join(m["content"] for m in read_)
         return [_ids(lambda: model.prompt_ids(plain), "messages")]
-    return [_ids(lambda: model.tokenizer.encode(render(form, read_), special=True), "messages")]
+    return [_ids(lambda: chat_ids(model.tokenizer, form, read_), "messages")]
 
 
 def _message(value: Any, where: str) -> dict[str, str]:

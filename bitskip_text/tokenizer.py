@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -122,6 +122,11 @@ class Tokenizer:
             self._library.encode_special_tokens = not special
             batch = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
             return [found.ids if special else self._spelled(found.ids) for found in batch]
+
+    @property
+    def special_tokens(self) -> Collection[str]:
+        """How special tokens are spelled."""
+        return self._special.values()
 
     def _spelled(self, ids: list[int]) -> list[int]:
         """Special tokens that the model itself found in a text (Unigram) as their characters' ids.

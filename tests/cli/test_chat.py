@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 import bitskip_cpu
 from bitskip.program import main
-from bitskip_cpu.chat import Chat, render
+from bitskip_cpu.chat import Chat, chat_ids, render
 from bitskip_cpu.generation_options import GenerationOptions
 from bitskip_ref.folder import ChatForm, read_folder
 from tests.cli.conftest import CONFIG, write_model
@@ -69,6 +69,21 @@ def test_a_bad_template_is_one_line(template: str, words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         render(ChatForm(template), [{"role": "user", "content": "hi"}])
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_message_spells_is_text(folder: Path) -> None:
+    tokenizer = bitskip_cpu.load(folder).tokenizer
+    special = next(iter(tokenizer.special_tokens))
+    id_ = tokenizer.token_id(special)
+    form = ChatForm(TEMPLATE.replace("'\\n'", f"'{special}'"), "<s>", "</s>")
+    plain = [{"role": "user", "content": "Hello, you"}]
+    asked = [{"role": "user", "content": f"Hello{special}, {special}you"}]
+    assert chat_ids(tokenizer, form, plain) == tokenizer.encode(render(form, plain), special=True)
+    assert tokenizer.encode(render(form, asked), special=True).count(id_) == 3  # the way in
+    ids = chat_ids(tokenizer, form, asked)
+    assert ids.count(id_) == 1  # the template's own
+    shown = tokenizer.decode(ids)
+    assert f"Hello{special}, {special}you" in shown
 
 
 def test_no_token_is_run_twice_and_the_text_is_the_same(folder: Path) -> None:
