@@ -17,7 +17,7 @@ from bitskip_text.tokenizer import read_tokenizer
 
 # Byte -> how many of its four codes are 0, 1, 2 (weights -1, 0, +1; FORMAT 1).
 _CODES = (np.arange(256)[:, None] >> np.array([0, 2, 4, 6])) & 3
-WEIGHT_BITS = {"ternary": 2, "float32": 32}  # in a file, without padding
+WEIGHT_BITS = {"ternary": 2, "int8": 8, "float32": 32}  # in a file, without padding
 _COUNTS = np.stack([np.equal(_CODES, code).sum(1) for code in range(3)], 1)
 
 
@@ -65,7 +65,8 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def sizes_by_kind(folder: Folder) -> dict[str, int]:
     """Kind of tensor -> bytes in the file; `total` is the sum."""
-    sizes = dict.fromkeys(("linear layers", "embedding", "heads", "norms", "gates", "scales"), 0)
+    kinds = "linear layers", "biases", "embedding", "heads", "norms", "gates", "scales"
+    sizes = dict.fromkeys(kinds, 0)
     for name, tensor in folder.tensors.items():
         sizes[_kind(name)] += tensor.nbytes
     return {**sizes, "total": sum(sizes.values())}
@@ -74,6 +75,8 @@ def sizes_by_kind(folder: Folder) -> dict[str, int]:
 def _kind(name: str) -> str:
     if name.endswith(".scale"):
         return "scales"
+    if name.endswith(".bias"):
+        return "biases"
     if "_proj." in name:
         return "linear layers"
     if ".gate." in name:

@@ -38,7 +38,7 @@ def test_a_checkpoint_becomes_a_folder_of_its_name(tmp_path: Path) -> None:
     result = run_export(write_checkpoint(tmp_path / "best.pt"), "--head", "float32")
     assert result.exit_code == 0, result.output
     assert read_folder(tmp_path / "best").config == CONFIG.replace(head_format="float32")
-    assert "bits per weight" in result.output and "sparsest" in result.output
+    assert "per weight" in result.output and "sparsest" in result.output
 
 
 def test_graphs_of_a_checkpoint_and_of_a_folder(tmp_path: Path) -> None:
