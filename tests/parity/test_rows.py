@@ -96,6 +96,9 @@ class Odd:
     def __init__(self, deepest: Any = 4, looks: Any = (), stops: Any = lambda probe: False) -> None:
         self._deepest, self._looks, self.stops = deepest, looks, stops
 
+    def __repr__(self) -> str:  # the name of a test: the same in every process
+        return f"Odd({self._deepest}, {self._looks})"
+
     def deepest(self, config: Any) -> Any:
         return self._deepest
 
