@@ -95,10 +95,9 @@ def read_prompts(path: Path, options: GenerationOptions) -> list[Line]:
     return found
 
 
-def fingerprint(model: Any, line: Line) -> str:
-    """What an answer depends on: the weights, the kind of cache, the prompt, the options."""
-    config = json.loads(read_text(model.folder.path / "config.json"))
-    facts = [config.get("weights_sha256"), model.kv_cache, line.given, repr(line.options)]
+def fingerprint(weights: str | None, kv_cache: str, line: Line) -> str:
+    """What an answer depends on: the weights' hash, the kind of cache, the prompt, the options."""
+    facts = [weights, kv_cache, line.given, repr(line.options)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -109,9 +108,8 @@ def answer_file(model: Any, lines: list[Line], path: Path, parallel: int) -> Ite
     added: the whole is the same, byte for byte, however often it was broken off. Raises ValueError
     for a file that holds other things.
     """
-    from bitskip_cpu.many.scheduler import Scheduler
-
-    prints = [fingerprint(model, line) for line in lines]
+    config = json.loads(read_text(model.folder.path / "config.json"))
+    prints = [fingerprint(config.get("weights_sha256"), model.kv_cache, line) for line in lines]
     kept = _kept(path, prints)
     with path.open("r+b" if path.exists() else "xb") as file:
         file.truncate(sum(map(len, kept)))
