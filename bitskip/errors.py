@@ -22,7 +22,7 @@ EXTRAS = {
     "torch": "train", "tensorboard": "train", "datasets": "hub", "huggingface_hub": "hub",
     "onnx": "onnx", "onnxruntime": "onnx", "matplotlib": "plot", "optuna": "experiments",
     "transformers": "experiments", "gguf": "gguf", "jinja2": "chat",
-    "starlette": "serve", "uvicorn": "serve",
+    "lm_eval": "eval", "starlette": "serve", "uvicorn": "serve",
 }  # fmt: skip
 NO_THREADS = ("can't start new thread", "ThreadPoolBuildError")
 LONGEST = 2000  # characters of an error line; names from files may have any length

@@ -21,6 +21,7 @@ RUN: Sections = {
         "perplexity": (f"{_CPU}.heldout:perplexity", "Held-out loss of a model, per exit."),
         "exits": (f"{_CPU}.heldout:exits", "Loss and speed per exit and threshold."),
         "calibrate": (f"{_CPU}.heldout:calibrate", "Find the exit within a budget of loss."),
+        "eval": ("bitskip_eval.cli:evaluate", "Tasks of the harness lm-eval, per exit."),
     },
     "This machine": {
         "selftest": (f"{_CPU}.machine:selftest", "The compiled engine against the reference."),

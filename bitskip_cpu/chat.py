@@ -18,11 +18,12 @@ Message = Mapping[str, str]
 """{"role": "system", "user" or "assistant", "content": text}."""
 
 
-def render(form: ChatForm, messages: Sequence[Message]) -> str:
+def render(form: ChatForm, messages: Sequence[Message], answer: bool = True) -> str:
     """The prompt that asks for the next answer, as transformers' `apply_chat_template` makes it.
 
-    The template comes with the model, so it runs in Jinja's sandbox. Raises ValueError for what the
-    template refuses (some take no system message) and for one that is not Jinja.
+    answer: whether it ends with what begins an answer. The template comes with the model, so it
+    runs in Jinja's sandbox. Raises ValueError for what the template refuses (some take no system
+    message) and for one that is not Jinja.
     """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -41,7 +42,7 @@ def render(form: ChatForm, messages: Sequence[Message]) -> str:
     environment.globals["strftime_now"] = lambda how: datetime.now().strftime(how)
     try:
         return environment.from_string(form.template).render(
-            messages=[dict(m) for m in messages], add_generation_prompt=True,
+            messages=[dict(m) for m in messages], add_generation_prompt=answer,
             bos_token=form.bos_token, eos_token=form.eos_token, tools=None, documents=None,
         )  # fmt: skip
     except (TemplateError, TypeError, LookupError, ArithmeticError, RecursionError) as error:

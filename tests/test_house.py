@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = (
-    "bitskip", "bitskip_ref", "bitskip_text", "bitskip_cpu", "bitskip_serve", "bitskip_train",
-    "export", "bitskip_experiments",
+    "bitskip", "bitskip_ref", "bitskip_text", "bitskip_cpu", "bitskip_serve", "bitskip_eval",
+    "bitskip_train", "export", "bitskip_experiments",
 )  # fmt: skip
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 LONGEST = 450
@@ -21,11 +21,14 @@ LONGEST = 450
 # What a package may not import, anywhere (`lazy`: inside functions it may).
 FORBIDDEN = {
     "bitskip_cpu": {
-        "bitskip_serve", "bitskip_train", "bitskip_export", "bitskip_experiments", "torch",
-        "onnx", "onnxruntime", "onnx_ir",
+        "bitskip_serve", "bitskip_eval", "bitskip_train", "bitskip_export", "bitskip_experiments",
+        "torch", "onnx", "onnxruntime", "onnx_ir",
     },
     "bitskip_serve": {
         "bitskip_train", "bitskip_export", "bitskip_experiments", "torch", "onnx", "numba",
+    },
+    "bitskip_eval": {
+        "bitskip_serve", "bitskip_train", "bitskip_export", "bitskip_experiments", "torch", "numba",
     },
     "bitskip_text": {
         "bitskip_cpu", "bitskip_train", "bitskip_export", "bitskip_experiments", "torch", "numba",
@@ -40,6 +43,8 @@ LAZY = {
         "bitskip_export",
         "bitskip_experiments",
         "bitskip_serve",
+        "bitskip_eval",
+        "lm_eval",
         "numpy",
         "numba",
         "torch",

@@ -25,14 +25,7 @@ def read_text(path: Path, model: Model, limit: int | None = None) -> Text:
 
     limit: take whole documents from its start until they have more tokens than this (None: all).
     """
-    tokenizer, end = model.tokenizer, model.folder.eos_token_id
-    if end is None:
-        end = tokenizer.token_id(END_OF_TEXT)
-    if end is None:
-        raise ValueError(
-            f"the model names no eos_token_id and its tokenizer has no {END_OF_TEXT}, "
-            "which ends documents"
-        )
+    tokenizer, end = model.tokenizer, end_of_text(model)
     ids: list[int] = []
     size = count = 0
     for document in read_documents(path):
@@ -44,3 +37,16 @@ def read_text(path: Path, model: Model, limit: int | None = None) -> Text:
     if len(ids) < 2:
         raise ValueError(f"{path}: holds {len(ids)} tokens; at least 2 are needed")
     return Text(np.array(ids, np.int64), size, count)
+
+
+def end_of_text(model: Model) -> int:
+    """The id that ends a document. Raises ValueError if there is none."""
+    end = model.folder.eos_token_id
+    if end is None:
+        end = model.tokenizer.token_id(END_OF_TEXT)
+    if end is None:
+        raise ValueError(
+            f"the model names no eos_token_id and its tokenizer has no {END_OF_TEXT}, "
+            "which ends documents"
+        )
+    return end

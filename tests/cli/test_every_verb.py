@@ -56,6 +56,7 @@ def fine(verb: str, place: Path) -> list[str]:
         "inspect": [model],
         "serve": [model, "--port", 0],
         "perplexity": [model, *held],
+        "eval": [model, "--tasks", "piqa"],
         "exits": [model, *held, "--tokens", 4, "--exit-layer", 4, "--rule", "none"],
         "calibrate": [model, *held, "--dry-run", "--tokens", 4],
         "selftest": [model],
@@ -157,7 +158,7 @@ def test_a_verb_without_arguments_works_or_says_what_it_needs(verb: str) -> None
     needs = {
         "perplexity": "--text", "exits": "--text", "calibrate": "--text", "train": "--out",
         "evaluate": "CHECKPOINT", "average": "CHECKPOINT", "fit-gates": "CHECKPOINT",
-        "export": "MODEL", "import": "SOURCE",
+        "export": "MODEL", "import": "SOURCE", "eval": "--tasks",
     }  # fmt: skip
     if verb in needs:
         one_line(run([verb]), needs[verb])
@@ -325,7 +326,7 @@ def with_extras(place: Path) -> dict[str, list[str]]:
     """Verbs as above, and with the options that bring in more."""
     named = {verb: fine(verb, place) for verb in VERBS}
     del named["warmup"], named["selftest"], named["doctor"]  # no extras, and they take their time
-    del named["serve"]  # tests/serve/test_process.py
+    del named["serve"], named["eval"]  # tests/serve/test_process.py, tests/eval/test_eval.py
     named["exits --plot"] = [*fine("exits", place), "--plot", str(place / "exits.svg")]
     named["export --to onnx"] = [*fine("export", place), "--to", "onnx"]
     named["verify onnx"] = [*fine("verify", place), "--engines", "onnx"]
@@ -350,6 +351,7 @@ NEEDS = {  # module -> what cannot go without it
     "huggingface_hub": set(),
     "gguf": set(),
     "jinja2": {"chat"},
+    "lm_eval": set(),
     "starlette": set(),
     "uvicorn": set(),
 }
