@@ -96,7 +96,7 @@ def verdicts(results: Path, scale: str = "cpu") -> list[Verdict]:
 
 
 def _judge(claim: dict[str, Any], experiment: Experiment, results_of: Any) -> Verdict:
-    low, high = span(claim, experiment.points[0].data)
+    low, high = span(claim, experiment.data)
     verdict = Verdict(claim, experiment.name, len(experiment.seeds), None, low, high)
     if "untested" in claim:
         return verdict

@@ -17,6 +17,8 @@ FILES = {  # data set -> split -> file below the data folder
         split: f"tinystories/tinystories_{split}.txt" for split in ("train", "valid")
     },
 }  # fmt: skip
+PARTS = {"wikitext-2-16th": ("wikitext-2", 16)}
+"""Data set -> another, and of how many parts of its training text it has the first."""
 HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 
 
@@ -26,22 +28,44 @@ class Corpus:
 
     name: str
     folder: Path | None
+    work: Path | None = None  # where parts of data sets are kept
+
+    @property
+    def whole(self) -> str:
+        """The data set that this one is, or is a part of."""
+        return PARTS.get(self.name, (self.name, 1))[0]
 
     def place(self, split: str) -> str:
         """What `train --data` takes for a split: a file, or the hub's name.
 
         Raises ExperimentError for a split that the data set lacks and for a missing file.
         """
-        if split not in FILES[self.name]:
+        files = FILES[self.whole]
+        if split not in files:
             raise ExperimentError(f"{self.name} has no split {split!r}")
         if self.folder is None:
+            if self.name in PARTS:
+                raise ExperimentError(f"{self.name}: a part of a file; needs --data DIR")
             return self.name
-        path = self.folder / FILES[self.name][split]
+        path = self.folder / files[split]
         if not path.is_file():
-            raise ExperimentError(
-                f"{path}: no such file; --data DIR must hold {FILES[self.name][split]}"
-            )
+            raise ExperimentError(f"{path}: no such file; --data DIR must hold {files[split]}")
+        if self.name in PARTS and split == "train":
+            path = self._part(path)
         return str(path.resolve())
+
+    def _part(self, path: Path) -> Path:
+        """The first lines of a file, up to its share of bytes; written once, below `work`."""
+        assert self.work is not None  # whoever trains has one
+        part = self.work / "parts" / f"{self.name}.txt"
+        if not part.exists():
+            from bitskip_ref.files import replace_file
+
+            text = path.read_bytes()
+            end = text.index(b"\n", len(text) // PARTS[self.name][1]) + 1
+            with replace_file(part) as file:
+                file.write(text[:end])
+        return part
 
     def digest(self) -> str:
         """Of the training and validation text, or the hub's name: part of a run's identity."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitskip_experiments.corpora import Corpus
 from bitskip_experiments.errors import ExperimentError
 from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.documents import read_text
@@ -23,7 +24,7 @@ HERE = Path(__file__).parent
 SCALES = ("cpu", "full")
 _EXPERIMENT = {
     "title", "source", "group", "runs", "grid", "seeds", "checkpoint", "measures", "exits", "rows",
-    "columns", "compare", "plot", "notes", "speed", "claims", "fits",
+    "columns", "compare", "plot", "notes", "speed", "claims", "fits", "measured", "labels", "data",
 }  # fmt: skip
 _COLUMN = {"name", "figure", "format", "paper", "paper_ppl", "text", "rank", "run", "optional"}
 _GROUP = {"data", "scales", "preset", "model", "train", "runs"}
@@ -48,7 +49,10 @@ class Experiment:
     scale: str
     title: str
     source: str
-    points: list[Point]
+    points: list[Point]  # what is trained; none where `measured` names a module
+    labels: list[str]  # of the points, or of what is measured without training
+    data: str  # wikitext-2 or tinystories: whose bytes a token are the paper's units
+    measured: str  # the module of this package whose `measure` makes the results; empty: trained
     seeds: tuple[int, ...]
     checkpoint: str  # best or last: which file of a run is measured
     measures: tuple[str, ...]
@@ -92,7 +96,8 @@ def load(name: str, scale: str) -> Experiment:
         raise ExperimentError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
     path = HERE / f"{name}.toml"
     values = _read(path, _EXPERIMENT)
-    for key in ("title", "source", "group", "seeds", "measures", "columns"):
+    own = ("measured", "labels", "data") if "measured" in values else ("group", "measures")
+    for key in ("title", "source", *own, "seeds", "columns"):
         if key not in values:
             raise ExperimentError(f"{path.name}: lacks the key {key!r}")
     for column in values["columns"]:
@@ -102,14 +107,17 @@ def load(name: str, scale: str) -> Experiment:
                 f"known: {', '.join(sorted(_COLUMN))}"
             )
     try:
-        points = _points(values, scale)
+        points = [] if "measured" in values else _points(values, scale)
     except ConfigError as error:
         raise ExperimentError(f"{path.name}: {error}") from None
     scales = _read(HERE / "scales.toml")
     return Experiment(
         name=name, scale=scale, title=values["title"], source=values["source"], points=points,
+        labels=values.get("labels", [point.label for point in points]),
+        data=Corpus(values.get("data") or points[0].data, None).whole,
+        measured=values.get("measured", ""),
         seeds=tuple(values["seeds"][scale]), checkpoint=values.get("checkpoint", "best"),
-        measures=tuple(values["measures"]), exits=tuple(values.get("exits", ())),
+        measures=tuple(values.get("measures", ())), exits=tuple(values.get("exits", ())),
         tokens=scales[scale].get("measure_tokens", 0), rows=values.get("rows", "run"),
         columns=values["columns"], compare=values.get("compare", []),
         claims=values.get("claims", []), fits=values.get("fits", []),

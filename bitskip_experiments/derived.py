@@ -114,6 +114,25 @@ def masked_over_unigram(figures: Figures) -> float:
     return float(look_up(figures, "masked.24.loss")) - float(look_up(figures, "unigram.loss"))
 
 
+def _inputs(figures: Figures, group: str, name: str) -> float:
+    return math.exp(float(look_up(figures, f"inputs.{group}.{name}")))
+
+
+def kurtosis_down(figures: Figures) -> float:
+    """Geometric mean of the kurtosis of a token's values before `down_proj`."""
+    return _inputs(figures, "down", "log_kurtosis")
+
+
+def peak_down(figures: Figures) -> float:
+    """Geometric mean of the largest of a token's values before `down_proj` over their rms."""
+    return _inputs(figures, "down", "log_peak")
+
+
+def peak_qkv(figures: Figures) -> float:
+    """The same before `q_proj`, `k_proj` and `v_proj`."""
+    return _inputs(figures, "qkv", "log_peak")
+
+
 def status(figures: Figures) -> str:
     """Whether a model knows more of held-out text than how common each token is."""
     best, unigram = look_up(figures, "training.best_loss"), look_up(figures, "unigram.loss")
@@ -127,4 +146,5 @@ DERIVED: dict[str, Callable[[Figures], float | str]] = {
     "cliff": cliff, "ternary_bits": ternary_bits, "log_speed": log_speed,
     "log_speed_gain": log_speed_gain, "log_mean_scale": log_mean_scale,
     "exit_cost_as_trained": exit_cost_as_trained, "masked_over_unigram": masked_over_unigram,
+    "kurtosis_down": kurtosis_down, "peak_down": peak_down, "peak_qkv": peak_qkv,
 }  # fmt: skip

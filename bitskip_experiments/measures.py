@@ -118,6 +118,10 @@ def training(subject: Subject) -> Figures:
         "tokens": step * train.batch * train.accumulation * train.context,
         "seconds": subject.run.about.get("seconds"),
         "curve": found,
+        "train_tokens": len(subject.split("train").tokens),
+        "exit_curves": {
+            str(n): [e[f"exit_{n}"] for e in history if "valid_loss" in e] for n in train.eval_exits
+        },
     }  # fmt: skip
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bitskip_experiments.definitions import Experiment
-from bitskip_experiments.statistics import Mean, figure_mean
+from bitskip_experiments.statistics import Mean, figure_mean, mean
 from bitskip_experiments.tables import Results, figure_of
 from bitskip_ref.files import replace_file
 
@@ -27,7 +31,8 @@ def draw(experiment: Experiment, results: Results, path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     count = len(next(iter(results.values())))
-    seeds = f"{count} seeds, mean and standard error" if count > 1 else "one seed"
+    what = "pieces of text" if experiment.measured else "seeds"
+    seeds = f"{count} {what}, mean and standard error" if count > 1 else "one seed"
     figure.suptitle(f"{experiment.title}\n{experiment.source}; ours: scale {experiment.scale}, "
                     f"{seeds}", fontsize=10)  # fmt: skip
     figure.tight_layout()
@@ -49,7 +54,7 @@ def _column(experiment: Experiment, figure: str) -> dict[str, Any]:
 
 def bars(figure: Any, experiment: Experiment, results: Results) -> None:
     """A bar for each run with its seeds as dots; the paper's bars in a panel of their own."""
-    path, labels = experiment.plot["figure"], [p.label for p in experiment.points]
+    path, labels = experiment.plot["figure"], experiment.labels
     ours = [_means(results, label, path, [None])[0] for label in labels]
     panels = figure.subplots(1, 2)
     panels[0].bar(
@@ -141,7 +146,110 @@ def sweep(figure: Any, experiment: Experiment, results: Results) -> None:
         axes.set_ylabel(column["name"])
 
 
+def tails(figure: Any, experiment: Experiment, results: Results) -> None:
+    """What enters `down_proj` before and after a rotation, and what 4 bits of it cost."""
+    figure.set_size_inches(12.5, 4.6)
+    levels, order = np.geomspace(0.25, 64, 33), "Hartley x Hadamard"
+    models = list(dict.fromkeys(label.split(", ")[0] for label in experiment.labels))
+    orders = list(dict.fromkeys(label.split(", ")[1] for label in experiment.labels))
+    spread, depths, cost = figure.subplots(1, 3)
+    for i, (model, colour) in enumerate(zip(models, COLOURS, strict=False)):
+        for name, style in (("none", "-"), (order, "--")):
+            found = [r["figures"]["inputs"]["down"] for r in results[f"{model}, {name}"].values()]
+            tail = np.mean([f["tail"] for f in found], 0)
+            label = model if name == "none" else f"{model}, rotated"
+            spread.plot(levels[tail > 0], tail[tail > 0], style, color=colour, label=label)
+            layers = np.exp(np.mean([f["layers"] for f in found], 0))
+            depths.plot((np.arange(len(layers)) + 0.5) / len(layers), layers, style, color=colour)
+        means = [_means(results, f"{model}, {o}", "cost.4", [None])[0] for o in orders]
+        cost.errorbar(
+            np.arange(len(orders)) + 0.12 * (i - 1), [m.value for m in means],
+            [m.error or 0 for m in means], fmt="o", ms=5, capsize=3, color=colour, label=model,
+        )  # fmt: skip
+    normal = [math.erfc(x / math.sqrt(2)) for x in levels]
+    spread.plot(levels, normal, ":", color="#555555", label="normal values")
+    spread.set(xscale="log", yscale="log", ylim=(1e-6, 1), xlabel="multiples of a token's rms",
+               ylabel="share of values beyond")  # fmt: skip
+    spread.legend(frameon=False, fontsize=7, loc="lower left")
+    depths.axhline(3, ls=":", color="#555555")
+    depths.set(yscale="log", xlabel="depth (share of the blocks)",
+               ylabel="kurtosis of a token's values before down")  # fmt: skip
+    cost.set(yscale="log", ylabel="cost of 4-bit activations, bits a byte")
+    cost.set_xticks(range(len(orders)), orders, rotation=30, ha="right", fontsize=8)
+    cost.legend(frameon=False, fontsize=8)
+
+
+def gain(figure: Any, experiment: Experiment, results: Results) -> None:
+    """What a change is worth, best so far, over the epochs seen, a line for each pair of runs; and
+    what the last block gains over the exit before it. Bands are 95 % intervals over seeds."""
+    figure.set_size_inches(11.5, 4.6)
+    plot, (left, right) = experiment.plot, figure.subplots(1, 2)
+    left.axvspan(*plot["epochs"], color="#eeeeee", label="the paper's best, of WikiText-2 whole")
+    left.axhline(plot["paper"], ls="--", color=PAPER, label="the paper's gain")
+    left.axhline(0, lw=0.8, color="#555555")
+    styles = ("-", "-", "--", "--", ":", ":")  # a colour for each norm placement, a style a width
+    for pair, colour, style in zip(plot["pairs"], COLOURS[:2] * 3, styles, strict=True):
+        plus, minus = (_curves(results, pair[side], True) for side in ("plus", "minus"))
+        both = {s: (plus[s], minus[s]) for s in plus if s in minus}
+        _band(left, both, pair["name"], colour, style)
+    for cliff, colour in zip(plot["cliffs"], COLOURS, strict=False):
+        last = _curves(results, cliff["run"], False)
+        before = _curves(results, cliff["run"], False, str(_layers(results, cliff["run"]) - 1))
+        _band(right, {s: (before[s], last[s]) for s in last}, cliff["name"], colour, "-")
+    left.set(xscale="log", xlabel="epochs seen", ylabel="Hadamard less baseline, bits a byte")
+    right.set(xscale="log", xlabel="epochs seen", ylabel="last exit but one less last, bits a byte")
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=7)
+
+
+Curve = dict[float, float]
+"""Epochs seen -> bits a byte."""
+
+
+def _layers(results: Results, label: str) -> int:
+    return int(next(iter(results[label].values()))["model"]["num_hidden_layers"])
+
+
+def _curves(results: Results, label: str, best: bool, exit_layer: str = "") -> dict[int, Curve]:
+    """Validation over training at each seed; best: the least so far. Empty if it was not run."""
+    found: dict[int, Curve] = {}
+    for seed, result in results.get(label, {}).items():
+        training, train = result["figures"]["training"], result["train"]
+        exits = result["figures"]["exits"][str(_layers(results, label))]
+        bits = exits["bits_per_byte"] / exits["loss"]
+        losses = [loss for _, loss in training["curve"]]
+        if exit_layer:
+            losses = training["exit_curves"][exit_layer]
+        if best:
+            losses = list(itertools.accumulate(losses, min))
+        epoch = training["train_tokens"] / (
+            train["batch"] * train["accumulation"] * train["context"]
+        )
+        steps = [step for step, _ in training["curve"]]
+        found[seed] = {step / epoch: loss * bits for step, loss in zip(steps, losses, strict=True)}
+    return found
+
+
+def _band(
+    axes: Any, pairs: dict[int, tuple[Curve, Curve]], name: str, colour: str, style: str
+) -> None:
+    """Mean difference and its interval over seeds; a run that ended keeps its last figure."""
+    if not pairs:
+        return
+    epochs = sorted({e for pair in pairs.values() for curve in pair for e in curve})
+
+    def at(curve: Curve, epoch: float) -> float:
+        return curve[max((e for e in curve if e <= epoch), default=min(curve))]
+
+    means = [mean([at(a, e) - at(b, e) for a, b in pairs.values()]) for e in epochs]
+    axes.plot(epochs, [m.value for m in means], style, color=colour, label=name)
+    ends = [m.interval or (m.value, m.value) for m in means]
+    axes.fill_between(epochs, *zip(*ends, strict=True), color=colour, alpha=0.15, lw=0)
+
+
 KINDS: dict[str, Callable[[Any, Experiment, Results], None]] = {
-    "bars": bars, "depth": depth, "sweep": sweep,
+    "bars": bars, "depth": depth, "sweep": sweep, "tails": tails, "gain": gain,
 }  # fmt: skip
 """Word in the TOML files -> function."""
+PARTIAL = {"gain"}
+"""Kinds that draw what there is; the others want all runs."""

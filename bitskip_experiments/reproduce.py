@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -43,6 +44,10 @@ def train(
         while not wait([training], timeout=0.5).done:
             pass  # Python sees to signals here, whichever thread the system gave them to
         training.result()
+    for experiment in experiments:
+        if experiment.measured and not pool.stopping.is_set():
+            module = importlib.import_module(f"bitskip_experiments.{experiment.measured}")
+            module.measure(experiment, data, work, results)
     if pool.stopping.is_set():
         console.print("stopped; the same command goes on")
     return pool
@@ -159,7 +164,8 @@ def render(
         for name, text in texts.items():
             with replace_file(folder / name) as file:
                 file.write(text.encode())
-        if experiment.plot and len(found) == len(experiment.points):
+        whole = len(found) == len(experiment.labels)
+        if experiment.plot and (whole or experiment.plot["kind"] in plots.PARTIAL):
             plots.draw(experiment, found, folder / "plot.png")
         print(f"{folder / 'table.md'}")
     if len(experiments) == len(names()):
@@ -175,7 +181,7 @@ def _gpus() -> int:
 
 def _jobs(experiments: list[Experiment], gpus: int, processes: int) -> int:
     """As many runs as GPUs, or as cores divided by what one run uses."""
-    threads = max(p.train.threads or 1 for e in experiments for p in e.points)
+    threads = max((p.train.threads or 1 for e in experiments for p in e.points), default=1)
     if gpus:
         return max(1, gpus // processes)
     from bitskip_cpu.cores import usable_cores
@@ -193,10 +199,10 @@ def list_experiments(
     for name in names():
         experiment = load(name, scale)
         runs = runs_of(experiment.points, seeds or experiment.seeds, data, work)
-        trained = sum(run.trained for run in runs)
-        measured = sum(
-            result_path(results, experiment, run.point.label, run.seed).exists() for run in runs
+        trained = f"{sum(run.trained for run in runs)} of {len(runs)}" if runs else "-"
+        wanted = list(itertools.product(experiment.labels, seeds or experiment.seeds))
+        measured = sum(result_path(results, experiment, *which).exists() for which in wanted)
+        table.add_row(
+            name, experiment.title, experiment.source, trained, f"{measured} of {len(wanted)}"
         )
-        counts = [f"{count} of {len(runs)}" for count in (trained, measured)]
-        table.add_row(name, experiment.title, experiment.source, *counts)
     Console(width=None if os.isatty(1) else 120).print(table)

@@ -76,14 +76,14 @@ def read_results(
     Raises ExperimentError if a seed that was asked for lacks, or everything.
     """
     found: dict[str, dict[int, Result]] = {}
-    for point in experiment.points:
+    for label in experiment.labels:
         wanted = seeds or experiment.seeds
-        paths = {s: result_path(results, experiment, point.label, s) for s in wanted}
+        paths = {s: result_path(results, experiment, label, s) for s in wanted}
         known = {s: read_result(path) for s, path in paths.items() if seeds or path.exists()}
         if known:
-            found[point.label] = known
+            found[label] = known
     if not found:
-        read_result(result_path(results, experiment, experiment.points[0].label, wanted[0]))
+        read_result(result_path(results, experiment, experiment.labels[0], wanted[0]))
     if experiment.speed and (path := speed_path(results, experiment)).exists():
         speeds = json.loads(path.read_text("utf-8"))["table"]
         for label, by_seed in found.items():

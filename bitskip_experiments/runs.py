@@ -145,4 +145,4 @@ def runs_of(
     points: list[Point], seeds: tuple[int, ...], data: Path | None, work: Path
 ) -> list[Run]:
     """All runs, the first seed's first."""
-    return [Run(p, seed, Corpus(p.data, data), work) for seed in seeds for p in points]
+    return [Run(p, seed, Corpus(p.data, data, work), work) for seed in seeds for p in points]

@@ -67,7 +67,7 @@ class Cell:
 
 def cells(experiment: Experiment, rows: list[Row]) -> list[list[Cell]]:
     """For each row a cell of each column. Raises ExperimentError for a figure that lacks."""
-    data = experiment.points[0].data
+    data = experiment.data
     found = [[_cell(column, row, data) for column in experiment.columns] for row in rows]
     for i, column in enumerate(experiment.columns):
         if order := column.get("rank"):
@@ -112,13 +112,14 @@ def number(value: float, form: str = "") -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _ours(cell: Cell, form: str) -> str:
+def _ours(cell: Cell, form: str, seeds: bool) -> str:
+    """Mean and error; where the error is wide and `seeds` are what is averaged, each one's own."""
     if not isinstance(cell.ours, Mean):
         return "not measured" if cell.ours is None else cell.ours
     text = number(cell.ours.value, form)
     if not cell.ours.error:  # one seed; or the same for all: a limit reached, a speed taken once
         return text
-    if "%" not in form and cell.ours.error > WIDE * abs(cell.ours.value):
+    if seeds and "%" not in form and cell.ours.error > WIDE * abs(cell.ours.value):
         return f"{text} ({', '.join(number(v, form) for v in cell.ours.values)})"
     return f"{text} ± {number(cell.ours.error, form.removeprefix('+') or _error_form(cell.ours))}"
 
@@ -155,7 +156,7 @@ def markdown(experiment: Experiment, results: Results, fits: Sequence[str] = ())
         texts = [row.name]
         for column, cell in zip(experiment.columns, line, strict=True):
             form = column.get("format", "")
-            texts.append(_ours(cell, form))
+            texts.append(_ours(cell, form, not experiment.measured))
             if _has_paper(column):
                 texts.append(_paper(cell, form))
         lines.append("| " + " | ".join(texts) + " |")
@@ -198,8 +199,9 @@ def _comparisons(experiment: Experiment, results: Results) -> list[str]:
             interval = f"{low:+.4f} to {high:+.4f}"
             verdict = "above 0" if low > 0 else "below 0" if high < 0 else "not told from 0"
         change = f"{math.expm1(found.value):+.1%}"
-        data = experiment.points[0].data
-        paper = f"{bits_per_byte(math.log1p(item['paper']), data):+.4f}" if "paper" in item else ""
+        paper = ""
+        if "paper" in item:
+            paper = f"{bits_per_byte(math.log1p(item['paper']), experiment.data):+.4f}"
         lines.append(
             f"| {item['name']} | {found.value:+.4f} | {interval} | {change} "
             f"| {_bits(item, results)} | {paper} | {verdict} |"
@@ -219,6 +221,22 @@ def _bits(item: dict[str, Any], results: Results) -> str:
 def _made(experiment: Experiment, results: Results) -> list[str]:
     """How it was made, in two lines, and what lacks."""
     some = [result for seeds in results.values() for result in seeds.values()]
+    lacks = [label for label in experiment.labels if label not in results]
+    lines = [f"- Not run yet: {'; '.join(lacks)}."] if lacks else []
+    return lines + (_measured if experiment.measured else _trained)(experiment, some)
+
+
+def _measured(experiment: Experiment, some: list[Result]) -> list[str]:
+    """Of models that were there: pieces of text take the place of seeds."""
+    tokens = {(r["label"].partition(",")[0], r["seed"]): r["tokens"] for r in some}
+    commits = sorted({str(r["commit"]["measured"])[:8] for r in some})
+    return [
+        f"- Mean ± standard error over {len({r['seed'] for r in some})} pieces of held-out text, "
+        f"{min(tokens.values()):,} tokens each. Measured at commit {', '.join(commits)}."
+    ]
+
+
+def _trained(experiment: Experiment, some: list[Result]) -> list[str]:
     seeds = sorted({result["seed"] for result in some})
     steps = sorted({r["train"]["steps"] for r in some})
     train, model = some[0]["train"], some[0]["model"]
@@ -232,9 +250,7 @@ def _made(experiment: Experiment, results: Results) -> list[str]:
     if len(seeds) > 1:
         error = "Mean (of perplexities geometric) ± standard error over seeds; where that is above "
         error += f"{WIDE:.0%}, each seed's figure in brackets. "
-    lacks = [p.label for p in experiment.points if p.label not in results]
     return [
-        *([f"- Not run yet: {'; '.join(lacks)}."] if lacks else []),
         f"- {error}{size}, vocabulary {model['vocab_size']:,}, context {train['context']}; at most "
         f"{' or '.join(f'{s:,}' for s in steps)} steps of {per_step:,} tokens; {seed_word}.",
         f"- Held-out figures: {tokens}, windows of {train['context']} without overlap; weights of "

@@ -1,7 +1,4 @@
-"""The page's files: a fixed list, read once, so that no request names a file.
-
-`source.js` is where its texts come from: here the server's; `export --to web` has another one.
-"""
+"""The page's files: a fixed list, read once, so that no request names a file."""
 
 from __future__ import annotations
 
@@ -21,11 +18,6 @@ HEADERS = {
 
 def page_files() -> dict[str, tuple[bytes, str]]:
     """Path of a request -> (content, its type)."""
-    found = {f"/{name}": (page_file(name), kind) for name, kind in TYPES.items()}
-    found["/source.js"] = (page_file("server.js"), TYPES["page.js"])
+    folder = files("bitskip_serve") / "page"
+    found = {f"/{name}": ((folder / name).read_bytes(), kind) for name, kind in TYPES.items()}
     return {"/": found["/index.html"], **found}
-
-
-def page_file(name: str) -> bytes:
-    """The content of a file of the page."""
-    return (files("bitskip_serve") / "page" / name).read_bytes()

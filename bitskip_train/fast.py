@@ -122,6 +122,10 @@ class FastOps:
             found[n] = tuple(hadamard_matrix(size, self.dtype, device) for size in sizes)
         return found
 
+    def turns(self, group: str) -> bool:
+        """Whether a group of linear layers (`layers.GROUPS`) is transformed (readings differ)."""
+        return True
+
     def rotate(self, x: Tensor, rotations: Rotations) -> Tensor:
         """SPEC 5.1: zero-pad to a power of two and transform, as products with the matrix H.
 

@@ -178,7 +178,7 @@ class Block(nn.Module):
         """One group's layers: [..., in] -> tensors [..., out_i] (SPEC 4.3 to 4.7, 5.1)."""
         config, ops, layers = self.config, run.ops, self.linears(group)
         weights = [layer.weight for layer in layers]
-        if config.hadamard:
+        if config.hadamard and ops.turns(group):
             turn = ops.rotate if config.linear == "ternary" else ops.rotate_unpadded
             x = turn(x, run.rotations)
         if config.linear == "float32" or run.bypass == "activations":

@@ -39,6 +39,13 @@ class AfterOps(FastOps):
         return super().rotate(codes, self.found), step
 
 
+class OutputOps(FastOps):
+    """SPEC 10 row 5: a transform before o and down alone (BitNet v2, arXiv 2504.18415)."""
+
+    def turns(self, group: str) -> bool:
+        return group in ("o", "down")
+
+
 class PublicOps(FastOps):
     """SPEC 10 row 23: BitLinear of the authors' public code, squared ReLU on every output."""
 
@@ -65,6 +72,7 @@ FORMS: dict[str, type[FastOps]] = {
     "definition": FastOps,
     "unscaled": UnscaledOps,
     "after": AfterOps,
+    "o_down": OutputOps,
 }
 
 

@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "route_leftover": ("last", "zero"),
     "quant_reduction": ("mean", "sum"),
     "targets": ("next", "same"),
-    "hadamard_form": ("definition", "unscaled", "after"),
+    "hadamard_form": ("definition", "unscaled", "after", "o_down"),
     "linear_form": ("definition", "public"),
     "init": ("definition", "public"),
     "mask": ("causal", "none"),
@@ -144,7 +144,8 @@ class TrainConfig:
     # Other readings of the papers, for comparison
     hadamard_form: str = "definition"
     """The transform in training: `definition` is SPEC 5; `unscaled` has entries +-1; `after`
-    transforms the quantized values. The last two cannot be exported (SPEC 10 row 5)."""
+    transforms the quantized values; `o_down` transforms before `o_proj` and `down_proj` alone, as
+    BitNet v2 does. All but the first cannot be exported (SPEC 10 row 5)."""
     linear_form: str = "definition"
     """Linear layers in training: `definition` is SPEC 4 and 5; `public` is the authors' public
     code, which cannot be exported (SPEC 10 row 23)."""
@@ -248,6 +249,11 @@ def check_settings(config: ModelConfig, train: TrainConfig) -> None:
         raise ConfigError(
             f"hadamard_form = {train.hadamard_form!r}: needs model.hadamard = true and ternary "
             "linear layers"
+        )
+    if train.hadamard_form == "o_down" and config.padded(config.hidden_size) != config.hidden_size:
+        raise ConfigError(
+            "hadamard_form = 'o_down': leaves inputs of q, k, v, gate and up as wide as they are, "
+            f"so model.hidden_size must be a power of two, and is {config.hidden_size}"
         )
     if train.linear_form != "definition":
         _check_public(config, train)

@@ -1,7 +1,5 @@
-// The page: asks for texts, shows each token in the colour of its depth. Where they come from is
-// source.js's affair. Everything that comes from there is put in as text, never as markup.
-
-import * as source from "./source.js";
+// The page of a bitskip server: asks for texts, shows each token in the colour of its depth.
+// Everything that comes from the server is put in as text, never as markup.
 
 const $ = (id) => document.getElementById(id);
 const make = (tag, className, text) => {
@@ -11,20 +9,18 @@ const make = (tag, className, text) => {
   return element;
 };
 
-let facts = null; // what source.js says of the model
+let facts = null; // what /props says
 let running = null; // the AbortController of the texts under way
-const alternatives = new WeakMap(); // token's element -> what was said of it
+const alternatives = new WeakMap(); // token's element -> what /v1/completions said of it
 
-const key = () => $("key").value;
+const headers = () => {
+  const key = $("key").value;
+  return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+};
 
 function problem(text) {
   $("problem").textContent = text;
   $("problem").hidden = !text;
-}
-
-function say(error) {
-  if (error.key) $("key-line").hidden = false;
-  problem(error.message);
 }
 
 function paint(element, depth) {
@@ -35,8 +31,18 @@ function paint(element, depth) {
 
 // ---- the model's facts ---------------------------------------------------------------
 
+async function ask(path) {
+  const answer = await fetch(path, { headers: headers() });
+  if (answer.status === 401) {
+    $("key-line").hidden = false;
+    throw new Error("this server wants an API key: type it into its field");
+  }
+  if (!answer.ok) throw new Error(`${path}: ${answer.status} ${answer.statusText}`);
+  return answer.json();
+}
+
 async function begin() {
-  facts = await source.facts(key());
+  facts = await ask("props");
   const blocks = facts.blocks;
   $("model").textContent =
     `${facts.model}: ${blocks} blocks, ${facts.context} positions, ` +
@@ -45,20 +51,17 @@ async function begin() {
   $("max-tokens").max = facts.context;
   for (const rule of facts.rules) $("rule").append(new Option(rule.label, rule.name));
   $("rule").value = "fixed";
-  const { depths } = facts;
-  for (const [name, value] of [["a", facts.exits.at(-2)], ["b", depths.at(-1)]]) {
+  const start = facts.exits.at(-2) ?? blocks;
+  for (const [name, value] of [["a", start], ["b", blocks]]) {
     const slider = $(`exit-${name}`);
-    slider.max = depths.length;
-    slider.value = depths.indexOf(value) + 1 || depths.length;
+    slider.max = blocks;
+    slider.value = value;
     slider.addEventListener("input", shown);
   }
   $("scale").replaceChildren(
     ...facts.colours.map((_, i) => {
       const chip = make("span", "chip", String(i + 1));
-      if (facts.trained_exits?.includes(i + 1)) {
-        chip.classList.add("trained");
-        chip.title = "the model was trained for this exit";
-      }
+      if (facts.exits.includes(i + 1)) chip.title = "a usual exit of this model";
       paint(chip, i + 1);
       return chip;
     }),
@@ -67,22 +70,36 @@ async function begin() {
   problem("");
 }
 
-const depthOf = (name) => facts.depths[$(`exit-${name}`).value - 1];
-
 function shown() {
   const fixed = $("rule").value === "fixed";
   $("fixed-a").hidden = !fixed;
   $("exit-b").disabled = !$("race").checked;
-  if (!facts) return;
   for (const name of ["a", "b"]) {
-    const depth = depthOf(name);
-    $(`exit-${name}`).ariaValueText = `${depth}`;
+    const depth = Number($(`exit-${name}`).value);
     $(`exit-${name}-shown`).textContent = depth;
-    paint($(`exit-${name}-shown`), depth);
+    if (facts) paint($(`exit-${name}-shown`), depth);
   }
 }
 
 // ---- a text --------------------------------------------------------------------------
+
+// Server-sent events of a fetch, as objects; ends at [DONE].
+async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    rest += value;
+    const parts = rest.split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      const data = part.replace(/^data: ?/, "");
+      if (data === "[DONE]") return;
+      if (data.startsWith("{")) yield JSON.parse(data);
+    }
+  }
+}
 
 class Text {
   constructor(prompt, rule, label) {
@@ -101,22 +118,22 @@ class Text {
     this.element.append(head, this.figures, this.words);
   }
 
-  add(text, details) {
+  add(choice, details) {
     const now = performance.now();
     this.first ??= now;
     this.last = now;
     if (details?.batch) $("live-batch").textContent = details.batch;
     const depth = details?.exit_layer;
     if (depth === undefined || depth === null) {
-      if (text) this.words.append(text); // held back until it was certain
+      if (choice.text) this.words.append(choice.text); // held back until it was certain
       return;
     }
     this.depths.push(depth);
-    const token = make("span", "t", text);
+    const token = make("span", "t", choice.text);
     token.dataset.depth = depth;
     token.tabIndex = this.tokens.length ? -1 : 0;
     paint(token, depth);
-    alternatives.set(token, { ...details, text });
+    alternatives.set(token, { ...details, text: choice.text });
     this.tokens.push(token);
     this.words.append(token);
     this.tell();
@@ -135,14 +152,25 @@ class Text {
   }
 
   async write(request, signal) {
-    let last = "";
-    const pieces = source.write({ ...request, exit_layer: this.rule }, key(), signal);
-    for await (const { text, details, end } of pieces) {
-      if (text || details) this.add(text, details);
-      if (end) last = { length: "as many as asked for", stop: "ended by itself" }[end] ?? end;
+    const body = { ...request, stream: true, details: true, exit_layer: this.rule };
+    const answer = await fetch("v1/completions", {
+      method: "POST", headers: headers(), body: JSON.stringify(body), signal,
+    });
+    if (!answer.ok) {
+      const error = await answer.json().catch(() => null);
+      if (answer.status === 401) $("key-line").hidden = false;
+      throw new Error(error?.error?.message ?? `${answer.status} ${answer.statusText}`);
+    }
+    let end = "";
+    for await (const event of events(answer)) {
+      if (event.error) throw new Error(event.error.message);
+      const choice = event.choices?.[0];
+      if (!choice) continue;
+      if (choice.text || event.bitskip) this.add(choice, event.bitskip);
+      if (choice.finish_reason) end = { length: "as many as asked for", stop: "ended by itself" }[choice.finish_reason] ?? choice.finish_reason;
     }
     if (!this.depths.length) this.figures.textContent = "no tokens";
-    this.tell(last);
+    this.tell(end);
   }
 }
 
@@ -165,10 +193,10 @@ async function write(event) {
     seed: Number($("seed").value),
   };
   const rule = $("rule").value;
-  const first = rule === "fixed" ? depthOf("a") : rule;
+  const first = rule === "fixed" ? Number($("exit-a").value) : rule;
   const texts = [new Text(prompt, first, String(first))];
   if ($("race").checked) {
-    const second = depthOf("b");
+    const second = Number($("exit-b").value);
     texts.push(new Text(prompt, second, String(second)));
   }
   $("texts").replaceChildren(...texts.map((text) => text.element));
@@ -181,7 +209,7 @@ async function write(event) {
     if (end.status === "fulfilled") return;
     if (end.reason.name === "AbortError") texts[i].tell("stopped");
     else {
-      say(end.reason);
+      problem(end.reason.message);
       texts[i].figures.textContent = "";
     }
   });
@@ -234,11 +262,11 @@ function walk(event) {
   next.focus();
 }
 
-// ---- what a server does just now -------------------------------------------------------
+// ---- what the server does just now -----------------------------------------------------
 
 async function live() {
   try {
-    const now = await source.live(key());
+    const now = await ask("health");
     $("live-running").textContent = now.running ?? "–";
     $("live-waiting").textContent = now.waiting ?? "–";
   } catch {
@@ -246,6 +274,7 @@ async function live() {
   }
 }
 
+const say = (error) => problem(error.message);
 $("ask").addEventListener("submit", write);
 $("stop").addEventListener("click", () => running?.abort());
 $("race").addEventListener("change", shown);
@@ -260,8 +289,5 @@ for (const kind of ["mouseover", "focusin", "click"]) {
   $("texts").addEventListener(kind, (event) => event.target.classList?.contains("t") && about(event.target));
 }
 begin().catch(say);
-$("live").hidden = !source.live;
-if (source.live) {
-  live();
-  setInterval(live, 1000);
-}
+live();
+setInterval(live, 1000);

@@ -18,13 +18,16 @@ from bitskip_train.recipes import recipe
 from tests.experiments.conftest import write_data
 
 OURS = [
+    "bitnet-v2",
     "composition",
+    "data-limited",
     "no-mask",
     "no-mask-long",
     "public-code",
     "rates",
     "readings-v1",
     "readings-v2",
+    "rotation",
     "v2-length",
 ]
 PAPERS = [
@@ -44,8 +47,8 @@ def test_the_papers_tables_are_all_there() -> None:
 @pytest.mark.parametrize("name", [*OURS, *PAPERS])
 def test_every_file_is_whole(name: str, scale: str) -> None:
     experiment = load(name, scale)
-    labels = {point.label for point in experiment.points}
-    layers = experiment.points[0].model.num_hidden_layers
+    labels = set(experiment.labels)
+    layers = experiment.points[0].model.num_hidden_layers if experiment.points else 0
     assert set(experiment.measures) <= set(MEASURES)
     assert all(1 <= n <= layers for n in experiment.exits)
     keys = {str(n) for n in range(1, layers + 1)} if experiment.rows == "exit" else labels
@@ -60,6 +63,7 @@ def test_every_file_is_whole(name: str, scale: str) -> None:
     assert experiment.plot.get("kind", "bars") in KINDS
     if experiment.speed:
         assert experiment.speed in PAPERS
+    assert bool(experiment.points) != bool(experiment.measured)
     for point in experiment.points:  # the trainer's own check, without a model
         if point.train.exit_lambda:
             losses.exit_weights(point.train, layers)

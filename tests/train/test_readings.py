@@ -44,9 +44,10 @@ def test_after_transforms_quantized_values():
     assert not torch.equal(values, values.round())  # no second quantization
 
 
-@pytest.mark.parametrize("form", ["unscaled", "after"])
+@pytest.mark.parametrize("form", ["unscaled", "after", "o_down"])
 def test_a_form_changes_the_model_and_trains(form):
-    model = BitskipModel(small_twin("bitskip-v3"), torch.Generator().manual_seed(0))
+    config = small_twin("bitskip-v3").replace(hidden_size=64)
+    model = BitskipModel(config, torch.Generator().manual_seed(0))
     ids = torch.arange(12)[None]
     before = model(ids)[4]
     model.reading = TrainConfig(hadamard_form=form)
@@ -54,6 +55,23 @@ def test_a_form_changes_the_model_and_trains(form):
     assert not torch.equal(before, after)
     after.square().mean().backward()
     assert all(p.grad.isfinite().all() for _, p in model.quantized_weights())
+
+
+def test_o_and_down_alone_are_transformed():
+    """With q, k, v, gate and up as without the transform, down as with it."""
+    torch.manual_seed(0)
+    config = small_twin("bitskip-v1").replace(hidden_size=64, intermediate_size=128)
+    plain, turned = BitskipModel(config), BitskipModel(config.replace(hadamard=True))
+    turned.load_state_dict(plain.state_dict())
+    turned.reading = TrainConfig(hadamard_form="o_down")
+    for group, same in (("qkv", True), ("up", True), ("o", False), ("down", False)):
+        width = turned.config.intermediate_size if group == "down" else 64
+        x = torch.randn(1, 5, width)
+        found = []
+        for model in (plain, turned):
+            ops = model.ops()
+            found.append(model.block(0).linear(group, x, model.start(ops, "none", 0, 5))[0])
+        assert torch.equal(*found) is same, group
 
 
 def test_targets():
@@ -72,6 +90,8 @@ def test_padding_fills_and_cuts_documents():
 def test_a_form_without_hadamard_is_refused():
     with pytest.raises(ConfigError, match="needs model"):
         check_settings(small_twin("bitskip-v1"), TrainConfig(context=32, hadamard_form="after"))
+    with pytest.raises(ConfigError, match="must be a power of two, and is 48"):
+        check_settings(small_twin("bitskip-v3"), TrainConfig(context=32, hadamard_form="o_down"))
 
 
 def _ids(batch: int = 1) -> torch.Tensor:
