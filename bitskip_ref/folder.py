@@ -17,6 +17,8 @@ from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.documents import read_text
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.excerpt import shown
+from bitskip_ref.exits.confidence import ConfidenceExit
+from bitskip_ref.exits.fixed import FixedExit
 from bitskip_ref.exits.named import describe_rule, named_rule
 from bitskip_ref.files import replace_file, replace_folder
 from bitskip_ref.safetensors_file import give_back, read_tensors, write_tensors
@@ -30,6 +32,7 @@ from bitskip_ref.tensors import (
 
 FORMAT = 1
 LARGEST_JSON = 1 << 20  # bytes of a config; they have some hundred
+FEW = 8  # exits to choose from
 ROOM = 256 << 20  # bytes that tables of positions may take with a model of any size
 CONFIG = "config.json"
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
@@ -59,6 +62,7 @@ class Folder:
     exit_layer: int | None = None  # where it stops unless told otherwise; None: at full depth
     draft_vocab: int | None = None  # speculation drafts among so many first ids; None: all
     trained_context: int | None = None  # tokens of a window in training; None: unknown
+    trained_exits: tuple[int, ...] | None = None  # exits with a loss of their own; None: unknown
     auto_exit: ExitRule | None = None  # what `--exit-layer auto` means; None: not calibrated
     more_eos_token_ids: tuple[int, ...] = ()  # that end a text, too
     chat: ChatForm | None = None  # how messages become a prompt; None: the model does not chat
@@ -68,6 +72,20 @@ class Folder:
         """All ids that end a text (SPEC 9.4)."""
         first = () if self.eos_token_id is None else (self.eos_token_id,)
         return first + self.more_eos_token_ids
+
+    @property
+    def exits(self) -> list[int]:
+        """Depths worth a choice, ascending: those trained for (the quarters, if these are unknown
+        or many), the full depth, what was recommended and what was calibrated.
+        """
+        blocks, trained = self.config.num_hidden_layers, self.trained_exits
+        found = {blocks, self.exit_layer or blocks}
+        if trained is None or len(trained) > FEW:
+            trained = ConfidenceExit().usual_looks(blocks)
+        found.update(trained)
+        if isinstance(self.auto_exit, FixedExit):
+            found.add(self.auto_exit.deepest(self.config))
+        return sorted(found)
 
 
 # ---- reading ------------------------------------------------------------------------
@@ -137,11 +155,13 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
                 f"{root / GENERATION}: {name} = {shown(value)} is not in {least}..{most}"
             )
         numbers[name] = value
+    trained_exits = _trained_exits(root / GENERATION, extra, config)
     auto_exit = _auto_exit(root / GENERATION, extra, config)
     tokenizer = root / TOKENIZER
     return Folder(
         root, config, tensors, tokenizer if tokenizer.is_file() else None,
-        **numbers, auto_exit=auto_exit, more_eos_token_ids=tuple(more), chat=_chat(root, extra),
+        **numbers, trained_exits=trained_exits, auto_exit=auto_exit,
+        more_eos_token_ids=tuple(more), chat=_chat(root, extra),
     )  # fmt: skip
 
 
@@ -170,6 +190,22 @@ def _chat(root: Path, extra: dict[str, Any]) -> ChatForm | None:
         return ChatForm(read_text(path), **words)
     except (ValueError, OSError) as error:
         raise FormatError(f"{path}: cannot be read ({error})") from None
+
+
+def _trained_exits(
+    path: Path, extra: dict[str, Any], config: ModelConfig
+) -> tuple[int, ...] | None:
+    found, last = extra.get("trained_exits"), config.num_hidden_layers
+    if found is None:
+        return None
+    if not (
+        isinstance(found, list) and all(type(n) is int and 1 <= n <= last for n in found)
+        and found == sorted(set(found))
+    ):  # fmt: skip
+        raise FormatError(
+            f"{path}: trained_exits = {shown(found)} is no list of exits 1..{last} in their order"
+        )
+    return tuple(found)
 
 
 def _auto_exit(path: Path, extra: dict[str, Any], config: ModelConfig) -> ExitRule | None:
@@ -218,6 +254,7 @@ def write_folder(
     exit_layer: int | None = None,
     draft_vocab: int | None = None,
     trained_context: int | None = None,
+    trained_exits: Sequence[int] | None = None,
     chat: ChatForm | None = None,
 ) -> None:
     """Write a model folder, whole or not at all.
@@ -238,6 +275,8 @@ def write_folder(
     }
     if trained_context is not None:
         generation["trained_context"] = trained_context
+    if trained_exits is not None:
+        generation["trained_exits"] = list(trained_exits)
     if chat is not None:
         generation |= {"bos_token": chat.bos_token, "eos_token": chat.eos_token}
     older = like_folder(Path(path), config, tokenizer_json)

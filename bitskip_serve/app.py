@@ -28,8 +28,6 @@ from bitskip_cpu.generation_options import GenerationOptions
 from bitskip_cpu.many.scheduler import Full, Scheduler
 from bitskip_cpu.many.sequence import End, Said, Sequence
 from bitskip_cpu.model import Model
-from bitskip_ref.exits.confidence import ConfidenceExit
-from bitskip_ref.exits.fixed import FixedExit
 from bitskip_serve import reading
 from bitskip_serve.answers import Answer
 from bitskip_serve.metrics import metrics
@@ -257,7 +255,8 @@ class Service:
         usual = GenerationOptions()
         blocks = config.num_hidden_layers
         return _json({
-            "model": self.name, "blocks": blocks, "exits": self._exits(),
+            "model": self.name, "blocks": blocks, "exits": self.model.folder.exits,
+            "trained_exits": model.folder.trained_exits, "depths": list(range(1, blocks + 1)),
             "usual_exit": usual.rule(model.folder).deepest(config),
             "context": config.max_position_embeddings, "vocab_size": config.vocab_size,
             "threads": model.threads, "kv_cache": model.kv_cache,
@@ -266,15 +265,6 @@ class Service:
             "defaults": {n: getattr(usual, n) for n in reading.OPTIONS if n != "logit_bias"},
             "colours": palette(blocks),
         })  # fmt: skip
-
-    def _exits(self) -> list[int]:
-        """Depths worth a name: the quarters, all blocks, what was calibrated and recommended."""
-        config, folder = self.model.config, self.model.folder
-        blocks = config.num_hidden_layers
-        found = {*ConfidenceExit().usual_looks(blocks), blocks, folder.exit_layer or blocks}
-        if isinstance(folder.auto_exit, FixedExit):
-            found.add(folder.auto_exit.deepest(config))
-        return sorted(found)
 
     def _listed(self, name: str) -> dict[str, Any]:
         config = self.model.config
@@ -287,7 +277,7 @@ class Service:
         }  # fmt: skip
 
     async def _models(self, request: Request) -> Response:
-        ends = [*self._exits(), *reading.words(self.model)]
+        ends = [*self.model.folder.exits, *reading.words(self.model)]
         names = [self.name, *(f"{self.name}@{end}" for end in ends)]
         return _json({"object": "list", "data": [self._listed(name) for name in names]})
 

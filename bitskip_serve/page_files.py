@@ -1,4 +1,7 @@
-"""The page's files: a fixed list, read once, so that no request names a file."""
+"""The page's files: a fixed list, read once, so that no request names a file.
+
+`source.js` is where its texts come from: here the server's; `export --to web` has another one.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,11 @@ HEADERS = {
 
 def page_files() -> dict[str, tuple[bytes, str]]:
     """Path of a request -> (content, its type)."""
-    folder = files("bitskip_serve") / "page"
-    found = {f"/{name}": ((folder / name).read_bytes(), kind) for name, kind in TYPES.items()}
+    found = {f"/{name}": (page_file(name), kind) for name, kind in TYPES.items()}
+    found["/source.js"] = (page_file("server.js"), TYPES["page.js"])
     return {"/": found["/index.html"], **found}
+
+
+def page_file(name: str) -> bytes:
+    """The content of a file of the page."""
+    return (files("bitskip_serve") / "page" / name).read_bytes()

@@ -11,6 +11,7 @@ from bitskip.errors import not_installed
 from bitskip.options import (
     COUNT,
     FILE,
+    FOLDER,
     KV_CACHE,
     MODEL,
     MODEL_TYPE,
@@ -29,9 +30,9 @@ def _engines() -> list[str]:
     return list(ENGINES)
 
 
-OTHERS = ("onnx", "hf", "gguf")
+OTHERS = ("onnx", "hf", "gguf", "web")
 TARGETS = {  # --to -> what is put behind the model's name where no --out is given
-    "folder": "", "onnx": "-onnx", "hf": "-hf", "gguf": ".gguf",
+    "folder": "", "onnx": "-onnx", "hf": "-hf", "gguf": ".gguf", "web": "-site",
 }  # fmt: skip
 
 
@@ -40,14 +41,17 @@ TARGETS = {  # --to -> what is put behind the model's name where no --out is giv
 @click.option(
     "--to", type=click.Choice(list(TARGETS)),
     help="folder: bitskip's own, of a checkpoint (the default there). onnx: graphs that ONNX "
-    "Runtime runs. hf: a folder that Hugging Face's transformers loads. gguf: a file of llama.cpp.",
+    "Runtime runs. hf: a folder that Hugging Face's transformers loads. gguf: a file of llama.cpp. "
+    "web: a static site that runs the model in a browser.",
 )  # fmt: skip
 @click.option(
     "--out", "-o", type=click.Path(path_type=Path),
-    help="What to write. Default: beside MODEL, its name without .pt and with -onnx, -hf or .gguf.",
+    help="What to write. Default: beside MODEL, its name without .pt and with -onnx, -hf, "
+    ".gguf or -site.",
 )  # fmt: skip
 @exit_layer(
-    "exits", Listed(COUNT), "Exits to write: so many graphs, or one model. Default: full depth.",
+    "exits", Listed(COUNT), "Exits to write: so many graphs, or one model. "
+    "Default: full depth; of --to web: those trained for.",
     "N,N,...",
 )  # fmt: skip
 @click.option(
@@ -69,11 +73,15 @@ TARGETS = {  # --to -> what is put behind the model's name where no --out is giv
     "--by-frequency", type=FILE, metavar="TEXT",
     help="Number a checkpoint's tokens by how common they are in a text: for `--draft-vocab`.",
 )  # fmt: skip
+@click.option(
+    "--packages", type=FOLDER,
+    help="Folder with the two archives of npm that a site holds. Default: npm brings them.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Write into a folder that holds other files.")
 def export(
     model: str, to: str | None, out: Path | None, exits: list[int] | None, kv_cache: str | None,
     head: str | None, ternary: bool, default_exit: int | None, by_frequency: Path | None,
-    force: bool,
+    packages: Path | None, force: bool,
 ) -> None:  # fmt: skip
     """Write MODEL, a checkpoint or a model folder, for bitskip or for another program.
 
@@ -93,12 +101,18 @@ def export(
         ("--by-frequency", by_frequency, checkpoint, "is for checkpoints"),
         ("--to folder", to == "folder", checkpoint, f"is for checkpoints: {model} is a folder"),
         ("--exit-layer", exits, to != "folder", f"is for --to {' or '.join(OTHERS)}"),
-        ("--exit-layer with several exits", exits and exits[1:], to == "onnx", "is for --to onnx"),
+        (
+            "--exit-layer with several exits",
+            exits and exits[1:],
+            to in ("onnx", "web"),
+            "is for --to onnx or web",
+        ),
+        ("--packages", packages, to == "web", "is for --to web"),
         ("--kv-cache", kv_cache, to == "onnx", "is for --to onnx"),
     ):
         if given and not fits:
             raise click.UsageError(f"{option} {rule}")
-    if to == "onnx":
+    if to in ("onnx", "web"):
         import bitskip_export.onnx_files  # noqa: F401  if it is missing, nothing is written
     if not checkpoint:
         from bitskip_cpu import models
@@ -122,6 +136,11 @@ def export(
 
             for graph in write_onnx(path, out, exits, kv_cache or "float32"):
                 click.echo(graph)
+        elif to == "web":
+            from bitskip_export.web_site import write_site
+
+            page = write_site(path, out, exits, packages)
+            click.echo(f"{page}\n\nTo look at it: python -m http.server --directory {out}")
         else:
             from bitskip_export.foreign.verbs import give
 

@@ -81,49 +81,67 @@ def rope(g: GraphBuilder, x: str, at: Positions, head_dim: int) -> str:
 
 
 def attention(
-    g: GraphBuilder, config: ModelConfig, at: Positions, q: str, keys: str, values: str
-) -> str:
+    g: GraphBuilder, config: ModelConfig, at: Positions, q: str, keys: str, values: str,
+    at_once: bool = False,
+) -> str:  # fmt: skip
     """SPEC 6.2, 6.3: q [T, H, E], keys and values [S + T, K, E] -> [T, H * E].
 
     A Scan over tokens, so that one token's products with all keys and values are held at a time.
+    at_once: without it, T times the memory; a runtime with dear loops is given few tokens a time.
     Inside, G = H / K heads share a key-value head.
     """
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     group = heads // kv_heads
 
-    # Laid out so that every tree cuts the first axis, or long runs of the second.
-    q = g.op("Transpose", g.reshape(q, 0, kv_heads, group, width), perm=[0, 3, 1, 2])
-    q = g.reshape(q, 0, width, kv_heads, group, 1)
+    # Laid out so that every tree cuts the first axis, or long runs of the last.
+    q = g.reshape(q, 0, kv_heads, group, width)
     keys, values = (g.pad(x, 0, at.pad_to_chunks) for x in (keys, values))
     for x in (keys, values):
         g.describe(x, f32, ["N", kv_heads, width])
+    padded = ops.power_of_two(width)
+    q = ops.pad_features(g, q, width, padded, ("T", kv_heads, group))
+    keys = ops.pad_features(g, keys, width, padded, ("N", kv_heads))
     keys = g.op("Transpose", keys, perm=[2, 1, 0])
-    keys = g.op("Unsqueeze", keys, g.const(np.array([2])))  # [E, K, 1, N]
+    keys = g.reshape(keys, 0, 1, kv_heads, 1, -1)
+    g.describe(keys, f32, [padded, 1, kv_heads, 1, "N"])
     # A column of ones beside the values, so that one tree sums numerator and denominator.
     values = g.op("Concat", values, at.ones, axis=2)
     values = g.op("Unsqueeze", values, g.const(np.array([2])))  # [N, K, 1, E + 1]
 
+    def attend(b: GraphBuilder, query: str, position: str) -> str:
+        """query [padded E, t, K, G, 1], position [t, 1, 1, 1] -> [t, H * E]."""
+        scores = ops.leading_sum(b, b.op("Mul", query, keys), padded)
+        scores = b.op("Squeeze", scores, b.const(np.array([0])))  # [t, K, G, N]
+        scores = b.op("Mul", scores, b.const(f32(1.0 / math.sqrt(width))))
+        e = exponentials(b, at, scores, position)
+        e = b.op("Transpose", e, perm=[0, 3, 1, 2])
+        e = b.op("Unsqueeze", e, b.const(np.array([4])))  # [t, N, K, G, 1]
+        row = heads * (width + 1)
+        total = ops.neighbour_sum(b, b.op("Mul", e, values), row, at.chunk_levels, "N")
+        total = b.pad(total, 1, at.pad_to_top)  # [t, N / chunk, row], and zeros
+        total = ops.neighbour_sum(b, total, row, at.top_levels, 1 << at.top_levels)
+        weighted, whole = b.split(b.reshape(total, 0, heads, width + 1), 2, [width, 1])
+        return b.reshape(b.op("Div", weighted, whole), 0, heads * width)
+
+    position = g.reshape(at.queries, -1, 1, 1, 1)
+    if at_once:
+        query = g.op("Transpose", q, perm=[3, 0, 1, 2])
+        return attend(g, g.op("Unsqueeze", query, g.const(np.array([4]))), position)
+    q = g.op("Transpose", q, perm=[0, 3, 1, 2])
     b = g.child()
-    scores = ops.leading_sum(b, b.op("Mul", "query", keys), width)
-    scores = b.reshape(scores, kv_heads, group, -1)
-    scores = b.op("Mul", scores, b.const(f32(1.0 / math.sqrt(width))))
-    e = exponentials(b, at, scores)
-    e = b.op("Unsqueeze", b.op("Transpose", e, perm=[2, 0, 1]), b.const(np.array([3])))
-    row = heads * (width + 1)
-    total = ops.neighbour_sum(b, b.op("Mul", e, values), row, at.chunk_levels)  # [N / chunk, row]
-    total = ops.neighbour_sum(b, b.pad(total, 0, at.pad_to_top), row, at.top_levels)
-    weighted, whole = b.split(b.reshape(total, heads, width + 1), 1, [width, 1])
-    out = b.reshape(b.op("Div", weighted, whole), heads * width)
     inputs = {
-        q: value_info("query", f32, [width, kv_heads, group, 1]),
-        at.queries: value_info("position", np.int64, []),
+        g.reshape(q, 0, padded, 1, kv_heads, group, 1): value_info(
+            "query", f32, [padded, 1, kv_heads, group, 1]
+        ),
+        g.reshape(position, -1, 1, 1, 1, 1): value_info("position", np.int64, [1, 1, 1, 1]),
     }
-    return g.scan(b, inputs, value_info(out, f32, [heads * width]))
+    out = attend(b, "query", "position")
+    return g.reshape(g.scan(b, inputs, value_info(out, f32, [1, heads * width])), -1, heads * width)
 
 
-def exponentials(b: GraphBuilder, at: Positions, scores: str) -> str:
-    """SPEC 6.3's e of a token's scores [K, G, N]; 0 for the future, and padding."""
-    hidden = b.op("Greater", at.keys, "position")  # [N]
+def exponentials(b: GraphBuilder, at: Positions, scores: str, position: str) -> str:
+    """SPEC 6.3's e of scores [..., N] of tokens at `position`; 0 for the future, and padding."""
+    hidden = b.op("Greater", at.keys, position)
     scores = b.op("Where", hidden, b.const(f32(-np.inf)), scores)
     largest = b.op("ReduceMax", scores, b.const(np.array([-1])), keepdims=1)
     return b.op("Where", hidden, b.const(f32(0.0)), ops.exp(b, b.op("Sub", scores, largest)))
@@ -158,7 +176,7 @@ def int8_attention(
     last_axis = b.const(np.array([-1]))
     most, unit = (b.const(f32(n)) for n in (constants.LARGEST_WEIGHT, constants.SOFTMAX_UNIT))
     products = b.cast(b.op("MatMul", b.cast("query", exact), keys), f32)  # [K, G, N]
-    e = exponentials(b, at, b.op("Mul", products, b.op("Mul", "step", key_steps)))
+    e = exponentials(b, at, b.op("Mul", products, b.op("Mul", "step", key_steps)), "position")
     w = b.op("Mul", e, value_steps)
     top = b.op("ReduceMax", w, last_axis, keepdims=1)
     w = b.op("Round", b.op("Mul", w, b.op("Div", most, top)))

@@ -24,19 +24,20 @@ def write_onnx(
     out_dir: str | os.PathLike[str],
     exits: Sequence[int] | None = None,
     kv_cache: str = "float32",
+    at_once: bool = False,
 ) -> list[Path]:
     """Write `exit-N.onnx` for each exit (None: the full depth) and the `weights-*.data` they need.
 
     The weights' file is named after its content, so that graphs written earlier keep theirs. Each
     file appears whole or not at all, the graphs last. kv_cache: kind of the cache, one of
-    KV_CACHES (SPEC 6.5, 6.8). Returns the paths of the graphs. Raises ValueError for an exit out of
-    range.
+    KV_CACHES (SPEC 6.5, 6.8). at_once: as of `ExitGraph`. Returns the paths of the graphs.
+    Raises ValueError for an exit out of range.
     """
     model = folder if isinstance(folder, Folder) else read_folder(folder)
     shared: dict[str, Weight] = {}
     graphs = []
     for n in sorted(set(exits or [model.config.num_hidden_layers])):
-        graph = ExitGraph(model.config, model.tensors, n, kv_cache=kv_cache)
+        graph = ExitGraph(model.config, model.tensors, n, kv_cache=kv_cache, at_once=at_once)
         for name, weight in graph.g.weights.items():
             graph.g.weights[name] = shared.setdefault(name, weight)
         graphs.append(graph)

@@ -67,8 +67,11 @@ class ExitGraph:
         exit_layer: int | None = None,
         trace: bool = False,
         kv_cache: str = "float32",
+        at_once: bool = False,
     ) -> None:
+        """at_once: attention without a loop over tokens (`onnx_attention.attention`)."""
         self.config, self.tensors, self.trace = config, tensors, trace
+        self.at_once = at_once
         self.kv_cache = check_kv_cache(kv_cache, config)
         self.exit_layer = check_exit_layer(exit_layer, config)
         self.g = GraphBuilder()
@@ -138,8 +141,12 @@ class ExitGraph:
         self.report(f"{at}.q", q, c.num_attention_heads, c.head_dim)
         self.report(f"{at}.k", k, c.num_key_value_heads, c.head_dim)
         self.report(f"{at}.v", v, c.num_key_value_heads, c.head_dim)
-        attend = int8_attention if self.kv_cache == "int8" else attention
-        a = attend(g, c, self.at, q, *self.cached(i, k, v))  # [T, H * E]
+        held = self.cached(i, k, v)
+        if self.kv_cache == "int8":
+            a = int8_attention(g, c, self.at, q, *held)  # [T, H * E]
+        else:
+            keys, values = held
+            a = attention(g, c, self.at, q, keys, values, self.at_once)
         self.report(f"{at}.attn", a, c.attention_size)
         if c.sub_norm:
             a = self.norm(f"{at}.attn_sub_norm", a)

@@ -65,11 +65,14 @@ def mean(g: GraphBuilder, x: str, width: int, lead: Sequence[Dim] = ("T",)) -> s
     return g.op("Div", feature_sum(g, x, width, lead), g.const(f32(width)))
 
 
-def neighbour_sum(g: GraphBuilder, x: str, width: int, levels: int) -> str:
-    """`levels` levels of SPEC 2.3: x [n * 2^levels, width] -> [n, width]."""
-    for _ in range(levels):
-        x = g.reshape(x, -1, 2 * width)
-        x = g.op("Add", *g.halves(x, axis=1))
+def neighbour_sum(g: GraphBuilder, x: str, width: int, levels: int, count: Dim) -> str:
+    """`levels` levels of SPEC 2.3: x [T, count, width] -> [T, count / 2^levels, width]."""
+    for level in range(levels):
+        x = g.reshape(x, 0, -1, 2 * width)
+        half = 2 << level
+        middle = count // half if isinstance(count, int) else f"{count}/{half}"
+        g.describe(x, f32, ["T", middle, 2 * width])
+        x = g.op("Add", *g.halves(x, axis=2))
     return x
 
 

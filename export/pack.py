@@ -77,7 +77,7 @@ def export_checkpoint(
         tokenizer_json, end = tokenizer.json, tokenizer.token_id(END_OF_TEXT)
     facts: dict[str, Any] = {
         "eos_token_id": end, "exit_layer": exit_layer, "draft_vocab": draft_vocab,
-        "trained_context": _trained_context(loaded),
+        "trained_context": _trained_context(loaded), "trained_exits": _trained_exits(loaded),
     }  # fmt: skip
     if (older := like_folder(root, config, tokenizer_json)) is not None:
         kept = {
@@ -96,6 +96,20 @@ def _trained_context(loaded: Checkpoint) -> int | None:
     context = loaded.train.get("context")
     fits = type(context) is int and 0 < context <= loaded.config.max_position_embeddings
     return context if fits else None
+
+
+def _trained_exits(loaded: Checkpoint) -> list[int] | None:
+    """Exits that had a loss of their own at the end of training, the full depth among them."""
+    from bitskip_train.losses import exit_weights
+    from bitskip_train.settings import TrainConfig
+
+    layers = loaded.config.num_hidden_layers
+    try:
+        train = TrainConfig.from_dict(loaded.train)
+        early = exit_weights(train, layers) if train.exit_lambda > 0 else ()
+    except (ValueError, TypeError):  # of another version
+        return None
+    return sorted({*early, layers})
 
 
 def check_target(root: Path, force: bool = False) -> None:

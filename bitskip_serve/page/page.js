@@ -1,5 +1,7 @@
-// The page of a bitskip server: asks for texts, shows each token in the colour of its depth.
-// Everything that comes from the server is put in as text, never as markup.
+// The page: asks for texts, shows each token in the colour of its depth. Where they come from is
+// source.js's affair. Everything that comes from there is put in as text, never as markup.
+
+import * as source from "./source.js";
 
 const $ = (id) => document.getElementById(id);
 const make = (tag, className, text) => {
@@ -9,18 +11,20 @@ const make = (tag, className, text) => {
   return element;
 };
 
-let facts = null; // what /props says
+let facts = null; // what source.js says of the model
 let running = null; // the AbortController of the texts under way
-const alternatives = new WeakMap(); // token's element -> what /v1/completions said of it
+const alternatives = new WeakMap(); // token's element -> what was said of it
 
-const headers = () => {
-  const key = $("key").value;
-  return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
-};
+const key = () => $("key").value;
 
 function problem(text) {
   $("problem").textContent = text;
   $("problem").hidden = !text;
+}
+
+function say(error) {
+  if (error.key) $("key-line").hidden = false;
+  problem(error.message);
 }
 
 function paint(element, depth) {
@@ -31,18 +35,8 @@ function paint(element, depth) {
 
 // ---- the model's facts ---------------------------------------------------------------
 
-async function ask(path) {
-  const answer = await fetch(path, { headers: headers() });
-  if (answer.status === 401) {
-    $("key-line").hidden = false;
-    throw new Error("this server wants an API key: type it into its field");
-  }
-  if (!answer.ok) throw new Error(`${path}: ${answer.status} ${answer.statusText}`);
-  return answer.json();
-}
-
 async function begin() {
-  facts = await ask("props");
+  facts = await source.facts(key());
   const blocks = facts.blocks;
   $("model").textContent =
     `${facts.model}: ${blocks} blocks, ${facts.context} positions, ` +
@@ -51,17 +45,20 @@ async function begin() {
   $("max-tokens").max = facts.context;
   for (const rule of facts.rules) $("rule").append(new Option(rule.label, rule.name));
   $("rule").value = "fixed";
-  const start = facts.exits.at(-2) ?? blocks;
-  for (const [name, value] of [["a", start], ["b", blocks]]) {
+  const { depths } = facts;
+  for (const [name, value] of [["a", facts.exits.at(-2)], ["b", depths.at(-1)]]) {
     const slider = $(`exit-${name}`);
-    slider.max = blocks;
-    slider.value = value;
+    slider.max = depths.length;
+    slider.value = depths.indexOf(value) + 1 || depths.length;
     slider.addEventListener("input", shown);
   }
   $("scale").replaceChildren(
     ...facts.colours.map((_, i) => {
       const chip = make("span", "chip", String(i + 1));
-      if (facts.exits.includes(i + 1)) chip.title = "a usual exit of this model";
+      if (facts.trained_exits?.includes(i + 1)) {
+        chip.classList.add("trained");
+        chip.title = "the model was trained for this exit";
+      }
       paint(chip, i + 1);
       return chip;
     }),
@@ -70,36 +67,22 @@ async function begin() {
   problem("");
 }
 
+const depthOf = (name) => facts.depths[$(`exit-${name}`).value - 1];
+
 function shown() {
   const fixed = $("rule").value === "fixed";
   $("fixed-a").hidden = !fixed;
   $("exit-b").disabled = !$("race").checked;
+  if (!facts) return;
   for (const name of ["a", "b"]) {
-    const depth = Number($(`exit-${name}`).value);
+    const depth = depthOf(name);
+    $(`exit-${name}`).ariaValueText = `${depth}`;
     $(`exit-${name}-shown`).textContent = depth;
-    if (facts) paint($(`exit-${name}-shown`), depth);
+    paint($(`exit-${name}-shown`), depth);
   }
 }
 
 // ---- a text --------------------------------------------------------------------------
-
-// Server-sent events of a fetch, as objects; ends at [DONE].
-async function* events(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    rest += value;
-    const parts = rest.split("\n\n");
-    rest = parts.pop();
-    for (const part of parts) {
-      const data = part.replace(/^data: ?/, "");
-      if (data === "[DONE]") return;
-      if (data.startsWith("{")) yield JSON.parse(data);
-    }
-  }
-}
 
 class Text {
   constructor(prompt, rule, label) {
@@ -118,22 +101,22 @@ class Text {
     this.element.append(head, this.figures, this.words);
   }
 
-  add(choice, details) {
+  add(text, details) {
     const now = performance.now();
     this.first ??= now;
     this.last = now;
     if (details?.batch) $("live-batch").textContent = details.batch;
     const depth = details?.exit_layer;
     if (depth === undefined || depth === null) {
-      if (choice.text) this.words.append(choice.text); // held back until it was certain
+      if (text) this.words.append(text); // held back until it was certain
       return;
     }
     this.depths.push(depth);
-    const token = make("span", "t", choice.text);
+    const token = make("span", "t", text);
     token.dataset.depth = depth;
     token.tabIndex = this.tokens.length ? -1 : 0;
     paint(token, depth);
-    alternatives.set(token, { ...details, text: choice.text });
+    alternatives.set(token, { ...details, text });
     this.tokens.push(token);
     this.words.append(token);
     this.tell();
@@ -152,25 +135,14 @@ class Text {
   }
 
   async write(request, signal) {
-    const body = { ...request, stream: true, details: true, exit_layer: this.rule };
-    const answer = await fetch("v1/completions", {
-      method: "POST", headers: headers(), body: JSON.stringify(body), signal,
-    });
-    if (!answer.ok) {
-      const error = await answer.json().catch(() => null);
-      if (answer.status === 401) $("key-line").hidden = false;
-      throw new Error(error?.error?.message ?? `${answer.status} ${answer.statusText}`);
-    }
-    let end = "";
-    for await (const event of events(answer)) {
-      if (event.error) throw new Error(event.error.message);
-      const choice = event.choices?.[0];
-      if (!choice) continue;
-      if (choice.text || event.bitskip) this.add(choice, event.bitskip);
-      if (choice.finish_reason) end = { length: "as many as asked for", stop: "ended by itself" }[choice.finish_reason] ?? choice.finish_reason;
+    let last = "";
+    const pieces = source.write({ ...request, exit_layer: this.rule }, key(), signal);
+    for await (const { text, details, end } of pieces) {
+      if (text || details) this.add(text, details);
+      if (end) last = { length: "as many as asked for", stop: "ended by itself" }[end] ?? end;
     }
     if (!this.depths.length) this.figures.textContent = "no tokens";
-    this.tell(end);
+    this.tell(last);
   }
 }
 
@@ -193,10 +165,10 @@ async function write(event) {
     seed: Number($("seed").value),
   };
   const rule = $("rule").value;
-  const first = rule === "fixed" ? Number($("exit-a").value) : rule;
+  const first = rule === "fixed" ? depthOf("a") : rule;
   const texts = [new Text(prompt, first, String(first))];
   if ($("race").checked) {
-    const second = Number($("exit-b").value);
+    const second = depthOf("b");
     texts.push(new Text(prompt, second, String(second)));
   }
   $("texts").replaceChildren(...texts.map((text) => text.element));
@@ -209,7 +181,7 @@ async function write(event) {
     if (end.status === "fulfilled") return;
     if (end.reason.name === "AbortError") texts[i].tell("stopped");
     else {
-      problem(end.reason.message);
+      say(end.reason);
       texts[i].figures.textContent = "";
     }
   });
@@ -262,11 +234,11 @@ function walk(event) {
   next.focus();
 }
 
-// ---- what the server does just now -----------------------------------------------------
+// ---- what a server does just now -------------------------------------------------------
 
 async function live() {
   try {
-    const now = await ask("health");
+    const now = await source.live(key());
     $("live-running").textContent = now.running ?? "–";
     $("live-waiting").textContent = now.waiting ?? "–";
   } catch {
@@ -274,7 +246,6 @@ async function live() {
   }
 }
 
-const say = (error) => problem(error.message);
 $("ask").addEventListener("submit", write);
 $("stop").addEventListener("click", () => running?.abort());
 $("race").addEventListener("change", shown);
@@ -289,5 +260,8 @@ for (const kind of ["mouseover", "focusin", "click"]) {
   $("texts").addEventListener(kind, (event) => event.target.classList?.contains("t") && about(event.target));
 }
 begin().catch(say);
-live();
-setInterval(live, 1000);
+$("live").hidden = !source.live;
+if (source.live) {
+  live();
+  setInterval(live, 1000);
+}

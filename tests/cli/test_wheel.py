@@ -64,7 +64,7 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
         assert f"{package}/py.typed" in inside
         # Every file of the sources: no subpackage was forgotten in pyproject.toml.
         for path in (ROOT / package).rglob("*"):
-            wanted = path.suffix in (".py", ".toml") or path.parent.name == "page"
+            wanted = path.suffix in (".py", ".toml") or path.parent.name in ("page", "web")
             wanted |= path.parent.parent.name == "models"
             if path.is_file() and wanted and "__pycache__" not in path.parts:
                 assert path.relative_to(ROOT).as_posix() in inside

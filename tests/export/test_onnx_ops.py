@@ -111,12 +111,13 @@ def test_float_linear(width: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [12, 16])
 @pytest.mark.parametrize("context", [7, 8, 64])
-def test_attention(head_dim: int, context: int) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_attention(head_dim: int, context: int, at_once: bool) -> None:
     """Positions around chunks and up to a full context; some values are -0, whose sum is +0."""
     config = twin("tiny").replace(head_dim=head_dim, max_position_embeddings=context)
     tail = [config.num_key_value_heads, head_dim]
     g = GraphBuilder()
-    out = attention(g, config, positions(g, config), "q", "keys", "values")
+    out = attention(g, config, positions(g, config), "q", "keys", "values", at_once)
     inputs = [value_info("q", f32, ["T", config.num_attention_heads, head_dim])]
     inputs += [
         value_info(name, f32, [n, *tail]) for name, n in (("keys", "S+T"), ("values", "S+T"))
