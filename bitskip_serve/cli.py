@@ -11,6 +11,7 @@ import click
 from bitskip.options import COUNT, FILE, KV_CACHE, MODEL, THREADS, WHOLE
 from bitskip.signals import Terminated
 from bitskip_cpu.cli.loading import load_model
+from bitskip_serve.config_file import CONFIG
 
 UNITS = {"K": 10, "M": 20, "G": 30}
 
@@ -33,8 +34,9 @@ class Size(click.ParamType):
         return size
 
 
-@click.command()
+@click.command(context_settings={"auto_envvar_prefix": "BITSKIP_SERVE"})
 @MODEL
+@CONFIG
 @click.option("--host", default="127.0.0.1", show_default=True, envvar="BITSKIP_HOST",
               help="0.0.0.0 to be reached from other machines.")  # fmt: skip
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True,
