@@ -86,16 +86,18 @@ class Engine(contract.Engine):
 
     def _extend(self, run: Run, n: int, first: int, trace: Trace | None) -> np.ndarray:
         z = np.empty((len(run.ids) - first, self.config.vocab_size), f32)
+        contenders = run.contenders if trace is None else None
         record, space = _Record(trace), self._space
         for start in range(0, len(run.ids), CHUNK):
             part = run.ids[start : start + CHUNK]
             space.set_tokens(part, run.cache, run.first + start)
             skipped = max(0, first - start)
             wanted = z[start + skipped - first :] if skipped < len(part) else None
+            exit_ = 0
             if wanted is not None:
-                space.set_exit(n, wanted.ctypes.data, skipped)
+                exit_ = space.set_contenders(n, wanted.ctypes.data, skipped, contenders)
             if trace is None:
-                self._call(EMBED | BLOCKS | (EXIT if wanted is not None else 0), 0, n)
+                self._call(EMBED | BLOCKS | exit_, 0, n)
                 continue
             self._call(EMBED)
             record.add(space.embedded())
@@ -125,8 +127,8 @@ class Engine(contract.Engine):
             return super()._one(run, n, trace)
         space = self._space
         space.set_tokens(run.ids, run.cache, run.first)
-        space.set_exit(n, space.logits_at)
-        self._call(EMBED | BLOCKS | EXIT, 0, n)
+        exit_ = space.set_contenders(n, space.logits_at, 0, run.contenders)
+        self._call(EMBED | BLOCKS | exit_, 0, n)
         return space.logits[0].copy()  # cheaper than asking a new array for its address
 
     def _many(self, rows: Sequence[Planned]) -> list[tuple[np.ndarray | None, int]]:
@@ -138,14 +140,13 @@ class Engine(contract.Engine):
         space, depth = self._space, draft.exit_layer
         space.set_tokens(run.ids, run.cache, run.first)
         space.set_draft(draft, count, draft.least_lead)
-        actions = BLOCKS | EXIT
-        if space.exit(depth) == space.exit(n):
-            actions |= DRAFT  # one call drafts and verifies
-        else:
-            space.set_exit(depth, space.logits_at)
+        drafts = DRAFT
+        space.set_exit(depth, space.logits_at)
+        if space.exit(depth) != space.exit(n):  # else one call drafts and verifies
             self._call(DRAFT, depth)
-        space.set_exit(n, space.logits_at)
-        self._call(actions, depth, n)
+            drafts = 0
+        exit_ = space.set_contenders(n, space.logits_at, 0, run.contenders)
+        self._call(drafts | BLOCKS | exit_, depth, n)
         return space.ids[1 : space.tokens].tolist(), space.logits[: space.tokens].copy()
 
     def _drafted(self, run: Run, draft: Draft) -> tuple[np.ndarray, np.ndarray]:

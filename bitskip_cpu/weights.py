@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,8 @@ Tensors = Mapping[str, np.ndarray]
 
 PACK_ROWS = 1024  # of a head, packed together
 LARGE = 16 << 20  # bytes of tiles that take more time to make than threads to start
+LEAST_UPPER = 8 << 20  # weights of a head from which reading it in two parts pays
+WIDEST_UPPER = 1 << 15  # columns: twice a sum and its bound fit int32 (kernels/contenders.py)
 SCALES = 8  # floats kept for the weight scales of a block
 
 
@@ -53,6 +56,15 @@ def in_parallel(work: Callable[[int], None], items: Iterable[int], size: int) ->
         list(pool.map(work, items))
 
 
+class Upper(NamedTuple):
+    """A head in two parts (SPEC 9.6): the upper 4 bits of all rows, and the rows themselves."""
+
+    tiles: np.ndarray  # uint8, `vocab_layout.pack_upper`
+    norms: np.ndarray  # f32 [V] of what the upper bits leave
+    codes: np.ndarray  # int8 [V, D]
+    scales: np.ndarray  # f32 [V]
+
+
 class Weights:
     """Arrays in the kernels' layout; `products` is filled but for the workspace addresses.
 
@@ -73,6 +85,7 @@ class Weights:
         self.tensors = {name: t for name, t in tensors.items() if id(t) not in linear}
         self._norms: dict[str, np.ndarray] = {}
         self._heads: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._uppers: dict[str, Upper | None] = {}
         self.products = self._products()
         self.norm_offsets, self.params = self._params()
         if config.linear != "float32":
@@ -201,16 +214,44 @@ class Weights:
         if self.config.head_format not in HEAD_BITS:
             return rows, np.zeros(0, np.float32)
         bits = HEAD_BITS[self.config.head_format]
-        shape = ternary_layout.padded_rows(len(rows)), vocab_layout.row_bytes(rows.shape[1], bits)
-        result = aligned(shape, np.uint8, zeros=False)
+        tiles = _in_tiles(rows, bits, lambda part, _, out: vocab_layout.pack(part, bits, out))
+        return tiles, self.tensors[f"{name}.scale"]
 
-        def repack(first: int) -> None:
-            part = rows[first : first + PACK_ROWS]
-            vocab_layout.pack(part, bits, result[first : first + PACK_ROWS])
-            give_back(part)
+    def upper(self, name: str) -> Upper | None:
+        """A head in two parts; None: it has neither 8 nor 6 bits, is small, or has odd scales."""
+        if name not in self._uppers:
+            self._uppers.setdefault(name, self._upper(name))
+        return self._uppers[name]
 
-        in_parallel(repack, range(0, len(rows), PACK_ROWS), result.nbytes)
-        return result, self.tensors[f"{name}.scale"]
+    def _upper(self, name: str) -> Upper | None:
+        bits, scales = HEAD_BITS.get(self.config.head_format, 4), self.tensors.get(f"{name}.scale")
+        width = self.config.hidden_size
+        if bits == 4 or scales is None or width > WIDEST_UPPER or len(scales) * width < LEAST_UPPER:
+            return None
+        if not (np.isfinite(scales).all() and (scales >= 0).all()):  # or bounds would not hold
+            return None
+        rows, norms = self.tensors[f"{name}.weight"], np.empty(len(scales), np.float32)
+
+        def pack(part: np.ndarray, first: int, out: np.ndarray) -> None:
+            vocab_layout.pack_upper(part, bits, out, norms[first : first + len(part)])
+
+        return Upper(_in_tiles(rows, 4, pack), norms, np.ascontiguousarray(rows), scales)
+
+
+def _in_tiles(
+    rows: np.ndarray, bits: int, pack: Callable[[np.ndarray, int, np.ndarray], None]
+) -> np.ndarray:
+    """Tiles of that many bits that pack(some rows, their first, tiles to be) makes of a head."""
+    shape = ternary_layout.padded_rows(len(rows)), vocab_layout.row_bytes(rows.shape[1], bits)
+    result = aligned(shape, np.uint8, zeros=False)
+
+    def repack(first: int) -> None:
+        part = rows[first : first + PACK_ROWS]
+        pack(part, first, result[first : first + PACK_ROWS])
+        give_back(part)
+
+    in_parallel(repack, range(0, len(rows), PACK_ROWS), result.nbytes)
+    return result
 
 
 def random_tensors(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:

@@ -12,7 +12,9 @@ from bitskip_cpu.cache import KVCache, padded_keys, padded_values
 from bitskip_cpu.kernels.layout import (
     BAND,
     CHUNK,
+    CONTEND,
     DOWN,
+    EXIT,
     FLOAT16,
     FLOAT32,
     FLOAT_ROWS,
@@ -37,6 +39,7 @@ from bitskip_cpu.kernels.layout import (
 )
 from bitskip_cpu.weights import Weights
 from bitskip_ref.config import HEAD_BITS, odd_part
+from bitskip_ref.decoding.contenders import Contenders
 from bitskip_ref.decoding.draft import MOST, Draft
 from bitskip_ref.engine import Run
 from bitskip_ref.hartley import hartley
@@ -46,6 +49,8 @@ FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
 LINEAR_KINDS = {"ternary": TERNARY, "int8": INT8_ROWS, "float32": FLOAT_ROWS}
 VOCAB_KINDS = {"int8": INT8, "int6": INT6, "int4": INT4, "float32": FLOAT32, "float16": FLOAT16}
 LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: no kernel of products.amx takes more
+REREAD = 4  # contenders do not pay if more than one of so many rows is one
+WHOLE = 15  # heads then read whole before they are tried again
 SHARE_FROM = 1 << 16  # bytes of weights below which a stage is not worth sharing
 
 
@@ -63,11 +68,16 @@ def _row(*names: str) -> tuple[struct.Struct, int]:
     return struct.Struct("=" + "".join(kinds[kind] for kind, *_ in fields)), fields[0][1]
 
 
-EXIT_ROW, EXIT_AT = _row("final_norm", "vocab_weights", "vocab_row_bytes", "vocab_scale")
+EXIT_ROW, EXIT_AT = _row("final_norm", "vocab_scale", "vocab_weights", "vocab_row_bytes")
+UPPER_ROW, UPPER_AT = _row(
+    "upper_weights", "upper_row_bytes", "upper_norms", "head_codes", "final_norm", "vocab_scale"
+)
+CONTENDERS, CONTENDERS_AT = _row("contender_count", "contender_temperature", "contender_reach")
 LOGITS, LOGITS_AT = _row("logits", "exit_from")
 ROWS, ROWS_AT = _row("tokens", "from_row")
 DRAFT_ROW, DRAFT_AT = _row("draft_vocab", "least_lead")
 TOKENS = STATE.fields["tokens"][1] // 8  # type: ignore[index]
+FOUND = STATE.fields["contenders_found"][1] // 8  # type: ignore[index]
 
 
 def _power_of_two(n: int) -> int:
@@ -88,6 +98,9 @@ class Workspace:
         self._bytes = states.view(np.uint8).data
         self._words = self._bytes.cast("q")
         self._exits: dict[int, tuple[int, ...]] = {}  # what EXIT_ROW is for each
+        self._uppers: dict[int, tuple[int, ...] | None] = {}  # UPPER_ROW; None: there is none
+        self._vocab = weights.config.vocab_size
+        self._whole = 0  # calls that are to read whole heads before contenders are tried again
         self._shape()
         self._weights()
         self._buffers()
@@ -153,6 +166,8 @@ class Workspace:
             "attended": self.attended, "up": self.up, "act": self.act, "input": self.input,
             "codes": codes, "steps": aligned((CHUNK,), np.float32),
             "sums": aligned((CHUNK,), np.int32),
+            "code_norms": aligned((CHUNK,), np.float32),
+            "least_contenders": aligned((CHUNK,), np.float32),
         }.items():  # fmt: skip
             s[name] = self._keep(array)
         self.logits = aligned((MOST + 1, c.vocab_size), np.float32, zeros=False)
@@ -232,15 +247,48 @@ class Workspace:
             norm, head = self.weights.config.exit_names(n)
             rows, scales = self.weights.head(head)
             self._exits[n] = (
-                self.weights.norm(norm).ctypes.data, rows.ctypes.data, rows.strides[0],
-                scales.ctypes.data,
+                self.weights.norm(norm).ctypes.data, scales.ctypes.data, rows.ctypes.data,
+                rows.strides[0],
             )  # fmt: skip
         return self._exits[n]
+
+    def upper(self, n: int) -> tuple[int, ...] | None:
+        """What UPPER_ROW is after n blocks; None where its head is read whole."""
+        if n not in self._uppers:
+            norm, head = self.weights.config.exit_names(n)
+            upper = self.weights.upper(head)
+            self._uppers[n] = upper and (
+                upper.tiles.ctypes.data, upper.tiles.strides[0], upper.norms.ctypes.data,
+                upper.codes.ctypes.data, self.weights.norm(norm).ctypes.data,
+                upper.scales.ctypes.data,
+            )  # fmt: skip
+        return self._uppers[n]
 
     def set_exit(self, n: int, logits_at: int, first: int = 0) -> None:
         """Logits after n blocks of the tokens from `first` on go there, f32 [T - first, V]."""
         EXIT_ROW.pack_into(self._bytes, EXIT_AT, *self.exit(n))
         self.set_logits(logits_at, first)
+
+    def set_contenders(
+        self, n: int, logits_at: int, first: int, contenders: Contenders | None
+    ) -> int:
+        """As `set_exit`, where some logits may be -inf (SPEC 9.6): the action that gives them.
+
+        That is EXIT where a head in two parts would not pay: it did not the last time.
+        """
+        upper = self.upper(n) if contenders else None
+        if self._words[FOUND] * REREAD > self._vocab:
+            self._words[FOUND], self._whole = 0, WHOLE
+        if contenders is None or upper is None or self._whole:
+            self._whole -= self._whole > 0
+            self.set_exit(n, logits_at, first)
+            return EXIT
+        UPPER_ROW.pack_into(self._bytes, UPPER_AT, *upper)
+        CONTENDERS.pack_into(
+            self._bytes, CONTENDERS_AT, contenders.count, contenders.temperature, contenders.reach
+        )
+        self.set_logits(logits_at, first)
+        return CONTEND
 
     def set_logits(self, logits_at: int, first: int = 0) -> None:
         """Where the logits of the tokens from `first` on are to be, or are to be measured."""

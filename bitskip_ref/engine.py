@@ -28,6 +28,7 @@ from bitskip_ref.checks import (
     is_whole,
 )
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.decoding.contenders import Contenders
 from bitskip_ref.decoding.draft import MOST, Draft
 from bitskip_ref.decoding.round import Round
 from bitskip_ref.probe import Asked
@@ -97,6 +98,7 @@ class Run(NamedTuple):
     ids: np.ndarray | Sequence[int]  # int64 [T]
     cache: Any
     first: int  # position of the first row; the others follow
+    contenders: Contenders | None = None  # which logits are asked for (SPEC 9.6); None: all
 
 
 class Planned(NamedTuple):
@@ -107,6 +109,14 @@ class Planned(NamedTuple):
     looks: tuple[int, ...]
     deepest: int
     wanted: bool
+
+
+def _checked(contenders: Contenders | None) -> Contenders | None:
+    if contenders is not None:
+        if not isinstance(contenders, Contenders):
+            raise ValueError(f"{contenders!r} is not which logits are asked for: give Contenders")
+        contenders.check()
+    return contenders
 
 
 class Engine(ABC):
@@ -148,16 +158,19 @@ class Engine(ABC):
         exit_layer: int | None = None,
         last_only: bool = False,
         trace: Trace | None = None,
+        contenders: Contenders | None = None,
     ) -> np.ndarray:
         """Run the tokens after what the cache holds; advance the cache.
 
         `exit_layer` 1..L counts executed blocks (None: L). Returns logits f32 [T, V], or [1, V]
-        of the last token with `last_only`. Raises ValueError for an empty list, an id or exit out
-        of range, more positions than the context, or blocks that lack earlier positions.
+        of the last token with `last_only`. With `contenders` those that cannot be chosen may be
+        -inf (SPEC 9.6). Raises ValueError for an empty list, an id or exit out of range, more
+        positions than the context, or blocks that lack earlier positions.
         """
         n = check_exit_layer(exit_layer, self.config)
         first = cache.require(n)
-        run = Run(check_input(token_ids, first, self.config, cache.room), cache, first)
+        ids = check_input(token_ids, first, self.config, cache.room)
+        run = Run(ids, cache, first, _checked(contenders))
         z = self._extend(run, n, len(run.ids) - 1 if last_only else 0, trace)
         cache.advance(first, len(run.ids), n)
         return z
@@ -179,15 +192,22 @@ class Engine(ABC):
 
     @in_turn
     def step(
-        self, token_id: int, cache: Any, rule: ExitRule, trace: Trace | None = None
+        self,
+        token_id: int,
+        cache: Any,
+        rule: ExitRule,
+        trace: Trace | None = None,
+        contenders: Contenders | None = None,
     ) -> tuple[np.ndarray, int]:
         """Run one token under a rule (SPEC 8.2, 8.3, 8.6). Returns (logits f32 [V], depth).
 
-        Raises ValueError as `extend`, and for a rule whose looks do not rise below its last block.
+        With `contenders` logits that cannot be chosen may be -inf (SPEC 9.6). Raises ValueError as
+        `extend`, and for a rule whose looks do not rise below its last block.
         """
         looks, deepest = self._asks(rule)
         first, n = cache.require(deepest), deepest
-        run = Run((check_token(token_id, first, self.config, cache.room),), cache, first)
+        token = check_token(token_id, first, self.config, cache.room)
+        run = Run((token,), cache, first, _checked(contenders))
         if looks:
             z, n = self._look(run, rule, looks, deepest, trace)
         else:
@@ -220,13 +240,21 @@ class Engine(ABC):
 
     @in_turn
     def speculate(
-        self, token_id: int, cache: Any, count: int, draft: Draft, *, exit_layer: int | None = None
+        self,
+        token_id: int,
+        cache: Any,
+        count: int,
+        draft: Draft,
+        *,
+        exit_layer: int | None = None,
+        contenders: Contenders | None = None,
     ) -> tuple[list[int], np.ndarray]:
         """Run a round of at most `count` greedy drafts after one token; advance the cache by k + 1.
 
         Returns the k drafts that were run and verified at `exit_layer` (None: L), and the logits
-        f32 [k + 1, V] after the token and after each of them (SPEC 11.1, 11.2). Raises ValueError
-        as `extend` does, and for what cannot draft.
+        f32 [k + 1, V] after the token and after each of them (SPEC 11.1, 11.2), with `contenders`
+        -inf in place of those that cannot be chosen (SPEC 9.6). Raises ValueError as `extend` does,
+        and for what cannot draft.
         """
         n = check_exit_layer(exit_layer, self.config)
         draft.check(n, self.config)
@@ -235,7 +263,8 @@ class Engine(ABC):
         first = cache.require(n)
         token = check_token(token_id, first, self.config, cache.room)
         check_room(first, count + 1, cache.room)
-        drafts, z = self._speculate(Run((token,), cache, first), count, draft, n)
+        run = Run((token,), cache, first, _checked(contenders))
+        drafts, z = self._speculate(run, count, draft, n)
         cache.advance(first, len(z), n)
         return drafts, z
 

@@ -16,6 +16,7 @@
                       down_in, rows      activation, sub-norm -> codes; down
                       block_out          + x
                     exit_logits          exit_in (final norm), rows (vocabulary)
+                    contending_logits    a head in two parts (SPEC 9.6)    contenders.py
                     gate, draft          SPEC 8.4, 11.1
 
     products/       rows                 sums -> floats, scaled; asks the path's module for sums
@@ -52,6 +53,7 @@ vocabulary lie in such tiles, too; their units have 16 columns.
     chain           one of several accumulators of a sum, so that additions need not wait
     chunk           up to CHUNK tokens that go through the blocks together
     codes           a token's quantized input, int8; a weight's stored w + 1
+    contender       a row of the vocabulary whose logit may be chosen (SPEC 9.6)
     head            an attention head; the vocabulary's matrix is always `vocab`
     input           a token's floats before they become codes
     lane            one of the numbers that an instruction works on; LANES = 16 floats

@@ -17,9 +17,12 @@ from bitskip_cpu.kernels.arithmetic.elementwise import (
     two_largest,
 )
 from bitskip_cpu.kernels.arithmetic.float16 import widen
+from bitskip_cpu.kernels.contenders import count_found, find_least, norms_of_codes
 from bitskip_cpu.kernels.layout import (
     BAND,
     BLOCKS,
+    BOUND,
+    CONTEND,
     DOWN,
     DRAFT,
     EMBED,
@@ -33,6 +36,7 @@ from bitskip_cpu.kernels.layout import (
     OUT,
     PRODUCTS,
     QKV,
+    SETTLE,
     UP,
     VOCAB,
 )
@@ -63,6 +67,7 @@ from bitskip_cpu.kernels.stages import (
 f32 = np.float32
 
 PART_BYTES = 1 << 15  # of weights, about, in one part of a product
+SETTLE_BYTES = 64  # of a row, on average, where few are read
 
 
 @kernel
@@ -127,6 +132,20 @@ def exit_logits(s, products):
     s.tokens = tokens - s.exit_from
     run_stage(s, products, EXIT_IN, s.tokens, s.tokens * s.input_stride)
     product(s, products, VOCAB, 0, s.vocab, s.vocab_row_bytes)
+    s.tokens = tokens
+
+
+@kernel
+def contending_logits(s, products):
+    """As `exit_logits`, with -inf in place of logits that cannot be chosen (SPEC 9.6)."""
+    tokens = s.tokens
+    s.tokens = tokens - s.exit_from
+    run_stage(s, products, EXIT_IN, s.tokens, s.tokens * s.input_stride)
+    norms_of_codes(s)
+    product(s, products, BOUND, 0, s.vocab, s.upper_row_bytes)
+    find_least(s)
+    product(s, products, SETTLE, 0, s.vocab, SETTLE_BYTES)
+    s.contenders_found = count_found(s)
     s.tokens = tokens
 
 
@@ -198,6 +217,8 @@ def run(state_at, products_at, actions, first, last):
             keys_values(s, products, s.attention // TILE_ROWS * TILE_ROWS)
     if actions & EXIT:
         exit_logits(s, products)
+    if actions & CONTEND:
+        contending_logits(s, products)
     if actions & MEASURE:
         values = confidence(s.logits, s.vocab, s.scratch)
         s.confidence_max, s.confidence_margin, s.confidence_entropy = values

@@ -17,7 +17,8 @@ _STATE = """
     weights layer_bytes params params_stride attn_norm ffn_norm q_norm k_norm attn_sub_norm
     ffn_sub_norm
     first_norm cos sin key_slots embedding embedding_scale vocab_kind
-    final_norm vocab_weights vocab_row_bytes vocab_scale
+    upper_weights upper_row_bytes upper_norms head_codes
+    final_norm vocab_scale vocab_weights vocab_row_bytes
     head_odd head_table gate_norm gate_fc1 gate_fc2 gate_width
 
     ids x mid qkv attended y up act input input_stride codes codes_stride steps sums
@@ -25,12 +26,14 @@ _STATE = """
 
     positions caches gates tokens from_row logits exit_from draft_vocab least_lead
     confidence_max confidence_margin confidence_entropy
+    contender_count contender_temperature contender_reach
+    code_norms least_contenders contenders_found
 
     helpers share_from sync stage layer product first_row last_row part_rows
 """
 _FLOATS = {
     "norm_eps", "largest_code", "confidence_max", "confidence_margin",
-    "confidence_entropy", "least_lead",
+    "confidence_entropy", "least_lead", "contender_temperature", "contender_reach",
 }  # fmt: skip
 
 STATE = np.dtype(
@@ -65,7 +68,7 @@ have `units` and a `tail` (`ternary_layout`); `row_bytes` of a packed row: a til
 row 0's); `bias`: where its biases lie in the block's parameters, 0: it has none; `odd`, `table`:
 odd part of the width and address of `hartley` of it (SPEC 5.3), 0: it is not turned so."""
 
-QKV, OUT, UP, DOWN, VOCAB = 0, 1, 2, 3, 4
+QKV, OUT, UP, DOWN, VOCAB, BOUND, SETTLE = range(7)
 PRODUCTS = 4  # of a block
 INT8, FLOAT32, FLOAT16, INT6, INT4 = range(5)  # vocab_kind
 TERNARY, INT8_ROWS, FLOAT_ROWS = range(3)  # linear_kind
@@ -97,7 +100,7 @@ def int8_scratch(positions: int, head_dim: int, value_width: int) -> int:
 
 
 # What `kernels.forward.run` does, added up; in this order.
-EMBED, DRAFT, BLOCKS, FILL, EXIT, MEASURE, GATE, HELP = 1, 2, 4, 8, 16, 32, 64, 128
+EMBED, DRAFT, BLOCKS, FILL, EXIT, CONTEND, MEASURE, GATE, HELP = (1 << i for i in range(9))
 
 SYNC_STAGE, SYNC_PENDING, SYNC_STOP, SYNC_RANGES = 0, 64, 128, 192
 """Bytes from `sync` to what threads share (`kernels.share`)."""

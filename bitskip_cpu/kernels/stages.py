@@ -25,7 +25,9 @@ from bitskip_cpu.kernels.attention.int8 import (
     store_key_codes,
     store_value_codes,
 )
+from bitskip_cpu.kernels.contenders import bound_rows, settle_rows
 from bitskip_cpu.kernels.layout import (
+    BOUND,
     CACHED_INT8,
     DOWN,
     FLOAT16,
@@ -36,6 +38,7 @@ from bitskip_cpu.kernels.layout import (
     OUT,
     QKV,
     QUERIES,
+    SETTLE,
     TERNARY,
     UP,
     VOCAB,
@@ -206,6 +209,12 @@ def rows(s, products, scratch, part):
     last = min(first + s.part_rows, s.last_row)
     if s.product == VOCAB:
         vocab_rows(s, first, last, scratch, scratch + s.acc)
+        return
+    if s.product == BOUND:
+        bound_rows(s, first, last, scratch + s.acc)
+        return
+    if s.product == SETTLE:
+        settle_rows(s, first, last, scratch)
         return
     p = products[s.product]
     if s.linear_kind == TERNARY:

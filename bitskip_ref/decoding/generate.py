@@ -99,11 +99,12 @@ def stream(
     check_max_tokens(max_tokens)
     cache = engine.new_cache() if cache is None else cache
     depth = rule.deepest(engine.config)
-    z = engine.extend(prompt, cache, exit_layer=depth, last_only=True)[0]
+    contenders = sampler.contenders
+    z = engine.extend(prompt, cache, exit_layer=depth, last_only=True, contenders=contenders)[0]
     room = engine.config.max_position_embeddings - cache.length
     choosing = Choosing(sampler, max_tokens, room, eos_token_id, {*seen, *prompt})
     while (token := choosing.next(z)) is not None:
         yield Token(token, depth)
         if choosing.over:
             return
-        z, depth = engine.step(token, cache, rule)
+        z, depth = engine.step(token, cache, rule, contenders=contenders)

@@ -10,10 +10,12 @@ import numpy as np
 
 from bitskip_ref.arithmetic.functions import exp
 from bitskip_ref.checks import check_logits, is_number, is_whole
+from bitskip_ref.decoding.contenders import MOST_CONTENDERS, Contenders
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 LEAST = 1e-6  # what f32 logits are divided by, and stay finite
+LEAST_MIN_P = 2.0**-20  # weights from it on change every running sum (SPEC 9.6)
 
 
 def splitmix64(state: int) -> int:
@@ -73,6 +75,19 @@ class Sampler:
                     f"logit bias {pair!r}: must be a token id and a number between -100 and 100"
                 )
         object.__setattr__(self, "seed", int(self.seed))  # its arithmetic has more than 64 bits
+
+    @property
+    def contenders(self) -> Contenders | None:
+        """The logits that `choose` needs (SPEC 9.6); None: all of them."""
+        if self.repetition_penalty != 1 or self.logit_bias:
+            return None
+        if self.temperature == 0:
+            return Contenders()
+        if 0 < self.top_k <= MOST_CONTENDERS:
+            return Contenders(self.top_k, self.temperature)
+        if self.top_k == 0 and self.top_p == 1 and self.min_p >= LEAST_MIN_P:
+            return Contenders(1, self.temperature, 1e-3 - math.log(self.min_p))
+        return None
 
     def choose(self, logits: np.ndarray, seen: Collection[int], index: int) -> int:
         """The token id for logits f32 [V] (SPEC 9.1, 9.2).

@@ -159,8 +159,9 @@ class Verifier:
         """SPEC 11.2 without a penalty, one call of the engine: (drafts that were run, tokens)."""
         how = self._speculation
         drafts, p = self._engine.speculate(
-            token_id, cache, count, how.draft, exit_layer=how.exit_layer
-        )
+            token_id, cache, count, how.draft, exit_layer=how.exit_layer,
+            contenders=self._sampler.contenders,
+        )  # fmt: skip
         tokens = p.argmax(axis=1).tolist()
         right = 0
         while right < len(drafts) and drafts[right] == tokens[right]:

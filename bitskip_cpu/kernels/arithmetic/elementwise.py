@@ -261,7 +261,7 @@ def quantize(x_at, n, largest, codes_at, padded):
     """SPEC 4.2 -> (step, sum of the codes); int8 codes, zeros from n to `padded`."""
     x, codes = floats(x_at, n), int8s(codes_at, padded)
     s = i32(magnitude_bits(x_at, n)).view(f32)
-    s = s if s > SCALE_FLOOR else SCALE_FLOOR
+    s = SCALE_FLOOR if s < SCALE_FLOOR else s  # a NaN stays one (SPEC 9.5)
     factor = largest / s
     total = i32(0)
     for i in range(n):

@@ -89,6 +89,20 @@ def bytes_sums(tile_at, fours, codes_at, out_at):
 
 
 @kernel
+def row_sum(row_at, codes_at, n):
+    """Sum of products of a row's n codes and a token's, int8 both, as int32 (SPEC 4.4)."""
+    row, codes, total = int8s(row_at, n), int8s(codes_at, n), i32(0)
+    for i in range(n):
+        total = i32(total + i32(i32(row[i]) * i32(codes[i])))
+    return total
+
+
+@kernel
+def fetch_row(row_at, n):
+    """Nothing: where there are instructions for it, memory is asked for a row (simd.py)."""
+
+
+@kernel
 def ternary_sums(
     tokens, tiles_at, tiles, size, units, tail, padded, codes_at, stride, acc_at, room_at
 ):

@@ -21,6 +21,9 @@ VOCAB_LINES = {4: 2, 6: 3, 8: 4}  # of a unit
 OFFSET = {4: 8, 6: 32, 8: 0 if PATH.signed_bytes else 128}
 
 
+ROUND_UP = np.float32(1 + 2.0**-20)  # makes an f32 product of two such norms no smaller than theirs
+
+
 def padded_width(width: int, bits: int) -> int:
     """Columns of a row with its padding."""
     columns = 64 if bits == 8 else VOCAB_COLUMNS
@@ -30,6 +33,19 @@ def padded_width(width: int, bits: int) -> int:
 def row_bytes(width: int, bits: int) -> int:
     """Bytes of a tile of rows of `width` codes, over its rows."""
     return padded_width(width, bits) // VOCAB_COLUMNS * VOCAB_LINES[bits] * LINE // TILE_ROWS
+
+
+def pack_upper(codes: np.ndarray, bits: int, out: np.ndarray, norms: np.ndarray) -> None:
+    """The upper 4 of 8 or 6 bits as rows of 4, and the norms of what is left (SPEC 9.6).
+
+    int8 [V, D] -> uint8 [padded_rows(V), row_bytes(D, 4)], f32 [V].
+    """
+    lower = bits - 4
+    pack(codes >> lower, 4, out)
+    odd = 2**lower - 1
+    left = ((codes & odd).view(np.uint8) * np.uint8(2)).view(np.int8) - np.int8(odd)
+    squares = np.einsum("ij,ij->i", left, left, dtype=np.float64)
+    norms[:] = np.sqrt(squares).astype(np.float32) * ROUND_UP
 
 
 def pack(codes: np.ndarray, bits: int, out: np.ndarray) -> None:

@@ -6,16 +6,22 @@ They work as `ternary_simd.packed_tile` does. On AVX2 two planes are summed in 1
 
 from __future__ import annotations
 
+import numpy as np
 from llvmlite import ir
 
 from bitskip_cpu.isa import PATH
-from bitskip_cpu.kernels.numba_inside.decorators import intrinsic
-from bitskip_cpu.kernels.numba_inside.emit import LONG, call, loop
+from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
+from bitskip_cpu.kernels.numba_inside.emit import INT, LONG, call, loop, prefetch, variable
+from bitskip_cpu.kernels.products import plain
 from bitskip_cpu.kernels.products.dot import (
     BYTES,
+    INTS,
+    WIDTH,
     Kernel,
     constant,
+    dot,
     fetch_ahead,
+    load,
     starts,
 )
 from bitskip_cpu.kernels.products.ternary_layout import COLUMNS, LINE
@@ -79,6 +85,45 @@ def vocab_tile(bits: int, tokens: int, chains: int) -> Kernel:
         sums.store(out, out_stride)
 
     return tile_sums
+
+
+@intrinsic(returns="int32")
+def lines_sum(builder, row, codes, lines):
+    """Sum of products of `lines` times 64 codes of a row, int8, and as many of a token."""
+    sums = [variable(builder, constant(INTS, 0)) for _ in range(REGISTERS)]
+    added = variable(builder, constant(INTS, 0))  # what an offset of the codes adds
+    with loop(builder, lines) as index:
+        at = builder.mul(index, LONG(LINE))
+        for h, total in enumerate(sums):
+            here = builder.add(at, LONG(h * WIDTH))
+            weights, four = load(builder, row, here), load(builder, codes, here)
+            if PATH.pairs:
+                weights, four = unsigned(builder, weights, four)
+            elif not PATH.signed_bytes:
+                offset = constant(BYTES, 128)
+                weights = builder.xor(weights, offset)
+                builder.store(dot(builder, builder.load(added), offset, four), added)
+            builder.store(dot(builder, builder.load(total), weights, four), total)
+    left = builder.load(sums[0])
+    for total in sums[1:]:
+        left = builder.add(left, builder.load(total))
+    left = builder.sub(left, builder.load(added))
+    return call(builder, f"llvm.vector.reduce.add.v{INTS.count}i32", INT, left)
+
+
+@kernel
+def row_sum(row_at, codes_at, n):
+    """As `plain.row_sum`."""
+    whole = n // LINE * LINE
+    total = lines_sum(row_at, codes_at, n // LINE)
+    return np.int32(total + plain.row_sum(row_at + whole, codes_at + whole, n - whole))
+
+
+@intrinsic()
+def fetch_row(builder, row, n):
+    """Ask for n bytes, most of which will be there when they are wanted."""
+    with loop(builder, builder.udiv(n, LONG(LINE))) as index:
+        prefetch(builder, builder.add(row, builder.mul(index, LONG(LINE))), 3)
 
 
 int4_1, int4_4 = vocab_tile(4, 1, 4), vocab_tile(4, 4, 4)

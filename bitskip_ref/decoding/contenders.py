@@ -1,0 +1,32 @@
+"""Which logits a token is chosen from (SPEC 9.6): what an engine is told that wants a token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bitskip_ref.checks import is_number, is_whole
+
+MOST_CONTENDERS = 256  # beyond, finding them costs more than it saves
+
+
+@dataclass(frozen=True)
+class Contenders:
+    """Logits that may be chosen; an engine may give -inf in place of all others.
+
+    Those are, after division by `temperature` in f32, at least the `count`-th largest, less
+    `reach`. The default is what greedy decoding chooses from: the largest.
+    """
+
+    count: int = 1
+    temperature: float = 1.0
+    reach: float = 0.0
+
+    def check(self) -> None:
+        """Raise ValueError for a value out of range."""
+        if not is_whole(self.count) or not 1 <= self.count <= MOST_CONTENDERS:
+            raise ValueError(f"{self.count} contenders: choose 1..{MOST_CONTENDERS}")
+        if not is_number(self.temperature) or not self.temperature > 0:
+            raise ValueError(f"contenders at temperature {self.temperature}: must be above 0")
+        if not is_number(self.reach) or not 0 <= self.reach < math.inf:
+            raise ValueError(f"contenders within {self.reach}: must be 0 or more")
