@@ -8,6 +8,7 @@ from typing import Any
 
 from bitskip_export.foreign.source import RefusedError
 from bitskip_ref.config import CHOICES, ConfigError, ModelConfig
+from bitskip_ref.excerpt import shown
 
 OURS = "bitskip"  # the key under which a folder that we wrote carries what theirs has no word for
 ACTIVATIONS = {"silu": "swiglu", "relu2": "gated_relu2"}  # hidden_act -> ffn
@@ -59,43 +60,48 @@ def read_config(raw: dict[str, Any], sub_norm: bool) -> tuple[ModelConfig, Quant
     sub_norm: whether the files hold the norms before o_proj and down_proj; the configuration has no
     word for it. Raises RefusedError, naming what a model needs and bitskip lacks.
     """
-    kind = raw.get("model_type")
-    if kind not in DEFAULTS:
-        raise RefusedError(f"model_type {kind!r} is none of {', '.join(DEFAULTS)}: {REMEDY}")
-    values = {**DEFAULTS[kind], **{k: v for k, v in raw.items() if v is not None}}
-    _refuse_unknown_features(values)
-    act = values["hidden_act"]
-    if act not in ACTIVATIONS:
-        raise RefusedError(f"hidden_act {act!r} is none of {', '.join(ACTIVATIONS)}: {REMEDY}")
-    quantization = _quantization(raw)
     try:
-        heads, width = values["num_attention_heads"], values["hidden_size"]
-        config = ModelConfig(
-            vocab_size=values["vocab_size"],
-            hidden_size=width,
-            num_hidden_layers=values["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=values.get("num_key_value_heads", heads),
-            head_dim=values.get("head_dim") or width // heads,
-            intermediate_size=values["intermediate_size"],
-            max_position_embeddings=values.get("max_position_embeddings", 2048),
-            linear="ternary" if quantization else "float32",
-            ffn=ACTIVATIONS[act],
-            norm_eps=values["rms_norm_eps"],
-            biases=_biases(kind, values),
-            qk_norm=kind == "qwen3",
-            sub_norm=sub_norm,
-            tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-            head_format=_head_format(raw, ternary=quantization is not None),
-            **_rope(values),
-        )
+        return _read(raw, sub_norm)
     except KeyError as error:
         raise RefusedError(f"config.json lacks {error.args[0]}") from None
     except RefusedError:
         raise
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = str(error) if isinstance(error, ConfigError) else "a field has a wrong type"
         raise RefusedError(f"config.json: {reason}") from None
+
+
+def _read(raw: dict[str, Any], sub_norm: bool) -> tuple[ModelConfig, Quantization | None]:
+    """`read_config`, but for errors of values that have other types than they should."""
+    kind = raw.get("model_type")
+    if kind not in DEFAULTS:
+        raise RefusedError(f"model_type {shown(kind)} is none of {', '.join(DEFAULTS)}: {REMEDY}")
+    values = {**DEFAULTS[kind], **{k: v for k, v in raw.items() if v is not None}}
+    _refuse_unknown_features(values)
+    act = values["hidden_act"]
+    if act not in ACTIVATIONS:
+        raise RefusedError(f"hidden_act {shown(act)} is none of {', '.join(ACTIVATIONS)}: {REMEDY}")
+    quantization = _quantization(raw)
+    heads, width = values["num_attention_heads"], values["hidden_size"]
+    config = ModelConfig(
+        vocab_size=values["vocab_size"],
+        hidden_size=width,
+        num_hidden_layers=values["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=values.get("num_key_value_heads", heads),
+        head_dim=values.get("head_dim") or width // heads,
+        intermediate_size=values["intermediate_size"],
+        max_position_embeddings=values.get("max_position_embeddings", 2048),
+        linear="ternary" if quantization else "float32",
+        ffn=ACTIVATIONS[act],
+        norm_eps=values["rms_norm_eps"],
+        biases=_biases(kind, values),
+        qk_norm=kind == "qwen3",
+        sub_norm=sub_norm,
+        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+        head_format=_head_format(raw, ternary=quantization is not None),
+        **_rope(values),
+    )
     if quantization and config.biases != "none":
         raise RefusedError(f"biases beside ternary weights: {BIAS_SCALE}: {REMEDY}")
     return config, quantization
@@ -138,12 +144,12 @@ def _rope(values: dict[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
-        raise RefusedError(f"RoPE over a part of each head ({partial}): {REMEDY}")
+        raise RefusedError(f"RoPE over a part of each head ({shown(partial)}): {REMEDY}")
     found = {"rope_theta": rope["rope_theta"]}
     if kind == "default":
         return found
     if kind not in ROPE:
-        raise RefusedError(f"RoPE scaling of type {kind!r}: {REMEDY}")
+        raise RefusedError(f"RoPE scaling of type {shown(kind)}: {REMEDY}")
     if kind == "yarn":
         return found | {"rope_scaling": "yarn"} | _yarn(rope)
     if missing := ROPE[kind].keys() - rope.keys():
@@ -178,7 +184,9 @@ def _quantization(raw: dict[str, Any]) -> Quantization | None:
         return Quantization(inverse_scale=True) if older else None
     if not isinstance(stored, dict) or stored.get("quant_method") != "bitnet":
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
-        raise RefusedError(f"weights quantized by {method!r}: only 'bitnet' is known: {REMEDY}")
+        raise RefusedError(
+            f"weights quantized by {shown(method)}: only 'bitnet' is known: {REMEDY}"
+        )
     if stored.get("use_rms_norm"):
         raise RefusedError(f"use_rms_norm: the model needs a norm inside each linear: {REMEDY}")
     others = set(stored.get("modules_to_not_convert") or ()) - {"lm_head", "embed_tokens"}
@@ -189,7 +197,9 @@ def _quantization(raw: dict[str, Any]) -> Quantization | None:
         )
     meaning = stored.get("linear_class") or "bitlinear"
     if meaning not in ("bitlinear", "autobitlinear"):
-        raise RefusedError(f"linear_class {meaning!r}: the meaning of its weight_scale is unknown")
+        raise RefusedError(
+            f"linear_class {shown(meaning)}: the meaning of its weight_scale is unknown"
+        )
     return Quantization(inverse_scale=meaning == "bitlinear")
 
 

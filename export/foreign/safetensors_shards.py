@@ -17,7 +17,7 @@ from bitskip_ref.excerpt import shown
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RANK = 4  # axes that a tensor has at most
-LARGEST_HEADER = 100 << 20  # as the safetensors library
+LARGEST_JSON = 8 << 20  # bytes of a header or a file beside it; parsed it takes many times that
 # The file's word -> what NumPy maps it as; bfloat16 is the upper half of a float32.
 KINDS = {
     "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U8": np.uint8, "I8": np.int8,
@@ -93,7 +93,7 @@ def _open(path: Path) -> Iterator[Stored]:
     with open(path, "rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(size - 8, LARGEST_HEADER):
+        if length > min(size - 8, LARGEST_JSON):
             raise RefusedError(f"{path}: truncated, the header does not fit the file")
         header = parse_json(file.read(length), f"{path}: the header")
     header.pop("__metadata__", None)
@@ -126,12 +126,15 @@ def _open(path: Path) -> Iterator[Stored]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises RefusedError."""
+    """A JSON object from a file of at most LARGEST_JSON bytes. Raises RefusedError."""
     try:
-        text = path.read_bytes()
+        if not path.is_file():  # a pipe would be waited for
+            raise RefusedError(f"{path}: cannot be read (no such file)")
+        if path.stat().st_size > LARGEST_JSON:
+            raise RefusedError(f"{path}: has more than {LARGEST_JSON} bytes")
+        return parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise RefusedError(f"{path}: cannot be read ({error.strerror})") from None
-    return parse_json(text, str(path))
 
 
 def parse_json(text: bytes, place: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 from bitskip_ref import folder as fd
 from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.tensors import WEIGHTS
+from tests.fuzz import foreign
 from tests.fuzz.mutations import (
     ODD,
     dumped,
@@ -374,4 +375,6 @@ TARGETS = {
     "folder": Target(_prepare_folders, _write_folder, _use_folder),
     "tokenizer": Target(_prepare_tokenizers, _write_tokenizer, _use_tokenizer),
     "checkpoint": Target(_prepare_checkpoints, _write_checkpoint, _use_checkpoint),
+    "huggingface": Target(foreign.prepare_huggingface, foreign.write_huggingface_case, foreign.use),
+    "gguf": Target(foreign.prepare_gguf, foreign.write_gguf_case, foreign.use),
 }

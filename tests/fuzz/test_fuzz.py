@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitskip_export.foreign import gguf_file, hf_config, hf_read
 from bitskip_ref import folder as fd
 from bitskip_text import tokenizer as text
 from bitskip_train.memory import keep_freed_memory
 from tests.fuzz import targets, workers
 from tests.fuzz.targets import TARGETS
 
-CASES = {"folder": 150, "tokenizer": 150, "checkpoint": 40}
+CASES = {"folder": 150, "tokenizer": 150, "checkpoint": 40, "huggingface": 60, "gguf": 80}
 
 if not hasattr(os, "fork") or not Path("/proc/self/clear_refs").exists():
     pytest.skip("the fuzzer forks and reads /proc", allow_module_level=True)
@@ -72,6 +73,21 @@ def test_a_tokenizer_that_is_trusted_is_found(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(text, "decoder_of", lambda stored: text.Decoder())
     found = workers.fuzz("tokenizer", 150, seed=0).faults
     assert any(fault.what.startswith("AssertionError") for fault in found)
+
+
+def test_a_configuration_that_is_trusted_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_read, "read_config", hf_config._read)  # values of any type
+    found = workers.fuzz("huggingface", 60, seed=1).faults
+    assert any(fault.what.startswith("TypeError") for fault in found)
+
+
+def test_lengths_that_are_believed_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def take(self: Any, size: int) -> bytes:
+        self.at += size
+        return bytes(self.data[self.at - size : self.at])
+
+    monkeypatch.setattr(gguf_file._Reader, "take", take)
+    assert workers.fuzz("gguf", 80, seed=0).faults
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, use: Any) -> list[str]:
