@@ -43,14 +43,14 @@ async function begin() {
     `${facts.threads} thread${facts.threads === 1 ? "" : "s"}, keys and values in ${facts.kv_cache}`;
   document.title = `bitskip: ${facts.model}`;
   $("max-tokens").max = facts.context;
-  for (const rule of facts.rules) $("rule").append(new Option(rule.label, rule.name));
-  $("rule").value = "fixed";
+  const rules = facts.rules.map((rule) => new Option(rule.label, rule.name));
+  $("rule").replaceChildren(new Option("after a fixed block", "fixed"), ...rules);
   const { depths } = facts;
   for (const [name, value] of [["a", facts.exits.at(-2)], ["b", depths.at(-1)]]) {
     const slider = $(`exit-${name}`);
     slider.max = depths.length;
     slider.value = depths.indexOf(value) + 1 || depths.length;
-    slider.addEventListener("input", shown);
+    slider.oninput = shown;
   }
   $("scale").replaceChildren(
     ...facts.colours.map((_, i) => {

@@ -15,10 +15,14 @@ let encoder, decoder;
 const sessions = new Map(); // exit layer -> promise of a session
 const files = new Map(); // name -> promise of its bytes
 
-async function bytes(name) {
-  if (!files.has(name)) files.set(name, fetched(name).then((a) => a.arrayBuffer()));
-  return new Uint8Array(await files.get(name));
+// What `make` promises, made once; anew after a failure.
+function once(made, key, make) {
+  if (!made.has(key)) made.set(key, make().catch((error) => { made.delete(key); throw error; }));
+  return made.get(key);
 }
+
+const bytes = (name) =>
+  once(files, name, async () => new Uint8Array(await (await fetched(name)).arrayBuffer()));
 
 async function fetched(name) {
   const answer = await fetch(new URL(name, import.meta.url));
@@ -37,15 +41,13 @@ export async function facts() {
   ort.env.logLevel = "error";
   ort.env.wasm.wasmPaths = { mjs: new URL("ort-wasm.js", import.meta.url).href };
   ort.env.wasm.wasmBinary = await bytes("ort-wasm.wasm");
+  await Promise.all(Object.values(model.files.graphs).map(bytes)); // from here on no network is needed
   await session(model.exits.at(-1));
   return model;
 }
 
 // The session of an exit, opened when first used.
-function session(depth) {
-  if (!sessions.has(depth)) sessions.set(depth, open(depth));
-  return sessions.get(depth);
-}
+const session = (depth) => once(sessions, depth, () => open(depth));
 
 async function open(depth) {
   const { graphs, weights } = model.files;

@@ -214,6 +214,19 @@ def test_d1_exporting_again_keeps_what_the_folder_says(tmp_path: Path) -> None:
     )
 
 
+def test_the_folder_knows_the_exits_trained_for(tmp_path: Path) -> None:
+    loaded = load_checkpoint(write_checkpoint(tmp_path / "best.pt"))
+    for changes, known in (
+        ({"exit_lambda": 0.3, "exit_layers": (1, 2)}, (1, 2, 4)),
+        ({"exit_lambda": 0.3, "exit_layers": ()}, (1, 2, 3, 4)),
+        ({"exit_lambda": 0.0}, (4,)),
+        ({"exit_lambda": 0.3, "exit_layers": (9,)}, None),  # of another model
+        ({"unheard_of": 1}, None),
+    ):
+        loaded.train.update(changes)
+        assert read_folder(_exported(loaded, tmp_path)).trained_exits == known
+
+
 def test_d3_the_folder_knows_the_context_of_training(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "best.pt", CONFIG.replace(vocab_size=320), byte_level_bpe())
     loaded = load_checkpoint(path)

@@ -12,6 +12,7 @@ import subprocess
 import tarfile
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from click.testing import CliRunner, Result
 
 from bitskip.program import main
 from bitskip_export import load_onnx, web_site
+from bitskip_ref.arithmetic import functions
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.decoding.sampling import Sampler
+from bitskip_ref.decoding.sampling import Sampler, uniform
 from bitskip_ref.folder import read_folder
 from bitskip_ref.model import load
 from bitskip_serve.page_files import page_files
@@ -142,9 +144,45 @@ def test_what_a_browser_cannot_run_is_refused(tmp_path: Path, packages: Path) ->
     assert result.exit_code == 1 and "is not a byte-level BPE" in result.output, result.output
 
 
+def in_node(folder: Path, source: str, program: str, given: object) -> Any:
+    """What a program makes of `given`, with sampling.js as `source`."""
+    (folder / "sampling.mjs").write_text(source)
+    (folder / "given.json").write_text(json.dumps(given))
+    (folder / "check.mjs").write_text(
+        'import { choose, exp, uniform } from "./sampling.mjs"; import fs from "node:fs";\n'
+        'const given = JSON.parse(fs.readFileSync("given.json"));\n'
+        'const bytes = (hex) => new Uint8Array(Buffer.from(hex, "hex"));\n'
+        "const floats = (hex) => new Float32Array(bytes(hex).buffer);\n"
+        f"console.log(JSON.stringify({program}));\n"
+    )
+    assert NODE is not None
+    done = subprocess.run([NODE, "check.mjs"], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+SAMPLING = (files("bitskip_export") / "web" / "sampling.js").read_text("utf-8")
+
+
+@pytest.mark.skipif(NODE is None, reason="no Node.js on this machine")
+def test_exp_and_draws_in_javascript(tmp_path: Path) -> None:
+    """SPEC 2.6 and 9.3 to the bit; a coefficient that is one unit off shows."""
+    x = np.concatenate([np.linspace(-100, 100, 20001), [0.0, -0.0, 0.34657359, -87.0, 88.0]])
+    x = x.astype(np.float32)
+    program = "Buffer.from(floats(given).map(exp).buffer).toString('hex')"
+    wanted = functions.exp(x).tobytes().hex()
+    assert in_node(tmp_path, SAMPLING, program, x.tobytes().hex()) == wanted
+    wrong = SAMPLING.replace("1.66666655e-1", "1.66666670e-1")
+    assert in_node(tmp_path, wrong, program, x.tobytes().hex()) != wanted
+    draws = [(s, i) for s in (0, 1, 2**32 - 1, 2**64 - 1) for i in (0, 1, 511)]
+    program = "given.map(([seed, i]) => uniform(BigInt(seed), i))"
+    found = in_node(tmp_path, SAMPLING, program, [(str(s), i) for s, i in draws])
+    assert found == [uniform(s, i) for s, i in draws]
+
+
 @pytest.mark.skipif(NODE is None, reason="no Node.js on this machine")
 def test_the_sampler_in_javascript(tmp_path: Path) -> None:
-    """SPEC 9 to the bit: logits of all sizes, ties, -0, temperatures and seeds of all kinds."""
+    """SPEC 9.1, 9.2: logits of all sizes, ties, -0, temperatures and seeds of all kinds."""
     rng = np.random.default_rng(0)
     cases, wanted = [], []
     for i in range(200):
@@ -155,22 +193,15 @@ def test_the_sampler_in_javascript(tmp_path: Path) -> None:
         temperature = (0.0, 0.7, 1.0, 3.0, 1e-6)[i % 5]
         cases.append([z.tobytes().hex(), temperature, str(seed), index])
         wanted.append(Sampler(temperature, seed=seed).choose(z, [], index))
-    program = tmp_path / "check.mjs"
-    source = files("bitskip_export") / "web" / "sampling.js"
-    (tmp_path / "sampling.mjs").write_bytes(source.read_bytes())
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    program.write_text(
-        'import { choose } from "./sampling.mjs"; import fs from "node:fs";\n'
-        'const cases = JSON.parse(fs.readFileSync("cases.json"));\n'
-        "console.log(JSON.stringify(cases.map(([hex, t, seed, i]) => choose(new Float32Array("
-        'new Uint8Array(Buffer.from(hex, "hex")).buffer), t, BigInt(seed), i))));\n'
-        "for (const bad of [[NaN, 1], [1, Infinity], [-Infinity]]) {\n"
-        "  try { choose(Float32Array.from(bad), 1, 0n, 0); console.log(0) } catch {} }\n"
+    program = "given.map(([z, t, seed, i]) => choose(floats(z), t, BigInt(seed), i))"
+    assert in_node(tmp_path, SAMPLING, program, cases) == wanted
+    # SPEC 9.5
+    program = (
+        "given.map((z) => { try { choose(Float32Array.from(z, Number), 1, 0n, 0); return 0 }"
+        " catch { return 1 } })"
     )
-    assert NODE is not None
-    done = subprocess.run([NODE, program], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == wanted
+    refused = [["NaN", 1], [1, "Infinity"], ["-Infinity"], [1, "-Infinity"]]
+    assert in_node(tmp_path, SAMPLING, program, refused) == [1, 1, 1, 0]
 
 
 def test_exits_trained_for(tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def test_a_race_in_the_browser(browser: Any, address: str, model: Model, view: s
     seen = Seen(browser, address, view)
     page = seen.page
     page.set_default_timeout(300_000)
+    page.context.set_offline(True)  # all is there
     assert page.locator("#live").is_hidden()
     page.check("#race")
     seen.write(prompt="Once upon a time", temperature="0.8")
