@@ -17,7 +17,7 @@ FILES = {  # data set -> split -> file below the data folder
         split: f"tinystories/tinystories_{split}.txt" for split in ("train", "valid")
     },
 }  # fmt: skip
-PARTS = {"wikitext-2-16th": ("wikitext-2", 16)}
+PARTS = {"wikitext-2-16th": ("wikitext-2", 16), "tinystories-8th": ("tinystories", 8)}
 """Data set -> another, and of how many parts of its training text it has the first."""
 HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 

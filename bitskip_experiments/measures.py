@@ -59,8 +59,9 @@ class Subject:
 
     @property
     def chosen(self) -> tuple[int, ...]:
-        """The exits that the experiment measures (none named: all)."""
-        return self.experiment.exits or tuple(range(1, self.model.config.num_hidden_layers + 1))
+        """The exits that the experiment measures, as far as the model has them; none named: all."""
+        every = tuple(range(1, self.model.config.num_hidden_layers + 1))
+        return tuple(n for n in self.experiment.exits if n in every) or every
 
     def losses(
         self, split: str, exits: tuple[int, ...] = (), bypass: str = "none", targets: str = "next"

@@ -157,13 +157,14 @@ def measure(experiment: Experiment, data: Path | None, work: Path, results: Path
 def _measure_piece(
     experiment: Experiment, model: Model, piece: Piece, k: int, orders: list[str], results: Path
 ) -> None:
+    places = {o: result_path(results, experiment, f"{model.name}, {o}", k) for o in orders}
+    orders = [order for order in orders if not places[order].exists()]
+    if not orders:
+        return
     groups = model.groups()
     shapes, started = Shapes(groups, orders), time.monotonic()
     plain = model.loss(piece, shapes)
     for order in orders:
-        path = result_path(results, experiment, f"{model.name}, {order}", k)
-        if path.exists():
-            continue
         found: dict[str, Any] = {"float": plain, "inputs": shapes.figures(order), "cost": {}}
         for bits in BITS:
             facts = model.loss(piece, TurnedOps(groups, order, bits))
@@ -178,6 +179,6 @@ def _measure_piece(
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "environment": environment(),
         }  # fmt: skip
-        with replace_file(path) as file:
+        with replace_file(places[order]) as file:
             file.write((json.dumps(values, indent=1) + "\n").encode())
-        print(f"{path}: {found['cost']}", flush=True)
+        print(f"{places[order]}: {found['cost']}", flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -112,17 +113,28 @@ def _stories24(pieces: int, data: Path, work: Path) -> Model:
 
 
 def _stories260k(pieces: int, data: Path, work: Path) -> Model:
-    folder = data / "stories260K"
-    config, tensors = _llama2c(folder / "stories260K.bin")
-    words = _words(folder / "tok512.bin", config.vocab_size)
-    ids = _story_pieces(data, pieces, lambda story: [BOS, *_merge(" " + story, words)])
+    config, model, words = load_stories260k(data)
+    ids = _story_pieces(data, pieces, lambda story: encode_stories260k(story, words))
     found = []
     for x in ids:
         begins = int((x[:-1] == BOS).sum())  # a space that no story has follows each
         found.append(Piece(x, sum(len(words[i]) for i in x[1:] if i != BOS) - begins))
+    return Model("stories260K", config, model, "tinystories valid", found)
+
+
+def load_stories260k(data: Path) -> tuple[ModelConfig, BitskipModel, list[bytes]]:
+    """The model and its tokens. Raises ExperimentError if it is not below the data folder."""
+    folder = data / "stories260K"
+    config, tensors = _llama2c(folder / "stories260K.bin")
+    words = _words(folder / "tok512.bin", config.vocab_size)
     model = BitskipModel(config)
     model.load_state_dict({name: torch.tensor(x) for name, x in tensors.items()})
-    return Model("stories260K", config, model.eval(), "tinystories valid", found)
+    return config, model.eval(), words
+
+
+def encode_stories260k(story: str, words: list[bytes]) -> list[int]:
+    """A story's ids, after the one that begins it."""
+    return [BOS, *_merge(" " + story, words)]
 
 
 MODELS: dict[str, Callable[[int, Path, Path], Model]] = {
@@ -231,17 +243,22 @@ def _words(path: Path, count: int) -> list[bytes]:
 
 def _merge(text: str, words: list[bytes]) -> list[int]:
     """Byte-pair encoding: of all pairs that are a token the one of the lowest id is merged first.
-    Characters that are no token become bytes."""
+
+    Characters that are no token become bytes. Tokens have spaces at their beginning alone, so that
+    no merge goes over one.
+    """
     known = {word: i for i, word in enumerate(words) if i >= FIRST_WORD}
-    ids: list[int] = []
-    for character in text:
-        code = character.encode()
-        ids += [known[code]] if code in known else [3 + byte for byte in code]
-    while len(ids) > 1:
-        pairs = [known.get(words[a] + words[b], len(words)) for a, b in itertools.pairwise(ids)]
-        best = min(pairs)
-        if best == len(words):
-            break
-        at = pairs.index(best)
-        ids[at : at + 2] = [best]
-    return ids
+    found: dict[str, list[int]] = {}
+    for part in set(re.split(r"(?= )", text)):
+        ids = []
+        for character in part:
+            code = character.encode()
+            ids += [known[code]] if code in known else [3 + byte for byte in code]
+        while len(ids) > 1:
+            pairs = [known.get(words[a] + words[b], len(words)) for a, b in itertools.pairwise(ids)]
+            if (best := min(pairs)) == len(words):
+                break
+            at = pairs.index(best)
+            ids[at : at + 2] = [best]
+        found[part] = ids
+    return [i for part in re.split(r"(?= )", text) for i in found[part]]

@@ -28,6 +28,7 @@ OURS = [
     "readings-v1",
     "readings-v2",
     "rotation",
+    "stories-pilots",
     "v2-length",
 ]
 PAPERS = [

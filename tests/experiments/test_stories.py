@@ -1,0 +1,83 @@
+"""The shipped model: its recipe as one command, and the figures of its card."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitskip_experiments import shipped, stories
+from bitskip_experiments.errors import ExperimentError
+from bitskip_ref.documents import END_OF_TEXT, read_documents
+from bitskip_ref.folder import read_folder
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+    "num_hidden_layers=3", "hidden_size=16", "num_attention_heads=2", "num_key_value_heads=1",
+    "head_dim=8", "intermediate_size=32", "max_position_embeddings=32", "vocab_size=300",
+    "tokenizer=bpe:300", "context=32", "batch=2", "steps=4", "warmup=1", "exit_layers=1,2",
+    "eval_exits=1", "compile=false", "save_every=2",
+)  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data/tinystories"
+    folder.mkdir(parents=True)
+    for i, name in enumerate((*stories.TRAIN, stories.VALID)):
+        text = (f"Cat {k} of {i} saw a dog.\n{END_OF_TEXT}\n" for k in range(310))
+        (folder / name).write_text("".join(text))
+    return tmp_path / "data"
+
+
+def test_stories_are_held_back_from_training(data: Path, tmp_path: Path) -> None:
+    texts, held_back = stories.split(data, tmp_path)
+    first = list(read_documents(data / "tinystories" / stories.TRAIN[0]))
+    assert list(read_documents(texts[0])) == first[:10]
+    assert list(read_documents(held_back)) == first[10:]
+    assert [path.name for path in texts[1:]] == list(stories.TRAIN[1:])
+    (data / "tinystories" / stories.TRAIN[1]).unlink()
+    with pytest.raises(ExperimentError, match=r"tinystories_more\.txt: no such file"):
+        stories.split(data, tmp_path)
+
+
+def test_what_is_done_is_not_done_again(data: Path, tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+
+    def verbs() -> list[str]:
+        return [" ".join(words[:2]) for words in stories.commands(data, work, out)]
+
+    gates, export = f"fit-gates {work / 'run/last.pt'}", f"export {work / 'gated.pt'}"
+    assert verbs() == ["train --preset", gates, export]
+    (work / "run").mkdir()
+    (work / "run/last.pt").touch()
+    assert verbs() == ["train --resume", gates, export]
+    (work / "gated.pt").touch()
+    assert verbs() == [export]
+    out.mkdir()
+    assert verbs() == []
+
+
+@pytest.mark.slow
+def test_the_recipe_makes_a_model(data: Path, tmp_path: Path) -> None:
+    settings = [word for setting in TINY for word in ("--set", setting)]
+    words = [str(data), str(tmp_path / "work"), str(tmp_path / "out"), *settings]
+    command = [sys.executable, "-m", "bitskip_experiments.stories", *words]
+    subprocess.run(command, check=True, cwd=ROOT)
+    folder = read_folder(tmp_path / "out")
+    assert folder.config.gates and folder.config.num_hidden_layers == 3
+    assert folder.config.head_format == "int6"
+
+
+def test_what_a_loop_is() -> None:
+    assert not shipped.loops("a b c d e a b c d e")
+    assert shipped.loops("a b c d e a b c d e a b c d e")
+    assert not shipped.loops(" ".join(map(str, range(100))))
+
+
+def test_beginnings_are_words_of_stories() -> None:
+    found = shipped.beginnings([f"{k} one two three four five six seven eight" for k in range(240)])
+    assert len(found) == shipped.TEXTS
+    assert found[1] == "2 one two three four five six seven"
