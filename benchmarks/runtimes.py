@@ -62,7 +62,7 @@ def bitskip(
         report = json.loads(text)
         rows = [
             {**{key: row[key] for key in ("test", "exit_layer")},
-             "tokens_per_s": row["tokens_per_s"]["median"]}
+             "tokens_per_s": row["tokens_per_s"]["median"], "read_share": row.get("read_share")}
             for row in report["rows"]
         ]  # fmt: skip
         limits = {
@@ -82,9 +82,9 @@ def bitskip(
 
 
 def llama_cpp(
-    bench: Path, gguf: Path, name: str, config: ModelConfig, tests: Sequence[str]
+    bench: Path, gguf: Path, name: str, config: ModelConfig | None, tests: Sequence[str]
 ) -> Runtime:
-    """`llama-bench` on a GGUF file of the shape `random_gguf.nearest(config)`."""
+    """`llama-bench` on a GGUF file: of the shape `random_gguf.nearest(config)`, or any (None)."""
     words = [str(bench), "-m", str(gguf), "-r", "1", "-o", "jsonl", *tests]
 
     def read(text: str) -> tuple[list[dict[str, Any]], None]:
@@ -96,8 +96,10 @@ def llama_cpp(
             rows.append({"test": test, "exit_layer": None, "tokens_per_s": row["avg_ts"]})
         return rows, None
 
-    shape = nearest(config)
-    size = entropy_bytes(shape.replace(linear="ternary"), shape.num_hidden_layers)
+    size = None
+    if config is not None:
+        shape = nearest(config)
+        size = entropy_bytes(shape.replace(linear="ternary"), shape.num_hidden_layers)
     return Runtime(name, lambda threads: [*words, "-t", str(threads)], read, size)
 
 

@@ -106,7 +106,7 @@ class Chat:
         model, folder = self.model, self.model.folder
         messages = [*self.messages, {"role": "user", "content": content}]
         ids = chat_ids(model.tokenizer, self._form, messages)
-        rule = options.rule(folder)
+        rule, options = options.rule(folder), options.recommended(folder)
         depth = rule.deepest(model.config)
         same = 0
         if depth <= self._depth:  # what deeper blocks hold beside does not matter (SPEC 8.2)

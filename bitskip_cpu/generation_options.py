@@ -14,7 +14,7 @@ from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.decoding.speculate import Speculation
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits.named import named_rule
-from bitskip_ref.folder import Folder
+from bitskip_ref.folder import SAMPLING, Folder
 from bitskip_text.streaming import StopStrings
 
 
@@ -43,12 +43,13 @@ class GenerationOptions:
     """Blocks that draft. None: a quarter of those that verify."""
     draft_vocab: int | None = None
     """Draft among that many first ids. None: as the folder recommends, else all."""
-    temperature: float = 0.0
-    """0 is greedy; the next three then change nothing (SPEC 9.2)."""
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float | None = None
+    """0 is greedy; the next three then change nothing (SPEC 9.2). None, here and there: what the
+    folder recommends (SPEC 9.7), else what changes nothing."""
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     seed: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Pairs of a token id and what is added to its logit, -100 to 100 (SPEC 9.2)."""
@@ -101,11 +102,14 @@ class GenerationOptions:
 
     @property
     def sampler(self) -> Sampler:
-        """How tokens are chosen."""
-        return Sampler(
-            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
-            self.seed, self.logit_bias,
-        )  # fmt: skip
+        """How tokens are chosen, without a folder's recommendations."""
+        said = {n: v for n in SAMPLING if (v := getattr(self, n)) is not None}
+        return Sampler(**said, seed=self.seed, logit_bias=self.logit_bias)
+
+    def recommended(self, folder: Folder) -> GenerationOptions:
+        """A copy that says of sampling what these options leave to a folder (SPEC 9.7)."""
+        usual = {n: folder.sampling.get(n, getattr(Sampler, n)) for n in SAMPLING}
+        return self.replace(**{n: v for n, v in usual.items() if getattr(self, n) is None})
 
     def rule(self, folder: Folder) -> ExitRule:
         """How many blocks a token runs, checked for a folder's model. Raises ValueError."""

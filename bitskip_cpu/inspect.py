@@ -55,6 +55,7 @@ def inspect(path: Path) -> dict[str, Any]:
             "eos_token_id": list(folder.end_ids) or None,
             "chat": folder.chat is not None,
             "bos_token_id": folder.bos_token_id,
+            "sampling": dict(folder.sampling),
             "exit_layer": folder.exit_layer,
             "auto_exit": describe_rule(folder.auto_exit, config) if folder.auto_exit else None,
         },
@@ -141,6 +142,8 @@ def describe(facts: dict[str, Any]) -> str:
         f"tokenizer: {tokens['tokens']} tokens" if tokens else "no tokenizer",
         f"end-of-text {', '.join(map(str, generation['eos_token_id'] or ['none']))}, "
         f"begin {generation['bos_token_id']}, {'a' if generation['chat'] else 'no'} chat template",
+        "recommended sampling: "
+        + (", ".join(f"{n} {v:g}" for n, v in generation["sampling"].items()) or "greedy"),
         f"weights sha256 {facts['weights_sha256']}",
         "",
         table(("kind", "size"), [(kind, size(n)) for kind, n in facts["bytes"].items()]),

@@ -109,7 +109,7 @@ class Model:
             ids,
             rule=rule,
             speculation=chosen.speculation(rule, self.folder),
-            sampler=chosen.sampler,
+            sampler=chosen.recommended(self.folder).sampler,
             max_tokens=chosen.max_tokens,
             stop=chosen.stop,
             context=chosen.positions(self.config),

@@ -60,9 +60,11 @@ class BitskipLM(TemplateLM):
         if not isinstance(path, Model):
             path = load(MODEL_TYPE.convert(path, None, None), threads, kv_cache)
         self.model = path
+        # What a task does not say of sampling changes nothing, whatever the folder recommends.
         self.options = GenerationOptions(
-            exit_layer=exit_layer, exit_threshold=exit_threshold, context=max_length
-        )
+            exit_layer=exit_layer, exit_threshold=exit_threshold, context=max_length,
+            temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
+        )  # fmt: skip
         self.rule = self.options.rule(path.folder)
         self.max_length = self.options.positions(path.config)
         self.parallel = int(str(batch_size)) if str(batch_size).isdecimal() else 8

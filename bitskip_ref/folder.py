@@ -7,13 +7,14 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.documents import read_text
 from bitskip_ref.engine import ExitRule
 from bitskip_ref.excerpt import shown
@@ -37,6 +38,8 @@ ROOM = 256 << 20  # bytes that tables of positions may take with a model of any 
 CONFIG = "config.json"
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 CHAT = "chat_template.jinja"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""What a folder may recommend of a Sampler (SPEC 9.7), under these names."""
 PARTS = (WEIGHTS, TOKENIZER, CHAT, GENERATION, CONFIG)  # the config last: it names the weights
 
 
@@ -66,6 +69,7 @@ class Folder:
     auto_exit: ExitRule | None = None  # what `--exit-layer auto` means; None: not calibrated
     more_eos_token_ids: tuple[int, ...] = ()  # that end a text, too
     chat: ChatForm | None = None  # how messages become a prompt; None: the model does not chat
+    sampling: Mapping[str, float] = field(default_factory=dict)  # some of SAMPLING (SPEC 9.7)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -162,6 +166,7 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
         root, config, tensors, tokenizer if tokenizer.is_file() else None,
         **numbers, trained_exits=trained_exits, auto_exit=auto_exit,
         more_eos_token_ids=tuple(more), chat=_chat(root, extra),
+        sampling=_sampling(root / GENERATION, extra),
     )  # fmt: skip
 
 
@@ -206,6 +211,28 @@ def _trained_exits(
             f"{path}: trained_exits = {shown(found)} is no list of exits 1..{last} in their order"
         )
     return tuple(found)
+
+
+def recommended_sampling(generation: Mapping[str, Any]) -> dict[str, float]:
+    """Which of SAMPLING a generation_config recommends (SPEC 9.7).
+
+    Raises ValueError for a wrong type or a value that no Sampler takes.
+    """
+    drawn = generation.get("do_sample")
+    if not (drawn is None or isinstance(drawn, bool)):
+        raise ValueError(f"do_sample = {shown(drawn)}: must be true or false")
+    found = {n: generation[n] for n in SAMPLING if generation.get(n) is not None}
+    Sampler(**found)
+    if drawn:
+        return {"temperature": 1.0, **found}
+    return {n: v for n, v in found.items() if n == "repetition_penalty"}
+
+
+def _sampling(path: Path, extra: dict[str, Any]) -> dict[str, float]:
+    try:
+        return recommended_sampling(extra)
+    except ValueError as error:
+        raise FormatError(f"{path}: {error}") from None
 
 
 def _auto_exit(path: Path, extra: dict[str, Any], config: ModelConfig) -> ExitRule | None:
@@ -256,6 +283,7 @@ def write_folder(
     trained_context: int | None = None,
     trained_exits: Sequence[int] | None = None,
     chat: ChatForm | None = None,
+    sampling: Mapping[str, float] | None = None,
 ) -> None:
     """Write a model folder, whole or not at all.
 
@@ -279,6 +307,7 @@ def write_folder(
         generation["trained_exits"] = list(trained_exits)
     if chat is not None:
         generation |= {"bos_token": chat.bos_token, "eos_token": chat.eos_token}
+    generation |= stored_sampling(sampling or {})
     older = like_folder(Path(path), config, tokenizer_json)
     if older is not None and older.auto_exit is not None:
         generation["auto_exit"] = _read_json(older.path / GENERATION)["auto_exit"]
@@ -297,6 +326,11 @@ def write_folder(
             "weights_sha256": digest,
         }
         _write_text(root / CONFIG, json.dumps(stored, indent=2) + "\n")
+
+
+def stored_sampling(sampling: Mapping[str, float]) -> dict[str, Any]:
+    """The keys of generation_config.json that `recommended_sampling` reads so; none for nothing."""
+    return {"do_sample": "temperature" in sampling, **sampling} if sampling else {}
 
 
 def like_folder(path: Path, config: ModelConfig, tokenizer_json: str | None) -> Folder | None:

@@ -252,7 +252,7 @@ class Service:
 
     async def _props(self, request: Request) -> Response:
         model, config = self.model, self.model.config
-        usual = GenerationOptions()
+        usual = GenerationOptions().recommended(model.folder)
         blocks = config.num_hidden_layers
         return _json({
             "model": self.name, "blocks": blocks, "exits": self.model.folder.exits,

@@ -31,11 +31,11 @@ HELP = (
     "--speculate", type=NumberOr("speculation", lambda: ["auto"]), metavar="K|auto",
     help="As for generate.",
 )  # fmt: skip
-@click.option("--temperature", "--temp", type=float, default=0.0, show_default=True)
-@click.option("--top-k", type=WHOLE, default=0)
-@click.option("--top-p", type=float, default=1.0)
-@click.option("--min-p", type=float, default=0.0)
-@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option("--temperature", "--temp", type=float)
+@click.option("--top-k", type=WHOLE)
+@click.option("--top-p", type=float)
+@click.option("--min-p", type=float)
+@click.option("--repetition-penalty", type=float)
 @click.option("--seed", type=WHOLE, default=0, show_default=True)
 @KV_CACHE
 @THREADS

@@ -93,13 +93,14 @@ STORY = "Once upon a time"  # the prompt of the models that come with the packag
     help="Draft among the first V token ids only. Default: the folder's, else all.",
 )  # fmt: skip
 @click.option(
-    "--temperature", "--temp", type=float, default=0.0, show_default=True,
-    help="0 always takes the likeliest token; the next three then change nothing.",
+    "--temperature", "--temp", type=float,
+    help="0 always takes the likeliest token; the next three then change nothing. Default of "
+    "these and the penalty: as the model recommends, else greedy.",
 )  # fmt: skip
-@click.option("--top-k", type=WHOLE, default=0, help="Keep the k likeliest tokens; 0: all.")
-@click.option("--top-p", type=float, default=1.0, help="Keep the likeliest with this sum.")
-@click.option("--min-p", type=float, default=0.0, help="Drop below this share of the likeliest.")
-@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=WHOLE, help="Keep the k likeliest tokens; 0: all.")
+@click.option("--top-p", type=float, help="Keep the likeliest with this sum.")
+@click.option("--min-p", type=float, help="Drop below this share of the likeliest.")
+@click.option("--repetition-penalty", type=float)
 @click.option("--seed", type=WHOLE, default=0, show_default=True, help="Same seed, same text.")
 @click.option(
     "--special", is_flag=True,
@@ -149,7 +150,7 @@ def generate(
     loaded = load_model(model, threads, quiet, kv_cache)
     stream = loaded.stream(text, chosen)
     if not quiet:
-        _note_what_changes_nothing(click_context)
+        _note_what_changes_nothing(click_context, chosen.recommended(loaded.folder))
     colours = None
     if show_exits:
         from bitskip_cpu.cli.showing import Colours
@@ -255,9 +256,9 @@ def _is_piped(stream: IO[str] | None) -> bool:
     return stat.S_ISFIFO(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_size > 0)
 
 
-def _note_what_changes_nothing(context: click.Context) -> None:
+def _note_what_changes_nothing(context: click.Context, options: GenerationOptions) -> None:
     """Name on standard error the sampling options that greedy text ignores."""
-    if context.params["temperature"] != 0:
+    if options.temperature != 0:
         return
     for name in ("top_k", "top_p", "min_p"):
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:

@@ -69,6 +69,7 @@ def write_page(
         settings |= g.speculation.statistics()
     settings["threads"] = model.threads
     shown = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens")
+    options = options.recommended(model.folder)
     settings |= {name.replace("_", " "): getattr(options, name) for name in shown}
     with replace_file(path) as file:
         file.write(page(prompt, pieces, config.num_hidden_layers, settings).encode())

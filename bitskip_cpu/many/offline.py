@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ def answer_file(model: Any, lines: list[Line], path: Path, parallel: int) -> Ite
     for a file that holds other things.
     """
     config = json.loads(read_text(model.folder.path / "config.json"))
+    lines = [replace(line, options=line.options.recommended(model.folder)) for line in lines]
     prints = [fingerprint(config.get("weights_sha256"), model.kv_cache, line) for line in lines]
     kept = _kept(path, prints)
     with path.open("r+b" if path.exists() else "xb") as file:

@@ -80,6 +80,7 @@ class Sequence:
         deadline: `time.monotonic()` after which the text ends. Raises ValueError.
         """
         config, folder = model.config, model.folder
+        options = options.recommended(folder)
         self.rule = options.rule(folder)
         self.depth = self.rule.deepest(config)
         self.speculation = options.speculation(self.rule, folder)

@@ -52,6 +52,7 @@ def import_model(
         exit_layer=source.exit_layer,
         draft_vocab=source.draft_vocab,
         chat=source.chat,
+        sampling=source.sampling,
     )  # fmt: skip
     return _report(source, config)
 
@@ -173,6 +174,9 @@ def integer_rows(weight: Floats, bits: int) -> tuple[np.ndarray, np.ndarray]:
 def _report(source: Source, config: ModelConfig) -> Report:
     """What became of the weights, beside what the reader said."""
     kept, converted = list(source.report.kept), list(source.report.converted)
+    if source.sampling:
+        said = ", ".join(f"{name} {value:g}" for name, value in source.sampling.items())
+        kept.append(f"recommended sampling: {said}")
     counts: dict[tuple[str, bool], int] = {}
     for weight in source.weights.values():
         if len(weight.shape) == 2:

@@ -19,10 +19,18 @@ from bitskip_export.foreign.source import (
 )
 from bitskip_export.foreign.words import added_first
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.folder import CHAT, CONFIG, GENERATION, TOKENIZER, ChatForm
+from bitskip_ref.folder import (
+    CHAT,
+    CONFIG,
+    GENERATION,
+    TOKENIZER,
+    ChatForm,
+    recommended_sampling,
+)
 from bitskip_ref.tensors import parameter_shapes
 
 PACKED = 4  # rows in a byte of transformers' 2-bit matrices
+TOP_K = 50  # transformers', of a generation_config that names none
 IGNORED = ("rotary_emb.inv_freq",)  # tables that old checkpoints carry
 
 
@@ -89,6 +97,7 @@ def read_huggingface(root: Path) -> Source:
         exit_layer=_number(own, "exit_layer", config.num_hidden_layers),
         draft_vocab=_number(own, "draft_vocab", config.vocab_size),
         chat=_chat(root),
+        sampling=_sampling(root, generation),
         report=Report(dropped=tuple(dropped)),
     )
 
@@ -218,6 +227,16 @@ def _bos(
     if bos is not None and (type(bos) is not int or not 0 <= bos < config.vocab_size):
         raise RefusedError(f"bos_token_id {bos!r} is not in 0..{config.vocab_size - 1}")
     return bos
+
+
+def _sampling(root: Path, generation: dict[str, Any]) -> dict[str, float]:
+    """What generation_config.json recommends; what it leaves out is as transformers has it."""
+    if generation.get("do_sample") is True:
+        generation = {"top_k": TOP_K, **{k: v for k, v in generation.items() if v is not None}}
+    try:
+        return recommended_sampling(generation)
+    except ValueError as error:
+        raise RefusedError(f"{root / GENERATION}: {error}") from None
 
 
 def _chat(root: Path) -> ChatForm | None:

@@ -18,7 +18,7 @@ from bitskip_export.foreign.source import RefusedError, Report
 from bitskip_export.pack import check_target
 from bitskip_ref.config import HEAD_BITS
 from bitskip_ref.files import replace_file, replace_folder
-from bitskip_ref.folder import CHAT, CONFIG, GENERATION, TOKENIZER, Folder
+from bitskip_ref.folder import CHAT, CONFIG, GENERATION, TOKENIZER, Folder, stored_sampling
 from bitskip_ref.safetensors_file import write_tensors
 from bitskip_ref.tensors import WEIGHTS, parameter_shapes
 from bitskip_text.tokenizer import parse_tokenizer
@@ -70,7 +70,7 @@ def write_huggingface(
             })  # fmt: skip
         _write_json(root / GENERATION, {
             "eos_token_id": list(folder.end_ids) if folder.more_eos_token_ids else end,
-            "bos_token_id": begin, "do_sample": False,
+            "bos_token_id": begin, "do_sample": False, **stored_sampling(folder.sampling),
         })  # fmt: skip
         if folder.chat is not None:
             _write(root / CHAT, folder.chat.template)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -73,4 +73,5 @@ class Source:
     exit_layer: int | None = None  # what the folder recommends, if the file carries it
     draft_vocab: int | None = None
     chat: ChatForm | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)  # as of a Folder (SPEC 9.7)
     report: Report = Report()

@@ -18,7 +18,7 @@ from bitskip_ref.decoding.speculate import Speculation
 from bitskip_ref.decoding.speculate import stream as speculate
 from bitskip_ref.exits import FixedExit
 from tests.cli.conftest import CONFIG as MODEL
-from tests.cli.conftest import write_model
+from tests.cli.conftest import command, write_model
 from tests.helpers import random_tensors, random_tokens, twin
 from tests.parity.engines import make
 
@@ -32,16 +32,16 @@ from tests.parity.engines import make
         ("exit_looks", ("12", 6, (1.5,), [True], ["6"], (None,)), "exit_looks"),
         ("exit_last", (1.5, "4", False), "exit_last"),
         ("speculate", (2.5, True, [2], "some", "AUTO"), "speculate"),
-        ("top_k", (2.5, "3", None, True, -1), "top-k"),
+        ("top_k", (2.5, "3", True, -1), "top-k"),
         ("seed", (2.5, "3", None, -1, 1 << 64), "seed"),
         (
             "temperature",
-            ("1", None, True, -1, 1e-38, 1e-7, 101, float("nan"), [1.0]),
+            ("1", True, -1, 1e-38, 1e-7, 101, float("nan"), [1.0]),
             "temperature",
         ),
-        ("top_p", (0, 1.1, "1", None, float("nan")), "top-p"),
-        ("min_p", (-0.1, 1.1, "1", None), "min-p"),
-        ("repetition_penalty", (0, 1e-44, 101, "1", None), "repetition penalty"),
+        ("top_p", (0, 1.1, "1", float("nan")), "top-p"),
+        ("min_p", (-0.1, 1.1, "1"), "min-p"),
+        ("repetition_penalty", (0, 1e-44, 101, "1"), "repetition penalty"),
         ("stop", ("dog!", None, b"dog", [1], [None], 5), "stop = "),
         ("stop", ([""], ("a", "")), "empty stop string"),
         ("context", (1.5, "64", True), "context"),
@@ -82,6 +82,28 @@ def test_options_and_keywords_are_the_same(folder: Path) -> None:
     assert hash(options) == hash(options.replace())
     several = GenerationOptions(max_tokens=np.int64(3), seed=np.uint64(1 << 63), temperature=1)
     assert len(model.generate("Once", several).token_ids) == 3
+
+
+def test_what_is_not_said_is_as_the_folder_recommends(tmp_path: Path) -> None:
+    """SPEC 9.7, in `generate`, `generate_many` and the verb."""
+    said = {"temperature": 1.5, "top_k": 40, "repetition_penalty": 1.3}
+    model = bitskip_cpu.load(write_model(tmp_path / "m", sampling=said), threads=1)
+    plain = bitskip_cpu.load(write_model(tmp_path / "n"), threads=1)
+    asked = {"max_tokens": 12, "seed": 3}
+    drawn = model.generate("Once", **asked).text
+    assert drawn == plain.generate("Once", **asked, **said).text
+    assert drawn != plain.generate("Once", **asked).text  # which is greedy
+    assert [g.text for g in model.generate_many(["Once"], **asked)] == [drawn]
+    one = model.generate("Once", **asked, top_k=1, repetition_penalty=1.0).text
+    assert one == plain.generate("Once", **asked).text
+    greedy = model.generate("Once", **asked, temperature=0).text
+    assert greedy == plain.generate("Once", **asked, repetition_penalty=1.3).text
+    assert GenerationOptions(top_k=5).recommended(model.folder).top_k == 5
+    done = command("generate", tmp_path / "m", "-p", "Once", "-n", 12, "--seed", 3, "-q")
+    assert done.stdout == drawn + "\n"
+    assert "recommended sampling: temperature 1.5, top_k 40" in command(
+        "inspect", tmp_path / "m"
+    ).stdout  # fmt: skip
 
 
 # ---- texts that go on -----------------------------------------------------------------

@@ -265,6 +265,20 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: edit_json(r / fd.GENERATION, lambda c: c.update(eos_token_id=True)),
         "eos_token_id = True",
     ),
+    "B7 do_sample a word": (
+        lambda r: edit_json(r / fd.GENERATION, lambda c: c.update(do_sample="yes")),
+        "do_sample = 'yes'",
+    ),
+    "B7 a temperature below 0": (
+        lambda r: edit_json(r / fd.GENERATION, lambda c: c.update(temperature=-1)),
+        "temperature",
+    ),
+    "B7 top_p of no number": (
+        lambda r: edit_json(
+            r / fd.GENERATION, lambda c: c.update(do_sample=True, top_p=float("nan"))
+        ),
+        "top-p",
+    ),
     "B7 looks as floats": (lambda r: calibrated(r, looks=[1.0, 2.0]), "whole numbers"),
     "B7 looks as text": (lambda r: calibrated(r, looks="12"), "whole numbers"),
     "B7 last as a float": (lambda r: calibrated(r, last=3.0), "whole numbers"),
@@ -339,6 +353,20 @@ def test_faults_are_refused(fault: str, tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert len(str(found.value)) < 1000
+
+
+def test_recommended_sampling(tmp_path: Path) -> None:
+    """SPEC 9.7: without do_sample the penalty alone."""
+    said = {"temperature": 0.6, "top_k": 7, "repetition_penalty": 1.1}
+    config = twin("bitskip-v1")
+    fd.write_folder(tmp_path / "m", config, random_tensors(config), sampling=said)
+    assert fd.read_folder(tmp_path / "m").sampling == said
+    edit_json(tmp_path / "m" / fd.GENERATION, lambda c: c.update(do_sample=False))
+    assert fd.read_folder(tmp_path / "m").sampling == {"repetition_penalty": 1.1}
+    edit_json(tmp_path / "m" / fd.GENERATION, lambda c: c.update(do_sample=True, temperature=None))
+    assert fd.read_folder(tmp_path / "m").sampling == {**said, "temperature": 1.0}
+    fd.write_folder(tmp_path / "n", config, random_tensors(config))
+    assert "do_sample" not in json.loads((tmp_path / "n" / fd.GENERATION).read_text())
 
 
 def test_a_setting_that_was_calibrated_is_read(tmp_path: Path) -> None:

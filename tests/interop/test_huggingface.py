@@ -196,6 +196,22 @@ def test_stops_are_those_of_generation_config(tmp_path: Path) -> None:
     assert read_huggingface(path).eos_token_ids == (7, 9)
 
 
+def test_sampling_goes_in_and_out(tmp_path: Path) -> None:
+    from transformers import GenerationConfig
+
+    path = save(random_model("Llama"), tmp_path / "hf")
+    edit(path / "generation_config.json", do_sample=True, top_p=0.9)
+    expected = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}  # transformers' for what lacks
+    folder = read_folder(bring(path, tmp_path / "ours"))
+    assert folder.sampling == expected
+    write_huggingface(folder, tmp_path / "again")
+    assert GenerationConfig.from_pretrained(tmp_path / "again").top_p == 0.9
+    assert read_huggingface(tmp_path / "again").sampling == expected
+    edit(path / "generation_config.json", do_sample=True, top_p=2)
+    with pytest.raises(RefusedError, match="top-p"):
+        read_huggingface(path)
+
+
 # ---- planted mistakes ---------------------------------------------------------------
 
 
