@@ -74,7 +74,7 @@ class ScriptEngine:
         self.prompt, self.fed = list(token_ids), []
         return self._say(0)[None]
 
-    def step(self, token_id: int, cache: Any, rule: Any, trace: Any = None) -> Any:
+    def step(self, token_id: int, cache: Any, rule: Any, trace: Any = None, **_: Any) -> Any:
         cache.length += 1
         self.fed.append(token_id)
         depth = self.depths[len(self.fed) - 1] if self.depths else 1

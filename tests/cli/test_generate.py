@@ -135,7 +135,7 @@ def script(
     """`load` gives a model that says a text, pressing Ctrl-C after some tokens."""
 
     class Engine(ScriptEngine):
-        def step(self, *arguments: Any) -> Any:
+        def step(self, *arguments: Any, **_: Any) -> Any:
             if len(self.fed) + 1 == interrupt_after:
                 raise KeyboardInterrupt
             return super().step(*arguments)

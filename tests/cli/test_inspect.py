@@ -55,7 +55,7 @@ def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
     assert facts["tokenizer"] is None
     assert facts["generation"] == {
         "eos_token_id": [0], "chat": False, "bos_token_id": None, "exit_layer": None,
-        "auto_exit": None,
+        "auto_exit": None, "sampling": {},
     }  # fmt: skip
     assert "auto: not calibrated" in plain.stdout
     write_auto_exit(read_folder(path), ConfidenceExit(0.5, layers=(1,), last=3), {})

@@ -33,7 +33,7 @@ def script(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
 
     def make(text: str, interrupt_after: int = 1 << 30) -> None:
         class Engine(ScriptEngine):
-            def step(self, *arguments: Any) -> Any:
+            def step(self, *arguments: Any, **_: Any) -> Any:
                 if len(self.fed) + 1 == interrupt_after:
                     raise KeyboardInterrupt
                 return super().step(*arguments)
