@@ -106,7 +106,7 @@ class Engine(contract.Engine):
                 record.add(space.block_stages(i))
             if wanted is not None:
                 self._call(EXIT)
-                record.add(space.exit_stages(wanted[: len(part) - skipped]))
+                record.add(space.exit_stages(n, wanted[: len(part) - skipped]))
         record.replay()
         return z
 
@@ -193,7 +193,7 @@ class Engine(contract.Engine):
         space.set_exit(n, z.ctypes.data, first)
         self._call(EXIT)
         if trace is not None:
-            _tell(trace, space.exit_stages(z))
+            _tell(trace, space.exit_stages(n, z))
         return z
 
     def _gate(self, x: np.ndarray, n: int) -> np.float32:
@@ -215,7 +215,9 @@ class Engine(contract.Engine):
         """Bytes that a token run to that exit reads: its linear layers as packed here, the head."""
         weights = self.weights
         _, head = self.config.exit_names(exit_layer)
-        return weights.layer_bytes * exit_layer + sum(a.nbytes for a in weights.head(head))
+        own = weights.exit_bytes if exit_layer in self.config.exit_blocks else 0
+        linear = weights.layer_bytes * exit_layer + own
+        return linear + sum(a.nbytes for a in weights.head(head))
 
     def _call(self, actions: int, first: int = 0, last: int = 0) -> None:
         """Run actions over blocks first..last-1."""

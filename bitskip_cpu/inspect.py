@@ -49,6 +49,7 @@ def inspect(path: Path) -> dict[str, Any]:
             "gates": config.gates,
             "norm": config.exit_norm,
             "head": config.exit_head,
+            "blocks": list(config.exit_blocks),
         },
         "tokenizer": {"tokens": tokenizer.size} if tokenizer else None,
         "generation": {
@@ -138,7 +139,8 @@ def describe(facts: dict[str, Any]) -> str:
         f"{'Hadamard' if config['hadamard'] else 'no Hadamard'}, {config['head_format']} head",
         f"exits 1..{exits['layers']}, recommended {recommended}, auto: {auto}",
         f"exit norms {exits['norm']}, heads "
-        f"{exits['head']}, {'with' if exits['gates'] else 'no'} gates",
+        f"{exits['head']}, {'with' if exits['gates'] else 'no'} gates, blocks of their own: "
+        f"{', '.join(map(str, exits['blocks'])) or 'none'}",
         f"tokenizer: {tokens['tokens']} tokens" if tokens else "no tokenizer",
         f"end-of-text {', '.join(map(str, generation['eos_token_id'] or ['none']))}, "
         f"begin {generation['bos_token_id']}, {'a' if generation['chat'] else 'no'} chat template",

@@ -74,14 +74,16 @@ class Weights:
     def __init__(self, config: ModelConfig, tensors: Tensors) -> None:
         """`tensors` as in a model folder, already checked (bitskip_ref.tensors.checked_tensors)."""
         self.config = config
+        members = self._members()
         blocks = [
-            [
-                [tensors[f"layers.{i}.{n}.weight"] for n in names]
-                for names in self._members().values()
-            ]
+            {p: [tensors[f"layers.{i}.{n}.weight"] for n in names] for p, names in members.items()}
             for i in range(config.num_hidden_layers)
         ]
-        linear = {id(t) for block in blocks for product in block for t in product}
+        blocks += [
+            {p: [tensors[f"exits.{e}.block.{n}.weight"] for n in members[p]] for p in (UP, DOWN)}
+            for e in config.exit_blocks
+        ]
+        linear = {id(t) for block in blocks for product in block.values() for t in product}
         self.tensors = {name: t for name, t in tensors.items() if id(t) not in linear}
         self._norms: dict[str, np.ndarray] = {}
         self._heads: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -91,7 +93,8 @@ class Weights:
         if config.linear != "float32":
             self.linear = self._tiles(blocks)
         else:
-            self.linear = in_a_row([t for block in blocks for product in block for t in product])
+            whole = [t for block in blocks for product in block.values() for t in product]
+            self.linear = in_a_row(whole)
 
     def _members(self) -> dict[int, list[str]]:
         """The linear layers that each product consists of."""
@@ -102,17 +105,17 @@ class Weights:
             DOWN: ["down_proj"],
         }
 
-    def _tiles(self, blocks: Sequence[Sequence[Sequence[np.ndarray]]]) -> np.ndarray:
-        """Every block's rows as tiles, uint8 [L * layer_bytes]; made on all cores."""
-        result = aligned((len(blocks) * self.layer_bytes,), np.uint8, zeros=False)
+    def _tiles(self, blocks: Sequence[Mapping[int, Sequence[np.ndarray]]]) -> np.ndarray:
+        """The rows of every block and exit block as tiles, uint8 [bytes]; made on all cores."""
+        result = aligned((self._start(len(blocks)),), np.uint8, zeros=False)
         widest = max(
             max(int(p["padded"]), 4 * packed_width(int(p["width"]))) for p in self.products
         )
 
         def pack_rows(i: int) -> None:
-            for p, members in zip(self.products, blocks[i], strict=True):
+            for product, members in blocks[i].items():
+                p, at = self.products[product], self._place(i, product)
                 rows, size = ternary_layout.padded_rows(int(p["rows"])), int(p["row_bytes"])
-                at = i * self.layer_bytes + int(p["weights"])
                 tiles = result[at : at + rows * size].reshape(rows, size)
                 vocab_layout.pack(np.concatenate(members), 8, tiles)
                 for t in members:
@@ -120,9 +123,9 @@ class Weights:
 
         def repack(i: int) -> None:
             scratch = np.empty(32 * (widest + 64) + 512, np.uint8)
-            for p, members in zip(self.products, blocks[i], strict=True):
-                packed = in_a_row(members)
-                to = result.ctypes.data + i * self.layer_bytes + int(p["weights"])
+            for product, members in blocks[i].items():
+                packed, p = in_a_row(members), self.products[product]
+                to = result.ctypes.data + self._place(i, product)
                 KERNELS.repack(
                     packed.ctypes.data, packed_width(int(p["width"])), int(p["rows"]),
                     int(p["units"]), int(p["tail"]), to, scratch.ctypes.data,
@@ -133,6 +136,24 @@ class Weights:
         make = repack if self.config.linear == "ternary" else pack_rows
         in_parallel(make, range(len(blocks)), result.nbytes)
         return result
+
+    def _start(self, i: int) -> int:
+        """Where block i begins in `linear`; exit blocks come behind the blocks, as in FORMAT 3."""
+        layers = self.config.num_hidden_layers
+        return min(i, layers) * self.layer_bytes + max(0, i - layers) * self.exit_bytes
+
+    def _place(self, i: int, product: int) -> int:
+        """Where a product of block i begins in `linear`; an exit block has only UP and DOWN."""
+        skipped = 0 if i < self.config.num_hidden_layers else int(self.products[UP]["weights"])
+        return self._start(i) + int(self.products[product]["weights"]) - skipped
+
+    def exit_block(self, n: int) -> tuple[int, int]:
+        """`exit_layer` and `exit_weights` (`layout.STATE`) of the exit after n blocks."""
+        if n not in self.config.exit_blocks:
+            return 0, 0
+        i = self.config.num_hidden_layers + self.config.exit_blocks.index(n)
+        base = self._place(i, UP) - int(self.products[UP]["weights"]) - i * self.layer_bytes
+        return i, self.linear.ctypes.data + base
 
     def _products(self) -> np.ndarray:
         c, shapes = self.config, self.config.linear_shapes()
@@ -162,12 +183,13 @@ class Weights:
             p["end0"], p["end1"] = ends[0], ends[min(1, len(ends) - 1)]
             offset += rows * int(p["row_bytes"])
         self.layer_bytes = int(offset)
+        self.exit_bytes = self.layer_bytes - int(table[UP]["weights"])
         return table
 
     def _params(self) -> tuple[dict[str, int], np.ndarray]:
-        """Per block: weight scales, biases, each norm's weight and bias.
+        """Per block: weight scales, biases, each norm's weight and bias; exit blocks come behind.
 
-        -> (byte offsets of the norms, f32 [L, P]).
+        -> (byte offsets of the norms, f32 [L + exit blocks, P]).
         """
         c, t = self.config, self.tensors
         scales = sum(out for out, _ in c.linear_shapes().values()) if c.linear == "int8" else SCALES
@@ -182,17 +204,23 @@ class Weights:
         for name, width in c.norm_shapes().items():
             offsets[name] = 4 * size
             size += width * (2 if c.norm == "layer" else 1)
-        table = np.zeros((c.num_hidden_layers, size), np.float32)
-        for i, row in enumerate(table):
-            if c.linear != "float32":
-                found = np.concatenate([t[f"layers.{i}.{n}.scale"] for n in c.linear_shapes()])
-                row[: len(found)] = found
+        blocks = [f"layers.{i}" for i in range(c.num_hidden_layers)]
+        blocks += [f"exits.{n}.block" for n in c.exit_blocks]
+        table = np.zeros((len(blocks), size), np.float32)
+        for at, row in zip(blocks, table, strict=True):
+            start = 0
+            for name, (out, _) in c.linear_shapes().items():
+                count = {"ternary": 1, "int8": out, "float32": 0}[c.linear]
+                if count and f"{at}.{name}.scale" in t:
+                    row[start : start + count] = t[f"{at}.{name}.scale"]
+                start += count
             for name, start in biases.items():
-                values = t[f"layers.{i}.{name}.bias"]
+                values = t.get(f"{at}.{name}.bias", row[:0])
                 row[start : start + values.size] = values
             for name, start in offsets.items():
-                values = self.norm(f"layers.{i}.{name}")
-                row[start // 4 : start // 4 + values.size] = values
+                if f"{at}.{name}.weight" in t:
+                    values = self.norm(f"{at}.{name}")
+                    row[start // 4 : start // 4 + values.size] = values
         return offsets, table
 
     def norm(self, name: str) -> np.ndarray:

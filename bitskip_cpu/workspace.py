@@ -68,10 +68,13 @@ def _row(*names: str) -> tuple[struct.Struct, int]:
     return struct.Struct("=" + "".join(kinds[kind] for kind, *_ in fields)), fields[0][1]
 
 
-EXIT_ROW, EXIT_AT = _row("final_norm", "vocab_scale", "vocab_weights", "vocab_row_bytes")
-UPPER_ROW, UPPER_AT = _row(
-    "upper_weights", "upper_row_bytes", "upper_norms", "head_codes", "final_norm", "vocab_scale"
+EXIT_ROW, EXIT_AT = _row(
+    "final_norm", "vocab_scale", "exit_layer", "exit_weights", "vocab_weights", "vocab_row_bytes"
 )
+UPPER_ROW, UPPER_AT = _row(
+    "upper_weights", "upper_row_bytes", "upper_norms", "head_codes", "final_norm", "vocab_scale",
+    "exit_layer", "exit_weights",
+)  # fmt: skip
 CONTENDERS, CONTENDERS_AT = _row("contender_count", "contender_temperature", "contender_reach")
 LOGITS, LOGITS_AT = _row("logits", "exit_from")
 ROWS, ROWS_AT = _row("tokens", "from_row")
@@ -109,6 +112,7 @@ class Workspace:
     def _shape(self) -> None:
         c, s = self.weights.config, self.state
         for name, value in {
+            "layers": c.num_hidden_layers,
             "hidden": c.hidden_size, "heads": c.num_attention_heads,
             "kv_heads": c.num_key_value_heads, "head_dim": c.head_dim,
             "head_padded": padded_keys(c.head_dim), "value_width": padded_values(c.head_dim),
@@ -242,13 +246,14 @@ class Workspace:
         return self._words[TOKENS]
 
     def exit(self, n: int) -> tuple[int, ...]:
-        """What EXIT_ROW is after n blocks: the same for all that share norm and head."""
+        """What EXIT_ROW is after n blocks: the same for all that share norm and head and have no
+        block of their own."""
         if n not in self._exits:
             norm, head = self.weights.config.exit_names(n)
             rows, scales = self.weights.head(head)
             self._exits[n] = (
-                self.weights.norm(norm).ctypes.data, scales.ctypes.data, rows.ctypes.data,
-                rows.strides[0],
+                self.weights.norm(norm).ctypes.data, scales.ctypes.data,
+                *self.weights.exit_block(n), rows.ctypes.data, rows.strides[0],
             )  # fmt: skip
         return self._exits[n]
 
@@ -260,7 +265,7 @@ class Workspace:
             self._uppers[n] = upper and (
                 upper.tiles.ctypes.data, upper.tiles.strides[0], upper.norms.ctypes.data,
                 upper.codes.ctypes.data, self.weights.norm(norm).ctypes.data,
-                upper.scales.ctypes.data,
+                upper.scales.ctypes.data, *self.weights.exit_block(n),
             )  # fmt: skip
         return self._uppers[n]
 
@@ -324,5 +329,10 @@ class Workspace:
         }  # fmt: skip
         return {f"layers.{i}.{name}": value for name, value in stages.items()}
 
-    def exit_stages(self, logits: np.ndarray) -> dict[str, np.ndarray]:
-        return {"exit_norm": self.input[: len(logits), : self.x.shape[1]], "logits": logits}
+    def exit_stages(self, n: int, logits: np.ndarray) -> dict[str, np.ndarray]:
+        """Views of the stages of exit n, f32 [t, V] the logits that were made."""
+        count, stages = len(logits), dict[str, np.ndarray]()
+        if n in self.weights.config.exit_blocks:
+            at = f"exits.{n}.block"
+            stages = {f"{at}.act": self.act[:count], f"{at}.out": self.mid[:count]}
+        return stages | {"exit_norm": self.input[:count, : self.x.shape[1]], "logits": logits}

@@ -61,6 +61,18 @@ def odd_part(width: int) -> int:
     return width // (width & -width)
 
 
+def _exits(value: Any, layers: int) -> tuple[int, ...]:
+    """A list of exits before the last as a tuple. Raises ConfigError."""
+    if not isinstance(value, list | tuple) or any(type(n) is not int for n in value):
+        raise ConfigError(f"exit_blocks = {shown(value)}: must be a list of exits, like [6, 12]")
+    if any(not 0 < n < layers for n in value) or list(value) != sorted(set(value)):
+        raise ConfigError(
+            f"exit_blocks = {shown(list(value))}: must rise within 1..{layers - 1}, the exits "
+            "before the last"
+        )
+    return tuple(value)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and arithmetic of a model. Checked when made; stored as `config.json`."""
@@ -144,6 +156,9 @@ class ModelConfig:
     (`per_layer`) (SPEC 8.1)."""
     exit_head: str = "shared"
     """Their head, the same way. `per_layer` excludes `tie_word_embeddings`."""
+    exit_blocks: tuple[int, ...] = ()
+    """Exits before the last that have a feed-forward block of their own between hidden state and
+    final norm (SPEC 8.8), rising."""
     head_format: str = "int8"
     """How embedding and head are stored when exported: codes of 8, 6 or 4 bits (SPEC 4.4), or
     floats (SPEC 4.5)."""
@@ -152,7 +167,9 @@ class ModelConfig:
         hints = _types()
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), hints[field.name]
-            if kind is float and type(value) is int and abs(value) < 1 << 53:
+            if field.name == "exit_blocks":
+                object.__setattr__(self, field.name, _exits(value, self.num_hidden_layers))
+            elif kind is float and type(value) is int and abs(value) < 1 << 53:
                 object.__setattr__(self, field.name, float(value))
             elif type(value) is not kind:
                 raise ConfigError(f"{field.name} = {shown(value)}: must be of type {kind.__name__}")
@@ -268,6 +285,15 @@ class ModelConfig:
         shapes["down_proj"] = (self.hidden_size, f)
         return shapes
 
+    def exit_block_shapes(self) -> dict[str, tuple[int, int]]:
+        """Name -> (out, in) of an exit block's linear layers: those of a block's FFN (SPEC 8.8)."""
+        names = ("gate_proj", "up_proj", "down_proj")
+        return {name: s for name, s in self.linear_shapes().items() if name in names}
+
+    def exit_block_norms(self) -> dict[str, int]:
+        """Name -> width of an exit block's norms (SPEC 8.8)."""
+        return {name: w for name, w in self.norm_shapes().items() if name.startswith("ffn_")}
+
     def bias_shapes(self) -> dict[str, int]:
         """Name -> width of one block's biases, by the linear layer that they belong to."""
         return {name: self.linear_shapes()[name][0] for name in BIASES[self.biases]}
@@ -287,8 +313,10 @@ class ModelConfig:
         return max(1, self.hidden_size // 4)
 
     def quantizable_parameters(self) -> int:
-        """Weights held by the linear layers of all blocks."""
-        return self.num_hidden_layers * sum(o * i for o, i in self.linear_shapes().values())
+        """Weights held by the linear layers of all blocks and exit blocks."""
+        blocks = self.num_hidden_layers * sum(o * i for o, i in self.linear_shapes().values())
+        exits = len(self.exit_blocks) * sum(o * i for o, i in self.exit_block_shapes().values())
+        return blocks + exits
 
     def parameters(self) -> int:
         """Linear weights, embedding and heads; norms and gates are left out, as in the papers."""
@@ -313,7 +341,8 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Field -> value, as JSON has it."""
+        return {**dataclasses.asdict(self), "exit_blocks": list(self.exit_blocks)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:

@@ -39,7 +39,8 @@ Trace = Callable[[str, np.ndarray], None]
 
 embed [T, D]; layers.{i}.q [T, H, E] and .k [T, K, E] (after RoPE), .v [T, K, E],
 .attn [T, H * E] (SPEC 6.3, before any sub-norm), .mid [T, D] (after the attention sublayer),
-.act [T, F] (FFN activation, before any sub-norm), .out [T, D]; exit_norm [T, D]; logits [T, V].
+.act [T, F] (FFN activation, before any sub-norm), .out [T, D]; of an exit's own block
+exits.{n}.block.act and .out, as those (SPEC 8.8); exit_norm [T, D]; logits [T, V].
 Arrays may be reused by the engine after the call: copy what is kept.
 """
 

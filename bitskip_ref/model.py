@@ -26,6 +26,7 @@ from bitskip_ref.engine import Engine, Run, Trace
 from bitskip_ref.folder import read_folder
 from bitskip_ref.packing import unpack_ternary
 from bitskip_ref.rope import rope_table
+from bitskip_ref.tensors import linear_layers
 
 f32 = np.float32
 
@@ -68,10 +69,9 @@ class ReferenceModel(Engine):
         super().__init__(config, kv_cache)
         self.tensors = dict(tensors)
         if config.linear == "ternary":
-            for i in range(config.num_hidden_layers):
-                for name, (_, width) in config.linear_shapes().items():
-                    key = f"layers.{i}.{name}.weight"
-                    self.tensors[key] = unpack_ternary(tensors[key], width)
+            for name, (_, width) in linear_layers(config).items():
+                key = f"{name}.weight"
+                self.tensors[key] = unpack_ternary(tensors[key], width)
         self.cos, self.sin = rope_table(config)
 
     # ---- the forward pass, top to bottom --------------------------------------------
@@ -106,6 +106,11 @@ class ReferenceModel(Engine):
             x = self.norm(f"{at}.attn_norm", x)
         trace(f"{at}.mid", x)
 
+        return self.feed_forward(at, x, trace)
+
+    def feed_forward(self, at: str, x: np.ndarray, trace: Trace) -> np.ndarray:
+        """FFN, norms and residual of a block or an exit block: x [T, D] -> [T, D] (SPEC 7, 8.8)."""
+        c, pre = self.config, self.config.norm_position == "pre"
         f = self.norm(f"{at}.ffn_norm", x) if pre else x
         gate = self.linear(f"{at}.gate_proj", f) if c.gated else None
         f = ffn_activation(c, self.linear(f"{at}.up_proj", f), gate)  # [T, F]
@@ -119,8 +124,10 @@ class ReferenceModel(Engine):
         return x
 
     def exit(self, x: np.ndarray, n: int, trace: Trace = lambda *_: None) -> np.ndarray:
-        """Logits after n blocks: x [T, D] -> [T, V] (SPEC 8.1)."""
+        """Logits after n blocks: x [T, D] -> [T, V] (SPEC 8.1, 8.8)."""
         norm, head = self.config.exit_names(n)
+        if n in self.config.exit_blocks:
+            x = self.feed_forward(f"exits.{n}.block", x, trace)
         x = self.norm(norm, x)
         trace("exit_norm", x)
         z = self.head(head, x)

@@ -22,13 +22,13 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[type, tuple[int, ..
     """Name -> (dtype, shape) of every tensor, in file order (FORMAT 3)."""
     blocks = range(config.num_hidden_layers)
     table: dict[str, tuple[type, tuple[int, ...]]] = {}
-    for i in blocks:
-        for name, (rows, width) in config.linear_shapes().items():
-            table[f"layers.{i}.{name}.weight"] = {
-                "ternary": (np.uint8, (rows, packed_width(width))),
-                "int8": (np.int8, (rows, width)),
-                "float32": (np.float32, (rows, width)),
-            }[config.linear]
+    linears = linear_layers(config)
+    for name, (rows, width) in linears.items():
+        table[f"{name}.weight"] = {
+            "ternary": (np.uint8, (rows, packed_width(width))),
+            "int8": (np.int8, (rows, width)),
+            "float32": (np.float32, (rows, width)),
+        }[config.linear]
     heads = ["embed_tokens"] + ([] if config.tie_word_embeddings else ["lm_head"])
     exits = range(1, config.num_hidden_layers)
     if config.exit_head == "per_layer":
@@ -37,10 +37,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[type, tuple[int, ..
         shape = (config.vocab_size, config.hidden_size)
         table[f"{name}.weight"] = (HEAD_DTYPES[config.head_format], shape)
     if config.linear != "float32":
-        for i in blocks:
-            for name, (rows, _) in config.linear_shapes().items():
-                scales = 1 if config.linear == "ternary" else rows
-                table[f"layers.{i}.{name}.scale"] = (np.float32, (scales,))
+        for name, (rows, _) in linears.items():
+            scales = 1 if config.linear == "ternary" else rows
+            table[f"{name}.scale"] = (np.float32, (scales,))
     if config.head_format in HEAD_BITS:
         for name in heads:
             table[f"{name}.scale"] = (np.float32, (config.vocab_size,))
@@ -62,6 +61,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[type, tuple[int, ..
             inner = (config.gate_width, config.hidden_size)
             table[f"layers.{i}.gate.fc1.weight"] = (np.float32, inner)
             table[f"layers.{i}.gate.fc2.weight"] = (np.float32, (1, config.gate_width))
+    for n in config.exit_blocks:
+        for name, width in config.exit_block_norms().items():
+            norm(f"exits.{n}.block.{name}", width)
     if config.exit_norm == "per_layer":
         for n in exits:
             norm(f"exits.{n}.norm", config.hidden_size)
@@ -69,19 +71,33 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[type, tuple[int, ..
     return table
 
 
+def linear_layers(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Name -> (out, in) of the linear layers of all blocks, then of all exit blocks."""
+    blocks = {
+        f"layers.{i}.{name}": shape
+        for i in range(config.num_hidden_layers)
+        for name, shape in config.linear_shapes().items()
+    }
+    return blocks | {
+        f"exits.{n}.block.{name}": shape
+        for n in config.exit_blocks
+        for name, shape in config.exit_block_shapes().items()
+    }
+
+
 def tensor_count(config: ModelConfig) -> int:
     """How many tensors `expected_tensors` has, without its table."""
-    one, two = (len(expected_tensors(config.replace(num_hidden_layers=n))) for n in (1, 2))
-    return one + (config.num_hidden_layers - 1) * (two - one)
+    plain = config.replace(exit_blocks=())
+    one, two = (len(expected_tensors(plain.replace(num_hidden_layers=n))) for n in (1, 2))
+    with_one = expected_tensors(plain.replace(num_hidden_layers=2, exit_blocks=(1,)))
+    exit_blocks = len(config.exit_blocks) * (len(with_one) - two)
+    return one + (config.num_hidden_layers - 1) * (two - one) + exit_blocks
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the full-precision parameters that training holds: no scales, no packing."""
     shapes = {name: s for name, (_, s) in expected_tensors(config).items() if ".scale" not in name}
-    for i in range(config.num_hidden_layers):
-        for name, shape in config.linear_shapes().items():
-            shapes[f"layers.{i}.{name}.weight"] = shape
-    return shapes
+    return shapes | {f"{name}.weight": shape for name, shape in linear_layers(config).items()}
 
 
 def checked_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:

@@ -130,32 +130,25 @@ class Cache(CacheFill):
         return [part[:blocks, :, :size].numpy() for part in self.arrays.values()]
 
 
-class Block(nn.Module):
-    """SPEC 7: attention and FFN with their norms and residuals, before or after."""
+class FeedForward(nn.Module):
+    """FFN with its norms and residual, before or after: a block's second half (SPEC 7), and all of
+    an exit block (SPEC 8.8)."""
 
-    attn_norm: Norm
     ffn_norm: Norm
-    q_norm: Norm
-    k_norm: Norm
-    attn_sub_norm: Norm
     ffn_sub_norm: Norm
-    gate: Gate
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, linears: dict[str, tuple[int, int]], norms: dict[str, int]
+    ) -> None:
+        """linears: name -> (out, in), norms: name -> width, as the config has them."""
         super().__init__()
         self.config = config
-        for name, (out_features, in_features) in config.linear_shapes().items():
+        for name, (out_features, in_features) in linears.items():
             biased = name in config.bias_shapes()
             self.add_module(name, Weight(out_features, in_features, biased))
-        for name, width in config.norm_shapes().items():
+        for name, width in norms.items():
             self.add_module(name, Norm(width, config.norm, config.norm_eps))
-        if config.gates:
-            self.gate = Gate(config)
         self._kept: dict[str, Prepared] = {}
-
-    def own_parameters(self) -> list[nn.Parameter]:
-        """Those that `forward` uses: all but the gate's."""
-        return [p for name, p in self.named_parameters() if not name.startswith("gate.")]
 
     # ---- linear layers --------------------------------------------------------------
 
@@ -200,17 +193,6 @@ class Block(nn.Module):
 
     # ---- forward --------------------------------------------------------------------
 
-    def queries_keys_values(self, x: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """x f32 [B, T, D] -> turned queries [B, T, H, E], turned keys and values [B, T, K, E]."""
-        if self.config.norm_position == "pre":
-            x = self.attn_norm(x, run.ops)
-        dim = (-1, self.config.head_dim)
-        q, k, v = (part.unflatten(-1, dim) for part in self.linear("qkv", x, run))
-        if self.config.qk_norm:
-            q = self.q_norm(q, run.ops).to(q.dtype)
-            k = self.k_norm(k, run.ops).to(k.dtype)
-        return run.ops.rope(q, run.cos, run.sin), run.ops.rope(k, run.cos, run.sin), v
-
     def ffn(self, x: Tensor, run: Pass, trace: TensorTrace) -> Tensor:
         """SPEC 7.1: f32 [B, T, D] -> [B, T, D]."""
         config, ops = self.config, run.ops
@@ -223,6 +205,45 @@ class Block(nn.Module):
         if config.sub_norm:
             up = self.ffn_sub_norm(up, ops)
         return self.linear("down", up, run)[0]
+
+    def feed_forward(self, x: Tensor, run: Pass, trace: TensorTrace) -> Tensor:
+        """The FFN's half of SPEC 7.2, 7.3: f32 [B, T, D] -> f32 [B, T, D]."""
+        pre = self.config.norm_position == "pre"
+        x = x + self.ffn(self.ffn_norm(x, run.ops) if pre else x, run, trace)
+        if not pre:
+            x = self.ffn_norm(x, run.ops)
+        trace("out", x)
+        return x
+
+
+class Block(FeedForward):
+    """SPEC 7: attention and FFN with their norms and residuals, before or after."""
+
+    attn_norm: Norm
+    q_norm: Norm
+    k_norm: Norm
+    attn_sub_norm: Norm
+    gate: Gate
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, config.linear_shapes(), config.norm_shapes())
+        if config.gates:
+            self.gate = Gate(config)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that `forward` uses: all but the gate's."""
+        return [p for name, p in self.named_parameters() if not name.startswith("gate.")]
+
+    def queries_keys_values(self, x: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        """x f32 [B, T, D] -> turned queries [B, T, H, E], turned keys and values [B, T, K, E]."""
+        if self.config.norm_position == "pre":
+            x = self.attn_norm(x, run.ops)
+        dim = (-1, self.config.head_dim)
+        q, k, v = (part.unflatten(-1, dim) for part in self.linear("qkv", x, run))
+        if self.config.qk_norm:
+            q = self.q_norm(q, run.ops).to(q.dtype)
+            k = self.k_norm(k, run.ops).to(k.dtype)
+        return run.ops.rope(q, run.cos, run.sin), run.ops.rope(k, run.cos, run.sin), v
 
     def forward(
         self,
@@ -251,12 +272,7 @@ class Block(nn.Module):
         if config.norm_position == "post":
             x = self.attn_norm(x, ops)
         report("mid", x)
-        before = self.ffn_norm(x, ops) if config.norm_position == "pre" else x
-        x = x + self.ffn(before, run, report)
-        if config.norm_position == "post":
-            x = self.ffn_norm(x, ops)
-        report("out", x)
-        return x
+        return self.feed_forward(x, run, report)
 
 
 def _ignore(stage: str, values: Tensor) -> None:

@@ -13,11 +13,21 @@ from torch import Tensor, nn
 
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.rope import rope_table
+from bitskip_ref.tensors import linear_layers
 from bitskip_train.checkpoint import Checkpoint
 from bitskip_train.exact import ExactOps
 from bitskip_train.fast import FastOps
 from bitskip_train.functions import PassThrough
-from bitskip_train.layers import BYPASSES, Block, Cache, Norm, Pass, TensorTrace, Weight
+from bitskip_train.layers import (
+    BYPASSES,
+    Block,
+    Cache,
+    FeedForward,
+    Norm,
+    Pass,
+    TensorTrace,
+    Weight,
+)
 from bitskip_train.readings import AfterOps, departures, operations
 from bitskip_train.settings import TrainConfig
 
@@ -26,13 +36,16 @@ INIT_STD = 0.02
 
 
 class Exit(nn.Module):
-    """What exit n < L has of its own (SPEC 8.1); empty where it shares everything."""
+    """What exit n < L has of its own (SPEC 8.1, 8.8); empty where it shares everything."""
 
+    block: FeedForward
     norm: Norm
     head: Weight
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, n: int) -> None:
         super().__init__()
+        if n in config.exit_blocks:
+            self.block = FeedForward(config, config.exit_block_shapes(), config.exit_block_norms())
         if config.exit_norm == "per_layer":
             self.norm = Norm(config.hidden_size, config.norm, config.norm_eps)
         if config.exit_head == "per_layer":
@@ -60,7 +73,7 @@ class BitskipModel(nn.Module):
             self.embedding_norm = Norm(config.hidden_size, config.norm, config.norm_eps)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.exits = nn.ModuleDict(
-            {str(n): Exit(config) for n in range(1, config.num_hidden_layers)}
+            {str(n): Exit(config, n) for n in range(1, config.num_hidden_layers)}
         )
         self.final_norm = Norm(config.hidden_size, config.norm, config.norm_eps)
         if not config.tie_word_embeddings:
@@ -216,13 +229,15 @@ class BitskipModel(nn.Module):
     def logits(
         self, hidden: Tensor, n: int, trace: TensorTrace | None = None, *, normed: bool = True
     ) -> Tensor:
-        """SPEC 8.1: f32 [..., D] after n = 1..L blocks -> logits [..., V].
+        """SPEC 8.1, 8.8: f32 [..., D] after n = 1..L blocks -> logits [..., V].
 
         float32, or bfloat16 under autocast. normed: False leaves the norm out (SPEC 10 row 24).
         """
         self._check_exit(n)
         ops, norm, head = self.ops(), self.exit_norm(n), self.exit_head(n)
         with self.region(ops):
+            if n in self.config.exit_blocks:
+                hidden = self.exit_block(n, hidden, ops, trace)
             normed_hidden = norm(hidden, ops) if normed else hidden
             turned = self.turn_head(normed_hidden, ops)
             z = ops.head(turned, head.weight, head.scale, self.config.head_format)
@@ -230,6 +245,16 @@ class BitskipModel(nn.Module):
             trace("exit_norm", normed_hidden)
             trace("logits", z)
         return z
+
+    def exit_block(
+        self, n: int, hidden: Tensor, ops: FastOps, trace: TensorTrace | None = None
+    ) -> Tensor:
+        """SPEC 8.8: f32 [..., D] after n blocks -> f32 [..., D], through the exit's own block."""
+        at = f"exits.{n}.block"
+        run = self.start(ops, "none", 0, 0)  # no position is asked for
+        block = cast(FeedForward, self.get_submodule(at))
+        report = trace or (lambda *_: None)
+        return block.feed_forward(hidden, run, lambda name, x: report(f"{at}.{name}", x))
 
     def gate_logits(self, hidden: Tensor, n: int) -> Tensor:
         """The argument of the routing gate's sigmoid after block n = 1..L: f32 [...]."""
@@ -251,9 +276,8 @@ class BitskipModel(nn.Module):
     def quantized_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, weight f32 [out, in]) of every ternary linear layer; none in an FP32 model."""
         if self.config.linear == "ternary":
-            for i, block in enumerate(self.layers):
-                for name in self.config.linear_shapes():
-                    yield f"layers.{i}.{name}.weight", getattr(block, name).weight
+            for name in linear_layers(self.config):
+                yield f"{name}.weight", cast(Weight, self.get_submodule(name)).weight
 
     def _check_exit(self, n: int) -> None:
         if not 1 <= n <= self.config.num_hidden_layers:

@@ -159,7 +159,8 @@ def _refuse_unknown(what: str, table: str, name: str, bare: bool = False) -> Non
 
 
 def _parse_value(text: str, table: str, name: str) -> Any:
-    lists = table == "train" and isinstance(getattr(TrainConfig(), name), tuple)
+    kind = ModelConfig if table == "model" else TrainConfig
+    lists = isinstance(getattr(kind, name, None), tuple)
     if lists and not text.startswith("["):
         items = [item.strip() for item in text.split(",") if item.strip()]
         return [int(item) if item.isdecimal() else item for item in items]

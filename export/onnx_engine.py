@@ -67,9 +67,9 @@ class OnnxModel(Engine):
         for i in range(n):
             for array, blocks in cache.arrays.items():
                 blocks[i] = outputs.pop(cache_name("present", i, array))
-        for name in ("exit_norm", "logits"):
-            if name in outputs:
-                outputs[name] = outputs[name][first:]
+        for name, values in outputs.items():
+            if name.startswith("exit") or name == "logits":
+                outputs[name] = values[first:]
         logits: np.ndarray = outputs.pop("logits")
         if trace is not None:
             for stage, values in outputs.items():

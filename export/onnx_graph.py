@@ -154,7 +154,11 @@ class ExitGraph:
         if not pre:
             x = self.norm(f"{at}.attn_norm", x)
         self.report(f"{at}.mid", x, c.hidden_size)
+        return self.feed_forward(at, x)
 
+    def feed_forward(self, at: str, x: str) -> str:
+        """FFN, norms and residual of a block or an exit block: x [T, D] -> [T, D] (SPEC 7, 8.8)."""
+        g, c, pre = self.g, self.config, self.config.norm_position == "pre"
         f = self.norm(f"{at}.ffn_norm", x) if pre else x
         names = ["up_proj", "gate_proj"] if c.gated else ["up_proj"]
         f = self.activation(*self.linears([f"{at}.{n}" for n in names], f, c.hidden_size))  # [T, F]
@@ -168,8 +172,10 @@ class ExitGraph:
         return x
 
     def exit(self, x: str) -> None:
-        """Logits of x [T, D] (SPEC 8.1)."""
+        """Logits of x [T, D] (SPEC 8.1, 8.8)."""
         norm, head = self.config.exit_names(self.exit_layer)
+        if self.exit_layer in self.config.exit_blocks:
+            x = self.feed_forward(f"exits.{self.exit_layer}.block", x)
         x = self.norm(norm, x)
         self.report("exit_norm", x, self.config.hidden_size)
         self.g.op("Identity", self.head(head, x), name="logits")

@@ -157,18 +157,28 @@ def pack(
             raise ExportError(
                 f"{name}{at} is {w[tuple(at)]}: training has diverged, export an older checkpoint"
             )
-        scale = name.removesuffix("weight") + "scale"
-        if kind is np.uint8:
-            codes, alpha = ternary_codes(name, w, ternary)
-            tensors[name], tensors[scale] = pack_ternary(codes), np.array([alpha])
-        elif kind is np.int8:
-            form = "int8" if name.endswith("_proj.weight") else config.head_format
-            tensors[name], tensors[scale] = integer_rows(w, HEAD_BITS[form])
-        else:
-            if kind is np.float16 and np.abs(w).max() > np.finfo(np.float16).max:
-                raise ExportError(f"{name} exceeds float16 (65504): use --head int8 or float32")
-            tensors[name] = w.astype(kind)
+        tensors |= packed(config, name, kind, w, ternary)
     return tensors
+
+
+def packed(
+    config: ModelConfig, name: str, kind: type, w: np.ndarray, ternary: bool = False
+) -> dict[str, np.ndarray]:
+    """A folder's tensor of an f32 parameter, and its scale if it has one; `kind`: its dtype there.
+
+    Errors as of `pack`.
+    """
+    scale = name.removesuffix("weight") + "scale"
+    if kind is np.uint8:
+        codes, alpha = ternary_codes(name, w, ternary)
+        return {name: pack_ternary(codes), scale: np.array([alpha])}
+    if kind is np.int8:
+        form = "int8" if name.endswith("_proj.weight") else config.head_format
+        rows, scales = integer_rows(w, HEAD_BITS[form])
+        return {name: rows, scale: scales}
+    if kind is np.float16 and np.abs(w).max() > np.finfo(np.float16).max:
+        raise ExportError(f"{name} exceeds float16 (65504): use --head int8 or float32")
+    return {name: w.astype(kind)}
 
 
 def ternary_codes(name: str, w: np.ndarray, ternary: bool) -> tuple[np.ndarray, np.float32]:

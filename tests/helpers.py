@@ -47,6 +47,18 @@ OPTIONS: dict[str, ModelConfig] = {
     "int8-plain": small_twin("wt2-baseline").replace(linear="int8", head_format="int4"),
     "relu2-in-linear": small_twin("wt2-bitskip").replace(relu2_in_linear=True),
     "4-bit-post-norm": small_twin("wt2-bitskip").replace(activation_bits=4),
+    "exit-blocks": small_twin("bitskip-v1").replace(exit_blocks=(1, 3), gates=True),
+    "exit-blocks-post-norm": small_twin("wt2-bitskip").replace(
+        exit_blocks=(2,), exit_norm="per_layer"
+    ),
+    "exit-blocks-int8": small_twin("llama3").replace(
+        linear="int8",
+        hadamard=True,
+        head_format="int8",
+        hidden_size=36,
+        intermediate_size=28,
+        exit_blocks=(1, 2, 3),
+    ),
 }
 """Configurations whose features no preset has."""
 

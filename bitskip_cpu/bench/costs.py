@@ -14,7 +14,11 @@ TERNARY_BITS = math.log2(3)  # of a weight that is -1, 0 or +1 with equal odds
 
 def linear_weights(config: ModelConfig, exit_layer: int) -> int:
     """Weights of the linear layers that a token runs through."""
-    return config.quantizable_parameters() * exit_layer // config.num_hidden_layers
+    block, own = (
+        sum(rows * width for rows, width in shapes.values())
+        for shapes in (config.linear_shapes(), config.exit_block_shapes())
+    )
+    return exit_layer * block + (own if exit_layer in config.exit_blocks else 0)
 
 
 def entropy_bytes(config: ModelConfig, exit_layer: int) -> float:

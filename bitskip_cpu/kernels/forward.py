@@ -118,6 +118,13 @@ def block(s, products, layer):
     run_stage(s, products, ATTEND, tokens * s.kv_heads, tokens * seen)
     run_stage(s, products, OUT_IN, tokens, cost)
     product(s, products, OUT, 0, products[OUT].rows, products[OUT].row_bytes)
+    feed_forward(s, products)
+
+
+@kernel
+def feed_forward(s, products):
+    """The second half of a block, or an exit block."""
+    tokens, cost = s.tokens, s.tokens * s.input_stride
     run_stage(s, products, FFN_IN, tokens, cost)
     product(s, products, UP, 0, products[UP].rows, products[UP].row_bytes)
     run_stage(s, products, DOWN_IN, tokens, cost)
@@ -126,27 +133,39 @@ def block(s, products, layer):
 
 
 @kernel
-def exit_logits(s, products):
-    """Final norm and head for the tokens from `exit_from` on (SPEC 8.1)."""
-    tokens = s.tokens
-    s.tokens = tokens - s.exit_from
+def enter_exit(s, products):
+    """The exit's own block, if any, and norm for tokens from `exit_from` on (SPEC 8.1, 8.8).
+
+    From here on they are the tokens at hand, until the caller puts tokens, x and weights back.
+    """
+    s.tokens, s.x = s.tokens - s.exit_from, s.x + s.exit_from * 4 * s.hidden
+    if s.exit_layer:  # in `mid`: blocks may go on from x
+        copy(s.x, s.mid, s.tokens * s.hidden)
+        s.x, s.layer, s.weights = s.mid, s.exit_layer, s.exit_weights
+        feed_forward(s, products)
     run_stage(s, products, EXIT_IN, s.tokens, s.tokens * s.input_stride)
+
+
+@kernel
+def exit_logits(s, products):
+    """Logits of the tokens from `exit_from` on (SPEC 8.1)."""
+    tokens, x, weights = s.tokens, s.x, s.weights
+    enter_exit(s, products)
     product(s, products, VOCAB, 0, s.vocab, s.vocab_row_bytes)
-    s.tokens = tokens
+    s.tokens, s.x, s.weights = tokens, x, weights
 
 
 @kernel
 def contending_logits(s, products):
     """As `exit_logits`, with -inf in place of logits that cannot be chosen (SPEC 9.6)."""
-    tokens = s.tokens
-    s.tokens = tokens - s.exit_from
-    run_stage(s, products, EXIT_IN, s.tokens, s.tokens * s.input_stride)
+    tokens, x, weights = s.tokens, s.x, s.weights
+    enter_exit(s, products)
     norms_of_codes(s)
     product(s, products, BOUND, 0, s.vocab, s.upper_row_bytes)
     find_least(s)
     product(s, products, SETTLE, 0, s.vocab, SETTLE_BYTES)
     s.contenders_found = count_found(s)
-    s.tokens = tokens
+    s.tokens, s.x, s.weights = tokens, x, weights
 
 
 @kernel

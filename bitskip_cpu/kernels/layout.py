@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 _STATE = """
-    hidden heads kv_heads head_dim head_padded value_width attention kv ffn vocab
+    layers hidden heads kv_heads head_dim head_padded value_width attention kv ffn vocab
     linear_kind hadamard layer_norm post_norm sub_norm qk_norm embedding_norm ffn_kind squared
     norm_eps largest_code
 
@@ -18,7 +18,7 @@ _STATE = """
     ffn_sub_norm
     first_norm cos sin key_slots embedding embedding_scale vocab_kind
     upper_weights upper_row_bytes upper_norms head_codes
-    final_norm vocab_scale vocab_weights vocab_row_bytes
+    final_norm vocab_scale exit_layer exit_weights vocab_weights vocab_row_bytes
     head_odd head_table gate_norm gate_fc1 gate_fc2 gate_width
 
     ids x mid qkv attended y up act input input_stride codes codes_stride steps sums
@@ -42,6 +42,9 @@ STATE = np.dtype(
 """One model on one workspace. In order: shape and kind (SPEC 1); where its weights are; workspace
 of up to CHUNK tokens; the call at hand: int64 [T] the tokens' `positions`, and where their `caches`
 are, a CACHE each; the stage at hand, which threads share (`kernels.share`).
+
+Exit blocks are numbered behind the blocks: `exit_layer` is the number of that of the exit at hand,
+0: it has none; `exit_weights` is to its products what `weights` is to a block's.
 
 The call is about `tokens` of them, from `from_row` on. `gates`: f32 [T].
 It is argument and scratch: `forward` changes `tokens`, `x`, `positions` and the like for a while

@@ -156,12 +156,17 @@ def out_in(s, products, scratch, t):
 
 @kernel
 def ffn_in(s, products, scratch, t):
-    """x + o -> mid; its norm -> input of gate, up and, post-norm, mid itself (SPEC 7.2, 7.3)."""
+    """x + o -> mid; its norm -> input of gate, up and, post-norm, mid itself (SPEC 7.2, 7.3).
+
+    An exit block has no attention: there mid is given (SPEC 8.8).
+    """
     at, input_at = t * 4 * s.hidden, s.input + t * s.input_stride
     mid = s.mid + at
-    residual(s.x + at, s.y + at, mid, s.hidden)
+    if s.layer < s.layers:
+        residual(s.x + at, s.y + at, mid, s.hidden)
+        if s.post_norm:
+            norm(s, mid, params(s) + s.attn_norm, mid, s.hidden, scratch)
     if s.post_norm:
-        norm(s, mid, params(s) + s.attn_norm, mid, s.hidden, scratch)
         copy(mid, input_at, s.hidden)
     else:
         norm(s, mid, params(s) + s.ffn_norm, input_at, s.hidden, scratch)
@@ -189,9 +194,9 @@ def block_out(s, scratch, t):
 
 @kernel
 def exit_in(s, scratch, t):
-    """x of a token from `exit_from` on -> final norm, its codes if needed (SPEC 8.1, 5.4, 4.4)."""
+    """x -> final norm, its codes if needed (SPEC 8.1, 5.4, 4.4)."""
     input_at = s.input + t * s.input_stride
-    norm(s, s.x + (s.exit_from + t) * 4 * s.hidden, s.final_norm, input_at, s.hidden, scratch)
+    norm(s, s.x + t * 4 * s.hidden, s.final_norm, input_at, s.hidden, scratch)
     if s.vocab_kind == FLOAT16 or s.vocab_kind == FLOAT32:
         return
     if s.head_odd:  # elsewhere: the norm's result is a stage

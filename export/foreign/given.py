@@ -58,11 +58,18 @@ class Given:
 def at_exit(folder: Folder, exit_layer: int | None) -> Given:
     """The model that stops after `exit_layer` blocks; None: after all.
 
-    Raises ValueError for an exit out of range.
+    Raises ValueError for an exit out of range, or one with a block of its own (SPEC 8.8).
     """
     full = folder.config
     n = check_exit_layer(exit_layer, full)
-    config = full.replace(num_hidden_layers=n, gates=False, exit_norm="shared", exit_head="shared")
+    if n in full.exit_blocks:
+        raise ValueError(
+            f"exit {n} has a block of its own, without attention, which other programs do not "
+            "run: give another exit layer, or none for full depth"
+        )
+    config = full.replace(
+        num_hidden_layers=n, gates=False, exit_norm="shared", exit_head="shared", exit_blocks=()
+    )
     norm, head = full.exit_names(n)
     table = {name: name for name in parameter_shapes(config)}
     for name in table:
@@ -77,6 +84,8 @@ def at_exit(folder: Folder, exit_layer: int | None) -> Given:
         dropped.append("routing gates")
     if "per_layer" in (full.exit_norm, full.exit_head) and n > 1:
         dropped.append(f"norms and heads of exits other than {n}")
+    if full.exit_blocks:
+        dropped.append(f"blocks of exits: {', '.join(map(str, full.exit_blocks))}")
     if folder.auto_exit is not None:
         dropped.append("the calibrated exit")
     return Given(folder, config, table, tuple(dropped))

@@ -69,6 +69,9 @@ def fine(verb: str, place: Path) -> list[str]:
         "evaluate": [checkpoint, *held, "--context", 8, *cache],
         "average": [checkpoint, "-o", place / "mean.pt"],
         "fit-gates": [checkpoint, "--data", text, "-o", place / "gated.pt", "--steps", 1, *cache],
+        "fit-exits": [
+            model, *held, "--layers", 1, "-o", out, "--steps", 1, "--batch", 1, "--context", 8,
+        ],
         "export": [checkpoint, "-o", out],
         "verify": [model, "--engines", "ref", "--tokens", 2, "--exit-layer", 1],
         "import": [place / "hf", "-o", out],
@@ -157,6 +160,7 @@ def test_an_unknown_option_names_the_likeliest(verb: str, place: Path) -> None:
 def test_a_verb_without_arguments_works_or_says_what_it_needs(verb: str) -> None:
     needs = {
         "perplexity": "--text", "exits": "--text", "calibrate": "--text", "train": "--out",
+        "fit-exits": "--text",
         "evaluate": "CHECKPOINT", "average": "CHECKPOINT", "fit-gates": "CHECKPOINT",
         "export": "MODEL", "import": "SOURCE", "eval": "--tasks",
     }  # fmt: skip
@@ -210,7 +214,7 @@ def test_what_is_no_checkpoint_is_one_line(verb: str, name: str, place: Path) ->
     one_line(run(words))
 
 
-@pytest.mark.parametrize("verb", ["perplexity", "exits", "calibrate", "evaluate"])
+@pytest.mark.parametrize("verb", ["perplexity", "exits", "calibrate", "evaluate", "fit-exits"])
 @pytest.mark.parametrize("name", ["nowhere.txt", "folder", "empty", "binary"])
 def test_what_is_no_text_is_one_line(verb: str, name: str, place: Path) -> None:
     words = fine(verb, place)
@@ -248,7 +252,7 @@ def test_training_mistakes(words: list[str], said: str, place: Path) -> None:
     assert not (place / "run").exists()
 
 
-@pytest.mark.parametrize("verb", ["train", "average", "fit-gates", "export"])
+@pytest.mark.parametrize("verb", ["train", "average", "fit-gates", "fit-exits", "export"])
 def test_where_nothing_can_be_written(verb: str, place: Path) -> None:
     words = fine(verb, place)
     option = "--out" if "--out" in words else "-o"
@@ -336,7 +340,7 @@ def with_extras(place: Path) -> dict[str, list[str]]:
 
 
 TRAINING = {
-    "train", "train --tensorboard", "evaluate", "average", "fit-gates", "export",
+    "train", "train --tensorboard", "evaluate", "average", "fit-gates", "fit-exits", "export",
     "export --to onnx", "verify torch",
 }  # fmt: skip
 NEEDS = {  # module -> what cannot go without it

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from bitskip.program import runtime as main
+from bitskip_cpu.bench.costs import linear_weights
 from bitskip_cpu.inspect import inspect
 from bitskip_ref.config import small_twin
 from bitskip_ref.exits import ConfidenceExit
@@ -43,6 +44,16 @@ def test_sizes_add_up(folder: Path) -> None:
     assert facts["bytes"].pop("total") == data == sum(facts["bytes"].values())
     weights = CONFIG.quantizable_parameters()
     assert facts["bits_per_weight"] == 8 * facts["bytes"]["linear layers"] / weights
+
+
+def test_exit_blocks_are_counted(tmp_path: Path) -> None:
+    config = small_twin("bitskip-v1").replace(exit_blocks=(1, 3))
+    facts = inspect(random_folder(tmp_path / "model", config))
+    assert facts["exits"]["blocks"] == [1, 3]
+    block = sum(o * i for o, i in config.linear_shapes().values())
+    ffn = 3 * config.hidden_size * config.intermediate_size
+    assert facts["linear_parameters"] == 4 * block + 2 * ffn
+    assert [linear_weights(config, n) for n in (1, 2, 4)] == [block + ffn, 2 * block, 4 * block]
 
 
 @pytest.mark.parametrize("name", ["wt2-bitskip", "llama3", "bitnet-2b4t"])

@@ -97,6 +97,21 @@ def test_an_exit_is_written_as_a_model(tmp_path: Path) -> None:
     )
 
 
+def test_an_exit_with_a_block_of_its_own_is_refused(tmp_path: Path) -> None:
+    config = LLAMA.replace(exit_blocks=(2,))
+    full = read_folder(random_folder(tmp_path / "model", config))
+    with pytest.raises(ValueError, match="exit 2 has a block of its own"):
+        write_gguf(full, tmp_path / "m.gguf", exit_layer=2)
+    report = write_gguf(full, tmp_path / "m.gguf")
+    assert report.dropped == ("blocks of exits: 2",)
+    cut = read_folder(back(tmp_path / "m.gguf", tmp_path / "cut"))
+    ids = [1, 2, 3, 4, 5]
+    assert np.array_equal(
+        ReferenceModel(cut.config, cut.tensors).logits(ids),
+        ReferenceModel(full.config, full.tensors).logits(ids),
+    )
+
+
 def test_the_shipped_model_there_and_back(tmp_path: Path) -> None:
     shipped = read_folder(STORIES)
     result = CliRunner().invoke(

@@ -20,7 +20,7 @@ from bitskip_ref.model import ReferenceModel
 from tests.helpers import random_tensors, random_tokens, twin
 
 ASKED = [Contenders(), Contenders(5, 0.7), Contenders(1, 0.8, 3.0), Contenders(200, 1.0)]
-NAMES = ["bitskip-v1", "int6-head", "per-layer-exits", "int8"]
+NAMES = ["bitskip-v1", "int6-head", "per-layer-exits", "int8", "exit-blocks"]
 
 
 @pytest.fixture(autouse=True)

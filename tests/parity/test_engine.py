@@ -103,6 +103,20 @@ def test_a_wrong_norm_of_one_exit_is_seen() -> None:
     assert not any(part in line for line in problems for part in ("exit 1", "exit 3", "whole"))
 
 
+def test_a_wrong_block_of_one_exit_is_seen() -> None:
+    right = tensors_of("exit-blocks")
+    name = "exits.3.block.down_proj.scale"
+    problems = check(config_of("exit-blocks"), right | {name: right[name] * 2}, [1], against=right)
+    assert any("exit 3" in line for line in problems)
+    assert not any(part in line for line in problems for part in ("exit 1", "exit 2", "whole"))
+
+
+def test_float_exit_blocks() -> None:
+    config = config_of("layerskip").replace(exit_blocks=(1, 3))
+    tensors = random_tensors(config)
+    assert check(config, tensors, [1]) == []
+
+
 def test_what_kernels_stream_starts_at_a_cache_line() -> None:
     config = twin("bitskip-v1").replace(head_format="int4")
     engine = Engine(config, random_tensors(config, 0))

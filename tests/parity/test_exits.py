@@ -22,7 +22,7 @@ from tests.helpers import random_tensors, random_tokens, twin
 # Pre-norm and post-norm, both with gates, on caches of both kinds.
 NAMES = (
     ("per-layer-exits", "float32"), ("wt2-bitskip", "float32"), ("wt2-bitskip", "float16"),
-    ("wt2-bitskip", "int8"),
+    ("wt2-bitskip", "int8"), ("exit-blocks", "float32"),
 )  # fmt: skip
 STEPS = 6
 

@@ -60,7 +60,12 @@ def settings(config: Any, seed: int) -> tuple[Speculation, Sampler]:
 
 @pytest.mark.parametrize(
     ("name", "kv_cache"),
-    [*((n, "float32") for n in NAMES), ("wt2-bitskip", "float16"), ("wt2-bitskip", "int8")],
+    [
+        *((n, "float32") for n in NAMES),
+        ("wt2-bitskip", "float16"),
+        ("wt2-bitskip", "int8"),
+        ("exit-blocks-int8", "float32"),
+    ],
 )
 def test_200_prompts(name: str, kv_cache: str) -> None:
     config, tensors = twin(name), random_tensors(twin(name))
@@ -100,7 +105,7 @@ def test_two_threads() -> None:
         ))  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["bitskip-v3", "wt2-bitskip", "per-layer-exits"])
+@pytest.mark.parametrize("name", ["bitskip-v3", "wt2-bitskip", "per-layer-exits", "exit-blocks"])
 def test_pytorch(name: str) -> None:
     config, tensors = twin(name), random_tensors(twin(name))
     for seed in range(5):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bitskip_ref.arithmetic.attention import attention, int8_attention
-from bitskip_ref.arithmetic.functions import half
+from bitskip_ref.arithmetic.functions import half, relu2, silu
 from bitskip_ref.arithmetic.quant import quantize_activations
 from bitskip_ref.cache import check_kv_cache
 from bitskip_ref.compare import difference
@@ -355,3 +355,43 @@ def test_wrong_configs_are_refused(changes: dict[str, object], words: str) -> No
 def test_unknown_preset_lists_the_known() -> None:
     with pytest.raises(ConfigError, match="stories-24"):
         preset("stories")
+
+
+@pytest.mark.parametrize("name", ["exit-blocks", "exit-blocks-post-norm", "exit-blocks-int8"])
+def test_an_exit_block_changes_its_exit_and_nothing_else(name: str) -> None:
+    """SPEC 8.8, against the same model without exit blocks."""
+    config, tensors, ids = twin(name), random_tensors(twin(name)), random_tokens(twin(name), 6)
+    plain = {key: t for key, t in tensors.items() if ".block." not in key}
+    own = ReferenceModel(config, tensors)
+    base = ReferenceModel(config.replace(exit_blocks=()), plain)
+    for n in range(1, 5):
+        caches = own.new_cache(), base.new_cache()
+        a, b = (m.extend(ids, c, exit_layer=n) for m, c in zip((own, base), caches, strict=True))
+        assert (a.tobytes() == b.tobytes()) == (n not in config.exit_blocks)
+        for i in range(n):
+            for x, y in zip(caches[0].layer(i), caches[1].layer(i), strict=True):
+                equal(x, y)
+
+
+@pytest.mark.parametrize(("name", "n"), [("exit-blocks", 3), ("exit-blocks-post-norm", 2)])
+def test_an_exit_block_by_its_rule(name: str, n: int) -> None:
+    """SPEC 8.8: what the final norm reads, before and after the residual's norm."""
+    m, seen, at = model(name), dict[str, np.ndarray](), f"exits.{n}.block"
+    m.extend([5, 6, 7], m.new_cache(), exit_layer=n, trace=lambda k, x: seen.update({k: x}))
+    x = seen[f"layers.{n - 1}.out"]
+    if name == "exit-blocks":
+        f = m.norm(f"{at}.ffn_norm", x)
+        g, up = m.linear(f"{at}.gate_proj", f), m.linear(f"{at}.up_proj", f)
+        x = x + m.linear(f"{at}.down_proj", silu(g) * up)
+    else:
+        f = m.norm(f"{at}.ffn_sub_norm", relu2(m.linear(f"{at}.up_proj", x)))
+        x = m.norm(f"{at}.ffn_norm", x + m.linear(f"{at}.down_proj", f))
+    equal(x, seen[f"{at}.out"])
+    norm, head = m.config.exit_names(n)
+    equal(m.head(head, m.norm(norm, x)), seen["logits"])
+
+
+@pytest.mark.parametrize("exits", [[4], [0, 1], [2, 1], [1, 1], "12", [1.0], [True], 3])
+def test_exit_blocks_are_exits_before_the_last(exits: object) -> None:
+    with pytest.raises(ConfigError, match="exit_blocks = "):
+        twin("bitskip-v1").replace(exit_blocks=exits)

@@ -1,0 +1,129 @@
+"""Exit blocks fitted to a frozen model (SPEC 8.8), after Balcony (arXiv 2503.05005)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitskip_ref.config import ModelConfig
+from bitskip_train.evaluate import LOGIT_BUDGET
+from bitskip_train.losses import distillation
+from bitskip_train.model import BitskipModel
+
+States = Mapping[int, np.ndarray]
+"""n -> hidden states f32 [N, D] of the same N tokens after n blocks; L among them."""
+
+
+def with_exit_blocks(
+    config: ModelConfig, tensors: Mapping[str, np.ndarray], exits: Sequence[int], seed: int
+) -> BitskipModel:
+    """What of a folder's model lies behind its hidden states, with new blocks for some exits.
+
+    config: with these exits in `exit_blocks`. tensors: as in a model folder (FORMAT 3). Norms and
+    heads hold their values as floats, and take no gradient; embedding and blocks are left out. A
+    new block is drawn from `seed` and changes little at first.
+    """
+    with torch.device("meta"):  # shapes only: blocks run in an engine
+        model = BitskipModel(config).requires_grad_(False)
+    for n in (*exits, config.num_hidden_layers):
+        norm, head = config.exit_names(n)
+        for name in (f"{norm}.weight", f"{norm}.bias", f"{head}.weight"):
+            if name in tensors:
+                _put(model, name, torch.from_numpy(_values(config, tensors, name)), False)
+    generator = torch.Generator().manual_seed(seed)
+    for n in exits:
+        at = f"exits.{n}.block"
+        for name, shape in config.exit_block_shapes().items():
+            std = shape[1] ** -0.5 * (0.1 if name == "down_proj" else 1.0)
+            weight = torch.empty(shape).normal_(0.0, std, generator=generator)
+            _put(model, f"{at}.{name}.weight", weight, True)
+        for name, width in config.exit_block_norms().items():
+            _put(model, f"{at}.{name}.weight", torch.ones(width), True)
+            if config.norm == "layer":
+                _put(model, f"{at}.{name}.bias", torch.zeros(width), True)
+    return model
+
+
+def _values(config: ModelConfig, tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """A norm's or head's numbers as f32 (SPEC 4.4)."""
+    values = tensors[name].astype(np.float32)
+    scale = tensors.get(name.removesuffix("weight") + "scale")
+    return values if scale is None else values * scale[:, None]
+
+
+def _put(model: nn.Module, name: str, values: Tensor, fitted: bool) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(values, fitted))
+
+
+def parameters(model: BitskipModel, n: int) -> dict[str, nn.Parameter]:
+    """Name under FORMAT 3 -> f32 parameter of the block of exit n."""
+    at = f"exits.{n}.block"
+    return {f"{at}.{name}": p for name, p in model.get_submodule(at).named_parameters()}
+
+
+def divergence(model: BitskipModel, n: int, states: States, learn: bool = False) -> float:
+    """Mean KL(full depth || exit n) in nats over tokens; learn: with its gradient, added up."""
+    depth, total, count = model.config.num_hidden_layers, 0.0, len(states[n])
+    rows = max(1, LOGIT_BUDGET // model.config.vocab_size)
+    for start in range(0, count, rows):
+        hidden, last = (torch.from_numpy(states[i][start : start + rows]) for i in (n, depth))
+        with torch.set_grad_enabled(learn):
+            teacher = model.logits(last, depth)
+            loss = distillation(model.logits(hidden, n), teacher) / count
+            if learn:
+                loss.backward()
+        total += loss.item()
+    return total
+
+
+def fit_exit_blocks(
+    model: BitskipModel,
+    exits: Sequence[int],
+    batches: Callable[[int], States],
+    held_back: States,
+    *,
+    steps: int,
+    lr: float = 1e-2,
+    report: Callable[[int, dict[int, float]], None] = lambda step, found: None,
+) -> dict[int, dict[str, np.ndarray]]:
+    """Fit the blocks of some exits to what full depth says; each by itself.
+
+    batches: step (from 0) -> the states of its tokens. held_back: those of tokens that choose: at
+    first and after every tenth of the steps each exit's `divergence` on them is measured and told
+    to `report` with the steps made, and the block with the least is taken. Returns for each exit
+    name -> f32 parameter.
+    """
+    fitted = {n: parameters(model, n) for n in exits}
+    optimizer = torch.optim.AdamW(
+        [p for found in fitted.values() for p in found.values()],
+        lr=lr, betas=(0.9, 0.95), weight_decay=0.0,
+    )  # fmt: skip
+    best = dict.fromkeys(exits, float("inf"))
+    chosen: dict[int, dict[str, np.ndarray]] = {}
+
+    def judge(step: int) -> None:
+        found = {n: divergence(model, n, held_back) for n in exits}
+        for n in exits:
+            if found[n] < best[n]:
+                best[n] = found[n]
+                values = {name: p.detach().numpy().copy() for name, p in fitted[n].items()}
+                chosen[n] = values
+        report(step, found)
+
+    judge(0)
+    warmup, every = max(1, steps // 20), max(1, steps // 10)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / warmup) * (1 - step / steps)
+        states = batches(step)
+        optimizer.zero_grad()
+        for n in exits:
+            divergence(model, n, states, learn=True)
+        optimizer.step()
+        if (step + 1) % every == 0 or step + 1 == steps:
+            judge(step + 1)
+    return chosen
