@@ -127,6 +127,13 @@ def attend_part(s, scratch, part):
     keys = part_of(s, cache, kv_head)
     caches = int64s(s.caches, s.tokens)
     cold = t == 0 or caches[t] != caches[t - 1]
+    # What is read after this: the next token's keys, or those of the next head, of this block or
+    # the next one, of the first token.
+    soon, soon_keys = (t + 1, keys) if t + 1 < s.tokens else (0, keys + cache.head_bytes)
+    later = cache_of(s, soon)
+    soon_count = 0
+    if soon == 0 or caches[soon] != caches[t]:
+        soon_count = int64s(s.positions, s.tokens)[soon] // LANES + 1
     q_at, out_at = s.qkv + t * 4 * (s.attention + 2 * s.kv), s.attended + t * 4 * s.attention
     for i in range(h, end):
         if s.qk_norm:
@@ -136,13 +143,15 @@ def attend_part(s, scratch, part):
     while h < end:
         queries = min(QUERIES, end - h)
         q, out, values = q_at + h * size, out_at + h * size, keys + cache.values
+        count = soon_count if h + queries == end else 0
         if cache.number_bytes == CACHED_INT8:
             attend_codes(queries, q, cache.table, keys, values, s.head_dim, s.value_width,
-                         position + 1, cold, out, scratch)  # fmt: skip
+                         position + 1, cold, later.table, count, soon_keys, out,
+                         scratch)  # fmt: skip
         else:
             attend(queries, q, cache.table, keys, values, cache.number_bytes, s.head_padded,
-                   s.head_dim, s.key_slots, s.value_width, position + 1, cold, out,
-                   scratch)  # fmt: skip
+                   s.head_dim, s.key_slots, s.value_width, position + 1, cold, later.table, count,
+                   soon_keys, out, scratch)  # fmt: skip
         h += queries
 
 

@@ -43,7 +43,7 @@ class Head:
             scratch, guard = np.full(size + 64, 0xAA, np.uint8), np.full(64, 0xAA, np.uint8)
             out = np.zeros(q.shape, f32)
             call(kernels.attend_codes, len(q), q, self.table, 0, self.values, self.dim, self.width,
-                 seen, cold, out, scratch)  # fmt: skip
+                 seen, cold, self.table, 2 * cold, 0, out, scratch)  # fmt: skip
             assert same_bits(guard, scratch[size:])
             found.append(out)
         assert same_bits(*found)

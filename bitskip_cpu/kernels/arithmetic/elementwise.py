@@ -20,7 +20,7 @@ from bitskip_cpu.kernels.arithmetic.exponential import (
     exp,
     silu_products,
 )
-from bitskip_cpu.kernels.arithmetic.lanes import butterflies
+from bitskip_cpu.kernels.arithmetic.lanes import add, butterflies, halved
 from bitskip_cpu.kernels.layout import LANES, RELU2, SWIGLU
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s
@@ -53,6 +53,12 @@ def power_of_two(n):
 @kernel
 def tree_sum(at, n):
     """Sum of n (a power of two) floats by halving; the memory is used up."""
+    while n > LANES:
+        n >>= 1
+        for i in range(0, n, LANES):
+            add(at + 4 * i, at + 4 * (n + i), at + 4 * i)
+    if n == LANES:
+        return halved(at)
     while n > 1:
         n >>= 1
         low, high = floats(at, n), floats(at + 4 * n, n)
@@ -154,19 +160,9 @@ def ffn_activation(kind, squared, source_at, target_at, n):
 
 
 @kernel
-def _mean_of_squares(x_at, n, scratch_at):
-    padded = power_of_two(n)
-    x, squares = floats(x_at, n), floats(scratch_at, n)
-    for i in range(n):
-        squares[i] = x[i] * x[i]
-    fill_zero(scratch_at + 4 * n, padded - n)
-    return tree_sum(scratch_at, padded) / f32(n)
-
-
-@kernel
 def rms_norm(x_at, weight_at, y_at, n, eps, scratch_at):
     """SPEC 3.1; x and y may be the same, scratch holds power_of_two(n) floats."""
-    inverse = ONE / f32(math.sqrt(f32(_mean_of_squares(x_at, n, scratch_at) + eps)))
+    inverse = ONE / f32(math.sqrt(f32(dot_tree(x_at, x_at, n, scratch_at) / f32(n) + eps)))
     x, weight, y = floats(x_at, n), floats(weight_at, n), floats(y_at, n)
     for i in range(n):
         y[i] = (x[i] * inverse) * weight[i]
@@ -182,7 +178,7 @@ def layer_norm(x_at, weight_at, y_at, n, eps, scratch_at):
     x, y = floats(x_at, n), floats(y_at, n)
     for i in range(n):
         y[i] = x[i] - mean
-    inverse = ONE / f32(math.sqrt(f32(_mean_of_squares(y_at, n, scratch_at) + eps)))
+    inverse = ONE / f32(math.sqrt(f32(dot_tree(y_at, y_at, n, scratch_at) / f32(n) + eps)))
     weight, bias = floats(weight_at, n), floats(weight_at + 4 * n, n)
     for i in range(n):
         y[i] = (y[i] * inverse) * weight[i] + bias[i]

@@ -76,6 +76,14 @@ def _largest(at: int) -> Any:
     return floats(at, LANES).max()
 
 
+def _halved(at: int) -> Any:
+    x, n = floats(at, LANES), LANES
+    while n > 1:
+        n //= 2
+        x = x[:n] + x[n:]
+    return x[0]
+
+
 def _reverse_64(x_at: int, out_at: int) -> None:
     floats(out_at, 64)[key_slots(64)] = floats(x_at, 64)
 
@@ -124,6 +132,17 @@ def largest(builder, at):
     while h:
         y = swapped(builder, x, h)
         x = builder.select(builder.fcmp_ordered(">", x, y), x, y)
+        h //= 2
+    return builder.extract_element(x, INT(0))
+
+
+@intrinsic(_halved, returns="float32")
+def halved(builder, at):
+    """The sum of LANES floats by halving (SPEC 2.2)."""
+    x = load_lanes(builder, at)
+    h = LANES // 2
+    while h:
+        x = builder.fadd(x, swapped(builder, x, h))
         h //= 2
     return builder.extract_element(x, INT(0))
 

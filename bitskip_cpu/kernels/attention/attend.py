@@ -82,15 +82,29 @@ def lay_out(q_at, out_at, head_dim, padded, slots_at):
 
 
 @kernel
+def to_fetch(i, table, count, keys, values, cold, next_table, next_count, next_keys):
+    """What to fetch at piece i of all that is read in a row, 0: nothing.
+
+    `count` pages' keys, then their values, if they are `cold`; then the next part's keys.
+    """
+    if i < 2 * count:
+        if not cold:
+            return 0
+        pages = int64s(table, count)
+        return pages[i] + keys if i < count else pages[i - count] + values
+    i -= 2 * count
+    return int64s(next_table, next_count)[i] + next_keys if i < next_count else 0
+
+
+@kernel
 def score_pages(
-    queries, q_at, q_stride, table, keys, values, cold, size, padded, seen, factor, out_at,
-    out_stride, scratch_at,
+    queries, q_at, q_stride, table, keys, values, cold, next_table, next_count, next_keys, size,
+    padded, seen, factor, out_at, out_stride, scratch_at,
 ):  # fmt: skip
     """out[i, s] = factor * sum 2.2 of q[i] * k[s], for s < seen and `queries` queries (SPEC 6.2).
 
     A query has E' floats, zeros behind E; out holds whole pages. Scratch: LANES floats a
-    branch and query. `table`: addresses of pages, `keys` and `values`: where in each those of this
-    head lie. `cold`: fetch ahead what is read next: keys, then values.
+    branch and query. The table and what follows it: as for `attend`.
     """
     leaves = 64 if padded >= 64 else 8
     branches = padded // leaves
@@ -98,13 +112,9 @@ def score_pages(
     count = (seen + LANES - 1) // LANES
     pages = int64s(table, count)
     for page in range(count):
-        k_at, soon_at = pages[page] + keys, 0
-        if cold:
-            later = page + PAGES_AHEAD
-            if later < count:
-                soon_at = pages[later] + keys
-            else:
-                soon_at = pages[min(later - count, count - 1)] + values
+        k_at = pages[page] + keys
+        soon_at = to_fetch(page + PAGES_AHEAD, table, count, keys, values, cold, next_table,
+                           next_count, next_keys)  # fmt: skip
         for i in range(branches):
             branch = size * leaves * LANES * i
             q, k, soon = q_at + 4 * leaves * i, k_at + branch, soon_at + branch if soon_at else 0
@@ -164,14 +174,15 @@ def add_to(a_at, target_at, n):
 @kernel
 def attend(
     queries, q_at, table, keys, values, size, padded, head_dim, slots_at, value_width, seen, cold,
-    out_at, scratch_at,
+    next_table, next_count, next_keys, out_at, scratch_at,
 ):  # fmt: skip
     """`queries` (1 to QUERIES) turned query heads over `seen` positions -> out (SPEC 6.2, 6.3).
 
     q and out: [queries, E]. `table`: addresses of pages, `keys` and `values`: where in each those
-    of this head lie. `cold`: they have to come from memory. Scratch (floats): scores, whole pages
-    and one more, per query | queries, E' each | LEVELS + 1 partial sums of value_width + LANES
-    floats per query, before them those of branches.
+    of this head lie. `cold`: they have to come from memory. `next_*`: the same of keys that are
+    read after these, and of how many pages; they are fetched meanwhile. Scratch (floats): scores,
+    whole pages and one more, per query | queries, E' each | LEVELS + 1 partial sums of value_width
+    + LANES floats per query, before them those of branches.
     """
     count = (seen + LANES - 1) // LANES
     pages = int64s(table, count)
@@ -181,8 +192,9 @@ def attend(
     for i in range(queries):
         lay_out(q_at + 4 * i * head_dim, query_at + 4 * i * padded, head_dim, padded, slots_at)
     factor = f32(1.0 / math.sqrt(float(head_dim)))
-    score_pages(queries, query_at, 4 * padded, table, keys, values, cold, size, padded, seen,
-                factor, scratch_at, e_stride, partial_at)  # fmt: skip
+    score_pages(queries, query_at, 4 * padded, table, keys, values, cold, next_table, next_count,
+                next_keys, size, padded, seen, factor, scratch_at, e_stride,
+                partial_at)  # fmt: skip
     for i in range(queries):
         softmax_weights(scratch_at + i * e_stride, seen)
     # A binary counter of partial sums: number i covers 2^i pages, as in the tree of SPEC 2.3.
@@ -193,9 +205,8 @@ def attend(
     fill_zero(now_at, whole)
     for page in range(count):
         to = now_at if page & 1 else partial_at  # number 0 is free after every second page
-        soon_at = 0
-        if cold and page + PAGES_AHEAD < count:
-            soon_at = pages[page + PAGES_AHEAD] + values
+        soon_at = to_fetch(count + page + PAGES_AHEAD, table, count, keys, values, cold, next_table,
+                           next_count, next_keys)  # fmt: skip
         weigh_page(queries, scratch_at + 4 * LANES * page, e_stride, pages[page] + values, soon_at,
                    size, value_width, to, 4 * width)  # fmt: skip
         level = 0

@@ -76,12 +76,13 @@ def store_value_codes(value_at, values_at, head_dim, width, lane, scratch_at):
 
 @kernel
 def attend_codes(
-    queries, q_at, table, keys, values, head_dim, width, seen, cold, out_at, scratch_at
-):
+    queries, q_at, table, keys, values, head_dim, width, seen, cold, next_table, next_count,
+    next_keys, out_at, scratch_at,
+):  # fmt: skip
     """`queries` (1 to QUERIES) turned query heads over `seen` positions -> out (SPEC 6.8).
 
-    q and out: [queries, E]. `table`: addresses of pages, `keys` and `values`: where in each those
-    of this head lie. `cold`: they have to come from memory. Scratch: `layout.int8_scratch` bytes.
+    q and out: [queries, E]. The table and what follows it: as for `attend.attend`. Scratch:
+    `layout.int8_scratch` bytes.
     """
     pages, panels = (seen + LANES - 1) // LANES, (seen + PANEL - 1) // PANEL
     fours = (head_dim + COLUMNS - 1) // COLUMNS
@@ -125,6 +126,7 @@ def attend_codes(
                 fetch_pages(table, first, end, min(pages, PAGES_KEPT), values, lines * COLUMNS)
             weigh(at + 4 * PANEL * panel, top, steps_at + 4 * PANEL * panel, some, state_at)
         softmax_end(at, panels, codes, weights, state_at, facts_at + 8 * i)
+    fetch_pages(next_table, 0, PAGES_AHEAD, next_count, next_keys, fours)
     fill_zero(sums_at, queries * sums // 2)  # two rows a query, 4 bytes a number
     chunk = COLD_PAGES if cold else HOT_PAGES
     for page in range(0, pages, chunk):

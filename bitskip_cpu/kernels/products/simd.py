@@ -16,29 +16,42 @@ from bitskip_cpu.kernels.products.ternary_simd import (
     packed_8,
     unpack_tile,
 )
-from bitskip_cpu.kernels.products.vocab_simd import int4_1, int4_4, int6_1, int6_4, int8_1, int8_4
+from bitskip_cpu.kernels.products.vocab_simd import (
+    int4_1,
+    int4_4,
+    int6_1,
+    int6_4,
+    int8_1,
+    int8_4,
+    int8_8,
+)
 
 UNPACK_ABOVE, BYTES_ABOVE = PATH.unpack_above, PATH.bytes_above
+EIGHT = BYTES_ABOVE > 4 and PATH.width == 64  # whether sums of 8 tokens are asked for and fit
 
 
 @kernel
 def packed_sums(tokens, tiles_at, tiles, size, units, tail, codes_at, stride, acc_at):
-    """Sums of packed tiles, one after the other, each with up to 8 tokens at a time."""
+    """Sums of packed tiles, one after the other, each with 8, 4 or fewer tokens at a time."""
     for i in range(tiles):
-        at = tiles_at + i * size
-        for t in range(0, tokens, 8):
+        at, t = tiles_at + i * size, 0
+        while t < tokens:
             codes, left = codes_at + t * stride, tokens - t
             to = acc_at + t * ACC_STRIDE + 4 * TILE_ROWS * i
-            if left == 1:
-                packed_1(at, units, tail, codes, stride, 0, to, ACC_STRIDE)
-            elif left == 2:
-                packed_2(at, units, tail, codes, stride, 1, to, ACC_STRIDE)
-            elif left == 3:
-                packed_3(at, units, tail, codes, stride, 2, to, ACC_STRIDE)
-            elif left <= 4:
-                packed_4(at, units, tail, codes, stride, left - 1, to, ACC_STRIDE)
+            if left >= 8:
+                packed_8(at, units, tail, codes, stride, 7, to, ACC_STRIDE)
+                t += 8
+            elif left >= 4:
+                packed_4(at, units, tail, codes, stride, 3, to, ACC_STRIDE)
+                t += 4
             else:
-                packed_8(at, units, tail, codes, stride, left - 1, to, ACC_STRIDE)
+                if left == 3:
+                    packed_3(at, units, tail, codes, stride, 2, to, ACC_STRIDE)
+                elif left == 2:
+                    packed_2(at, units, tail, codes, stride, 1, to, ACC_STRIDE)
+                else:
+                    packed_1(at, units, tail, codes, stride, 0, to, ACC_STRIDE)
+                t = tokens
 
 
 def by_panels(panel: Kernel, panel_tiles: int, panel_tokens: int) -> Kernel:
@@ -87,10 +100,11 @@ def vocab_sums_with(bytes_sums: Kernel) -> Kernel:
             bytes_sums(tokens, tiles_at, tiles, size, size // LINE, codes_at, stride, acc_at)
             return
         for i in range(tiles):
-            at = tiles_at + i * size
-            for t in range(0, tokens, 4):
+            at, t = tiles_at + i * size, 0
+            while t < tokens:
                 codes, last = codes_at + t * stride, tokens - 1 - t
                 to = acc_at + t * ACC_STRIDE + 4 * TILE_ROWS * i
+                t += 4
                 if kind == INT4:
                     if last:
                         int4_4(at, units, codes, stride, last, to, ACC_STRIDE)
@@ -101,6 +115,9 @@ def vocab_sums_with(bytes_sums: Kernel) -> Kernel:
                         int6_4(at, units, codes, stride, last, to, ACC_STRIDE)
                     else:
                         int6_1(at, units, codes, stride, 0, to, ACC_STRIDE)
+                elif last > 3 and EIGHT:
+                    int8_8(at, units, codes, stride, last, to, ACC_STRIDE)
+                    t += 4
                 elif last:
                     int8_4(at, units, codes, stride, last, to, ACC_STRIDE)
                 else:

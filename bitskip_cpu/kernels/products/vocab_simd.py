@@ -128,4 +128,4 @@ def fetch_row(builder, row, n):
 
 int4_1, int4_4 = vocab_tile(4, 1, 4), vocab_tile(4, 4, 4)
 int6_1, int6_4 = vocab_tile(6, 1, 4), vocab_tile(6, 4, 4)
-int8_1, int8_4 = vocab_tile(8, 1, 4), vocab_tile(8, 4, 4)
+int8_1, int8_4, int8_8 = vocab_tile(8, 1, 4), vocab_tile(8, 4, 4), vocab_tile(8, 8, 1)
