@@ -19,7 +19,7 @@ from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.cores import default_threads
 from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, GATE, MEASURE
-from bitskip_cpu.rows import run_rows
+from bitskip_cpu.rows import run_rounds, run_rows
 from bitskip_cpu.threads import Team
 from bitskip_cpu.weights import Tensors, Weights, random_tensors
 from bitskip_cpu.workspace import SHARE_FROM, Workspace
@@ -27,7 +27,7 @@ from bitskip_ref import engine as contract
 from bitskip_ref.checks import is_whole
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import Draft
-from bitskip_ref.engine import Planned, Run, Trace, Visit
+from bitskip_ref.engine import Planned, PlannedRound, Run, Trace, Visit
 from bitskip_ref.folder import read_folder
 
 f32 = np.float32
@@ -134,12 +134,11 @@ class Engine(contract.Engine):
     def _many(self, rows: Sequence[Planned]) -> list[tuple[np.ndarray | None, int]]:
         return run_rows(self, rows)
 
-    def _speculate(
-        self, run: Run, count: int, draft: Draft, n: int
-    ) -> tuple[list[int], np.ndarray]:
+    def _speculate(self, planned: PlannedRound) -> tuple[list[int], np.ndarray]:
+        run, count, draft, n = planned
         space, depth = self._space, draft.exit_layer
         space.set_tokens(run.ids, run.cache, run.first)
-        space.set_draft(draft, count, draft.least_lead)
+        space.set_draft(draft, (count,), draft.least_lead)
         drafts = DRAFT
         space.set_exit(depth, space.logits_at)
         if space.exit(depth) != space.exit(n):  # else one call drafts and verifies
@@ -149,11 +148,16 @@ class Engine(contract.Engine):
         self._call(drafts | BLOCKS | exit_, depth, n)
         return space.ids[1 : space.tokens].tolist(), space.logits[: space.tokens].copy()
 
+    def _speculate_many(
+        self, planned: Sequence[PlannedRound]
+    ) -> list[tuple[list[int], np.ndarray]]:
+        return run_rounds(self, planned)
+
     def _drafted(self, run: Run, draft: Draft) -> tuple[np.ndarray, np.ndarray]:
         space = self._space
         space.set_tokens(run.ids, run.cache, run.first)
         space.set_exit(draft.exit_layer, space.logits_at)
-        space.set_draft(draft, 1, np.inf)  # which no draft is sure enough for
+        space.set_draft(draft, (1,), np.inf)  # which no draft is sure enough for
         self._call(DRAFT, draft.exit_layer)
         return space.x[:1].copy(), space.logits[0, : draft.vocab].copy()
 

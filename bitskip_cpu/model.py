@@ -17,8 +17,8 @@ from bitskip_text.tokenizer import Tokenizer, read_tokenizer
 class Model:
     """Reads and writes text; its engine's verbs, for token ids, are its own as well.
 
-    Those are `new_cache`, `logits`, `extend`, `extend_exits`, `step`, `step_many`, `speculate` and
-    `round`: see `bitskip_ref.engine.Engine`.
+    Those are `new_cache`, `logits`, `extend`, `extend_exits`, `step`, `step_many`, `speculate`,
+    `speculate_many` and `round`: see `bitskip_ref.engine.Engine`.
     """
 
     def __init__(self, engine: Engine, folder: Folder) -> None:
@@ -30,6 +30,7 @@ class Model:
         self.extend, self.extend_exits = engine.extend, engine.extend_exits
         self.step, self.step_many = engine.step, engine.step_many
         self.speculate, self.round = engine.speculate, engine.round
+        self.speculate_many = engine.speculate_many
         self._tokenizer = (
             read_tokenizer(folder.tokenizer, self.config.vocab_size) if folder.tokenizer else None
         )

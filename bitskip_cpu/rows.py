@@ -8,13 +8,15 @@ others go on, which may belong to the same sequence.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, EMBED, EXIT, FILL, GATE
-from bitskip_ref.engine import Planned
+from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, GATE
+from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.engine import Planned, PlannedRound
 from bitskip_ref.probe import Asked
 
 Result = tuple[np.ndarray | None, int]
@@ -26,6 +28,44 @@ def run_rows(engine: Any, rows: Sequence[Planned]) -> list[Result]:
     for start in range(0, len(rows), CHUNK):
         found += _Pass(engine, rows[start : start + CHUNK]).run()
     return found
+
+
+def run_rounds(engine: Any, rounds: Sequence[PlannedRound]) -> list[tuple[list[int], np.ndarray]]:
+    """(drafts, logits f32 [k + 1, V]) of each round (SPEC 11.1), of a sequence each.
+
+    Rounds that draft and verify alike are run together, as many as CHUNK tokens allow.
+    """
+    found: dict[int, tuple[list[int], np.ndarray]] = {}
+    alike: dict[tuple[Draft, int], list[int]] = {}
+    for i, round_ in enumerate(rounds):
+        alike.setdefault((round_.draft, round_.depth), []).append(i)
+    for group in alike.values():
+        group.sort(key=lambda i: rounds[i].most)
+        while group:
+            most = 1 + rounds[group[-1]].most  # tokens of the longest
+            part, group[-(CHUNK // most) :] = group[-(CHUNK // most) :], []
+            found.update(zip(part, _together(engine, [rounds[i] for i in part]), strict=True))
+    return [found[i] for i in range(len(rounds))]
+
+
+def _together(engine: Any, rounds: list[PlannedRound]) -> list[tuple[list[int], np.ndarray]]:
+    """Rounds that draft and verify alike, those of fewest drafts first."""
+    space, vocab = engine._space, engine.config.vocab_size
+    draft, depth = rounds[0].draft, rounds[0].depth
+    q = np.empty((len(rounds), draft.vocab or vocab), np.float32)
+    space.set_rows([round_.run for round_ in rounds])
+    space.set_draft(draft, [round_.most for round_ in rounds], draft.least_lead)
+    space.set_exit(draft.exit_layer, q.ctypes.data)
+    engine._call(DRAFT, draft.exit_layer)
+    of = space.drafts_in_order()
+    p = np.empty((len(of), vocab), np.float32)
+    space.set_exit(depth, p.ctypes.data)
+    engine._call(BLOCKS | EXIT, draft.exit_layer, depth)
+    borders = np.searchsorted(of, np.arange(len(rounds) + 1))
+    return [
+        (space.ids[start + 1 : end].tolist(), p[start:end])
+        for start, end in itertools.pairwise(borders.tolist())
+    ]
 
 
 class _Pass:

@@ -158,6 +158,7 @@ class Workspace:
         self.ids = aligned((CHUNK,), np.int32)
         self.positions, self.caches = (aligned((CHUNK,), np.int64) for _ in range(2))
         self.gates = aligned((CHUNK,), np.float32)
+        self.draft_counts, self.draft_of = (aligned((CHUNK,), np.int64) for _ in range(2))
         self.x, self.mid, self.y = (floats(c.hidden_size) for _ in range(3))
         self.qkv, self.attended = floats(int(p["rows"][QKV])), floats(c.attention_size)
         self.up, self.act = floats(int(p["rows"][UP])), floats(c.intermediate_size)
@@ -165,7 +166,7 @@ class Workspace:
         codes = aligned((CHUNK, int(max(*p["padded"], -(-c.hidden_size // 64) * 64))), np.int8)
         for name, array in {
             "ids": self.ids, "positions": self.positions, "caches": self.caches,
-            "gates": self.gates,
+            "gates": self.gates, "draft_counts": self.draft_counts, "draft_of": self.draft_of,
             "x": self.x, "mid": self.mid, "y": self.y, "qkv": self.qkv,
             "attended": self.attended, "up": self.up, "act": self.act, "input": self.input,
             "codes": codes, "steps": aligned((CHUNK,), np.float32),
@@ -230,7 +231,7 @@ class Workspace:
         """Calls are about `count` of the tokens at hand, from number `first` on."""
         ROWS.pack_into(self._bytes, ROWS_AT, count, first)
 
-    def arrange(self, order: list[int]) -> None:
+    def arrange(self, order: list[int] | np.ndarray) -> None:
         """Have the tokens of these numbers at hand, in that order."""
         for array in (self.x, self.positions, self.caches):
             array[: len(order)] = array[order]
@@ -299,12 +300,22 @@ class Workspace:
         """Where the logits of the tokens from `first` on are to be, or are to be measured."""
         LOGITS.pack_into(self._bytes, LOGITS_AT, logits_at, first)
 
-    def set_draft(self, draft: Draft, count: int, least_lead: float) -> None:
-        """At most `count` drafts behind the one token at hand (SPEC 11.1), at the exit as set."""
-        self._follow(self.caches[0], self.positions[0], count + 1)
-        self._words[TOKENS] = count + 1
+    def set_draft(self, draft: Draft, counts: Sequence[int], least_lead: float) -> None:
+        """At most so many drafts behind each token at hand (SPEC 11.1), at the exit as set.
+
+        Counts must not fall.
+        """
+        self.draft_counts[: len(counts)] = counts
         vocab = draft.vocab or self.weights.config.vocab_size
         DRAFT_ROW.pack_into(self._bytes, DRAFT_AT, vocab, least_lead)
+
+    def drafts_in_order(self) -> np.ndarray:
+        """Have each token that was drafted behind the one before it; whose each is, int64 [T]."""
+        of = self.draft_of[: self.tokens]
+        order = np.argsort(of, kind="stable")
+        self.arrange(order)
+        self.ids[: len(order)] = self.ids[order]
+        return of[order]
 
     def set_gate(self, n: int) -> None:
         """The gate of block n, counted from 1."""

@@ -2,8 +2,9 @@
 
 An engine runs rows (SPEC 12). It brings primitives: `_embed`, `_blocks`, `_fill`, `_exit`, `_gate`,
 `_confidence`. The verbs that everybody calls are written here, once over them, with every check:
-`extend`, `extend_exits`, `step`, `step_many`, `speculate`, `round`, `logits`. An engine overrides
-only what it does in one go (`_extend`, `_extend_exits`, `_one`, `_look`, `_many`, `_speculate`).
+`extend`, `extend_exits`, `step`, `step_many`, `speculate`, `speculate_many`, `round`, `logits`. An
+engine overrides only what it does in one go (`_extend`, `_extend_exits`, `_one`, `_look`, `_many`,
+`_speculate`, `_speculate_many`).
 
 The NumPy reference, PyTorch, Numba and ONNX Runtime each have one class of this kind. Stages are
 reported to a trace in forward order, under the same names, so that a difference can be located.
@@ -110,6 +111,25 @@ class Planned(NamedTuple):
     looks: tuple[int, ...]
     deepest: int
     wanted: bool
+
+
+class GreedyRound(NamedTuple):
+    """A round of greedy drafts of one sequence, after what its cache holds (SPEC 11.1, 11.2)."""
+
+    token_id: int
+    cache: Any  # from the engine's `new_cache`
+    most: int  # drafts, 0..16
+    draft: Draft
+    exit_layer: int | None = None  # the depth N that verifies; None: L
+
+
+class PlannedRound(NamedTuple):
+    """A GreedyRound, checked."""
+
+    run: Run  # of one token
+    most: int  # drafts
+    draft: Draft
+    depth: int
 
 
 def _checked(contenders: Contenders | None) -> Contenders | None:
@@ -257,17 +277,38 @@ class Engine(ABC):
         -inf in place of those that cannot be chosen (SPEC 9.6). Raises ValueError as `extend` does,
         and for what cannot draft.
         """
-        n = check_exit_layer(exit_layer, self.config)
-        draft.check(n, self.config)
-        if not is_whole(count) or not 0 <= count <= MOST:
-            raise ValueError(f"{count} drafts: a round takes 0..{MOST}")
-        first = cache.require(n)
-        token = check_token(token_id, first, self.config, cache.room)
-        check_room(first, count + 1, cache.room)
-        run = Run((token,), cache, first, _checked(contenders))
-        drafts, z = self._speculate(run, count, draft, n)
-        cache.advance(first, len(z), n)
+        asked = GreedyRound(token_id, cache, count, draft, exit_layer)
+        planned = self._plan_round(asked, _checked(contenders))
+        drafts, z = self._speculate(planned)
+        cache.advance(planned.run.first, len(z), planned.depth)
         return drafts, z
+
+    def speculate_many(self, rounds: Sequence[GreedyRound]) -> list[tuple[list[int], np.ndarray]]:
+        """Run rounds of several sequences, in one call: `speculate` for each (SPEC 12.2).
+
+        Returns for each round what `speculate` does, with all logits. Raises as it does, and for two rounds of one
+        sequence or more than MOST_SEQUENCES; no sequence has then advanced.
+        """
+        rounds = [GreedyRound(*round_) for round_ in rounds]
+        caches = list({id(round_.cache): round_.cache for round_ in rounds}.values())
+        for cache in caches:
+            self._own(cache)
+        if len(caches) < len(rounds):
+            raise ValueError(
+                f"{len(rounds)} rounds of {len(caches)} sequences: a round begins where the one "
+                "before has ended, so give each sequence one, and call again"
+            )
+
+        def run() -> list[tuple[list[int], np.ndarray]]:
+            planned = [self._plan_round(round_) for round_ in rounds]
+            found = self._speculate_many(planned)
+            for at in planned:
+                at.run.cache.unchanged(at.run.first)
+            for at, (_, z) in zip(planned, found, strict=True):
+                at.run.cache.advance(at.run.first, len(z), at.depth)
+            return found
+
+        return in_turns(self, caches, run)
 
     @in_turn
     def _draft_next(self, token_id: int, cache: Any, under_way: Round) -> np.ndarray:
@@ -372,10 +413,9 @@ class Engine(ABC):
             found.append((z if wanted else None, n))
         return found
 
-    def _speculate(
-        self, run: Run, count: int, draft: Draft, n: int
-    ) -> tuple[list[int], np.ndarray]:
-        """Greedy drafts after one row, at most `count`, and the logits of all at depth n."""
+    def _speculate(self, planned: PlannedRound) -> tuple[list[int], np.ndarray]:
+        """Greedy drafts after one row, and the logits of all at the depth that verifies."""
+        run, count, draft, n = planned
         ids, hidden = list(run.ids), list[Any]()
         while True:
             x, z = self._drafted(run._replace(ids=ids[-1:], first=run.first + len(hidden)), draft)
@@ -384,6 +424,12 @@ class Engine(ABC):
             if drafted is None:
                 return ids[1:], self._verified(run._replace(ids=ids), hidden, draft, n)
             ids.append(drafted)
+
+    def _speculate_many(
+        self, planned: Sequence[PlannedRound]
+    ) -> list[tuple[list[int], np.ndarray]]:
+        """Rounds of different sequences."""
+        return [self._speculate(round_) for round_ in planned]
 
     def _drafted(self, run: Run, draft: Draft) -> tuple[Any, np.ndarray]:
         """One row up to the draft exit: its hidden state, to be kept; draft logits f32 [V']."""
@@ -419,6 +465,21 @@ class Engine(ABC):
             run = Run((token,), cache, position)
             planned.append(Planned(run, rule, looks, deepest, bool(wanted)))
         return planned
+
+    def _plan_round(
+        self, asked: GreedyRound, contenders: Contenders | None = None
+    ) -> PlannedRound:
+        """The round, if it may be run. Raises ValueError as `speculate`."""
+        token_id, cache, count, draft, exit_layer = asked
+        n = check_exit_layer(exit_layer, self.config)
+        draft.check(n, self.config)
+        if not is_whole(count) or not 0 <= count <= MOST:
+            raise ValueError(f"{count} drafts: a round takes 0..{MOST}")
+        first = cache.require(n)
+        token = check_token(token_id, first, self.config, cache.room)
+        check_room(first, count + 1, cache.room)
+        run = Run((token,), cache, first, contenders)
+        return PlannedRound(run, int(count), draft, n)
 
     def _own(self, cache: Any) -> None:
         """Refuse what is not a cache of this engine's and this model's: kernels check nothing."""

@@ -22,6 +22,7 @@ from bitskip_cpu.kernels.layout import (
     BAND,
     BLOCKS,
     BOUND,
+    CHUNK,
     CONTEND,
     DOWN,
     DRAFT,
@@ -170,31 +171,46 @@ def contending_logits(s, products):
 
 @kernel
 def draft(s, products, last):
-    """SPEC 11.1: `tokens` ids one by one through blocks 0..last-1, from the second on drafted.
+    """SPEC 11.1: the tokens at hand, of a sequence each, and drafts after them: blocks 0..last-1.
 
-    `tokens` becomes how many were run: all, or up to the first after which a draft is unsure.
+    They come with the least `draft_counts` first. The drafts after all of them follow behind them,
+    then those after these, and `draft_of` says whose they are; a sequence ends with the first after
+    which a draft is unsure, or with its last. `tokens` becomes how many were run.
     """
-    wanted, x, ids, vocab = s.tokens, s.x, s.ids, s.vocab
-    positions, caches = s.positions, s.caches
-    s.tokens, run = 1, 0
-    while True:
-        embed(s, 0)
+    x, ids, vocab, exit_from = s.x, s.ids, s.vocab, s.exit_from
+    positions_at, caches_at, drafted = s.positions, s.caches, int32s(ids, CHUNK)
+    positions, caches = int64s(positions_at, CHUNK), int64s(caches_at, CHUNK)
+    counts, of = int64s(s.draft_counts, CHUNK), int64s(s.draft_of, CHUNK)
+    for t in range(s.tokens):
+        of[t] = t
+    begin, end, step = 0, s.tokens, 0
+    while begin < end:
+        for t in range(s.tokens):
+            embed(s, t)
         for layer in range(last):
             block(s, products, layer)
-        run += 1
-        if run == wanted:
-            break
-        s.vocab = s.draft_vocab
-        exit_logits(s, products)
-        s.vocab = vocab
-        first, second = two_largest(s.logits, s.draft_vocab, s.scratch)
-        if first - second < s.least_lead or not decides(s.logits, s.draft_vocab, first):
-            break
-        drafted = first_of(s.logits, s.draft_vocab, first)
-        int32s(ids, wanted)[run] = drafted
-        s.x, s.ids = x + run * 4 * s.hidden, ids + run * 4
-        s.positions, s.caches = positions + run * 8, caches + run * 8
-    s.tokens, s.x, s.ids, s.positions, s.caches = run, x, ids, positions, caches
+        s.exit_from = 0
+        while s.exit_from < s.tokens and counts[of[begin + s.exit_from]] <= step:
+            s.exit_from += 1
+        more = end
+        if s.exit_from < s.tokens:
+            s.vocab = s.draft_vocab
+            exit_logits(s, products)
+            s.vocab = vocab
+            for t in range(begin + s.exit_from, end):
+                z = s.logits + (t - begin - s.exit_from) * 4 * s.draft_vocab
+                first, second = two_largest(z, s.draft_vocab, s.scratch)
+                if first - second < s.least_lead or not decides(z, s.draft_vocab, first):
+                    continue
+                drafted[more] = first_of(z, s.draft_vocab, first)
+                positions[more], caches[more], of[more] = positions[t] + 1, caches[t], of[t]
+                more += 1
+        begin, end, step = end, more, step + 1
+        s.tokens = end - begin
+        s.x, s.ids = x + begin * 4 * s.hidden, ids + begin * 4
+        s.positions, s.caches = positions_at + begin * 8, caches_at + begin * 8
+    s.tokens, s.x, s.ids, s.exit_from = begin, x, ids, exit_from
+    s.positions, s.caches = positions_at, caches_at
 
 
 @kernel

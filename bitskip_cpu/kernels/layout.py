@@ -25,6 +25,7 @@ _STATE = """
     scratch scratch_stride unpacked acc
 
     positions caches gates tokens from_row logits exit_from draft_vocab least_lead
+    draft_counts draft_of
     confidence_max confidence_margin confidence_entropy
     contender_count contender_temperature contender_reach
     code_norms least_contenders contenders_found
@@ -46,7 +47,8 @@ are, a CACHE each; the stage at hand, which threads share (`kernels.share`).
 Exit blocks are numbered behind the blocks: `exit_layer` is the number of that of the exit at hand,
 0: it has none; `exit_weights` is to its products what `weights` is to a block's.
 
-The call is about `tokens` of them, from `from_row` on. `gates`: f32 [T].
+The call is about `tokens` of them, from `from_row` on. `gates`: f32 [T]. `draft_counts`, int64 [T]:
+drafts after each, at most; `draft_of`, int64 [T]: behind which of them each token stands then.
 It is argument and scratch: `forward` changes `tokens`, `x`, `positions` and the like for a while
 and puts them back."""
 

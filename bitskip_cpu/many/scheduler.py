@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,10 @@ from bitskip_ref.turn import MOST_SEQUENCES
 
 MEMORY = 2 << 30  # bytes of keys and values
 ROWS = 64  # of a step: running texts wait for that many at most
+
+
+Asked = TypeVar("Asked")
+Found = TypeVar("Found")
 
 
 class Full(Exception):
@@ -139,11 +144,8 @@ class Scheduler:
             rows += text.prompt_rows(count)
         rounds = [t for t in running if t.speculation is not None and not t.unread]
         batch = len(plan) + len(rounds)
-        try:
-            found = self.model.engine.step_many(rows) if rows else []
-        except Exception as error:  # nobody's text can go on, and none of the next is concerned
-            for text, _, _ in plan:
-                text.end(ended=False, error=f"{type(error).__name__}: {error}")
+        found = self._together(self.model.engine.step_many, rows, [text for text, _, _ in plan])
+        if found is None:
             found, plan = [], []
         at = 0
         for text, count, prompt in plan:
@@ -152,13 +154,35 @@ class Scheduler:
             if prompt:
                 self.figures.prompt_tokens += count
             self._give(text, part, prompt, batch)
-        for text in rounds:
-            self._note(text, lambda text=text: text.round(batch))  # type: ignore[misc]
+        self._speculate(rounds, batch)
         self._drop()
         self.figures.steps += 1
         self.figures.batches[batch] += 1
         self.figures.busy_s += time.perf_counter() - start
         return True
+
+    def _together(
+        self, run: Callable[[list[Asked]], list[Found]], asked: list[Asked], texts: list[Sequence]
+    ) -> list[Found] | None:
+        """What a call of the engine finds for some texts; None: it failed, and they have ended."""
+        try:
+            return run(asked) if asked else []
+        except Exception as error:  # nobody's text can go on, and none of the next is concerned
+            for text in texts:
+                text.end(ended=False, error=f"{type(error).__name__}: {error}")
+            return None
+
+    def _speculate(self, texts: list[Sequence], batch: int) -> None:
+        """A round of each: greedy ones together, the others one by one."""
+        asked = {id(t): (t, round_) for t in texts if (round_ := t.next_round()) is not None}
+        together = [text for text, _ in asked.values()]
+        found = self._together(
+            self.model.engine.speculate_many, [round_ for _, round_ in asked.values()], together
+        )
+        given = dict(zip(asked, found or [], strict=False))
+        for text in texts:
+            if not text.over:
+                self._note(text, lambda text=text: text.round(given.get(id(text)), batch))  # type: ignore[misc]
 
     def _give(
         self, text: Sequence, found: list[tuple[np.ndarray | None, int]], prompt: bool, batch: int
@@ -167,20 +191,20 @@ class Scheduler:
         logits = [z for z, _ in found]
         if prompt:
             first = text.cache.length - len(found)
-            self._note(text, lambda: text.read(first, logits, batch))
+            self._note(text, lambda: _one(text.read(first, logits, batch)))
             return
         z, depth = found[0]
         assert z is not None
-        self._note(text, lambda: text.take(z, depth, batch))
+        self._note(text, lambda: _one(text.take(z, depth, batch)))
 
-    def _note(self, text: Sequence, take: Callable[[], Token | None]) -> None:
+    def _note(self, text: Sequence, take: Callable[[], list[Token]]) -> None:
         """Let a text take what is its own; what goes wrong there ends that text alone."""
         try:
-            token = take()
+            tokens = take()
         except Exception as error:
             text.end(ended=False, error=str(error) or type(error).__name__)
             return
-        if token is not None:
+        for token in tokens:
             self.figures.generated_tokens += 1
             self.figures.exit_layers[token.depth] += 1
 
@@ -240,3 +264,7 @@ class Scheduler:
             rows -= count
             if count:
                 yield text, count
+
+
+def _one(token: Token | None) -> list[Token]:
+    return [] if token is None else [token]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,8 +13,8 @@ from bitskip_cpu.generate import Generation, Piece, Telling, check_prompt
 from bitskip_cpu.generation_options import GenerationOptions
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.generate import Choosing, Token
-from bitskip_ref.decoding.speculate import stream as stream_speculated
-from bitskip_ref.engine import Engine, Row
+from bitskip_ref.decoding.speculate import Rounds
+from bitskip_ref.engine import Engine, GreedyRound, Row
 from bitskip_ref.exits import FixedExit
 from bitskip_ref.folder import Folder
 from bitskip_ref.heldout import log_probabilities
@@ -116,7 +116,7 @@ class Sequence:
         self.reason = ""
         """Why it is over."""
         self._next: int | None = None  # the token to be run
-        self._tokens: Generator[Token, None, None] | None = None  # of a speculated text
+        self._rounds: Rounds | None = None  # of a speculated text
         self._echoed: list[Likely] = []
         self._last: Likely | None = None
 
@@ -185,20 +185,31 @@ class Sequence:
             self._next = token
         return said
 
-    def round(self, batch: int) -> Token | None:
-        """A speculated text's next token: of the round at hand, or of a new one."""
-        if self._tokens is None:
+    def next_round(self) -> GreedyRound | None:
+        """A speculated text's next round, if it can be run with others'."""
+        if self._rounds is None:
             assert self.speculation is not None
-            self._tokens = stream_speculated(
-                self._engine, self.ids[-1:], self.speculation, self._sampler, self._max_tokens,
-                self._ends, cache=self.cache, seen=self.ids[:-1],
+            self._rounds = Rounds(
+                self._engine, self.ids[-1], self.cache, self.speculation, self._sampler,
+                self._max_tokens, self.ids,
             )  # fmt: skip
-        token = next(self._tokens, None)
-        if token is not None:
-            self._say(token, None, batch)
-        if token is None or self._told.stopped or len(self._told.ids) == self._max_tokens:
+        return self._rounds.next_greedy()
+
+    def round(self, found: tuple[list[int], np.ndarray] | None, batch: int) -> list[Token]:
+        """A speculated text's next tokens, of a round that is run here if it was not yet."""
+        assert self._rounds is not None
+        tokens, said, ended = self._rounds.run(found), list[Token](), False
+        for token in tokens:
+            ended = token in self._ends
+            if ended or self._told.stopped:
+                break
+            said.append(Token(token, self.depth))
+            self._say(said[-1], None, batch)
+        if tokens:
+            self._rounds.keep(len(said) + ended)
+        if not tokens or ended or self._told.stopped or len(self._told.ids) == self._max_tokens:
             self.end()
-        return token
+        return said
 
     def _say(self, token: Token, likely: Likely | None, batch: int) -> None:
         self.tell(Said(self._told.add(token), likely, batch))
@@ -220,8 +231,6 @@ class Sequence:
         if self.over:
             return
         self.over, self._told.ended = True, ended
-        if self._tokens is not None:
-            self._tokens.close()
         rest = self._told.rest()
         if rest.text:
             self.tell(Said(rest))

@@ -12,7 +12,7 @@ from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import MOST, Draft
 from bitskip_ref.decoding.generate import EndIds, Token, check_max_tokens, end_ids
 from bitskip_ref.decoding.sampling import Sampler, pick, splitmix64, uniform
-from bitskip_ref.engine import Engine, ExitRule
+from bitskip_ref.engine import Engine, ExitRule, GreedyRound
 
 LEAD, RETRY = 0.9, 8  # SPEC 11.4
 ACCEPT, RESIDUAL = 0xA0761D6478BD642F, 0xE7037ED1A0B428DB  # SPEC 11.3
@@ -110,14 +110,8 @@ def stream(
     check_input(prompt, cache.require(depth), config, cache.room)
     if len(prompt) > 1:
         engine.extend(prompt[:-1], cache, exit_layer=depth, last_only=True)
-    verify = Verifier(engine, speculation, sampler, {*seen, *prompt})
-    token, left = prompt[-1], max_tokens
-    while left:
-        start = cache.length
-        room = cache.room - start
-        if not room:
-            return
-        tokens = verify.round(token, cache, min(speculation.count(), left - 1, room - 1))
+    rounds = Rounds(engine, prompt[-1], cache, speculation, sampler, max_tokens, {*seen, *prompt})
+    while tokens := rounds.run():
         done = 0
         try:
             for token in tokens:
@@ -126,8 +120,62 @@ def stream(
                     return
                 yield Token(token, depth)
         finally:  # also where the caller stops within a round
-            cache.length = start + done
-        left -= len(tokens)
+            rounds.keep(done)
+
+
+class Rounds:
+    """The rounds of one text, one after the other: `run`, then `keep` what is used of it.
+
+    Before `run`, `next_greedy` may be asked for a round that `Engine.speculate_many` runs, together
+    with other texts'; its answer is then given to `run`.
+    """
+
+    def __init__(
+        self, engine: Engine, token_id: int, cache: Any, speculation: Speculation,
+        sampler: Sampler, max_tokens: int, seen: Collection[int],
+    ) -> None:  # fmt: skip
+        """token_id: to be run first, after what the cache holds. seen: ids up to it."""
+        self._verify = Verifier(engine, speculation, sampler, seen)
+        self._speculation, self._cache = speculation, cache
+        self._token, self._left = token_id, max_tokens
+        self._count: int | None = None  # drafts of the next round, once it is known
+        self._tokens: list[int] = []  # of the round that was run
+        self._first = cache.length
+
+    def next_greedy(self) -> GreedyRound | None:
+        """The next round; None where there is none, or its drafts are not plainly the likeliest."""
+        count = self._next_count()
+        if count is None or not self._verify.plain:
+            return None
+        how = self._speculation
+        return GreedyRound(self._token, self._cache, count, how.draft, how.exit_layer)
+
+    def run(self, found: tuple[list[int], np.ndarray] | None = None) -> list[int]:
+        """The tokens that the next round adds; none: the text or the context is full.
+
+        found: what the engine gave for `next_greedy`.
+        """
+        count = self._next_count()
+        self._tokens = []
+        if count is not None:
+            self._first = self._cache.length - (0 if found is None else len(found[1]))
+            self._count = None
+            self._tokens = self._verify.round(self._token, self._cache, count, found)
+        return self._tokens
+
+    def keep(self, count: int) -> None:
+        """Go on after the first `count` of the tokens, at least one; forget the others."""
+        self._cache.length = self._first + count
+        self._left -= count
+        self._token = self._tokens[count - 1]
+
+    def _next_count(self) -> int | None:
+        """Drafts of the next round, as long as there is one to be run (SPEC 11.1)."""
+        if self._count is None:
+            room = self._cache.room - self._cache.length
+            if self._left and room:
+                self._count = min(self._speculation.count(), self._left - 1, room - 1)
+        return self._count
 
 
 class Verifier:
@@ -141,24 +189,31 @@ class Verifier:
         self._seen = set(seen)
         self._made = 0  # tokens of the text
         changed = sampler.repetition_penalty != 1 or bool(sampler.logit_bias)
-        self._plain = sampler.temperature == 0 and not changed
+        self.plain = sampler.temperature == 0 and not changed
+        """Whether drafts and tokens are the largest logits as they are."""
 
-    def round(self, token_id: int, cache: Any, count: int) -> list[int]:
+    def round(
+        self, token_id: int, cache: Any, count: int,
+        found: tuple[list[int], np.ndarray] | None = None,
+    ) -> list[int]:  # fmt: skip
         """Draft at most `count` tokens after `token_id`; the tokens that follow it, 1..count + 1.
 
-        The cache then holds every drafted position, right or wrong.
+        The cache then holds every drafted position, right or wrong. found: what the engine gave for
+        this round, if it was run already.
         """
-        if self._plain:
-            drafted, tokens = self._greedy(token_id, cache, count)
+        if self.plain:
+            drafted, tokens = self._greedy(token_id, cache, count, found)
         else:
             drafted, tokens = self._chosen(token_id, cache, count)
         self._speculation.note(drafted, len(tokens) - 1)
         return tokens
 
-    def _greedy(self, token_id: int, cache: Any, count: int) -> tuple[int, list[int]]:
+    def _greedy(
+        self, token_id: int, cache: Any, count: int, found: tuple[list[int], np.ndarray] | None
+    ) -> tuple[int, list[int]]:
         """SPEC 11.2 without a penalty, one call of the engine: (drafts that were run, tokens)."""
         how = self._speculation
-        drafts, p = self._engine.speculate(
+        drafts, p = found or self._engine.speculate(
             token_id, cache, count, how.draft, exit_layer=how.exit_layer,
             contenders=self._sampler.contenders,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from bitskip_cpu.engine import Engine
+from bitskip_cpu.workspace import Workspace
 from bitskip_ref.compare import difference
 from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.decoding.draft import Draft
@@ -16,6 +18,7 @@ from bitskip_ref.decoding.generate import stream
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.decoding.speculate import Speculation
 from bitskip_ref.decoding.speculate import stream as speculate
+from bitskip_ref.engine import GreedyRound
 from bitskip_ref.exits import FixedExit
 from bitskip_ref.model import ReferenceModel
 from bitskip_train.loaded import TorchEngine
@@ -141,6 +144,93 @@ def test_rounds_one_by_one() -> None:
             cache.length -= len(drafts[0]) // 2
         for a, b in zip(*map(layers_of, caches), strict=True):
             assert all(difference("cache", x, y) is None for x, y in zip(a, b, strict=True))
+
+
+def some_rounds(engine: Any, reference: Any, seed: int, calls: int = 3) -> None:
+    """Rounds of several sequences in one call, each against the reference's own.
+
+    Between calls some drafts are forgotten, and some sequences take no part.
+    """
+    draw = random.Random(seed)
+    rng = np.random.default_rng(seed)
+    drafts = [Draft(e, v, lead) for e in (1, 2) for v in (None, 30) for lead in (0.0, 0.3)]
+    depths = [draw.choice((3, 4, None)) for _ in range(draw.choice((1, 4, 9)))]
+    pairs = [(engine.new_cache(), reference.new_cache()) for _ in depths]
+    for pair, depth in zip(pairs, depths, strict=True):
+        ids = random_tokens(engine.config, int(rng.integers(1, 20)), int(rng.integers(99)))
+        for e, cache in zip((engine, reference), pair, strict=True):
+            e.extend(ids, cache, exit_layer=depth)
+    for _ in range(calls):
+        few = draw.sample(drafts, 2)
+        asked = [
+            (draw.randrange(97), i, draw.choice((0, 1, 2, 5)), draw.choice(few), depths[i])
+            for i in draw.sample(range(len(pairs)), draw.randint(1, len(pairs)))
+        ]
+        found = engine.speculate_many([GreedyRound(t, pairs[i][0], *how) for t, i, *how in asked])
+        for (token, i, count, draft, depth), (ids, z) in zip(asked, found, strict=True):
+            mine, alone = pairs[i]
+            expected = reference.speculate(token, alone, count, draft, exit_layer=depth)
+            assert ids == expected[0]
+            assert difference("logits", expected[1], z) is None
+            assert mine.length == alone.length
+            for a, b in zip(layers_of(mine, depth or 4), layers_of(alone, depth or 4), strict=True):
+                assert all(difference("cache", x, y) is None for x, y in zip(a, b, strict=True))
+            mine.length = alone.length = alone.length - len(ids) // 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rounds_of_many_sequences(seed: int) -> None:
+    config, kind = twin("wt2-bitskip" if seed % 2 else "per-layer-exits"), KV_CACHES[seed % 3]
+    tensors = random_tensors(config)
+    engine = Engine(config, tensors, 1 + seed % 2, kind, share_from=0)
+    some_rounds(engine, ReferenceModel(config, tensors, kind), seed)
+
+
+def test_rounds_of_more_tokens_than_go_together() -> None:
+    config, tensors = twin("bitskip-v1"), random_tensors(twin("bitskip-v1"))
+    engine, reference = Engine(config, tensors, 1), ReferenceModel(config, tensors)
+    how = 16, Draft(1)
+    found = engine.speculate_many([GreedyRound(i, engine.new_cache(), *how) for i in range(9)])
+    for i, (ids, z) in enumerate(found):
+        drafts, p = reference.speculate(i, reference.new_cache(), *how)
+        assert ids == drafts and len(ids) == 16 and difference("logits", p, z) is None
+
+
+def test_rounds_of_many_sequences_in_pytorch() -> None:
+    config, tensors = twin("bitskip-v1"), random_tensors(twin("bitskip-v1"))
+    some_rounds(TorchEngine(config, tensors), ReferenceModel(config, tensors), 3)
+
+
+def test_a_mixed_up_round_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: drafts stay where they were drafted, not behind their sequence's."""
+    monkeypatch.setattr(
+        Workspace, "drafts_in_order", lambda self: np.sort(self.draft_of[: self.tokens])
+    )
+    config, tensors = twin("bitskip-v1"), random_tensors(twin("bitskip-v1"))
+    engine, reference = Engine(config, tensors, 1), ReferenceModel(config, tensors)
+    with pytest.raises(AssertionError):
+        for seed in range(6):
+            some_rounds(engine, reference, seed)
+
+
+@pytest.mark.parametrize("kind", [Engine, ReferenceModel])
+def test_rounds_are_refused_together(kind: Any) -> None:
+    """None of the sequences has then advanced."""
+    config, tensors = twin("bitskip-v1"), random_tensors(twin("bitskip-v1"))
+    engine = kind(config, tensors)
+    caches = [engine.new_cache() for _ in range(3)]
+    right = [GreedyRound(5, cache, 2, Draft(1)) for cache in caches]
+    for wrong, words in (
+        (GreedyRound(5, caches[0], 1, Draft(1)), "4 rounds of 3 sequences"),
+        (GreedyRound(97, engine.new_cache(), 1, Draft(1)), "0..96"),
+        (GreedyRound(5, engine.new_cache(), 17, Draft(1)), "0..16"),
+        (GreedyRound(5, engine.new_cache(), 1, Draft(4)), "choose 1..3"),
+        (GreedyRound(5, None, 1, Draft(1)), "not this engine's"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            engine.speculate_many([*right, wrong])
+        assert [cache.length for cache in caches] == [0, 0, 0]
+    assert engine.speculate_many([]) == []
 
 
 def test_a_tie_goes_to_the_lowest_id() -> None:
