@@ -37,11 +37,22 @@ def test_heads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert [line.split()[1] for line in out[-3:]] == ["int8", "int6", "int4"]
 
 
-def test_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    out = lines(
-        many, "--preset tiny -t 1 --sequences 3 --depth 5 --steps 2 -r 2", monkeypatch, capsys
-    )
-    assert [line.split(" |")[0] for line in out[1:]] == ["sequences", "1", "3"]
+def test_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny-TQ2_0-Q6_K.gguf").touch()
+    peer = tmp_path / "llama-batched-bench"  # which says nothing of the model
+    said = [f'{{"pl": {n}, "speed_tg": {n}.5}}' for n in (1, 3)]
+    peer.write_text("#!/bin/sh\necho loading\n" + "".join(f"echo '{line}'\n" for line in said))
+    peer.chmod(0o755)
+    words = f"--preset tiny -t 1 --sequences 3 --depth 5 --steps 2 -r 2 --models {tmp_path}"
+    plain = lines(many, f"{words} --kv-cache int8", monkeypatch, capsys)
+    beside = lines(many, f"{words} --llama-batched-bench {peer}", monkeypatch, capsys)
+    for out, columns in ((plain, 4), (beside, 7)):
+        cells = [line.split("|")[1:-1] for line in out if line.startswith("|")]
+        assert {len(row) for row in cells} == {columns}
+        assert [row[0].strip() for row in cells if row[0].strip().isdigit()] == ["1", "3"]
+    assert "2.33 (2.33 to 2.33)" in "".join(beside)  # 3.5 over 1.5
 
 
 def test_gguf_out(
