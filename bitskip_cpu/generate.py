@@ -12,7 +12,8 @@ from bitskip_ref.decoding.generate import stream as stream_tokens
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.decoding.speculate import Speculation
 from bitskip_ref.decoding.speculate import stream as stream_speculated
-from bitskip_ref.engine import Engine, ExitRule
+from bitskip_ref.engine import Engine
+from bitskip_ref.rule import ExitRule
 from bitskip_text.streaming import StopStrings, StreamDecoder
 from bitskip_text.tokenizer import Tokenizer
 

@@ -12,9 +12,9 @@ from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.generate import check_max_tokens
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.decoding.speculate import Speculation
-from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits.named import named_rule
 from bitskip_ref.folder import SAMPLING, Folder
+from bitskip_ref.rule import ExitRule
 from bitskip_text.streaming import StopStrings
 
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from bitskip_cpu.generate import Generation, TextStream
 from bitskip_cpu.generation_options import GenerationOptions
-from bitskip_ref.engine import Engine, ExitRule
+from bitskip_ref.engine import Engine
 from bitskip_ref.folder import Folder
+from bitskip_ref.rule import ExitRule
 from bitskip_text.tokenizer import Tokenizer, read_tokenizer
 
 

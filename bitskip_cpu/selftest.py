@@ -22,10 +22,10 @@ from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.decoding.generate import stream
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.engine import Engine as AnyEngine
-from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.folder import read_folder
 from bitskip_ref.model import ReferenceModel
+from bitskip_ref.rule import ExitRule
 
 PROMPT, STEPS = 12, 6  # tokens: enough for a prompt tile with a remainder, few for the reference
 SMALLER_CACHES = [kind for kind in KV_CACHES if kind != "float32"]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,9 +30,10 @@ from bitskip_ref.checks import (
 )
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.contenders import Contenders
-from bitskip_ref.decoding.draft import MOST, Draft
+from bitskip_ref.decoding.draft import MOST, Draft, GreedyRound
 from bitskip_ref.decoding.round import Round
 from bitskip_ref.probe import Asked
+from bitskip_ref.rule import ExitRule, check_rule
 from bitskip_ref.turn import Turn, in_turn, in_turns
 
 Trace = Callable[[str, np.ndarray], None]
@@ -48,41 +49,6 @@ Arrays may be reused by the engine after the call: copy what is kept.
 Visit = Callable[[int, int, np.ndarray], None]
 """Receives (exit layer, first, logits f32 [t, V]) of the tokens at hand from the one numbered
 `first` on. Arrays may be reused by the engine after the call."""
-
-
-class Probe(Protocol):
-    """What an exit rule may ask about the token at hand after a block (SPEC 8.4, 8.5)."""
-
-    def gate(self) -> np.float32:
-        """Exit probability of the block's routing gate."""
-
-    def confidence(self, measure: str) -> np.float32:
-        """`max`, `margin` or `entropy` of the logits at this exit."""
-
-
-class ExitRule(Protocol):
-    """A way of choosing how many blocks a token runs."""
-
-    def deepest(self, config: ModelConfig) -> int:
-        """Blocks that the prompt runs, and every token that is not stopped before: 1..L."""
-
-    def looks(self, config: ModelConfig) -> tuple[int, ...]:
-        """Depths after which `stops` is asked, rising, below `deepest`; none: a fixed exit."""
-
-    def check(self, config: ModelConfig) -> None:
-        """Raise ValueError, with the remedy, where the rule means nothing for this model."""
-
-    def stops(self, probe: Probe) -> bool:
-        """Whether to stop here; asked at each of `looks` until it says so."""
-
-
-def check_rule(rule: ExitRule) -> None:
-    """Raise ValueError for what is no exit rule: a number, a word, a rule's class."""
-    methods = ("deepest", "looks", "check", "stops")
-    if isinstance(rule, type) or not all(hasattr(rule, name) for name in methods):
-        raise ValueError(
-            f"{rule!r} is no exit rule: give one like FixedExit(18) (bitskip_ref.exits)"
-        )
 
 
 class Row(NamedTuple):
@@ -111,16 +77,6 @@ class Planned(NamedTuple):
     looks: tuple[int, ...]
     deepest: int
     wanted: bool
-
-
-class GreedyRound(NamedTuple):
-    """A round of greedy drafts of one sequence, after what its cache holds (SPEC 11.1, 11.2)."""
-
-    token_id: int
-    cache: Any  # from the engine's `new_cache`
-    most: int  # drafts, 0..16
-    draft: Draft
-    exit_layer: int | None = None  # the depth N that verifies; None: L
 
 
 class PlannedRound(NamedTuple):
@@ -244,9 +200,7 @@ class Engine(ABC):
         and for more than MOST_SEQUENCES caches; no sequence has then advanced.
         """
         rows = [Row(*row) for row in rows]
-        caches = list({id(row.cache): row.cache for row in rows}.values())
-        for cache in caches:
-            self._own(cache)
+        caches = self._owned(rows)
 
         def run() -> list[tuple[np.ndarray | None, int]]:
             planned = self._plan(rows)
@@ -286,13 +240,11 @@ class Engine(ABC):
     def speculate_many(self, rounds: Sequence[GreedyRound]) -> list[tuple[list[int], np.ndarray]]:
         """Run rounds of several sequences, in one call: `speculate` for each (SPEC 12.2).
 
-        Returns for each round what `speculate` does, with all logits. Raises as it does, and for two rounds of one
-        sequence or more than MOST_SEQUENCES; no sequence has then advanced.
+        Returns for each round what `speculate` does, with all logits. Raises as it does, and for
+        two rounds of one sequence or more than MOST_SEQUENCES; no sequence has then advanced.
         """
         rounds = [GreedyRound(*round_) for round_ in rounds]
-        caches = list({id(round_.cache): round_.cache for round_ in rounds}.values())
-        for cache in caches:
-            self._own(cache)
+        caches = self._owned(rounds)
         if len(caches) < len(rounds):
             raise ValueError(
                 f"{len(rounds)} rounds of {len(caches)} sequences: a round begins where the one "
@@ -466,9 +418,7 @@ class Engine(ABC):
             planned.append(Planned(run, rule, looks, deepest, bool(wanted)))
         return planned
 
-    def _plan_round(
-        self, asked: GreedyRound, contenders: Contenders | None = None
-    ) -> PlannedRound:
+    def _plan_round(self, asked: GreedyRound, contenders: Contenders | None = None) -> PlannedRound:
         """The round, if it may be run. Raises ValueError as `speculate`."""
         token_id, cache, count, draft, exit_layer = asked
         n = check_exit_layer(exit_layer, self.config)
@@ -480,6 +430,13 @@ class Engine(ABC):
         check_room(first, count + 1, cache.room)
         run = Run((token,), cache, first, contenders)
         return PlannedRound(run, int(count), draft, n)
+
+    def _owned(self, asked: Sequence[Row] | Sequence[GreedyRound]) -> list[Any]:
+        """Their caches, each once. Raises ValueError for another engine's."""
+        caches = list({id(a.cache): a.cache for a in asked}.values())
+        for cache in caches:
+            self._own(cache)
+        return caches
 
     def _own(self, cache: Any) -> None:
         """Refuse what is not a cache of this engine's and this model's: kernels check nothing."""

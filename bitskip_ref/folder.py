@@ -16,12 +16,12 @@ import numpy as np
 from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.documents import read_text
-from bitskip_ref.engine import ExitRule
 from bitskip_ref.excerpt import shown
 from bitskip_ref.exits.confidence import ConfidenceExit
 from bitskip_ref.exits.fixed import FixedExit
 from bitskip_ref.exits.named import describe_rule, named_rule
 from bitskip_ref.files import replace_file, replace_folder
+from bitskip_ref.rule import ExitRule
 from bitskip_ref.safetensors_file import give_back, read_tensors, write_tensors
 from bitskip_ref.tensors import (
     WEIGHTS,

@@ -19,12 +19,12 @@ from bitskip_export.pack import pack
 from bitskip_export.verify import ENGINES, verify
 from bitskip_ref.arithmetic.quant import quantize_weights
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import Probe
 from bitskip_ref.exits.dynamic import DynamicExit
 from bitskip_ref.files import replace_file
 from bitskip_ref.folder import read_folder, write_folder
 from bitskip_ref.model import ReferenceModel
 from bitskip_ref.packing import unpack_ternary
+from bitskip_ref.rule import Probe
 from tests.helpers import random_folder, random_parameters, random_tensors, random_tokens, twin
 from tests.train.conftest import small_trainer
 

@@ -27,7 +27,7 @@ from bitskip_cpu.cli.loading import load_model
 
 if TYPE_CHECKING:
     from bitskip_cpu.model import Model
-    from bitskip_ref.engine import ExitRule
+    from bitskip_ref.rule import ExitRule
 
 TEXT = click.option(
     "--text", "text_file", required=True, type=FILE,

@@ -19,10 +19,11 @@ from bitskip_cpu.heldout.scoring import Advance, Stepped, step_through
 from bitskip_cpu.heldout.survey import Costs, Estimate, Survey, look_layers
 from bitskip_cpu.heldout.text import Text, read_text
 from bitskip_cpu.model import Model
-from bitskip_ref.engine import Engine, ExitRule
+from bitskip_ref.engine import Engine
 from bitskip_ref.exits import FixedExit
 from bitskip_ref.exits.named import DYNAMIC, describe_rule, rule_label
 from bitskip_ref.folder import GENERATION, write_auto_exit
+from bitskip_ref.rule import ExitRule
 
 FIXED = "fixed"
 ONE_SIDED_95 = 1.64  # standard errors

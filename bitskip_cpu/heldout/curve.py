@@ -14,8 +14,8 @@ from bitskip_cpu.heldout.scoring import step_through
 from bitskip_cpu.heldout.text import read_text
 from bitskip_cpu.model import Model
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import ExitRule
 from bitskip_ref.heldout import check_windows
+from bitskip_ref.rule import ExitRule
 
 
 def curve(

@@ -11,9 +11,9 @@ from bitskip.terminal import progress_bar
 from bitskip_cpu.heldout.scoring import TOGETHER, exit_losses, facts, step_through
 from bitskip_cpu.heldout.text import read_text
 from bitskip_cpu.model import Model
-from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits.named import rule_label
 from bitskip_ref.heldout import HeldOutLoss, check_windows
+from bitskip_ref.rule import ExitRule
 
 
 def report(

@@ -13,9 +13,10 @@ import numpy as np
 from bitskip_cpu.heldout.text import Text
 from bitskip_ref.checks import check_exit_layers
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import Engine, ExitRule, Row
+from bitskip_ref.engine import Engine, Row
 from bitskip_ref.exits.named import describe_rule
 from bitskip_ref.heldout import HeldOutLoss, check_windows, token_losses, windows
+from bitskip_ref.rule import ExitRule
 
 Advance = Callable[[int], None]
 """Called with the number of tokens whose loss has become known."""

@@ -16,8 +16,9 @@ from bitskip_cpu.heldout.scoring import Advance, exit_token_losses, step_through
 from bitskip_cpu.heldout.text import Text
 from bitskip_cpu.heldout.watch import Watch
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import Engine, ExitRule
+from bitskip_ref.engine import Engine
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
+from bitskip_ref.rule import ExitRule
 
 
 def rule_of(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import Probe
 from bitskip_ref.exits.confidence import MEASURES
+from bitskip_ref.rule import Probe
 
 
 class Watch:

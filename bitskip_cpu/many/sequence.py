@@ -12,9 +12,10 @@ import numpy as np
 from bitskip_cpu.generate import Generation, Piece, Telling, check_prompt
 from bitskip_cpu.generation_options import GenerationOptions
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.decoding.draft import GreedyRound
 from bitskip_ref.decoding.generate import Choosing, Token
 from bitskip_ref.decoding.speculate import Rounds
-from bitskip_ref.engine import Engine, GreedyRound, Row
+from bitskip_ref.engine import Engine, Row
 from bitskip_ref.exits import FixedExit
 from bitskip_ref.folder import Folder
 from bitskip_ref.heldout import log_probabilities

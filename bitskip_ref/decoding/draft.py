@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,3 +53,13 @@ class Draft:
             return True
         second, first = np.partition(z, -2)[-2:]
         return bool(first - second >= np.float32(self.least_lead))
+
+
+class GreedyRound(NamedTuple):
+    """A round of greedy drafts of one sequence, after what its cache holds (SPEC 11.1, 11.2)."""
+
+    token_id: int
+    cache: Any  # from the engine's `new_cache`
+    most: int  # drafts, 0..16
+    draft: Draft
+    exit_layer: int | None = None  # the depth N that verifies; None: L

@@ -9,7 +9,8 @@ import numpy as np
 
 from bitskip_ref.checks import is_whole
 from bitskip_ref.decoding.sampling import Sampler
-from bitskip_ref.engine import Engine, ExitRule, check_rule
+from bitskip_ref.engine import Engine
+from bitskip_ref.rule import ExitRule, check_rule
 
 
 class Token(NamedTuple):

@@ -9,10 +9,11 @@ import numpy as np
 
 from bitskip_ref.checks import check_input, check_logits, is_whole
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.decoding.draft import MOST, Draft
+from bitskip_ref.decoding.draft import MOST, Draft, GreedyRound
 from bitskip_ref.decoding.generate import EndIds, Token, check_max_tokens, end_ids
 from bitskip_ref.decoding.sampling import Sampler, pick, splitmix64, uniform
-from bitskip_ref.engine import Engine, ExitRule, GreedyRound
+from bitskip_ref.engine import Engine
+from bitskip_ref.rule import ExitRule
 
 LEAD, RETRY = 0.9, 8  # SPEC 11.4
 ACCEPT, RESIDUAL = 0xA0761D6478BD642F, 0xE7037ED1A0B428DB  # SPEC 11.3

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.constants import MEASURES
-from bitskip_ref.engine import Probe
 from bitskip_ref.exits.dynamic import DynamicExit
+from bitskip_ref.rule import Probe
 
 
 @dataclass(frozen=True)

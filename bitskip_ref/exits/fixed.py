@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bitskip_ref.checks import check_exit_layer
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import Probe
+from bitskip_ref.rule import Probe
 
 
 @dataclass(frozen=True)

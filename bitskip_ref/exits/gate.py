@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import Probe
 from bitskip_ref.exits.dynamic import DynamicExit
+from bitskip_ref.rule import Probe
 
 
 @dataclass(frozen=True)

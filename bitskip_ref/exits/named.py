@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits.confidence import MEASURES, ConfidenceExit
 from bitskip_ref.exits.dynamic import DynamicExit
 from bitskip_ref.exits.fixed import FixedExit
 from bitskip_ref.exits.gate import GateExit
+from bitskip_ref.rule import ExitRule
 
 DYNAMIC = ("gate", *MEASURES)
 

@@ -15,9 +15,9 @@ from click.testing import CliRunner, Result
 from bitskip.program import runtime as main
 from bitskip_cpu.heldout.points import Point, points
 from bitskip_cpu.heldout.scoring import Stepped
-from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit
 from bitskip_ref.heldout import HeldOutLoss
+from bitskip_ref.rule import ExitRule
 from tests.cli.conftest import CONFIG
 
 STORY = "the cat sat on a little cat. Once upon a time there was a cat\n<|endoftext|>\n"

@@ -19,9 +19,9 @@ import bitskip_cpu
 from bitskip.program import main
 from bitskip_cpu.heldout.continuations import log_likelihoods
 from bitskip_cpu.model import Model
-from bitskip_ref.engine import ExitRule
 from bitskip_ref.folder import ChatForm
 from bitskip_ref.heldout import token_losses
+from bitskip_ref.rule import ExitRule
 from tests.cli.conftest import write_model
 
 pytest.importorskip("lm_eval")

@@ -19,10 +19,10 @@ from bitskip_ref.cache import cached_arrays
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig, small_twin
 from bitskip_ref.decoding.draft import Draft
-from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.model import ReferenceModel
 from bitskip_ref.packing import pack_ternary
+from bitskip_ref.rule import ExitRule
 from tests.helpers import random_tensors, random_tokens, twin
 
 SIZES: dict[str, ModelConfig] = {

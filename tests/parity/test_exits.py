@@ -13,10 +13,10 @@ from bitskip_cpu.heldout.watch import Watch
 from bitskip_ref.compare import difference
 from bitskip_ref.decoding.generate import stream
 from bitskip_ref.decoding.sampling import Sampler
-from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.exits.confidence import MEASURES
 from bitskip_ref.model import ReferenceModel
+from bitskip_ref.rule import ExitRule
 from tests.helpers import random_tensors, random_tokens, twin
 
 # Pre-norm and post-norm, both with gates, on caches of both kinds.

@@ -13,12 +13,11 @@ from bitskip_cpu.engine import Engine
 from bitskip_cpu.workspace import Workspace
 from bitskip_ref.compare import difference
 from bitskip_ref.constants import KV_CACHES
-from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.decoding.draft import Draft, GreedyRound
 from bitskip_ref.decoding.generate import stream
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.decoding.speculate import Speculation
 from bitskip_ref.decoding.speculate import stream as speculate
-from bitskip_ref.engine import GreedyRound
 from bitskip_ref.exits import FixedExit
 from bitskip_ref.model import ReferenceModel
 from bitskip_train.loaded import TorchEngine

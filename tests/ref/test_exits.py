@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from bitskip_ref.config import preset
-from bitskip_ref.engine import ExitRule
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.exits.named import DYNAMIC, describe_rule, named_rule, rule_label
 from bitskip_ref.folder import read_folder, write_auto_exit
+from bitskip_ref.rule import ExitRule
 from bitskip_ref.tensors import FormatError
 from tests.helpers import random_folder, twin
 
