@@ -41,10 +41,10 @@ class TableEngine(Engine):
         return self.cache
 
     def speculate(
-        self, token_id: int, cache: Any, count: int, draft: Draft, *, exit_layer: int | None = None
+        self, token_id: int, cache: Any, count: int, draft: Draft, **options: Any
     ) -> tuple[list[int], np.ndarray]:
         self.counts.append(count)
-        return super().speculate(token_id, cache, count, draft, exit_layer=exit_layer)
+        return super().speculate(token_id, cache, count, draft, **options)
 
     def _embed(self, run: Run, trace: Any = None) -> np.ndarray:
         return np.array(run.ids)
