@@ -87,8 +87,9 @@ class Imposed(Timed):
         self.speculate = self._imposed
 
     def _imposed(
-        self, token_id: int, cache: Any, count: int, draft: Draft, *, exit_layer: int
-    ) -> tuple[list[int], np.ndarray]:
+        self, token_id: int, cache: Any, count: int, draft: Draft, *, exit_layer: int,
+        contenders: Any = None,
+    ) -> tuple[list[int], np.ndarray]:  # fmt: skip
         """A round of the engine; the first differing logits are where the record says."""
         drafted, accepted, unsure = next(self._rounds)
         draft = dataclasses.replace(draft, least_lead=0.0)
@@ -98,7 +99,9 @@ class Imposed(Timed):
                 tokens.append(int(under_way.draft(tokens[-1]).argmax()))
             ids, z = tokens[1:-1], under_way.verify()
         else:
-            ids, z = self._speculate(token_id, cache, drafted, draft, exit_layer=exit_layer)
+            ids, z = self._speculate(
+                token_id, cache, drafted, draft, exit_layer=exit_layer, contenders=contenders
+            )
         for row, token in enumerate(ids):
             z[row, token] = 3e38 if row < accepted else -3e38
         return ids, z
