@@ -2,8 +2,10 @@
 
     python -m benchmarks.gguf_out stories-24 --llama BIN --text FILE
 
-BIN: a folder with llama-completion and llama-perplexity. The perplexity is llama-perplexity's: of
-chunks of 512 tokens the second halves count.
+BIN: a folder with llama-completion and llama-perplexity. The prompts are the first four words of
+documents. Where texts part, the lead of our token over the second best is printed: rounding alone
+decides where it is small. The perplexity is llama-perplexity's: of chunks of 512 tokens the second
+halves count.
 """
 
 from __future__ import annotations
@@ -21,15 +23,12 @@ import numpy as np
 import bitskip_cpu
 from bitskip_cpu import models
 from bitskip_cpu.model import Model
+from bitskip_ref.documents import END_OF_TEXT
 from bitskip_ref.folder import read_folder
 from bitskip_ref.heldout import token_losses
 
-PROMPTS = (
-    "Once upon a time", "Tom had a red ball.", "The little dog", "One day, a girl named Lily",
-    "It was a sunny day and", "There was a big tree", "Ben and Mia went to", "The cat sat",
-    "A boy found a", "Mom said",
-)  # fmt: skip
-TOKENS, CHUNK = 20, 512
+TOKENS, CHUNK, WORDS = 20, 512, 4
+MORE = 4  # tokens that llama-completion is asked for beyond: the last are not always printed
 
 
 def run(tool: Path, *arguments: object) -> str:
@@ -43,17 +42,24 @@ def run(tool: Path, *arguments: object) -> str:
     return done.stdout + done.stderr
 
 
-def texts(model: Model, exit_layer: int | None, gguf: Path, tools: Path) -> list[bool]:
+def texts(
+    model: Model, exit_layer: int | None, prompts: list[str], gguf: Path, tools: Path
+) -> list[bool]:
     """For each prompt, whether the first tokens of both greedy texts are the same."""
     same = []
-    for prompt in PROMPTS:
-        ours = prompt + model.generate(prompt, max_tokens=TOKENS, exit_layer=exit_layer).text
+    for prompt in prompts:
+        ours = model.generate(prompt, max_tokens=TOKENS, exit_layer=exit_layer, temperature=0)
         theirs = run(
-            tools / "llama-completion", "-m", gguf, "-p", prompt, "-n", TOKENS, "--temp", 0,
-            "-no-cnv", "--no-warmup", "-t", 1,
+            tools / "llama-completion", "-m", gguf, "-p", prompt, "-n", TOKENS + MORE, "--temp", 0,
+            "-no-cnv", "--no-warmup", "--no-display-prompt", "-t", 1,
         )  # fmt: skip
-        same.append(ours.strip() in theirs)
-        print(f"{'same' if same[-1] else 'other'}: {ours!r}")
+        same.append(ours.text.strip() in theirs)
+        if same[-1]:
+            continue
+        ids, decode = ours.token_ids, model.tokenizer.decode
+        shared = max(n for n in range(len(ids) + 1) if decode(ids[:n]).strip() in theirs)
+        z = np.sort(model.logits([*model.prompt_ids(prompt), *ids[:shared]], exit_layer)[-1])
+        print(f"{prompt!r}: other from token {shared + 1} on, our lead there {z[-1] - z[-2]:.3f}")
     return same
 
 
@@ -70,13 +76,14 @@ def perplexity(model: Model, exit_layer: int | None, ids: list[int]) -> float:
 
 
 def main() -> None:
-    """Print what agrees; exit code 1 where the bars of 8 of 10 texts and 1 % are not met."""
+    """Print what agrees; exit code 1 below 8 of 10 texts, or above 1 % of perplexity."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?")
     parser.add_argument("--llama", type=Path, required=True, help="folder of llama.cpp's tools")
     parser.add_argument("--text", type=Path, required=True, help="held-out text")
     parser.add_argument("--exit-layer", type=int, help="default: all blocks")
-    parser.add_argument("--characters", type=int, default=60_000)
+    parser.add_argument("--characters", type=int, default=60_000, help="for the perplexity")
+    parser.add_argument("--prompts", type=int, default=50)
     given = parser.parse_args()
     from bitskip_export.foreign.gguf_write import write_gguf
 
@@ -85,15 +92,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         gguf, text = Path(place) / "model.gguf", Path(place) / "text"
         write_gguf(read_folder(path), gguf, exit_layer=depth)
-        said = given.text.read_text("utf-8")[: given.characters]
+        whole = given.text.read_text("utf-8")
+        said = whole[: given.characters]
         text.write_text(said, "utf-8")
-        same = texts(model, depth, gguf, given.llama)
+        starts = (document.split()[:WORDS] for document in whole.split(END_OF_TEXT))
+        prompts = list(dict.fromkeys(" ".join(words) for words in starts if words[WORDS - 1 :]))
+        same = texts(model, depth, prompts[: given.prompts], gguf, given.llama)
         out = run(given.llama / "llama-perplexity", "-m", gguf, "-f", text, "-c", CHUNK, "-t", 1)
         theirs = float(re.findall(r"PPL = ([0-9.]+)", out)[-1])
         ours = perplexity(model, depth, model.tokenizer.encode(said))
     print(f"texts: {sum(same)} of {len(same)} agree in their first {TOKENS} tokens")
     print(f"perplexity: {ours:.4f} here, {theirs:.4f} there, {100 * (theirs / ours - 1):+.2f} %")
-    sys.exit(0 if sum(same) >= 8 and abs(theirs / ours - 1) <= 0.01 else 1)
+    sys.exit(0 if sum(same) >= 0.8 * len(same) and abs(theirs / ours - 1) <= 0.01 else 1)
 
 
 if __name__ == "__main__":

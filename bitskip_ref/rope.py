@@ -85,6 +85,16 @@ def yarn(
     return np.asarray((f / factor) * share + f * (1.0 - share))
 
 
+def frequency_factors(config: ModelConfig) -> np.ndarray:
+    """What frequencies are divided by for a longer context (SPEC 6.6): binary64 [E/2]."""
+    c, f = config, _frequencies(config.rope_theta, config.head_dim)
+    found = scaled(
+        f, c.rope_scaling, c.rope_factor, c.rope_low_freq_factor, c.rope_high_freq_factor,
+        c.rope_original_context,
+    )  # fmt: skip
+    return np.asarray(f / found)
+
+
 @lru_cache(maxsize=8)
 def _table(
     theta: float, head_dim: int, positions: int, attention: float, betas: tuple[float, float],

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from bitskip_export.foreign.source import Floats, RefusedError
+from bitskip_ref import rope
+from bitskip_ref.config import ModelConfig
 from bitskip_ref.excerpt import shown
 
 MAGIC = b"GGUF"
@@ -37,6 +39,10 @@ BLOCK = {
     "attn_sub_norm": "attn_sub_norm", "ffn_norm": "ffn_norm", "gate_proj": "ffn_gate",
     "up_proj": "ffn_up", "down_proj": "ffn_down", "ffn_sub_norm": "ffn_sub_norm",
 }  # fmt: skip
+ROPE_FACTORS = "rope_freqs.weight"  # f32 [E/2]: frequencies are divided by these
+LLAMA3 = (
+    "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_context",
+)  # fmt: skip
 TOP = {"embed_tokens": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
 
 
@@ -44,6 +50,11 @@ def written_name(name: str) -> str:
     """`layers.3.q_proj.weight` -> `blk.3.attn_q.weight`."""
     *layer, part, leaf = name.split(".")
     return f"blk.{layer[1]}.{BLOCK[part]}.{leaf}" if layer else f"{TOP[part]}.{leaf}"
+
+
+def frequency_factors(config: ModelConfig) -> np.ndarray:
+    """ROPE_FACTORS of a model, f32 [E/2]."""
+    return rope.frequency_factors(config).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from bitskip_export.foreign.gguf_file import BLOCK, TOP, Tensor, open_gguf, written_name
+from bitskip_export.foreign.gguf_file import (
+    BLOCK,
+    LLAMA3,
+    ROPE_FACTORS,
+    TOP,
+    Tensor,
+    frequency_factors,
+    open_gguf,
+    written_name,
+)
 from bitskip_export.foreign.gguf_words import chat_form, end_ids, tokenizer_json
 from bitskip_export.foreign.hf_read import meaning
 from bitskip_export.foreign.source import (
@@ -30,6 +39,9 @@ ARCHITECTURES = {
     "llama": ("swiglu", True), "bitnet": ("swiglu", False), "qwen2": ("swiglu", False),
     "qwen3": ("swiglu", False),
 }  # fmt: skip
+USUAL_LLAMA3 = {
+    "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_context": 8192,
+}  # fmt: skip
 TERNARY = ("TQ1_0", "TQ2_0", "Q2_0")
 CHUNK = 4096  # rows looked at in one go
 
@@ -46,6 +58,7 @@ def read_gguf(path: Path) -> Source:
             f"{path}: architecture {shown(architecture)} is none of {', '.join(ARCHITECTURES)}"
         )
     named: dict[str, Tensor] = {}
+    factors = tensors.pop(ROPE_FACTORS, None)
     for name, tensor in tensors.items():
         mine = _ours(name)
         if mine is None:
@@ -57,6 +70,8 @@ def read_gguf(path: Path) -> Source:
     scaled = "layers.0.q_proj.scale" in named  # float codes beside their scales
     ternary = architecture == "bitnet" or bool(linear & set(TERNARY)) or scaled
     config = _config(path, metadata, named, ternary)
+    if factors is not None:
+        config = _llama3(path, metadata, config, factors.floats().whole())
     if tensor_count(config) > 4 * len(named) + 64:
         raise RefusedError(f"{path} lacks tensors: it tells of {config.num_hidden_layers} blocks")
     shapes = parameter_shapes(config)
@@ -173,6 +188,32 @@ def _config(
             raise
         reason = str(error) if isinstance(error, ConfigError) else "a key has a wrong type"
         raise RefusedError(f"{path}: {reason}") from None
+
+
+def _llama3(
+    path: Path, metadata: dict[str, Any], config: ModelConfig, factors: np.ndarray
+) -> ModelConfig:
+    """The scaling of RoPE that has these factors, which the file's keys do not name (SPEC 6.6).
+
+    Tried are the numbers of files that we wrote, else those that all Llama 3 models have.
+    """
+    values: dict[str, Any] = {
+        "rope_factor": float(np.float32(factors.max(initial=1)).astype(str)), **USUAL_LLAMA3,
+    }  # fmt: skip
+    values |= {key: metadata[f"{OURS}.{key}"] for key in LLAMA3 if f"{OURS}.{key}" in metadata}
+    try:
+        values |= {k: float(np.float32(values[k]).astype(str)) for k in LLAMA3[:3]}
+        found = config.replace(rope_scaling="llama3", **values)
+        expected = frequency_factors(found)
+    except (TypeError, ValueError) as error:
+        reason = str(error) if isinstance(error, ConfigError) else "a wrong type"
+        raise RefusedError(f"{path}: scaling of RoPE: {reason}") from None
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-5, atol=0):
+        raise RefusedError(
+            f"{path}: {ROPE_FACTORS} are not the factors of a Llama 3 model (rope_scaling llama3, "
+            f"original context {values['rope_original_context']}): bitskip has no such scaling"
+        )
+    return found
 
 
 def _head_format(metadata: dict[str, Any], usual: str) -> str:

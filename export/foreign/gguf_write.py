@@ -14,10 +14,13 @@ import numpy as np
 from bitskip_export.foreign.convert import Progress
 from bitskip_export.foreign.gguf_file import (
     ARRAY,
+    LLAMA3,
     MAGIC,
     Q2_0,
     Q2_0_BLOCK,
+    ROPE_FACTORS,
     STRING,
+    frequency_factors,
     written_name,
 )
 from bitskip_export.foreign.gguf_read import OURS, from_pairs
@@ -25,7 +28,7 @@ from bitskip_export.foreign.gguf_words import words_of
 from bitskip_export.foreign.given import Given, at_exit
 from bitskip_export.foreign.source import RefusedError, Report
 from bitskip_export.pack import ExportError
-from bitskip_ref.config import HEAD_BITS, ModelConfig
+from bitskip_ref.config import ModelConfig
 from bitskip_ref.files import replace_file
 from bitskip_ref.folder import Folder
 from bitskip_ref.tensors import parameter_shapes
@@ -70,36 +73,19 @@ def write_gguf(
     metadata["general.file_type"] = FILE_TYPES[max(kinds)]
     with replace_file(out) as file:
         write_container(file, metadata, entries, progress)
-    ternary = model.config.linear == "ternary"
-    exact = model.config.head_format not in HEAD_BITS
-    rounded = ["activations: llama.cpp quantizes them by blocks, or not at all"] if ternary else []
-    return Report(
-        kept=(
-            "linear weights: " + ("codes and scales" if ternary else "float32"),
-            *(["embedding and head"] if exact else []),
-        ),
-        converted=(
-            *([] if exact else [
-                f"embedding and head: {model.config.head_format} rows as the float32 that they "
-                "stand for; the head's input is not quantized there",
-            ]),
-            *rounded,
-        ),
-        dropped=model.dropped,
-    )  # fmt: skip
+    return model.report("llama.cpp quantizes them by blocks, or not at all")
 
 
 def architecture_of(config: ModelConfig) -> str:
     """llama.cpp's name of the graph that computes this. Raises RefusedError if none does."""
     for wrong, what in (
-        (config.linear == "int8", "linear = 'int8': rows of 8 bits, each with its scale"),
         (config.norm != "rms", f"norm = {config.norm!r}: layer norms"),
         (config.norm_position != "pre", "norm_position = 'post': norms after each block's parts"),
         (config.hadamard, "hadamard: a rotation before each linear"),
         (config.embedding_norm, "embedding_norm: a norm after the embedding"),
         (config.ffn != "swiglu", f"ffn = {config.ffn!r}: the graph has SiLU built in"),
         (
-            config.rope_scaling not in ("none", "linear"),
+            config.rope_scaling not in ("none", "linear", "llama3"),
             f"rope_scaling = {config.rope_scaling!r}",
         ),
         (
@@ -112,6 +98,9 @@ def architecture_of(config: ModelConfig) -> str:
         (config.sub_norm and (config.qk_norm or config.biases != "none"),
          "sub_norm with biases or norms of each head"),
         (config.qk_norm and config.biases != "none", "qk_norm with biases"),
+        (config.rope_scaling == "llama3"
+         and (config.sub_norm or config.qk_norm or config.biases == "qkv"),
+         "rope_scaling = 'llama3' with sub_norm, qk_norm or biases of q, k, v alone"),
     ):  # fmt: skip
         if wrong:
             raise RefusedError(f"{what}: no graph of llama.cpp computes that, so not exported")
@@ -148,6 +137,8 @@ def _metadata(model: Given, architecture: str, exit_layer: int | None) -> dict[s
     found |= {f"{architecture}.{key}": value for key, value in own.items()}
     found |= words_of(folder, c.vocab_size)
     carried: dict[str, Any] = {"head_format": c.head_format}
+    if c.rope_scaling == "llama3":
+        carried |= {key: getattr(c, key) for key in LLAMA3}
     if exit_layer is None:
         carried |= {"exit_layer": folder.exit_layer, "draft_vocab": folder.draft_vocab}
     return found | {f"{OURS}.{k}": v for k, v in carried.items() if v is not None}
@@ -156,6 +147,8 @@ def _metadata(model: Given, architecture: str, exit_layer: int | None) -> dict[s
 def _entries(model: Given, architecture: str) -> Iterator[tuple[str, Entry]]:
     """Name -> tensor, in our file order; nothing of it is made yet."""
     c = model.config
+    if c.rope_scaling == "llama3":
+        yield ROPE_FACTORS, Entry(F32, (c.head_dim // 2,), 2 * c.head_dim, [frequency_factors(c)])
     for name, shape in parameter_shapes(c).items():
         order = None
         if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bitskip_export.foreign.source import Report
 from bitskip_export.pack import CHUNK
+from bitskip_ref.arithmetic.hadamard import rotate_unpadded
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.exits.fixed import check_exit_layer
 from bitskip_ref.folder import Folder
@@ -20,17 +22,23 @@ class Given:
     """Blocks 1..N of a model with the norm and head of exit N: a plain model without exits."""
 
     folder: Folder
-    config: ModelConfig  # of N blocks, exits shared, no gates
+    config: ModelConfig  # of N blocks, exits shared, no gates; int8 layers as floats
     names: dict[str, str]  # FORMAT 3's names in this model -> in the folder
     dropped: tuple[str, ...]
 
     def rows(self, name: str, first: int, end: int) -> np.ndarray:
-        """Values of a float or integer tensor as f32 [end - first, ...] (SPEC 4.4)."""
-        stored = self.names[name]
+        """Values of a float or integer tensor as f32 [end - first, ...] (SPEC 4.4, 4.8).
+
+        Rows that were turned (SPEC 5.3, 5.4) are turned back, so that they fit plain inputs.
+        """
+        stored, full = self.names[name], self.folder.config
         part = self.folder.tensors[stored][first:end].astype(np.float32)
-        if self.folder.config.head_format in HEAD_BITS and self.is_vocabulary(name):
+        linear = name.endswith("_proj.weight") and full.linear == "int8"
+        if linear or (full.head_format in HEAD_BITS and self.is_vocabulary(name)):
             scales = self.folder.tensors[stored.removesuffix("weight") + "scale"]
             part *= scales[first:end, None]
+            if full.hadamard if linear else full.rotated_head:
+                part = rotate_unpadded(part)
         return part
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
@@ -48,6 +56,32 @@ class Given:
         """Its scale (SPEC 4.1)."""
         stored = self.names[name].removesuffix("weight") + "scale"
         return np.float32(self.folder.tensors[stored][0])
+
+    def report(self, activations: str) -> Report:
+        """What becomes of it as a model of another program.
+
+        activations: what that does with those of ternary layers; nothing where it keeps them.
+        """
+        full = self.folder.config
+        kept, converted = list[str](), list[str]()
+        if full.linear == "int8":
+            converted.append(
+                "linear weights: int8 rows as the float32 that they stand for; activations are not "
+                "quantized there"
+            )
+        else:
+            ternary = full.linear == "ternary"
+            kept.append("linear weights: " + ("codes and scales" if ternary else "float32"))
+        if full.head_format in HEAD_BITS:
+            converted.append(
+                f"embedding and head: {full.head_format} rows as the float32 that they stand for; "
+                "the head's input is not quantized there"
+            )
+        else:
+            kept.append("embedding and head")
+        if full.linear == "ternary" and activations:
+            converted.append(f"activations: {activations}")
+        return Report(tuple(kept), tuple(converted), self.dropped)
 
     @staticmethod
     def is_vocabulary(name: str) -> bool:
@@ -70,6 +104,8 @@ def at_exit(folder: Folder, exit_layer: int | None) -> Given:
     config = full.replace(
         num_hidden_layers=n, gates=False, exit_norm="shared", exit_head="shared", exit_blocks=()
     )
+    if config.linear == "int8":
+        config = config.replace(linear="float32", hadamard=False, head_format="float32")
     norm, head = full.exit_names(n)
     table = {name: name for name in parameter_shapes(config)}
     for name in table:

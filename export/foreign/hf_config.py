@@ -211,7 +211,6 @@ def write_config(config: ModelConfig, *, eos: list[int], bos: int | None) -> dic
     for wrong, what in (
         (config.norm != "rms", f"norm = {config.norm!r}: layer norms"),
         (config.norm_position != "pre", "norm_position = 'post': norms after each block's parts"),
-        (config.linear == "int8", "linear = 'int8': rows of 8 bits, each with its scale"),
         (config.hadamard, "hadamard: a rotation before each linear"),
         (config.embedding_norm, "embedding_norm: a norm after the embedding"),
         (not config.gated, f"ffn = {config.ffn!r}: an FFN without a gate"),

@@ -16,7 +16,6 @@ from bitskip_export.foreign.hf_config import OURS, write_config
 from bitskip_export.foreign.hf_names import theirs
 from bitskip_export.foreign.source import RefusedError, Report
 from bitskip_export.pack import check_target
-from bitskip_ref.config import HEAD_BITS
 from bitskip_ref.files import replace_file, replace_folder
 from bitskip_ref.folder import CHAT, CONFIG, GENERATION, TOKENIZER, Folder, stored_sampling
 from bitskip_ref.safetensors_file import write_tensors
@@ -76,21 +75,7 @@ def write_huggingface(
             _write(root / CHAT, folder.chat.template)
         _write(root / "README.md", _card(model))
         _write_json(root / CONFIG, config)
-    ternary = model.config.linear == "ternary"
-    exact = model.config.head_format not in HEAD_BITS
-    return Report(
-        kept=(
-            "linear weights: " + ("codes and scales" if ternary else "float32"),
-            *(["embedding and head"] if exact else []),
-        ),
-        converted=()
-        if exact
-        else (
-            f"embedding and head: {model.config.head_format} rows as the float32 that they stand "
-            "for; the head's input is not quantized there",
-        ),
-        dropped=model.dropped,
-    )
+    return model.report("")
 
 
 def _write_weights(model: Given, path: Path, progress: Progress) -> None:

@@ -62,7 +62,6 @@ def test_gguf_out(
         (tmp_path / tool).write_text("#!/bin/sh\necho 'Final estimate: PPL = 1.5'\n")
         (tmp_path / tool).chmod(0o755)
     (tmp_path / "text").write_text(TEXT * 4)
-    monkeypatch.setattr(gguf_out, "PROMPTS", ("Once",))
     with pytest.raises(SystemExit, match="1"):  # the bars are not met
         lines(gguf_out, f"--llama {tmp_path} --text {tmp_path / 'text'}", monkeypatch, capsys)
     out = capsys.readouterr().out.splitlines()

@@ -10,16 +10,19 @@ from click.testing import CliRunner
 
 import bitskip_cpu
 from bitskip.program import main
-from bitskip_export.foreign import gguf_write
+from bitskip_export.foreign import gguf_write, given
 from bitskip_export.foreign.convert import import_model
 from bitskip_export.foreign.gguf_read import read_gguf
 from bitskip_export.foreign.gguf_write import pack_blocks, ternary_kind, write_gguf
+from bitskip_export.foreign.hf_read import read_huggingface
+from bitskip_export.foreign.hf_write import write_huggingface
 from bitskip_export.foreign.source import RefusedError
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig, small_twin
 from bitskip_ref.folder import read_folder
 from bitskip_ref.model import ReferenceModel
 from tests.helpers import random_folder, twin
+from tests.interop.test_int8 import relative
 
 gguf = pytest.importorskip("gguf")
 STORIES = Path(bitskip_cpu.__file__).parent / "models/stories-24"
@@ -33,6 +36,13 @@ GIVEN: dict[str, ModelConfig] = {
     "F32": FLOAT,
     "float16": FLOAT.replace(head_format="float16", rope_scaling="linear", rope_factor=4.0),
     "biases": FLOAT.replace(biases="qkvo"),
+    "llama3": FLOAT.replace(
+        rope_scaling="llama3",
+        rope_factor=8.0,
+        rope_original_context=32,
+        head_dim=16,
+        rope_theta=500_000.0,
+    ),
     "qwen2": FLOAT.replace(biases="qkv", tie_word_embeddings=True),
     "qwen3": FLOAT.replace(qk_norm=True),
     "bitnet": small_twin("bitnet-2b4t").replace(
@@ -132,10 +142,48 @@ def test_the_shipped_model_there_and_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "words"), [
     ("bitskip-v3", "hadamard"), ("wt2-baseline", "layer norms"), ("bitnet-2b4t", "SiLU built in"),
-    ("int8", "rows of 8 bits"), ("rope-llama3", "llama3"), ("rope-yarn", "yarn"),
+    ("rope-yarn", "yarn"),
 ], ids=str)  # fmt: skip
 def test_what_llama_cpp_cannot_compute_is_refused(name: str, words: str, tmp_path: Path) -> None:
     folder = read_folder(random_folder(tmp_path / "model", twin(name)))
     with pytest.raises(RefusedError, match=words):
         write_gguf(folder, tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_factors_of_llama_3_are_known(tmp_path: Path) -> None:
+    """Files of others name no scaling: the factors of Llama 3.2 say it, others are refused."""
+    config = FLOAT.replace(head_dim=64, rope_theta=500_000.0, rope_scaling="llama3",
+                           rope_factor=32.0, rope_original_context=8192)  # fmt: skip
+    first = read_folder(random_folder(tmp_path / "model", config))
+    write_gguf(first, tmp_path / "m.gguf")
+    raw = (tmp_path / "m.gguf").read_bytes()
+    theirs = raw.replace(b"bitskip.rope_", b"somebodyrope_")
+    assert theirs != raw
+    (tmp_path / "t.gguf").write_bytes(theirs)
+    assert read_gguf(tmp_path / "t.gguf").config == config
+    factors = gguf_write.frequency_factors(config).tobytes()
+    assert theirs.count(factors) == 1 and len(set(np.frombuffer(factors, np.float32))) > 3
+    odd = np.linspace(1, 5, 32, dtype=np.float32).tobytes()
+    (tmp_path / "t.gguf").write_bytes(theirs.replace(factors, odd))
+    with pytest.raises(RefusedError, match="rope_freqs"):
+        read_gguf(tmp_path / "t.gguf")
+
+
+def test_int8_rows_become_the_floats_that_they_stand_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turned rows are turned back, to both formats."""
+    config = small_twin("llama3").replace(linear="int8", hadamard=True, head_format="int8")
+    first = read_folder(random_folder(tmp_path / "int8", config))
+    write_gguf(first, tmp_path / "m.gguf")
+    assert relative(first.path, back(tmp_path / "m.gguf", tmp_path / "a")) < 0.1
+    assert read_folder(tmp_path / "a").config.linear == "float32"
+    report = write_huggingface(first, tmp_path / "hf")
+    assert "int8 rows as the float32" in report.converted[0] and not report.kept
+    import_model(read_huggingface(tmp_path / "hf"), tmp_path / "b")
+    for name, t in read_folder(tmp_path / "a").tensors.items():
+        assert difference(name, t, read_folder(tmp_path / "b").tensors[name]) is None
+    monkeypatch.setattr(given, "rotate_unpadded", lambda rows: rows)
+    write_gguf(first, tmp_path / "wrong.gguf")
+    assert relative(first.path, back(tmp_path / "wrong.gguf", tmp_path / "c")) > 0.5
