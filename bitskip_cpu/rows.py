@@ -126,7 +126,8 @@ class _Pass:
         self.exit([i for i in leavers if self.rows[i].wanted and i not in self.logits], n)
         for i in leavers:
             self.found[i] = (self.logits.get(i) if self.rows[i].wanted else None), n
-        stay = [i for i in self.live if i not in set(leavers)]
+        gone = set(leavers)
+        stay = [i for i in self.live if i not in gone]
         fill = [i for i in leavers if self.rows[i].deepest > n]
         fill.sort(key=lambda i: -self.rows[i].deepest)
         self.arrange([*stay, *fill])
