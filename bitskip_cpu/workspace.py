@@ -51,6 +51,7 @@ VOCAB_KINDS = {"int8": INT8, "int6": INT6, "int4": INT4, "float32": FLOAT32, "fl
 LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: no kernel of products.amx takes more
 REREAD = 4  # contenders do not pay if more than one of so many rows is one
 WHOLE = 15  # heads then read whole before they are tried again
+MOST_FLOAT = float(np.finfo(np.float32).max)
 SHARE_FROM = 1 << 16  # bytes of weights below which a stage is not worth sharing
 
 
@@ -307,7 +308,8 @@ class Workspace:
         """
         self.draft_counts[: len(counts)] = counts
         vocab = draft.vocab or self.weights.config.vocab_size
-        DRAFT_ROW.pack_into(self._bytes, DRAFT_AT, vocab, least_lead)
+        lead = least_lead if least_lead <= MOST_FLOAT else np.inf  # as a cast to float32 does
+        DRAFT_ROW.pack_into(self._bytes, DRAFT_AT, vocab, lead)
 
     def drafts_in_order(self) -> np.ndarray:
         """Have each token that was drafted behind the one before it; whose each is, int64 [T]."""

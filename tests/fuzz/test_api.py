@@ -22,7 +22,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 from bitskip_cpu.compiling import warmup
 from bitskip_cpu.engine import Engine
 from bitskip_ref.constants import KV_CACHES
-from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.decoding.draft import Draft, GreedyRound
 from bitskip_ref.engine import Row
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.model import ReferenceModel
@@ -230,6 +230,16 @@ class Calls(RuleBasedStateMachine):
     def speculate(self, pair: Any, token: Any, count: Any, draft: Any, depth: Any) -> None:
         """A round of greedy drafts."""
         self.same(lambda e, c: e.speculate(token, c, count, draft, exit_layer=depth), pair)
+
+    @rule(one=pairs, two=pairs, token=any_token, some=st.tuples(counts, counts), draft=drafts)
+    def speculate_many(self, one: Any, two: Any, token: Any, some: Any, draft: Any) -> None:
+        """Rounds of two sequences, or of one."""
+
+        def call(engine: Any, first: Any, second: Any) -> Any:
+            asked = (first, some[0]), (second, some[1])
+            return engine.speculate_many([GreedyRound(token, c, n, draft) for c, n in asked])
+
+        self.same(call, one, two)
 
     @rule(pair=pairs, draft=drafts, depth=any_depth, ids=st.lists(any_token, max_size=5))
     def round(self, pair: Any, draft: Any, depth: Any, ids: Any) -> None:
