@@ -114,23 +114,18 @@ def masked_over_unigram(figures: Figures) -> float:
     return float(look_up(figures, "masked.24.loss")) - float(look_up(figures, "unigram.loss"))
 
 
-def _inputs(figures: Figures, group: str, name: str) -> float:
-    return math.exp(float(look_up(figures, f"inputs.{group}.{name}")))
+def _kurtosis(figures: Figures, group: str) -> float:
+    return math.exp(float(look_up(figures, f"inputs.{group}.log_kurtosis")))
 
 
 def kurtosis_down(figures: Figures) -> float:
     """Geometric mean of the kurtosis of a token's values before `down_proj`."""
-    return _inputs(figures, "down", "log_kurtosis")
+    return _kurtosis(figures, "down")
 
 
-def peak_down(figures: Figures) -> float:
-    """Geometric mean of the largest of a token's values before `down_proj` over their rms."""
-    return _inputs(figures, "down", "log_peak")
-
-
-def peak_qkv(figures: Figures) -> float:
+def kurtosis_qkv(figures: Figures) -> float:
     """The same before `q_proj`, `k_proj` and `v_proj`."""
-    return _inputs(figures, "qkv", "log_peak")
+    return _kurtosis(figures, "qkv")
 
 
 def status(figures: Figures) -> str:
@@ -146,5 +141,5 @@ DERIVED: dict[str, Callable[[Figures], float | str]] = {
     "cliff": cliff, "ternary_bits": ternary_bits, "log_speed": log_speed,
     "log_speed_gain": log_speed_gain, "log_mean_scale": log_mean_scale,
     "exit_cost_as_trained": exit_cost_as_trained, "masked_over_unigram": masked_over_unigram,
-    "kurtosis_down": kurtosis_down, "peak_down": peak_down, "peak_qkv": peak_qkv,
+    "kurtosis_down": kurtosis_down, "kurtosis_qkv": kurtosis_qkv,
 }  # fmt: skip

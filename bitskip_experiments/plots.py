@@ -15,6 +15,9 @@ from bitskip_experiments.statistics import Mean, figure_mean, mean
 from bitskip_experiments.tables import Results, figure_of
 from bitskip_ref.files import replace_file
 
+LEVELS = np.geomspace(0.25, 64, 33)
+"""Multiples of a token's root mean square, at which `rotation` counts the tails of its values."""
+
 COLOURS = ("#0b6e99", "#c8553d", "#5b8c3a", "#7a5195")
 PAPER = "#999999"
 
@@ -31,10 +34,12 @@ def draw(experiment: Experiment, results: Results, path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     count = len(next(iter(results.values())))
-    what = "pieces of text" if experiment.measured else "seeds"
-    seeds = f"{count} {what}, mean and standard error" if count > 1 else "one seed"
-    figure.suptitle(f"{experiment.title}\n{experiment.source}; ours: scale {experiment.scale}, "
-                    f"{seeds}", fontsize=10)  # fmt: skip
+    error = experiment.plot.get("error", "standard error")
+    seeds = f"{count} seeds, mean and {error}" if count > 1 else "one seed"
+    how = f"ours: scale {experiment.scale}, {seeds}"
+    if experiment.measured:
+        how = f"{count} pieces of held-out text, mean and standard error"
+    figure.suptitle(f"{experiment.title}\n{experiment.source}; {how}", fontsize=10)
     figure.tight_layout()
     with replace_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
@@ -147,42 +152,49 @@ def sweep(figure: Any, experiment: Experiment, results: Results) -> None:
 
 
 def tails(figure: Any, experiment: Experiment, results: Results) -> None:
-    """What enters `down_proj` before and after a rotation, and what 4 bits of it cost."""
-    figure.set_size_inches(12.5, 4.6)
-    levels, order = np.geomspace(0.25, 64, 33), "Hartley x Hadamard"
+    """How what enters q, k, v and down is spread, before and after a rotation; what 4 bits cost."""
+    figure.set_size_inches(10.5, 8.4)
+    order = "Hartley x Hadamard"
     models = list(dict.fromkeys(label.split(", ")[0] for label in experiment.labels))
     orders = list(dict.fromkeys(label.split(", ")[1] for label in experiment.labels))
-    spread, depths, cost = figure.subplots(1, 3)
+    (before_qkv, before_down), (depths, cost) = figure.subplots(2, 2)
     for i, (model, colour) in enumerate(zip(models, COLOURS, strict=False)):
         for name, style in (("none", "-"), (order, "--")):
-            found = [r["figures"]["inputs"]["down"] for r in results[f"{model}, {name}"].values()]
-            tail = np.mean([f["tail"] for f in found], 0)
             label = model if name == "none" else f"{model}, rotated"
-            spread.plot(levels[tail > 0], tail[tail > 0], style, color=colour, label=label)
-            layers = np.exp(np.mean([f["layers"] for f in found], 0))
-            depths.plot((np.arange(len(layers)) + 0.5) / len(layers), layers, style, color=colour)
+            for group, axes in (("qkv", before_qkv), ("down", before_down)):
+                found = results[f"{model}, {name}"].values()
+                inputs = [r["figures"]["inputs"][group] for r in found]
+                tail = np.mean([f["tail"] for f in inputs], 0)
+                axes.plot(LEVELS[tail > 0], tail[tail > 0], style, color=colour, label=label)
+                if group == "qkv":
+                    layers = np.exp(np.mean([f["layers"] for f in inputs], 0))
+                    share = (np.arange(len(layers)) + 0.5) / len(layers)
+                    depths.plot(share, layers, style, color=colour)
         means = [_means(results, f"{model}, {o}", "cost.4", [None])[0] for o in orders]
         cost.errorbar(
             np.arange(len(orders)) + 0.12 * (i - 1), [m.value for m in means],
             [m.error or 0 for m in means], fmt="o", ms=5, capsize=3, color=colour, label=model,
         )  # fmt: skip
-    normal = [math.erfc(x / math.sqrt(2)) for x in levels]
-    spread.plot(levels, normal, ":", color="#555555", label="normal values")
-    spread.set(xscale="log", yscale="log", ylim=(1e-6, 1), xlabel="multiples of a token's rms",
-               ylabel="share of values beyond")  # fmt: skip
-    spread.legend(frameon=False, fontsize=7, loc="lower left")
+    for what, axes in (("q, k, v", before_qkv), ("down", before_down)):
+        normal = [math.erfc(x / math.sqrt(2)) for x in LEVELS]
+        axes.plot(LEVELS, normal, ":", color="#555555", label="normal values")
+        axes.set(xscale="log", yscale="log", ylim=(1e-6, 1), ylabel="share of values beyond",
+                 xlabel="multiples of a token's rms", title=f"before {what}")  # fmt: skip
+    before_qkv.legend(frameon=False, fontsize=7, loc="lower left")
     depths.axhline(3, ls=":", color="#555555")
     depths.set(yscale="log", xlabel="depth (share of the blocks)",
-               ylabel="kurtosis of a token's values before down")  # fmt: skip
-    cost.set(yscale="log", ylabel="cost of 4-bit activations, bits a byte")
-    cost.set_xticks(range(len(orders)), orders, rotation=30, ha="right", fontsize=8)
+               ylabel="kurtosis before q, k, v", title="by depth")  # fmt: skip
+    cost.set(
+        yscale="log", ylabel="cost of 4-bit activations, bits a byte", title="what 4 bits cost"
+    )
+    cost.set_xticks(range(len(orders)), orders, rotation=20, ha="right", fontsize=8)
     cost.legend(frameon=False, fontsize=8)
 
 
 def gain(figure: Any, experiment: Experiment, results: Results) -> None:
     """What a change is worth, best so far, over the epochs seen, a line for each pair of runs; and
     what the last block gains over the exit before it. Bands are 95 % intervals over seeds."""
-    figure.set_size_inches(11.5, 4.6)
+    figure.set_size_inches(11.5, 5.4)
     plot, (left, right) = experiment.plot, figure.subplots(1, 2)
     left.axvspan(*plot["epochs"], color="#eeeeee", label="the paper's best, of WikiText-2 whole")
     left.axhline(plot["paper"], ls="--", color=PAPER, label="the paper's gain")
@@ -199,7 +211,7 @@ def gain(figure: Any, experiment: Experiment, results: Results) -> None:
     left.set(xscale="log", xlabel="epochs seen", ylabel="Hadamard less baseline, bits a byte")
     right.set(xscale="log", xlabel="epochs seen", ylabel="last exit but one less last, bits a byte")
     for axes in (left, right):
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.14))
 
 
 Curve = dict[float, float]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bitskip_experiments.definitions import Experiment
 from bitskip_experiments.environment import commit, environment
+from bitskip_experiments.plots import LEVELS
 from bitskip_experiments.results import result_path
 from bitskip_ref.config import odd_part
 from bitskip_ref.files import replace_file
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from bitskip_experiments.subjects import Model, Piece
 
 BITS = (8, 4)
-LEVELS = np.geomspace(0.25, 64, 33)
-"""Multiples of a token's root mean square, at which the tails of its values are counted."""
-
 _OPS = FastOps(torch.float32)
 
 

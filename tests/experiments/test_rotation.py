@@ -14,8 +14,9 @@ import torch
 from bitskip_experiments import subjects
 from bitskip_experiments.definitions import load
 from bitskip_experiments.errors import ExperimentError
+from bitskip_experiments.plots import LEVELS
 from bitskip_experiments.results import read_results
-from bitskip_experiments.rotation import LEVELS, ORDERS, TurnedOps, measure, shape
+from bitskip_experiments.rotation import ORDERS, TurnedOps, measure, shape
 from bitskip_experiments.subjects import Model, Piece, load_model
 from bitskip_train.model import BitskipModel
 from tests.helpers import small_twin
