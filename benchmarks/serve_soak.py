@@ -138,7 +138,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--parallel", type=int, default=16)
     options = parser.parse_args()
-    model = bitskip_cpu.load(options.model)
+    model = bitskip_cpu.load(options.model, usual_cache="int8")  # as `serve` does
     asked = [(body, model.generate(body["prompt"], **alone(body)).text) for body in requests(60, 1)]
     words = [options.model, "--port", 0, "--parallel", options.parallel, "--queue", options.clients]
     server = subprocess.Popen(

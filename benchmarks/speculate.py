@@ -1,12 +1,12 @@
 """Self-speculative decoding against plain decoding, greedy, in turns on the same prompts.
 
-    python benchmarks/speculate.py --text held_out.txt [--speculate 1,2,auto] [--draft-exit 4,6]
+    python benchmarks/speculate.py --text held_out.txt [--speculate 1,auto,lookup] [--draft-exit 6]
         [--draft-vocab N] [-r 3] [-t 1] [--impose bitskip-v1]
 
 Prompts are the first tokens of the text's first documents. Speeds count what follows the prompt.
 With --impose the rounds that were measured (how many drafts, how many right) are then imposed on
 random weights of a preset's shape: the engine does all the work, its logits are overruled. The
-draft exit and vocabulary are scaled to that shape.
+draft exit and vocabulary are scaled to that shape. `lookup` drafts from the text (SPEC 11.5).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,11 @@ from bitskip.tables import table
 from bitskip_cpu.cli.loading import prepare
 from bitskip_cpu.engine import Engine, random_model
 from bitskip_ref.config import preset
+from bitskip_ref.decoding.contenders import Contenders
 from bitskip_ref.decoding.draft import MOST, Draft
-from bitskip_ref.decoding.generate import stream
+from bitskip_ref.decoding.generate import Token, stream
+from bitskip_ref.decoding.lookup import Lookup
+from bitskip_ref.decoding.lookup import stream as looked_up
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.decoding.speculate import Speculation
 from bitskip_ref.decoding.speculate import stream as speculate
@@ -67,9 +70,10 @@ class Timed:
         self.started = 0.0
 
     def extend(self, *arguments: Any, **options: Any) -> np.ndarray:
-        """Called for prompts alone: steps are the engine's own."""
+        """For prompts, of which the last logits are asked, and for drafts that were looked up."""
         z = self._extend(*arguments, **options)
-        self.started = time.perf_counter()
+        if options.get("last_only"):
+            self.started = time.perf_counter()
         return z
 
 
@@ -82,13 +86,13 @@ class Imposed(Timed):
         chosen = [sorted(rounds)[int((i + 0.5) * len(rounds) / ROUNDS)] for i in range(ROUNDS)]
         random.Random(0).shuffle(chosen)
         self.tokens = sum(accepted + 1 for _, accepted, _ in chosen)
-        self._speculate, self._round = engine.speculate, engine.round
+        self._speculate, self._round, self._passes = engine.speculate, engine.round, chosen
         self._rounds = itertools.cycle(chosen)
         self.speculate = self._imposed
 
     def _imposed(
         self, token_id: int, cache: Any, count: int, draft: Draft, *, exit_layer: int,
-        contenders: Any = None,
+        contenders: Contenders | None,
     ) -> tuple[list[int], np.ndarray]:  # fmt: skip
         """A round of the engine; the first differing logits are where the record says."""
         drafted, accepted, unsure = next(self._rounds)
@@ -106,12 +110,45 @@ class Imposed(Timed):
             z[row, token] = 3e38 if row < accepted else -3e38
         return ids, z
 
+    def looked_up(self, prompt: Sequence[int]) -> Iterator[Token]:
+        """The recorded passes of looked-up drafts, steps among them, run and overruled."""
+        cache, depth, rule = self.new_cache(), self.config.num_hidden_layers, FixedExit()
+        self.extend(prompt, cache, last_only=True)
+        yield Token(1, depth)
+        for drafted, accepted, _ in self._passes:
+            start = cache.length
+            if drafted:
+                self._extend([1] * (drafted + 1), cache, contenders=Contenders())
+            else:
+                self.step(1, cache, rule, contenders=Contenders())
+            cache.length = start + accepted + 1
+            yield from [Token(1, depth)] * (accepted + 1)
+
+
+class Kept(Lookup):
+    """Remembers its passes: (drafts, those right, False); a step has none."""
+
+    rounds_made: list[Round]
+
+    def propose(self, most: int) -> list[int]:
+        """As ever."""
+        drafts = super().propose(most)
+        if not drafts:
+            self.rounds_made.append((0, 0, False))
+        return drafts
+
+    def note(self, drafted: int, accepted: int) -> None:
+        """A round is over."""
+        super().note(drafted, accepted)
+        self.rounds_made.append((drafted, accepted, False))
+
 
 @dataclasses.dataclass
 class Case:
     """One way of generating, and what was measured."""
 
     name: str
+    lookup: bool = False
     draft_exit: int | None = None
     count: int | None = 0  # 0: plain
     draft_vocab: int | None = None
@@ -124,7 +161,13 @@ class Case:
         """Generate once, within the latest repetition."""
         if isinstance(engine, Imposed):  # to the end of its last round
             most = engine.tokens
-        if self.count == 0:
+        if self.lookup and isinstance(engine, Imposed):
+            tokens = engine.looked_up(prompt)
+        elif self.lookup:
+            kept = Kept(engine.config, FixedExit())
+            kept.rounds_made = []
+            tokens = looked_up(engine, prompt, kept, Sampler(), most, eos)
+        elif self.count == 0:
             tokens = stream(engine, prompt, FixedExit(), Sampler(), most, eos)
         else:
             how = Recorded(
@@ -137,8 +180,11 @@ class Case:
         if len(self.seconds) == 1:
             self.texts.append(made)
             # The prompt's own pass gives plain decoding its first token.
-            self.tokens += len(made) - (self.count == 0)
-            self.rounds += [] if self.count == 0 else how.rounds_made
+            self.tokens += len(made) - (self.lookup or self.count == 0)
+            if self.lookup:
+                self.rounds += [] if isinstance(engine, Imposed) else kept.rounds_made
+            else:
+                self.rounds += [] if self.count == 0 else how.rounds_made
 
 
 def measure(
@@ -211,11 +257,15 @@ def main() -> None:
     model = bitskip_cpu.load(options.model, options.threads)
     prompts = prompts_of(options.text, model, options.prompts, options.prompt_tokens)
     cases = [Case("plain")]
+    ways = options.speculate.split(",")
+    if "lookup" in ways:
+        cases.append(Case("lookup", lookup=True))
+        ways.remove("lookup")
     for e, k, v in itertools.product(
-        *(o.split(",") for o in (options.draft_exit, options.speculate, options.draft_vocab))
+        options.draft_exit.split(","), ways, options.draft_vocab.split(",")
     ):
         name = f"K {k}, exit {e}" + (f", {v} ids" if int(v) else "")
-        cases.append(Case(name, int(e), None if k == "auto" else int(k), int(v) or None))
+        cases.append(Case(name, False, int(e), None if k == "auto" else int(k), int(v) or None))
     measure(cases, lambda _: Timed(model.engine), prompts, options.max_tokens,
             model.folder.eos_token_id, options.repetitions)  # fmt: skip
     print(f"{model.folder.path}, {len(prompts)} prompts, {options.threads} thread(s)\n")

@@ -166,6 +166,17 @@ KV_CACHE = click.option(
     "--kv-cache", type=click.Choice(KV_CACHES), default="float32", show_default=True,
     help="Keys and values: float16 takes half the memory, int8 a quarter; both round them.",
 )  # fmt: skip
+
+
+def kv_cache_or(usual: str) -> Decorator:
+    """The option `--kv-cache` of a verb that takes what the folder recommends, else `usual`."""
+    return click.option(
+        "--kv-cache", type=click.Choice(KV_CACHES),
+        help="Keys and values: float16 takes half the memory of float32, int8 a quarter; both "
+        f"round them. Default: the folder's recommendation, else {usual}.",
+    )  # fmt: skip
+
+
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 

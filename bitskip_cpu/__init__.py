@@ -17,19 +17,23 @@ __all__ = ["load"]
 def load(
     model: str | os.PathLike[str] | None = None,
     threads: int | None = None,
-    kv_cache: str = "float32",
+    kv_cache: str | None = None,
+    usual_cache: str = "float32",
 ) -> Model:
     """Load a model folder, or a model that comes with the package (None: the default one).
 
     threads: None takes what suits the machine. kv_cache: float32; float16 or int8 round keys and
-    values, to half and about a quarter of the memory (SPEC 6.5, 6.8). Raises
+    values, to half and about a quarter of the memory (SPEC 6.5, 6.8); None: what the folder
+    recommends, else `usual_cache` (float16 where that is int8 and cannot be). Raises
     bitskip_ref.FormatError if the folder is not a whole model, ValueError if there is none or an
     argument is out of range.
     """
     from bitskip_cpu import models
     from bitskip_cpu.engine import Engine
     from bitskip_cpu.model import Model
+    from bitskip_ref.cache import usual_kv_cache
     from bitskip_ref.folder import read_folder
 
     folder = read_folder(models.resolve(model))
+    kv_cache = kv_cache or usual_kv_cache(folder.kv_cache, usual_cache, folder.config)
     return Model(Engine(folder.config, folder.tensors, threads, kv_cache), folder)

@@ -223,6 +223,13 @@ class Engine(contract.Engine):
         linear = weights.layer_bytes * exit_layer + own
         return linear + sum(a.nbytes for a in weights.head(head))
 
+    def greedy_bytes(self, exit_layer: int) -> int:
+        """`weight_bytes` of a greedy token: of a head in two parts (SPEC 9.6) the first alone."""
+        upper = self.weights.upper(self.config.exit_names(exit_layer)[1])
+        if upper is None:
+            return self.weight_bytes(exit_layer)
+        return self.weights.layer_bytes * exit_layer + upper.tiles.nbytes + 8 * len(upper.norms)
+
     def _call(self, actions: int, first: int = 0, last: int = 0) -> None:
         """Run actions over blocks first..last-1."""
         if self._team:

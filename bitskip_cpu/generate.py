@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from bitskip_ref.decoding.generate import EndIds, Token
 from bitskip_ref.decoding.generate import stream as stream_tokens
+from bitskip_ref.decoding.lookup import Lookup
+from bitskip_ref.decoding.lookup import stream as stream_looked_up
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.decoding.speculate import Speculation
 from bitskip_ref.decoding.speculate import stream as stream_speculated
@@ -46,7 +48,7 @@ class Generation:
     stop_reason: StopReason
     ttft_s: float | None  # from the start of the prompt to the first token
     decode_s: float  # from the first token to the last
-    speculation: Speculation | None = None  # with its statistics
+    speculation: Speculation | Lookup | None = None  # with its statistics
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -69,7 +71,7 @@ class Telling:
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, stop: str | Sequence[str] | None,
-        max_tokens: int, room: int, speculation: Speculation | None = None,
+        max_tokens: int, room: int, speculation: Speculation | Lookup | None = None,
     ) -> None:  # fmt: skip
         """room: tokens that the context has place for. Raises ValueError for a wrong `stop`."""
         self._decoder = StreamDecoder(tokenizer, before=prompt_ids)
@@ -171,7 +173,7 @@ class TextStream:
         stop: str | Sequence[str] | None = (),
         context: int | None = None,
         eos_token_id: EndIds = None,
-        speculation: Speculation | None = None,
+        speculation: Speculation | Lookup | None = None,
         cache: Any = None,
     ) -> None:
         """context: positions that may be used (None: all the model has).
@@ -191,13 +193,13 @@ class TextStream:
             speculation=speculation,
         )  # fmt: skip
         most = min(max_tokens, room)
-        self._tokens = (
-            stream_tokens(engine, prompt_ids, rule, sampler, most, eos_token_id, cache=cache)
-            if speculation is None
-            else stream_speculated(
-                engine, prompt_ids, speculation, sampler, most, eos_token_id, cache=cache
-            )
-        )
+        beside = sampler, most, eos_token_id
+        if speculation is None:
+            self._tokens = stream_tokens(engine, prompt_ids, rule, *beside, cache=cache)
+        elif isinstance(speculation, Lookup):
+            self._tokens = stream_looked_up(engine, prompt_ids, speculation, *beside, cache=cache)
+        else:
+            self._tokens = stream_speculated(engine, prompt_ids, speculation, *beside, cache=cache)
 
     def __iter__(self) -> Iterator[Piece]:
         told = self._told

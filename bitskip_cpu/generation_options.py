@@ -10,12 +10,16 @@ from typing import Any
 from bitskip_ref.checks import is_number, is_whole
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.generate import check_max_tokens
+from bitskip_ref.decoding.lookup import Lookup
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.decoding.speculate import Speculation
 from bitskip_ref.exits.named import named_rule
 from bitskip_ref.folder import SAMPLING, Folder
 from bitskip_ref.rule import ExitRule
 from bitskip_text.streaming import StopStrings
+
+SPECULATE = ("auto", "lookup")
+"""What `speculate` may be beside a number."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class GenerationOptions:
     exit_last: int | None = None
     """Where it stops at the latest. None: the last block."""
     speculate: int | str | None = None
-    """Drafts of a round, 1..16, or `auto`, which adapts it (SPEC 11.4). None: no speculation."""
+    """Drafts of a round, 1..16, or `auto`, which adapts it (SPEC 11.4); `lookup`: drafts are looked
+    up in the text so far (SPEC 11.5). None: no speculation."""
     draft_exit: int | None = None
     """Blocks that draft. None: a quarter of those that verify."""
     draft_vocab: int | None = None
@@ -80,9 +85,12 @@ class GenerationOptions:
         object.__setattr__(self, "logit_bias", tuple(tuple(pair) for pair in self.logit_bias))
         self._keep("stop", lambda s: isinstance(s, str), 'strings, like ["\\n"]')
         StopStrings(self.stop)  # which refuses an empty one
-        if isinstance(self.speculate, str) and self.speculate != "auto":
-            raise ValueError(f"speculate {self.speculate!r}: must be a number of drafts, or auto")
-        if self.speculate is None and (self.draft_exit, self.draft_vocab) != (None, None):
+        if isinstance(self.speculate, str) and self.speculate not in SPECULATE:
+            raise ValueError(
+                f"speculate {self.speculate!r}: must be a number of drafts, auto or lookup"
+            )
+        drafts = self.speculate not in (None, "lookup")
+        if not drafts and (self.draft_exit, self.draft_vocab) != (None, None):
             raise ValueError("a draft exit or vocabulary needs speculate, a number or auto")
         _ = self.sampler  # which checks its part
 
@@ -130,13 +138,15 @@ class GenerationOptions:
             exit_layer = folder.exit_layer
         return named_rule(exit_layer, *beside, folder.config)
 
-    def speculation(self, rule: ExitRule, folder: Folder) -> Speculation | None:
+    def speculation(self, rule: ExitRule, folder: Folder) -> Speculation | Lookup | None:
         """How one text is drafted and verified; None without `speculate`.
 
         Raises ValueError for what does not combine with `rule`, or with a folder's model.
         """
         if self.speculate is None:
             return None
+        if self.speculate == "lookup":
+            return Lookup(folder.config, rule)
         count = None if isinstance(self.speculate, str) else self.speculate
         vocab = folder.draft_vocab if self.draft_vocab is None else self.draft_vocab
         return Speculation(folder.config, rule, self.draft_exit, count, vocab)

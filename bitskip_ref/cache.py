@@ -17,13 +17,25 @@ def check_kv_cache(kv_cache: str, config: ModelConfig) -> str:
     """One of KV_CACHES. Raises ValueError for another word, or one not for such a model."""
     if kv_cache not in KV_CACHES:
         raise ValueError(f"KV cache {kv_cache!r}: must be {' or '.join(KV_CACHES)}")
-    positions = config.max_position_embeddings
-    if kv_cache == "int8" and positions > INT8_CACHE_POSITIONS:
+    if kv_cache == "int8" and not int8_cache_fits(config):
+        positions = config.max_position_embeddings
         raise ValueError(
             f"KV cache int8: the model has {positions} positions, exact sums fit up to "
             f"{INT8_CACHE_POSITIONS} (SPEC 6.8): use float16"
         )
     return kv_cache
+
+
+def usual_kv_cache(recommended: str | None, usual: str, config: ModelConfig) -> str:
+    """What caches hold where nobody says: as the model recommends, else `usual` if it may be."""
+    if recommended is None and usual == "int8" and not int8_cache_fits(config):
+        return "float16"
+    return recommended or usual
+
+
+def int8_cache_fits(config: ModelConfig) -> bool:
+    """Whether an int8 cache can hold all of the model's positions (SPEC 6.8)."""
+    return config.max_position_embeddings <= INT8_CACHE_POSITIONS
 
 
 def cached_arrays(config: ModelConfig, kv_cache: str) -> dict[str, tuple[type, tuple[int, ...]]]:

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from bitskip_ref.cache import check_kv_cache
 from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.documents import read_text
 from bitskip_ref.excerpt import shown
@@ -64,6 +66,7 @@ class Folder:
     bos_token_id: int | None = None
     exit_layer: int | None = None  # where it stops unless told otherwise; None: at full depth
     draft_vocab: int | None = None  # speculation drafts among so many first ids; None: all
+    kv_cache: str | None = None  # what caches hold unless told otherwise (SPEC 6.5, 6.8)
     trained_context: int | None = None  # tokens of a window in training; None: unknown
     trained_exits: tuple[int, ...] | None = None  # exits with a loss of their own; None: unknown
     auto_exit: ExitRule | None = None  # what `--exit-layer auto` means; None: not calibrated
@@ -161,10 +164,18 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
         numbers[name] = value
     trained_exits = _trained_exits(root / GENERATION, extra, config)
     auto_exit = _auto_exit(root / GENERATION, extra, config)
+    kv_cache = extra.get("kv_cache")
+    try:
+        _ = kv_cache is None or check_kv_cache(kv_cache, config)
+    except (ValueError, TypeError):
+        raise FormatError(
+            f"{root / GENERATION}: kv_cache = {shown(kv_cache)} is none of this model's: "
+            f"{', '.join(KV_CACHES)} (int8 up to 131,072 positions)"
+        ) from None
     tokenizer = root / TOKENIZER
     return Folder(
         root, config, tensors, tokenizer if tokenizer.is_file() else None,
-        **numbers, trained_exits=trained_exits, auto_exit=auto_exit,
+        **numbers, kv_cache=kv_cache, trained_exits=trained_exits, auto_exit=auto_exit,
         more_eos_token_ids=tuple(more), chat=_chat(root, extra),
         sampling=_sampling(root / GENERATION, extra),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from bitskip.options import COUNT, FILE, KV_CACHE, MODEL, THREADS, WHOLE
+from bitskip.options import COUNT, FILE, MODEL, THREADS, WHOLE, kv_cache_or
 from bitskip.signals import Terminated
 from bitskip_cpu.cli.loading import load_model
 from bitskip_serve.config_file import CONFIG
@@ -59,13 +59,13 @@ class Size(click.ParamType):
               help="Seconds that texts have to end when the server is stopped.")  # fmt: skip
 @click.option("--cors-origin", "origins", multiple=True,
               help="Pages of other hosts that may ask: https://their.name; * for all.")  # fmt: skip
-@KV_CACHE
+@kv_cache_or("int8")
 @THREADS
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing.")
 def serve(
     model: str | None, host: str, port: int, keys: tuple[str, ...], api_key_file: Path | None,
     alias: str | None, parallel: int, rows: int, queue: int, kv_memory: int, timeout: int,
-    grace: int, origins: tuple[str, ...], kv_cache: str, threads: int | None, quiet: bool,
+    grace: int, origins: tuple[str, ...], kv_cache: str | None, threads: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Serve MODEL over HTTP: OpenAI's API, and a page to look at it.
 
@@ -86,7 +86,7 @@ def serve(
     if api_key_file is not None and not keys:
         raise click.UsageError(f"{api_key_file} holds no key")
     with _listen(host, port) as listening:
-        loaded = load_model(model, threads, quiet, kv_cache)
+        loaded = load_model(model, threads, quiet, kv_cache, "int8")
         scheduler = Scheduler(loaded, parallel=parallel, rows=rows, queue=queue, memory=kv_memory)
         name = alias or loaded.folder.path.resolve().name
         service = Service(

@@ -29,6 +29,7 @@ COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("first ms", "first_token_ms", _number(".1f")),
     ("p50 ms", "step_ms.p50", _number(".2f")),
     ("p95 ms", "step_ms.p95", _number(".2f")),
+    ("tokens/J", "tokens_per_joule", _number(".2f")),
     ("roofline", "roofline", _number(".2f")),
     ("read GB/s", "read_bytes_per_s", _number(".1f", 1e-9)),
     ("of limit %", "read_share", _number(".0f", 100)),

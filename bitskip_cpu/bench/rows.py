@@ -54,6 +54,7 @@ def _row(case: Case, limits: Limits, full: Case | None) -> dict[str, Any]:
     speed = spread(case.tokens_per_s())
     firsts = [s.first_s for s in samples if s.first_s is not None]
     steps = [step for s in samples for step in s.steps_s]
+    joules = [s.joules for s in samples if s.joules]
     gain = None
     if full is not None and full is not case:
         gain = 100 * (speed["median"] / statistics.median(full.tokens_per_s()) - 1)
@@ -70,6 +71,7 @@ def _row(case: Case, limits: Limits, full: Case | None) -> dict[str, Any]:
         "gain_percent": gain,
         "first_token_ms": 1e3 * statistics.median(firsts) if firsts else None,
         "step_ms": {"p50": p50, "p95": p95},
+        "tokens_per_joule": task.tokens / statistics.median(joules) if joules else None,
         **_reading(case, speed["median"], limits),
         **_multiplying(case, speed["median"], limits),
         "peak_rss_bytes": case.peak_rss_bytes,
@@ -86,7 +88,7 @@ def _reading(case: Case, tokens_per_s: float, limits: Limits) -> dict[str, float
     if task.prompt:
         return result
     positions = task.depth + (task.generated + 1) / 2  # mean length of the cache, itself included
-    read = case.engine.weight_bytes(case.exit_layer)  # type: ignore[attr-defined]
+    read = case.engine.greedy_bytes(case.exit_layer)  # type: ignore[attr-defined]
     read += cache_bytes(config, case.exit_layer, positions, case.kv_cache)
     result["read_bytes_per_token"] = read
     result["read_bytes_per_s"] = read * tokens_per_s

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
+from bitskip_cpu.bench.energy import Energy
 from bitskip_cpu.machine import peak_rss_bytes
 from bitskip_ref.checks import check_exit_layer
+from bitskip_ref.decoding.contenders import Contenders
 from bitskip_ref.engine import Engine
 from bitskip_ref.exits.fixed import FixedExit
 
@@ -59,6 +61,7 @@ class Sample:
     seconds: float
     first_s: float | None  # until the prompt's logits, None without a prompt
     steps_s: list[float]  # of each decoding step
+    joules: float | None = None  # of the whole machine; None: not counted
 
 
 @dataclass
@@ -93,9 +96,12 @@ class Case:
         return [self.task.tokens / sample.seconds for sample in self.samples]
 
     def run(self, cache: Any, token_ids: Sequence[int]) -> Sample:
-        """Time the task once; the cache is cut back to the task's depth first."""
+        """Time the task once; the cache is cut back to the task's depth first.
+
+        Steps ask for what greedy decoding needs of logits (SPEC 9.6).
+        """
         cache.length = self.task.depth
-        prompt, rule = self.task.prompt, FixedExit(self.exit_layer)
+        prompt, rule, greedy = self.task.prompt, FixedExit(self.exit_layer), Contenders()
         first, steps = None, []
         start = before = time.perf_counter()
         if prompt:
@@ -105,7 +111,7 @@ class Case:
             before = time.perf_counter()
             first = before - start
         for token in token_ids[prompt:]:
-            self.engine.step(token, cache, rule)
+            self.engine.step(token, cache, rule, contenders=greedy)
             now = time.perf_counter()
             steps.append(now - before)
             before = now
@@ -142,6 +148,7 @@ def measure(
     repetitions: int,
     *,
     limits: Sampler | None = None,
+    energy: Energy | None = None,
     progress: Progress = lambda _: None,
     seed: int = 0,
 ) -> None:
@@ -156,6 +163,7 @@ def measure(
     longest = max(case.task.depth + case.task.tokens for case in cases)
     ids = rng.integers(0, vocab, longest).tolist()
     deepest = max(case.exit_layer for case in cases)
+    counters = energy or Energy()
     caches: dict[tuple[int, str], Any] = {}  # with so many tokens, for every exit
 
     def run(case: Case) -> Sample:
@@ -165,7 +173,9 @@ def measure(
             caches[key] = case.engine.new_cache()
             if depth:
                 case.engine.extend(ids[:depth], caches[key], exit_layer=deepest, last_only=True)
-        return case.run(caches[key], ids[depth : depth + case.task.tokens])
+        before = counters.read()
+        sample = case.run(caches[key], ids[depth : depth + case.task.tokens])
+        return replace(sample, joules=counters.joules(before))
 
     for case in cases:
         progress(f"warm-up: {case.name}")

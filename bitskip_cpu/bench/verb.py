@@ -17,6 +17,7 @@ from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.engine import Engine
 from bitskip_cpu.machine import fingerprint
 from bitskip_cpu.weights import random_tensors
+from bitskip_ref.cache import usual_kv_cache
 from bitskip_ref.config import preset as preset_config
 from bitskip_ref.folder import read_folder
 
@@ -30,13 +31,14 @@ def bench(
     exits: Sequence[int] | None,
     repetitions: int,
     seed: int,
-    kv_caches: Sequence[str] = ("float32",),
+    kv_caches: Sequence[str] | None = None,
 ) -> tuple[Report, bool]:
     """Measure a model, or random weights of a preset's shape; a progress bar on a terminal.
 
-    threads: None for what `generate` takes. exits: None for the full depth. kv_caches: float32,
-    float16 or both. A preset's context grows to what the tasks need. Returns the report and whether
-    Ctrl-C ended it early, which passes once every row has a sample. Raises ValueError.
+    threads: None for what `generate` takes. exits: None for the full depth. kv_caches: None for
+    what the folder recommends, else int8. A preset's context grows to what the tasks need. Returns
+    the report and whether Ctrl-C ended it early, which passes once every row has a sample. Raises
+    ValueError.
     """
     machine = {**fingerprint(), "isa": isa.PATH.name}
     compiled, start = KERNELS.compiled, time.perf_counter()
@@ -46,14 +48,16 @@ def bench(
     if preset is None:
         folder = read_folder(models.resolve(model))
         name, config, tensors = str(folder.path), folder.config, folder.tensors
+        recommended = folder.kv_cache
     else:
-        config = preset_config(preset)
+        config, recommended = preset_config(preset), None
         needed = max(task.depth + task.tokens for task in tasks)
         context = max(needed, config.max_position_embeddings)
         config = config.replace(max_position_embeddings=context)
         name, tensors = f"{preset} (random weights, seed {seed})", random_tensors(config, seed)
         start = time.perf_counter()
     counts: Sequence[int | None] = threads or [None]
+    kv_caches = kv_caches or [usual_kv_cache(recommended, "int8", config)]
     kinds = [(count, kind) for count in counts for kind in kv_caches]
     engines = [Engine(config, tensors, *kinds[0])]
     load_s = time.perf_counter() - start

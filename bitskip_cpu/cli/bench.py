@@ -25,8 +25,8 @@ from bitskip_ref.constants import KV_CACHES
               help="Default: what `generate` takes.")  # fmt: skip
 @exit_layer("exits", Listed(COUNT), "Default: all blocks.", "N,N,...")
 @click.option("--kv-cache", "kv_caches", type=Listed(Word("KV cache", lambda: KV_CACHES)),
-              metavar="WORD,...", default="float32",
-              show_default=True, help="Keys and values: float32, float16, or both.")  # fmt: skip
+              metavar="WORD,...",
+              help="Keys and values. Default: what the folder recommends, else int8.")  # fmt: skip
 @click.option("-r", "repetitions", type=COUNT, default=5, show_default=True)
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md",
               show_default=True)  # fmt: skip

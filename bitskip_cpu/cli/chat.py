@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitskip.options import EXIT, KV_CACHE, MODEL, THREADS, WHOLE, NumberOr, exit_layer
+from bitskip.options import EXIT, MODEL, THREADS, WHOLE, NumberOr, exit_layer, kv_cache_or
 from bitskip_cpu.cli.loading import load_model
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ HELP = (
               help="Of an answer.")  # fmt: skip
 @exit_layer("exit_layer", EXIT, "As for generate; /exit changes it.", "N|WORD")
 @click.option(
-    "--speculate", type=NumberOr("speculation", lambda: ["auto"]), metavar="K|auto",
+    "--speculate", metavar="K|auto|lookup",
+    type=NumberOr("speculation", lambda: ["auto", "lookup"]),
     help="As for generate.",
 )  # fmt: skip
 @click.option("--temperature", "--temp", type=float)
@@ -37,13 +38,13 @@ HELP = (
 @click.option("--min-p", type=float)
 @click.option("--repetition-penalty", type=float)
 @click.option("--seed", type=WHOLE, default=0, show_default=True)
-@KV_CACHE
+@kv_cache_or("float32")
 @THREADS
 @click.option("--show-exits", is_flag=True, help="Colour each token by its exit layer.")
 @click.option("--quiet", "-q", is_flag=True, help="Print the answers and nothing else.")
 def chat(
-    model: str | None, system: str | None, kv_cache: str, threads: int | None, show_exits: bool,
-    quiet: bool, **options: Any,
+    model: str | None, system: str | None, kv_cache: str | None, threads: int | None,
+    show_exits: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Talk with MODEL, which must have a chat template. /help lists what else can be typed.
 

@@ -17,7 +17,6 @@ from bitskip.options import (
     EXIT,
     FILE,
     JSON,
-    KV_CACHE,
     MODEL,
     NEW_FILE,
     SHARE,
@@ -26,6 +25,7 @@ from bitskip.options import (
     Listed,
     NumberOr,
     exit_layer,
+    kv_cache_or,
 )
 from bitskip.signals import Terminated, exit_code
 from bitskip.terminal import coloured, visible
@@ -83,9 +83,10 @@ STORY = "Once upon a time"  # the prompt of the models that come with the packag
     help="Stop there at the latest. Default: the last block.",
 )
 @click.option(
-    "--speculate", type=NumberOr("speculation", lambda: ["auto"]), metavar="K|auto",
-    help="Draft K tokens at an early exit and verify them at once; auto adapts K. Greedy text "
-    "stays the same.",
+    "--speculate", metavar="K|auto|lookup",
+    type=NumberOr("speculation", lambda: ["auto", "lookup"]),
+    help="Draft K tokens at an early exit and verify them at once; auto adapts K; lookup drafts "
+    "what followed in the text before. Greedy text stays the same, with lookup any.",
 )  # fmt: skip
 @click.option("--draft-exit", type=COUNT, help="Blocks that draft. Default: a quarter.")
 @click.option(
@@ -110,7 +111,7 @@ STORY = "Once upon a time"  # the prompt of the models that come with the packag
 @click.option(
     "--ctx", "--context", "ctx", type=COUNT, help="Positions to use. Default: the model's context."
 )
-@KV_CACHE
+@kv_cache_or("float32")
 @THREADS
 @click.option(
     "--show-exits", is_flag=True,
@@ -126,7 +127,7 @@ STORY = "Once upon a time"  # the prompt of the models that come with the packag
 def generate(
     click_context: click.Context, model: str | None, prompts: tuple[str, ...],
     prompt_file: IO[bytes] | None, prompts_file: Path | None, output: Path | None, parallel: int,
-    threads: int | None, kv_cache: str, ctx: int | None,
+    threads: int | None, kv_cache: str | None, ctx: int | None,
     quiet: bool, as_json: bool, show_exits: bool, html: Path | None, **options: Any,
 ) -> None:  # fmt: skip
     """Continue a prompt. The text streams to standard output, statistics go to standard error.
@@ -196,7 +197,7 @@ def generate(
 
 def _many(
     model: str | None, file: Path, output: Path, parallel: int, options: GenerationOptions,
-    load: tuple[int | None, bool, str],
+    load: tuple[int | None, bool, str | None],
 ) -> None:  # fmt: skip
     """Answer a file of prompts."""
     import time
@@ -305,5 +306,6 @@ def _statistics(stream: TextStream, model: Model) -> str:
         parts.append(f"exit layer {depth} of {model.config.num_hidden_layers}")
     if g.speculation and g.speculation.drafted:
         s = g.speculation.statistics()
-        parts.append(f"{s['acceptance']:.0%} of {s['drafted']} drafts at {s['draft_exit']} right")
+        place = f" at {s['draft_exit']}" if s["draft_exit"] else ""
+        parts.append(f"{s['acceptance']:.0%} of {s['drafted']} drafts{place} right")
     return f"[{', '.join(parts)}; ended: {g.stop_reason.replace('_', ' ')}]"

@@ -14,15 +14,19 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    model: str | None, threads: int | None, quiet: bool = False, kv_cache: str = "float32"
-) -> Model:
-    """A MODEL argument, loaded. What is no model is refused before anything is compiled."""
+    model: str | None, threads: int | None, quiet: bool = False, kv_cache: str | None = None,
+    usual_cache: str = "float32",
+) -> Model:  # fmt: skip
+    """A MODEL argument, loaded. What is no model is refused before anything is compiled.
+
+    kv_cache, usual_cache: as in `bitskip_cpu.load`.
+    """
     import bitskip_cpu
     from bitskip_cpu import models
 
     path = models.resolve(model)
     prepare(quiet)
-    return bitskip_cpu.load(path, threads, kv_cache=kv_cache)
+    return bitskip_cpu.load(path, threads, kv_cache=kv_cache, usual_cache=usual_cache)
 
 
 def prepare(quiet: bool = False) -> None:

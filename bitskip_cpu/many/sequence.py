@@ -14,6 +14,7 @@ from bitskip_cpu.generation_options import GenerationOptions
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import GreedyRound
 from bitskip_ref.decoding.generate import Choosing, Token
+from bitskip_ref.decoding.lookup import Lookup
 from bitskip_ref.decoding.speculate import Rounds
 from bitskip_ref.engine import Engine, Row
 from bitskip_ref.exits import FixedExit
@@ -84,7 +85,9 @@ class Sequence:
         options = options.recommended(folder)
         self.rule = options.rule(folder)
         self.depth = self.rule.deepest(config)
-        self.speculation = options.speculation(self.rule, folder)
+        how = options.speculation(self.rule, folder)
+        # Drafts that are looked up change no text (SPEC 11.5), and rows of others are at hand here.
+        self.speculation = None if isinstance(how, Lookup) else how
         if self.speculation is not None and (alternatives is not None or echo):
             raise ValueError(
                 "log probabilities are not told of a text that is speculated: leave one out"

@@ -63,6 +63,11 @@ class Choosing:
         """Whether no token can follow any more."""
         return self._left == 0
 
+    @property
+    def left(self) -> int:
+        """How many tokens may follow."""
+        return self._left
+
     def next(self, logits: np.ndarray) -> int | None:
         """The token after logits f32 [V]; None where the text ends (SPEC 9.4, 9.5: ValueError)."""
         if self.over:

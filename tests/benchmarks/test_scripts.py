@@ -97,12 +97,13 @@ def test_speculate(
 ) -> None:
     text = tmp_path / "text"
     text.write_text("\n<|endoftext|>\n".join([TEXT] * 3))
-    arguments = f"--text {text} --prompts 2 --prompt-tokens 6 -n 8 --speculate 1,auto -r 1"
+    arguments = f"--text {text} --prompts 2 --prompt-tokens 6 -n 8 --speculate 1,auto,lookup -r 1"
     out = lines(
         speculate, f"{arguments} --draft-vocab 1024 --impose stories-24", monkeypatch, capsys
     )
-    same = [line.split("|")[-2].strip() for line in out if "| K " in line or "| plain" in line]
-    assert same[:3] == ["2", "2", "2"]  # texts of plain, K 1 and auto; then those imposed
+    cases = [line for line in out if line.startswith(("| K ", "| plain", "| lookup"))]
+    same = [line.split("|")[-2].strip() for line in cases]
+    assert same[:4] == ["2"] * 4  # texts of plain, lookup, K 1 and auto; then those imposed
 
 
 @pytest.mark.slow

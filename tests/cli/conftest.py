@@ -52,7 +52,7 @@ class ScriptEngine:
     """Predicts the given tokens one after the other, whatever it is fed, at the given depths."""
 
     threads, kv_cache = 1, "float32"
-    extend_exits = step_many = speculate = round = None
+    extend_exits = step_many = speculate = speculate_many = round = None
 
     def __init__(self, config: ModelConfig, script: list[int], depths: list[int] | None = None):
         self.config, self.script, self.depths = config, script, depths or []

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from bitskip.program import runtime as main
 from bitskip_cpu import isa
 from bitskip_cpu.bench import costs, limits, rows
+from bitskip_cpu.bench.energy import Energy
 from bitskip_cpu.bench.timing import Case, Sample, Task, measure, plan, tasks_of
 from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS, tile_bytes
 from bitskip_ref.config import preset
@@ -104,10 +105,12 @@ def test_shares_of_the_limits_of_the_same_run(facts: dict[str, Any]) -> None:
             entropy = n * weights * np.log2(3) / 8
             assert row["roofline"] == pytest.approx(speed * entropy / bandwidth)
             # A block's rows in tiles, as the path packs them; the int8 head of 48 padded to 64
-            # with a scale; keys and values of depth + (1 + 2 + 3 + 4) / 4 tokens.
+            # with a scale; int8 keys and values, a step each, of depth + (1 + 2 + 3 + 4) / 4
+            # tokens.
             shapes = CONFIG.linear_shapes().values()
             packed = sum(rows * tile_bytes(width) // TILE_ROWS for rows, width in shapes)
-            cache = 2 * n * CONFIG.kv_size * 4 * (row["depth"] + 2.5)
+            cached = CONFIG.kv_size + 4 * CONFIG.num_key_value_heads
+            cache = 2 * n * cached * (row["depth"] + 2.5)
             read = n * packed + CONFIG.vocab_size * (64 + 4) + cache
             assert row["read_bytes_per_token"] == read
             assert row["read_bytes_per_s"] == pytest.approx(read * speed)
@@ -173,7 +176,7 @@ class Recorder(ScriptEngine):
         self.calls.append((self.threads, len(token_ids), options["exit_layer"], cache.length))
         return super().extend(token_ids, cache, **options)
 
-    def step(self, token_id: int, cache: Any, rule: Any, trace: Any = None) -> Any:
+    def step(self, token_id: int, cache: Any, rule: Any, trace: Any = None, **_: Any) -> Any:
         self.calls.append((self.threads, "step", rule.deepest(CONFIG), cache.length))
         return super().step(token_id, cache, rule)
 
@@ -294,12 +297,12 @@ def test_markdown_leaves_out_empty_columns(folder: Path) -> None:
         assert lines[0] == str(folder) and lines[2].startswith("limits of 1 thread: ")
         return [cell.strip() for cell in lines[4].split("|")[1:-1]]
 
-    usual = ["test", "exit", "threads", "tokens/s", "mean ± sd"]
-    assert header("-p", 4, "-n", 0)[:6] == [*usual, "first ms"]
-    assert header("-p", 4, "-n", 0, "--kv-cache", "float16")[3] == "KV cache"
+    usual = ["test", "exit", "threads", "KV cache", "tokens/s", "mean ± sd"]
+    assert header("-p", 4, "-n", 0)[:7] == [*usual, "first ms"]
+    assert header("-p", 4, "-n", 0, "--kv-cache", "float32")[3] == "tokens/s"
     found = header("-p", 0, "-n", 2, "-d", 3, "--exit-layer", "2,4")
-    assert found[:7] == ["test", "depth", *usual[1:], "gain %"]
-    assert found[7:] == ["p50 ms", "p95 ms", "roofline", "read GB/s", "of limit %", "peak memory"]
+    assert found[:8] == ["test", "depth", *usual[1:], "gain %"]
+    assert found[8:] == ["p50 ms", "p95 ms", "roofline", "read GB/s", "of limit %", "peak memory"]
 
 
 def test_both_kinds_of_cache_take_turns(folder: Path) -> None:
@@ -350,3 +353,37 @@ def test_an_unknown_preset_lists_the_known_ones() -> None:
     result = run("--preset", "huge")
     assert result.exit_code == 2
     assert "unknown preset 'huge'" in result.stderr and "tiny" in result.stderr
+
+
+# ---- energy -------------------------------------------------------------------------------
+
+
+def test_energy_where_it_is_counted(tmp_path: Path) -> None:
+    zones = [tmp_path / f"intel-rapl:{i}" for i in range(2)]
+    for zone, counted in zip((*zones, tmp_path / "intel-rapl:0:0"), (10, 900, 5), strict=True):
+        zone.mkdir()
+        (zone / "energy_uj").write_text(f"{counted}000000\n")
+        (zone / "max_energy_range_uj").write_text("1000000000\n")
+    energy = Energy(tmp_path)
+    before = energy.read()
+    (zones[0] / "energy_uj").write_text("12000000\n")
+    (zones[1] / "energy_uj").write_text("3000000\n")  # it began anew
+    assert energy.joules(before) == 2 + 103
+    (zones[1] / "energy_uj").unlink()
+    assert energy.read() is None and energy.joules(before) is None
+    nothing = Energy(tmp_path / "nowhere")
+    assert nothing.read() is None and nothing.joules(None) is None
+
+
+def test_tokens_per_joule() -> None:
+    class Counted(Energy):
+        def read(self) -> list[int]:
+            return [0]
+
+        def joules(self, before: list[int] | None) -> float:
+            return 0.5
+
+    cases = plan([ScriptEngine(CONFIG, [1])], tasks_of([3, 6], [0], [], [0]), [4])
+    measure(cases, 2, energy=Counted())
+    found = rows.rows_of(cases, limits.Limits(1))
+    assert [row["tokens_per_joule"] for row in found] == [6, 12]

@@ -38,7 +38,7 @@ def script(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
                     raise KeyboardInterrupt
                 return super().step(*arguments)
 
-        def load(model: Any = None, threads: Any = None, kv_cache: Any = None) -> Model:
+        def load(model: Any = None, threads: Any = None, **_: Any) -> Model:
             made = Model(Engine(CONFIG, [], [1, 2, 3, 4] * 50), read_folder(folder))
             made.engine.script = [*made.tokenizer.encode(text), 0]
             return made

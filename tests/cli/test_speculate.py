@@ -78,7 +78,7 @@ def test_the_line_of_statistics(folder: Path) -> None:
     ("options", "message"),
     [
         (["--speculate", "0"], "0 is not in the range x>=1"),
-        (["--speculate", "some"], "known: auto, or a whole number"),
+        (["--speculate", "some"], "known: auto, lookup, or a whole number"),
         (["--speculate", "2", "--draft-exit", "4"], "choose 1..3"),
         (["--speculate", "2", "--exit-layer", "2", "--draft-exit", "2"], "choose 1..1"),
         (["--speculate", "2", "--exit-layer", "1"], "nothing lies below 1"),

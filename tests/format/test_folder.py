@@ -257,6 +257,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: edit_json(r / fd.GENERATION, lambda c: c.update(exit_layer=0)),
         "exit_layer = 0 is not in 1..4",
     ),
+    "B7 a cache of no kind": (
+        lambda r: edit_json(r / fd.GENERATION, lambda c: c.update(kv_cache="int4")),
+        "kv_cache = 'int4' is none",
+    ),
+    "B7 a cache of a number": (
+        lambda r: edit_json(r / fd.GENERATION, lambda c: c.update(kv_cache=[8])),
+        "none of this model",
+    ),
     "B7 drafts among none": (
         lambda r: edit_json(r / fd.GENERATION, lambda c: c.update(draft_vocab=0)),
         "draft_vocab = 0 is not in 1..97",

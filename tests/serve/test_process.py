@@ -79,7 +79,7 @@ def figure(client: httpx.Client, name: str) -> float:
 
 
 def test_many_clients_get_what_each_would_alone(address: str) -> None:
-    model = bitskip_cpu.load(_stories(), threads=1)
+    model = bitskip_cpu.load(_stories(), threads=1, usual_cache="int8")
     asked = [
         {"prompt": p, "max_tokens": 10 + i, "seed": i, "temperature": i % 2 * 0.8,
          "exit_layer": (12, 18, 24, "max", "gate")[i % 5]}
@@ -102,7 +102,7 @@ def _stories() -> Path:
 def test_the_openai_client(address: str) -> None:
     from openai import AuthenticationError, BadRequestError, OpenAI
 
-    model = bitskip_cpu.load(_stories(), threads=1)
+    model = bitskip_cpu.load(_stories(), threads=1, usual_cache="int8")
     with httpx.Client(trust_env=False) as inner:
         client = OpenAI(base_url=f"{address}/v1", api_key="key", max_retries=0, http_client=inner)
         assert client.models.list().data[0].id == "stories-24"

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return bitskip_cpu.load("stories-24", threads=1)
+    return bitskip_cpu.load("stories-24", threads=1, usual_cache="int8")  # as `serve` does
 
 
 def free_port() -> int:
