@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bitskip_experiments import definitions
+from bitskip_experiments.corpora import Corpus
 from bitskip_experiments.definitions import SCALES, load, names
 from bitskip_experiments.derived import DERIVED
 from bitskip_experiments.errors import ExperimentError
@@ -123,6 +124,17 @@ def test_an_identity_has_no_place_and_no_machine(tmp_path: Path) -> None:
     bitskip_experiments.corpora._digest.cache_clear()
     assert run.digest != runs_of(points, (0,), second, tmp_path)[0].digest
     assert not {"threads", "data", "device", "exit_distill"} & set(run.identity["train"])
+
+
+def test_a_part_of_a_data_set_is_its_first_lines(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    part, whole = (Corpus(n, data, tmp_path) for n in ("wikitext-2-16th", "wikitext-2"))
+    text, all_of_it = (Path(c.place("train")).read_text() for c in (part, whole))
+    assert all_of_it.startswith(text) and text.endswith("\n")
+    assert 0 <= len(text) - len(all_of_it) / 16 < len(text.splitlines()[-1]) + 1
+    assert part.place("valid") == whole.place("valid") and part.digest() != whole.digest()
+    with pytest.raises(ExperimentError, match="a part of a file; needs --data DIR"):
+        Corpus("wikitext-2-16th", None).place("train")
 
 
 @pytest.mark.parametrize(
