@@ -31,6 +31,8 @@ NUMBERS = {  # value type -> its NumPy type
 }  # fmt: skip
 STRING, ARRAY = 8, 9
 Q2_0, Q2_0_BLOCK, Q2_0_BYTES = 42, 64, 18  # a type that the package does not know
+I2_S, I2_S_BLOCK, I2_S_BYTES = 36, 128, 32  # of bitnet.cpp; behind all blocks 32 bytes more, which
+# begin with the matrix's scale, a float32
 
 # Ours -> theirs. One table for reading and writing.
 BLOCK = {
@@ -65,6 +67,7 @@ class Tensor:
     kind: str  # as ggml calls it: F32, Q4_0, TQ2_0, ...
     shape: tuple[int, ...]  # slowest first, as NumPy has it
     data: np.ndarray  # u8 [rows, bytes of a row]
+    scale: float = 1.0  # of I2_S: its codes are multiplied by it
 
     def floats(self, order: np.ndarray | None = None) -> Floats:
         """Its values; order: which row of the file each row is, int [rows]."""
@@ -76,7 +79,7 @@ class Tensor:
             else:
                 raw = self.data[first:end] if order is None else self.data[order[first:end]]
                 part = _dequantize(raw, self.kind)
-            part = np.array(part, np.float32)
+            part = np.array(part * self.scale, np.float32)
             if not np.isfinite(part).all():
                 raise RefusedError(f"{shown(self.name)} holds a value that is not finite")
             return part
@@ -123,10 +126,12 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         row_bytes, rows = shape[-1] // block * size, math.prod(shape[:-1])
         first, end = start + offset, start + offset + row_bytes * rows
-        if offset % alignment or end > len(mapped):
+        behind = I2_S_BYTES if number == I2_S else 0
+        if offset % alignment or end + behind > len(mapped):
             raise RefusedError(f"{path}: {shown(name)} does not lie in the file, or is cut off")
         data = np.frombuffer(mapped, np.uint8, end - first, first).reshape(rows, row_bytes)
-        tensors[name] = Tensor(name, kind, shape, data)
+        scale = float(np.frombuffer(mapped, "<f4", 1, end)[0]) if behind else 1.0
+        tensors[name] = Tensor(name, kind, shape, data, scale)
     return metadata, tensors
 
 
@@ -138,6 +143,10 @@ def _dequantize(raw: np.ndarray, kind: str) -> np.ndarray:
         codes = (blocks[..., 2:, None] >> np.array([0, 2, 4, 6], np.uint8)) & np.uint8(3)
         values = (codes.astype(np.float32) - 1) * scale[..., None]
         return values.reshape(*raw.shape[:-1], -1)
+    if kind == "I2_S":  # byte p: codes of weights p, p + 32, p + 64, p + 96, the first highest
+        blocks = raw.reshape(*raw.shape[:-1], -1, 1, I2_S_BYTES)
+        fours = (blocks >> np.array([6, 4, 2, 0], np.uint8)[:, None]) & np.uint8(3)
+        return fours.reshape(*raw.shape[:-1], -1).astype(np.float32) - np.float32(1)
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -152,6 +161,8 @@ def _kind(number: int, path: Path, name: str) -> tuple[str, int, int]:
 
     if number == Q2_0:
         return "Q2_0", Q2_0_BLOCK, Q2_0_BYTES
+    if number == I2_S:
+        return "I2_S", I2_S_BLOCK, I2_S_BYTES
     try:
         kind = GGMLQuantizationType(number)
         block, size = GGML_QUANT_SIZES[kind]

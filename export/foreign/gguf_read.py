@@ -42,7 +42,7 @@ ARCHITECTURES = {
 USUAL_LLAMA3 = {
     "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_context": 8192,
 }  # fmt: skip
-TERNARY = ("TQ1_0", "TQ2_0", "Q2_0")
+TERNARY = ("TQ1_0", "TQ2_0", "Q2_0", "I2_S")
 CHUNK = 4096  # rows looked at in one go
 
 

@@ -212,13 +212,16 @@ def serialized(tree: Any) -> bytes:
     def listed(value: Any, size: int) -> list[Any]:
         return value if isinstance(value, list) and len(value) == size else [value] * size
 
+    def entries(name: str) -> list[Any]:
+        return tree[name] if isinstance(tree.get(name), list) else []
+
     tree = tree if isinstance(tree, dict) else {"version": tree}
     out = b"GGUF" + number("I", tree.get("version"))
     out += number("Q", tree.get("tensors")) + number("Q", tree.get("keys"))
-    for entry in tree.get("metadata") or []:
+    for entry in entries("metadata"):
         key, kind, value = listed(entry, 3)
         out += text(key) + number("I", kind) + typed(kind, value)
-    for entry in tree.get("table") or []:
+    for entry in entries("table"):
         name, axes, kind, offset = listed(entry, 4)
         axes = axes if isinstance(axes, list) else [axes]
         out += text(name) + number("I", len(axes)) + b"".join(number("Q", n) for n in axes)

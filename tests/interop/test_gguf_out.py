@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 
 import bitskip_cpu
 from bitskip.program import main
-from bitskip_export.foreign import gguf_write, given
+from bitskip_export.foreign import gguf_file, gguf_write, given
 from bitskip_export.foreign.convert import import_model
 from bitskip_export.foreign.gguf_read import read_gguf
 from bitskip_export.foreign.gguf_write import pack_blocks, ternary_kind, write_gguf
@@ -187,3 +188,44 @@ def test_int8_rows_become_the_floats_that_they_stand_for(
     monkeypatch.setattr(given, "rotate_unpadded", lambda rows: rows)
     write_gguf(first, tmp_path / "wrong.gguf")
     assert relative(first.path, back(tmp_path / "wrong.gguf", tmp_path / "c")) > 0.5
+
+
+def i2_s(codes: np.ndarray, scale: np.float32) -> np.ndarray:
+    """bitnet.cpp's layout: of 128 weights byte p holds p, p + 32, p + 64, p + 96, high bits first;
+    behind all of them 32 bytes that begin with the scale."""
+    w = (codes.reshape(-1, 4, 32) + 1).astype(np.uint8)
+    packed = w[:, 0] << 6 | w[:, 1] << 4 | w[:, 2] << 2 | w[:, 3]
+    tail = np.zeros(32, np.uint8)
+    tail[:4] = np.array([scale], np.float32).view(np.uint8)
+    return np.concatenate([packed.reshape(-1), tail])
+
+
+def test_i2_s_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LLAMA.replace(hidden_size=128, intermediate_size=256, num_attention_heads=8)
+    first = read_folder(random_folder(tmp_path / "model", config))
+    original = gguf_write._entries
+
+    def entries(model: given.Given, architecture: str) -> Iterator[tuple[str, gguf_write.Entry]]:
+        ours = dict(original(model, architecture))
+        for name, entry in ours.items():
+            scale = ours.get(name.removesuffix("weight") + "scale")
+            if name.endswith(".scale"):
+                continue
+            if scale is not None:
+                packed = np.concatenate([*entry.pieces])
+                kind = {gguf_write.Q2_0: "Q2_0", gguf_write.TQ2_0: "TQ2_0"}[entry.kind]
+                codes = gguf_file._dequantize(packed, kind)
+                raw = i2_s(codes, np.concatenate([*scale.pieces])[0])
+                entry = gguf_write.Entry(gguf_file.I2_S, entry.shape, raw.nbytes, [raw])
+            yield name, entry
+
+    monkeypatch.setattr(gguf_write, "_entries", entries)
+    monkeypatch.setitem(gguf_write.FILE_TYPES, gguf_file.I2_S, 0)
+    write_gguf(first, tmp_path / "m.gguf")
+    again = read_folder(back(tmp_path / "m.gguf", tmp_path / "again"))
+    for key, t in first.tensors.items():
+        assert difference(key, t, again.tensors[key]) is None
+    raw = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(raw[:-64])
+    with pytest.raises(RefusedError, match="cut off"):
+        read_gguf(tmp_path / "m.gguf")
