@@ -18,7 +18,17 @@ from bitskip_cpu.cache import KVCache
 from bitskip_cpu.compiling import KERNELS
 from bitskip_cpu.cores import default_threads
 from bitskip_cpu.isa import INTERPRETED
-from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, GATE, MEASURE
+from bitskip_cpu.kernels.layout import (
+    BLOCKS,
+    CHUNK,
+    DRAFT,
+    EMBED,
+    EXIT,
+    FILL,
+    GATE,
+    LOOK,
+    MEASURE,
+)
 from bitskip_cpu.rows import run_rounds, run_rows
 from bitskip_cpu.threads import Team
 from bitskip_cpu.weights import Tensors, Weights, random_tensors
@@ -28,7 +38,9 @@ from bitskip_ref.checks import is_whole
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.engine import Planned, PlannedRound, Run, Trace, Visit
+from bitskip_ref.exits import GateExit
 from bitskip_ref.folder import read_folder
+from bitskip_ref.rule import ExitRule
 
 f32 = np.float32
 
@@ -130,6 +142,21 @@ class Engine(contract.Engine):
         exit_ = space.set_contenders(n, space.logits_at, 0, run.contenders)
         self._call(EMBED | BLOCKS | exit_, 0, n)
         return space.logits[0].copy()  # cheaper than asking a new array for its address
+
+    def _look(
+        self, run: Run, rule: ExitRule, looks: tuple[int, ...], deepest: int, trace: Trace | None
+    ) -> tuple[np.ndarray, int]:
+        if type(rule) is not GateExit or trace is not None or not self.config.gates:
+            return super()._look(run, rule, looks, deepest, trace)
+        space, actions = self._space, EMBED | BLOCKS | LOOK | FILL
+        space.set_tokens(run.ids, run.cache, run.first)
+        if space.set_looks(looks, deepest, rule.threshold):
+            exit_ = space.set_contenders(deepest, space.logits_at, 0, run.contenders)
+            self._call(actions | exit_, 0, deepest)
+        else:
+            self._call(actions, 0, deepest)
+            self._call(space.set_contenders(space.stopped, space.logits_at, 0, run.contenders))
+        return space.logits[0].copy(), space.stopped
 
     def _many(self, rows: Sequence[Planned]) -> list[tuple[np.ndarray | None, int]]:
         return run_rows(self, rows)

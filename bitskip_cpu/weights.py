@@ -20,6 +20,7 @@ from bitskip_cpu.cores import default_threads
 from bitskip_cpu.kernels.layout import DOWN, OUT, PRODUCT, PRODUCTS, QKV, UP
 from bitskip_cpu.kernels.products import ternary_layout, vocab_layout
 from bitskip_ref.config import HEAD_BITS, ModelConfig
+from bitskip_ref.constants import SCALE_FLOOR
 from bitskip_ref.packing import packed_width
 from bitskip_ref.safetensors_file import give_back
 from bitskip_ref.tensors import expected_tensors
@@ -56,6 +57,13 @@ def in_parallel(work: Callable[[int], None], items: Iterable[int], size: int) ->
         list(pool.map(work, items))
 
 
+def _int8_rows(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """f32 [rows, width] -> codes int8, scales f32 [rows] (SPEC 4.4)."""
+    s = np.maximum(np.abs(w).max(1), np.float32(SCALE_FLOOR))
+    codes = np.rint(w * (np.float32(127.0) / s)[:, None]).astype(np.int8)
+    return codes, s / np.float32(127.0)
+
+
 class Upper(NamedTuple):
     """A head in two parts (SPEC 9.6): the upper 4 bits of all rows, and the rows themselves."""
 
@@ -86,6 +94,7 @@ class Weights:
         linear = {id(t) for block in blocks for product in block.values() for t in product}
         self.tensors = {name: t for name, t in tensors.items() if id(t) not in linear}
         self._norms: dict[str, np.ndarray] = {}
+        self._gates: dict[int, np.ndarray] = {}
         self._heads: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._uppers: dict[str, Upper | None] = {}
         self.products = self._products()
@@ -230,6 +239,20 @@ class Weights:
             made = np.concatenate([self.tensors[p] for p in parts if p in self.tensors])
             self._norms.setdefault(name, made)  # another engine's thread may have been faster
         return self._norms[name]
+
+    def gate(self, n: int) -> np.ndarray:
+        """The routing gate of block n, counted from 1, in bytes; made once (SPEC 8.4).
+
+        In a row: its norm f32 [2 * D]; the scales f32 [W + 1] and int8 codes [W, D], [W] of its
+        rows, W `gate_width`.
+        """
+        if n not in self._gates:
+            at, t = f"layers.{n - 1}.gate", self.tensors
+            first, second = (_int8_rows(t[f"{at}.{fc}.weight"]) for fc in ("fc1", "fc2"))
+            parts = self.norm(f"{at}.norm"), first[1], second[1], first[0], second[0]
+            made = np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
+            self._gates.setdefault(n, made)
+        return self._gates[n]
 
     def head(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(rows, scales f32 [V]): whole numbers in tiles (vocab_layout); floats as they are."""

@@ -80,8 +80,18 @@ CONTENDERS, CONTENDERS_AT = _row("contender_count", "contender_temperature", "co
 LOGITS, LOGITS_AT = _row("logits", "exit_from")
 ROWS, ROWS_AT = _row("tokens", "from_row")
 DRAFT_ROW, DRAFT_AT = _row("draft_vocab", "least_lead")
-TOKENS = STATE.fields["tokens"][1] // 8  # type: ignore[index]
-FOUND = STATE.fields["contenders_found"][1] // 8  # type: ignore[index]
+TOKENS, FOUND, GATE, STOPPED = (
+    STATE.fields[name][1] // 8  # type: ignore[index]
+    for name in ("tokens", "contenders_found", "gate", "stopped")
+)
+
+
+def _at_most(value: float) -> float:
+    """The largest float32 not above the value: float32 numbers exceed both or neither."""
+    with np.errstate(over="ignore"):
+        near = np.float32(value)
+    below = np.nextafter(near, np.float32(-np.inf))
+    return float(below) if float(near) > value else float(near)  # two float32 would compare equal
 
 
 def _power_of_two(n: int) -> int:
@@ -105,6 +115,9 @@ class Workspace:
         self._uppers: dict[int, tuple[int, ...] | None] = {}  # UPPER_ROW; None: there is none
         self._vocab = weights.config.vocab_size
         self._whole = 0  # calls that are to read whole heads before contenders are tried again
+        self._looks: tuple[tuple[int, ...], int, float] | None = None  # as set
+        self._gates = np.zeros(weights.config.num_hidden_layers, np.int64)
+        self.state["looks"] = self._keep(self._gates)
         self._shape()
         self._weights()
         self._buffers()
@@ -321,10 +334,26 @@ class Workspace:
 
     def set_gate(self, n: int) -> None:
         """The gate of block n, counted from 1."""
-        s, at = self.state, f"layers.{n - 1}.gate"
-        s["gate_norm"] = self.weights.norm(f"{at}.norm").ctypes.data
-        for name in ("fc1", "fc2"):
-            s[f"gate_{name}"] = self.weights.tensors[f"{at}.{name}.weight"].ctypes.data
+        self._words[GATE] = self.weights.gate(n).ctypes.data
+
+    def set_looks(self, looks: tuple[int, ...], deepest: int, threshold: float) -> bool:
+        """After which blocks the one token at hand is to stop if its gate exceeds a threshold.
+
+        Returns whether logits are the same function after each of them and after the deepest.
+        """
+        if self._looks != (looks, deepest, threshold):
+            self._looks = looks, deepest, threshold
+            self._one_exit = all(self.exit(n) == self.exit(deepest) for n in looks)
+            self._gates[:] = 0
+            for n in looks:
+                self._gates[n - 1] = self.weights.gate(n).ctypes.data
+            self.state["threshold"] = _at_most(threshold)
+        return self._one_exit
+
+    @property
+    def stopped(self) -> int:
+        """Blocks that were run, up to the look that stopped."""
+        return self._words[STOPPED]
 
     # ---- what a call has left behind (bitskip_ref.engine.Trace) -----------------------
 

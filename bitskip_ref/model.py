@@ -215,9 +215,10 @@ class ReferenceModel(Engine):
 
     def _gate(self, x: np.ndarray, n: int) -> np.float32:
         t, at = self.tensors, f"layers.{n - 1}.gate"
-        inner = self.norm(f"{at}.norm", x)
-        inner = relu(float_linear(inner, t[f"{at}.fc1.weight"]))
-        return sigmoid(float_linear(inner, t[f"{at}.fc2.weight"]))[0, 0]
+        rows = [quantize_activations(t[f"{at}.{fc}.weight"], 8) for fc in ("fc1", "fc2")]
+        (codes1, steps1), (codes2, steps2) = rows
+        inner = relu(int8_linear(self.norm(f"{at}.norm", x), codes1, steps1[:, 0]))
+        return sigmoid(int8_linear(inner, codes2, steps2[:, 0]))[0, 0]
 
     def _confidence(self, z: np.ndarray, measure: str) -> np.float32:
         return confidence(z)[measure]

@@ -28,7 +28,8 @@ from bitskip.options import (
 )
 from bitskip.places import user_cache
 from bitskip_ref.config import ConfigError, ModelConfig
-from bitskip_ref.documents import END_OF_TEXT
+from bitskip_ref.documents import END_OF_TEXT, read_text
+from bitskip_ref.folder import read_folder
 from bitskip_train.errors import CheckpointError
 from bitskip_train.recipes import (
     RECIPES,
@@ -298,25 +299,32 @@ def average(checkpoints: tuple[Path, ...], out: Path) -> None:
 
 
 @click.command("fit-gates")
-@_checkpoint
-@_out_option
-@click.option("--data", multiple=True, help="As in training; default: what it was trained on.")
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.option("--out", "-o", required=True, type=NEW_FILE, help="Checkpoint or folder to write.")
+@click.option(
+    "--data", multiple=True, required=True,
+    help="Text as in training, but held back from it (on seen text exits fall behind more).",
+)  # fmt: skip
+@click.option(
+    "--layers", type=Listed(COUNT), metavar="N,N,...",
+    help="After which blocks. Default: after all but the last.",
+)  # fmt: skip
 @click.option(
     "--scale", type=Finite(0, min_open=True), default=0.1, show_default=True,
     help="Nats. At threshold 0.5 a gate stops where that should cost less than about 0.7 of it.",
 )  # fmt: skip
-@click.option("--steps", type=COUNT, default=200, show_default=True)
-@click.option("--batch", type=COUNT, default=4, show_default=True, help="Windows.")
+@click.option("--steps", type=COUNT, default=1500, show_default=True)
+@click.option("--batch", type=COUNT, default=4, show_default=True, help="Windows side by side.")
 @click.option("--seed", type=WHOLE, default=0, show_default=True)
 @_device_option
 @_cache_option
 def fit_gates(
-    checkpoint: Path, out: Path, data: tuple[str, ...], scale: float, steps: int, batch: int,
-    seed: int, device: str, token_cache: Path,
+    checkpoint: Path, out: Path, data: tuple[str, ...], layers: list[int] | None, scale: float,
+    steps: int, batch: int, seed: int, device: str, token_cache: Path,
 ) -> None:  # fmt: skip
-    """Give a trained CHECKPOINT routing gates; all its other weights stay as they are.
+    """Give a trained CHECKPOINT, or a model folder, routing gates; other weights stay as they are.
 
-    The file written can be evaluated and exported, not resumed.
+    A checkpoint written so can be evaluated and exported, not resumed.
     """
     import torch
 
@@ -327,16 +335,24 @@ def fit_gates(
     from bitskip_train.tokenizer import parse_tokenizer
     from bitskip_train.trainer import pick_device
 
-    loaded = load_checkpoint(checkpoint)
-    settings = TrainConfig.from_dict(loaded.train)
+    folder = read_folder(checkpoint) if checkpoint.is_dir() else None
+    if folder is None:
+        loaded = load_checkpoint(checkpoint)
+        settings, words = TrainConfig.from_dict(loaded.train), loaded.tokenizer_json
+        model = gates.with_gates(loaded.config, loaded.state)
+        model.reading = settings
+    else:
+        room = folder.config.max_position_embeddings
+        settings = TrainConfig(context=min(folder.trained_context or 512, room), dtype="float32")
+        words = read_text(folder.tokenizer) if folder.tokenizer else None
+        model = gates.of_folder(folder.config, folder.tensors)
     use_threads(settings)
-    if loaded.tokenizer_json is None:
+    if words is None:
         raise CheckpointError(f"{checkpoint}: holds no tokenizer")
-    tokenizer = parse_tokenizer(loaded.tokenizer_json, str(checkpoint))
-    split = load_split(TextSource(data or settings.data, "train"), tokenizer, token_cache)
+    tokenizer = parse_tokenizer(words, str(checkpoint))
+    split = load_split(TextSource(data, "train"), tokenizer, token_cache)
     windows = Windows(split.tokens, settings.context, seed)
-    model = gates.with_gates(loaded.config, loaded.state).to(pick_device(device))
-    model.reading = settings
+    model.to(pick_device(device))
     every = max(1, steps // 10)
 
     def report(step: int, loss: float) -> None:
@@ -344,9 +360,12 @@ def fit_gates(
             click.echo(f"step {step}/{steps} | loss {loss:.4f}", err=True)
 
     gates.fit_gates(
-        model, windows, steps=steps, batch=batch, scale=scale, seed=seed, report=report,
-        autocast=torch.bfloat16 if settings.dtype == "bfloat16" else None,
+        model, windows, steps=steps, batch=batch, scale=scale, layers=layers, seed=seed,
+        report=report, autocast=torch.bfloat16 if settings.dtype == "bfloat16" else None,
     )  # fmt: skip
+    if folder is not None:
+        gates.write_gates(folder, out, model)
+        return
     fitted = dataclasses.replace(
         loaded, config=model.config, state=model.cpu().state_dict(), optimizer=None
     )

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.documents import read_text
+from bitskip_ref.folder import Folder, write_folder
+from bitskip_ref.tensors import expected_tensors
 from bitskip_train.data import Windows
+from bitskip_train.layers import Gate, Weight
+from bitskip_train.loaded import TorchEngine
 from bitskip_train.model import BitskipModel
 
-TOKENS = 512  # of each step's: the heads of all exits cost far more than the blocks
+KEPT = 1 << 25  # floats of hidden states that are kept, about, and fitted to again and again
+TOGETHER = 1024  # tokens of a step
 
 
 def with_gates(config: ModelConfig, state: Mapping[str, Tensor]) -> BitskipModel:
@@ -32,13 +40,39 @@ def closeness(divergence: Tensor, scale: float) -> Tensor:
     return (-divergence / scale).exp()
 
 
+def of_folder(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> BitskipModel:
+    """The model of a folder's tensors, in fast arithmetic, with gates to be fitted.
+
+    Its linear layers keep their codes; embedding and heads hold their values as floats. Gates that
+    it has none of are even.
+    """
+    model = TorchEngine(config.replace(gates=True), tensors).model
+    model.arithmetic = "fast"
+    for name, part in model.named_modules():
+        if isinstance(part, Weight) and part.scale is not None and not name.endswith("_proj"):
+            part.weight = nn.Parameter(part.weight.float() * part.scale[:, None], False)
+            part.scale = None
+    for i in range(config.num_hidden_layers):
+        gate = model.block(i).gate
+        if not config.gates:
+            gate.to_empty(device="cpu")
+            reset_gate(gate, torch.Generator().manual_seed(i))
+        gate.requires_grad_(True)
+    return model
+
+
 @torch.no_grad()
-def divergences(model: BitskipModel, hidden: dict[int, Tensor]) -> Tensor:
-    """KL(full depth || exit n) in nats, f32 [L, N], of hidden states f32 [N, D] after n = 1..L."""
+def divergences(
+    model: BitskipModel, hidden: dict[int, Tensor], exits: Sequence[int] | None = None
+) -> Tensor:
+    """KL(full depth || exit n) in nats, f32 [exits, N], of hidden states f32 [N, D] after n blocks.
+
+    exits: n = 1..L, rising; None: all of them.
+    """
     depth = model.config.num_hidden_layers
     teacher = model.logits(hidden[depth], depth).float().log_softmax(-1)
     found = []
-    for n in range(1, depth + 1):
+    for n in exits or range(1, depth + 1):
         student = model.logits(hidden[n], n).float().log_softmax(-1)
         found.append(F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1))
     return torch.stack(found)
@@ -51,6 +85,7 @@ def fit_gates(
     steps: int,
     batch: int,
     scale: float,
+    layers: Sequence[int] | None = None,
     lr: float = 3e-3,
     seed: int = 0,
     autocast: torch.dtype | None = None,
@@ -58,40 +93,75 @@ def fit_gates(
 ) -> None:
     """Fit the gates of a model that has them, and nothing else, to the `closeness` of their exits.
 
-    Each gate by itself, whatever the others do: so any threshold gives a sensible depth. Each step
-    takes `batch` windows and at most `TOKENS` of their tokens, drawn from `seed`. `report` is told
-    each step, from 1, and its loss: the mean cross-entropy of exits 1..L-1.
+    Each gate by itself, whatever the others do: so any threshold gives a sensible depth. layers:
+    the blocks whose gates are fitted, 1..L-1 (None: all). The model runs once over one epoch of the
+    windows, or as many as KEPT has room for, `batch` side by side; each step then takes TOGETHER of
+    their tokens, drawn from `seed`. `report` is told each step, from 1, and its loss: the mean
+    cross-entropy of these gates. Raises ValueError for a block without a gate that could stop.
     """
     depth = model.config.num_hidden_layers
+    chosen_layers = sorted({*(range(1, depth) if layers is None else layers)})
+    if not chosen_layers or not 1 <= chosen_layers[0] <= chosen_layers[-1] < depth:
+        raise ValueError(f"gates after blocks {chosen_layers}: choose from 1..{depth - 1}")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    reset_gates(model, generator)
-    gates = [p for i in range(depth - 1) for p in model.block(i).gate.parameters()]
-    optimizer = torch.optim.AdamW(gates, lr=lr, weight_decay=0.01)
+    fitted = [model.block(n - 1).gate for n in chosen_layers]
+    for gate in fitted:
+        reset_gate(gate, generator)
+    gates = [p for gate in fitted for p in gate.parameters()]
     region = torch.autocast(device.type, autocast, enabled=autocast is not None)
+    room = KEPT // (model.config.hidden_size * len(chosen_layers) * windows.context)
+    kept: list[Tensor] = []  # [layers, tokens, D + 1]: hidden states, and what to expect of them
+    for first in range(0, max(1, min(room, windows.per_epoch)), batch):
+        ids = torch.from_numpy(windows.batch(first, batch)).to(device)
+        with region, torch.no_grad():
+            states = model(ids[:, :-1], collect=chosen_layers)
+            hidden = {n: h.flatten(0, 1) for n, h in states.items()}
+            target = closeness(divergences(model, hidden, chosen_layers), scale)
+        x = torch.stack([hidden[n].float() for n in chosen_layers])
+        kept.append(torch.cat([x, target[..., None]], -1))
+    whole = torch.cat(kept, 1)
+    optimizer = torch.optim.AdamW(gates, lr=lr, weight_decay=0.01)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
-        ids = torch.from_numpy(windows.batch(step * batch, batch)).to(device)
-        chosen = torch.randperm(ids[:, 1:].numel(), generator=generator)[:TOKENS].to(device)
-        with region:
-            with torch.no_grad():
-                states = model(ids[:, :-1], collect=range(1, depth + 1))
-            hidden = {n: h.flatten(0, 1)[chosen] for n, h in states.items()}
-            target = closeness(divergences(model, hidden)[:-1], scale)
-            decisions = torch.stack([model.gate_logits(hidden[n], n) for n in range(1, depth)])
-        loss = F.binary_cross_entropy_with_logits(decisions, target)
+        some = whole[:, torch.randint(whole.shape[1], (TOGETHER,), generator=generator).to(device)]
+        decisions = torch.stack(
+            [model.gate_logits(x[:, :-1], n) for n, x in zip(chosen_layers, some, strict=True)]
+        )
+        loss = F.binary_cross_entropy_with_logits(decisions, some[..., -1])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         report(step + 1, loss.item())
 
 
-def reset_gates(model: BitskipModel, generator: torch.Generator) -> None:
-    """Gates of probability 1/2 everywhere, ready to learn."""
-    for i in range(model.config.num_hidden_layers):
-        gate = model.block(i).gate
-        nn.init.ones_(gate.norm.weight)
-        nn.init.zeros_(cast(nn.Parameter, gate.norm.bias))
-        nn.init.normal_(gate.fc1.weight, 0.0, gate.fc1.weight.shape[1] ** -0.5, generator=generator)
-        nn.init.zeros_(gate.fc2.weight)
+def write_gates(folder: Folder, out: Path, model: BitskipModel) -> None:
+    """Write a folder's model with the gates of `model`, from `of_folder`; else it keeps its bits.
+
+    A calibrated exit is not kept: it was another model's.
+    """
+    names = (name for name in expected_tensors(model.config) if ".gate." in name)
+    made = {name: model.get_parameter(name).detach().cpu().numpy() for name in names}
+    write_folder(
+        out,
+        model.config,
+        {**folder.tensors, **made},
+        tokenizer_json=read_text(folder.tokenizer) if folder.tokenizer else None,
+        eos_token_id=folder.end_ids,
+        bos_token_id=folder.bos_token_id,
+        exit_layer=folder.exit_layer,
+        draft_vocab=folder.draft_vocab,
+        trained_context=folder.trained_context,
+        trained_exits=folder.trained_exits,
+        chat=folder.chat,
+        sampling=folder.sampling,
+    )
+
+
+def reset_gate(gate: Gate, generator: torch.Generator) -> None:
+    """A gate of probability 1/2 everywhere, ready to learn."""
+    nn.init.ones_(gate.norm.weight)
+    nn.init.zeros_(cast(nn.Parameter, gate.norm.bias))
+    nn.init.normal_(gate.fc1.weight, 0.0, gate.fc1.weight.shape[1] ** -0.5, generator=generator)
+    nn.init.zeros_(gate.fc2.weight)

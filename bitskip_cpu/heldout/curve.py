@@ -9,7 +9,7 @@ from typing import Any
 
 from bitskip.tables import table
 from bitskip.terminal import progress_bar
-from bitskip_cpu.heldout.points import Point, points
+from bitskip_cpu.heldout.points import Against, Point, points
 from bitskip_cpu.heldout.scoring import step_through
 from bitskip_cpu.heldout.text import read_text
 from bitskip_cpu.model import Model
@@ -51,10 +51,22 @@ def curve(
 
 
 def _facts(p: Point, config: ModelConfig) -> dict[str, Any]:
-    more, error = p.against_fixed or (None, None)
     speed = {"tokens_per_s": p.found.tokens_per_s, "pareto": p.pareto}
-    against = {"loss_against_fixed": more, "loss_against_fixed_se": error}
+    against: dict[str, float | None] = {}
+    for name, found in (
+        ("against_fixed", p.against_fixed),
+        ("at_equal_multiply_adds", p.at_equal_multiply_adds),
+        ("at_equal_time", p.at_equal_time),
+    ):
+        against[f"loss_{name}"], against[f"loss_{name}_se"] = found or (None, None)
     return {**p.found.facts(config), **speed, **against}
+
+
+def _difference(found: Against) -> str:
+    if found is None:
+        return ""
+    more, error = found
+    return f"{more:+.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _table(made: Sequence[Point]) -> str:
@@ -63,9 +75,6 @@ def _table(made: Sequence[Point]) -> str:
     for p in made:
         loss, speed = p.found.losses, p.found.tokens_per_s
         error = "" if loss.loss_se is None else f" ± {loss.loss_se:.4f}"
-        more, more_se = p.against_fixed or (None, None)
-        against = "" if more is None else f"{more:+.4f}"
-        against += "" if more_se is None else f" ± {more_se:.4f}"
         rows.append(
             (
                 p.label,
@@ -73,7 +82,9 @@ def _table(made: Sequence[Point]) -> str:
                 f"{loss.loss:.4f}{error}",
                 f"{loss.ppl:.3f}",
                 f"{loss.bits_per_byte:.4f}",
-                against,
+                _difference(p.against_fixed),
+                _difference(p.at_equal_multiply_adds),
+                _difference(p.at_equal_time),
                 "" if speed is None else f"{speed:.0f}",
                 "" if speed is None or not fastest else f"{speed / fastest:.2f}",
                 "*" if p.pareto else "",
@@ -81,6 +92,6 @@ def _table(made: Sequence[Point]) -> str:
         )
     header = (
         "exit", "mean depth", "loss", "perplexity", "bits/byte", "loss - fixed of that depth",
-        "tokens/s", "of deepest", "",
+        "at equal multiply-adds", "at equal time", "tokens/s", "of deepest", "",
     )  # fmt: skip
     return table(header, rows)

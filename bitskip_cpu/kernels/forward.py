@@ -8,8 +8,8 @@ from bitskip_cpu.kernels.arithmetic.elementwise import (
     confidence,
     copy,
     decides,
-    dot_tree,
     first_of,
+    integer_rows,
     layer_norm,
     relu,
     rotate_unpadded,
@@ -33,6 +33,7 @@ from bitskip_cpu.kernels.layout import (
     FLOAT32,
     GATE,
     HELP,
+    LOOK,
     MEASURE,
     OUT,
     PRODUCTS,
@@ -216,20 +217,31 @@ def draft(s, products, last):
 @kernel
 def gate(s, t):
     """The routing gate on token t (SPEC 8.4)."""
-    layer_norm(s.x + t * 4 * s.hidden, s.gate_norm, s.input, s.hidden, s.norm_eps, s.scratch)
-    middle_at = s.input + 4 * s.hidden
-    middle = floats(middle_at, s.gate_width)
-    for i in range(s.gate_width):
-        middle[i] = relu(dot_tree(s.input, s.gate_fc1 + 4 * i * s.hidden, s.hidden, s.scratch))
-    return sigmoid(dot_tree(middle_at, s.gate_fc2, s.gate_width, s.scratch))
+    n, width = s.hidden, s.gate_width
+    scales_at, middle_at = s.gate + 8 * n, s.input + 4 * n
+    rows_at = scales_at + 4 * (width + 1)
+    layer_norm(s.x + t * 4 * n, s.gate, s.input, n, s.norm_eps, s.scratch)
+    integer_rows(s.input, n, s.codes, rows_at, scales_at, width, middle_at)
+    middle = floats(middle_at, width)
+    for i in range(width):
+        middle[i] = relu(middle[i])
+    integer_rows(middle_at, width, s.codes, rows_at + width * n, scales_at + 4 * width, 1, s.input)
+    return sigmoid(floats(s.input, 1)[0])
+
+
+@kernel
+def stops(s, layer):
+    """Whether LOOK looks after the block, and its gate stops the one token at hand (SPEC 8.3)."""
+    s.gate = int64s(s.looks, layer + 1)[layer]
+    return s.gate != 0 and gate(s, 0) > s.threshold
 
 
 def run(state_at, products_at, actions, first, last):
     """Do `actions` (`layout`) on a state and its products; BLOCKS and FILL: blocks first..last-1.
 
-    DRAFT: through blocks 0..first-1. HELP: live as helper thread `first`. Tokens count from
-    `from_row` on, but for GATE's results and logits. No argument is checked: `bitskip_cpu.engine`
-    does.
+    DRAFT: through blocks 0..first-1. LOOK: BLOCKS ends where a gate says so, and FILL begins there.
+    HELP: live as helper thread `first`. Tokens count from `from_row` on, but for GATE's results and
+    logits. No argument is checked: `bitskip_cpu.engine` does.
     """
     s, products = state_structs(state_at, 1)[0], product_structs(products_at, PRODUCTS)
     if actions & HELP:
@@ -246,6 +258,11 @@ def run(state_at, products_at, actions, first, last):
     if actions & BLOCKS:
         for layer in range(first, last):
             block(s, products, layer)
+            s.stopped = layer + 1
+            if actions & LOOK and stops(s, layer):
+                break
+    if actions & LOOK:
+        first = s.stopped
     if actions & FILL:  # SPEC 8.6
         for layer in range(first, last):
             s.layer = layer

@@ -19,13 +19,14 @@ _STATE = """
     first_norm cos sin key_slots embedding embedding_scale vocab_kind
     upper_weights upper_row_bytes upper_norms head_codes
     final_norm vocab_scale exit_layer exit_weights vocab_weights vocab_row_bytes
-    head_odd head_table gate_norm gate_fc1 gate_fc2 gate_width
+    head_odd head_table gate_width gate
 
     ids x mid qkv attended y up act input input_stride codes codes_stride steps sums
     scratch scratch_stride unpacked acc
 
     positions caches gates tokens from_row logits exit_from draft_vocab least_lead
     draft_counts draft_of
+    looks threshold stopped
     confidence_max confidence_margin confidence_entropy
     contender_count contender_temperature contender_reach
     code_norms least_contenders contenders_found
@@ -34,7 +35,8 @@ _STATE = """
 """
 _FLOATS = {
     "norm_eps", "largest_code", "confidence_max", "confidence_margin",
-    "confidence_entropy", "least_lead", "contender_temperature", "contender_reach",
+    "confidence_entropy", "least_lead", "threshold", "contender_temperature",
+    "contender_reach",
 }  # fmt: skip
 
 STATE = np.dtype(
@@ -49,6 +51,8 @@ Exit blocks are numbered behind the blocks: `exit_layer` is the number of that o
 
 The call is about `tokens` of them, from `from_row` on. `gates`: f32 [T]. `draft_counts`, int64 [T]:
 drafts after each, at most; `draft_of`, int64 [T]: behind which of them each token stands then.
+`gate`: the routing gate at hand, as `Weights.gate` lays it out; `looks`: int64 [L], where those of
+the blocks are that LOOK looks after, else 0; `stopped`: blocks that it ran.
 It is argument and scratch: `forward` changes `tokens`, `x`, `positions` and the like for a while
 and puts them back."""
 
@@ -105,7 +109,7 @@ def int8_scratch(positions: int, head_dim: int, value_width: int) -> int:
 
 
 # What `kernels.forward.run` does, added up; in this order.
-EMBED, DRAFT, BLOCKS, FILL, EXIT, CONTEND, MEASURE, GATE, HELP = (1 << i for i in range(9))
+EMBED, DRAFT, BLOCKS, FILL, EXIT, CONTEND, MEASURE, GATE, HELP, LOOK = (1 << i for i in range(10))
 
 SYNC_STAGE, SYNC_PENDING, SYNC_STOP, SYNC_RANGES = 0, 64, 128, 192
 """Bytes from `sync` to what threads share (`kernels.share`)."""

@@ -7,9 +7,8 @@ nor the order in which they take parts can change a bit.
 
 from __future__ import annotations
 
-import numpy as np
-
 from bitskip_cpu.kernels.arithmetic.elementwise import (
+    LARGEST_INT8,
     copy,
     ffn_activation,
     fill_zero,
@@ -49,7 +48,6 @@ from bitskip_cpu.kernels.numba_inside.views import cache_structs, floats, int32s
 from bitskip_cpu.kernels.products.rows import float_rows, int8_rows, ternary_rows, vocab_rows
 
 ATTENTION_IN, ROWS, STORE, ATTEND, OUT_IN, FFN_IN, DOWN_IN, BLOCK_OUT, EXIT_IN = range(9)
-LARGEST_INT8 = np.float32(127.0)
 
 
 @kernel

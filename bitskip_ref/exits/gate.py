@@ -11,7 +11,7 @@ from bitskip_ref.rule import Probe
 
 @dataclass(frozen=True)
 class GateExit(DynamicExit):
-    """The measure is the block's gate; it is cheap, so that every block is looked at."""
+    """The measure is the block's gate; unless told otherwise it is asked after every block."""
 
     threshold: float = 0.5
 

@@ -6,9 +6,20 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import batches, gguf_out, heads, kv_cache, many, onnx_graph, speculate, start
+from benchmarks import (
+    batches,
+    exits_bound,
+    gguf_out,
+    heads,
+    kv_cache,
+    many,
+    onnx_graph,
+    speculate,
+    start,
+)
 from bitskip_cpu import isa
 from bitskip_ref.config import small_twin
 from tests.helpers import random_folder
@@ -30,6 +41,27 @@ def test_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     out = lines(batches, "tiny -t 1,2 -b 1,3 -d 5 -r 1", monkeypatch, capsys)
     rows = [line.split("|")[1].strip() for line in out if line.startswith("| ")]
     assert rows.count("1") == rows.count("3") == 2  # a table for one thread, one for two
+
+
+def test_exits_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exits_bound.fixed_at(2.5, {1: 4.0, 2: 3.0, 4: 2.0}) == 3.0
+    assert exits_bound.fixed_at(1.5, {1: 4.0, 2: 3.0, 4: 2.0}) is None
+    stops = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0]], bool)
+    assert exits_bound.stopped_at(stops, (1, 2), 4).tolist() == [1, 2, 4]
+    costs = {"shape": exits_bound.Costs(2.0, 1.0, 0.5, 0.25, 0.1)}
+    depths = np.array([1, 2, 4])
+    row = exits_bound.facts("", depths, 2.5, (1, 2), 4, {1: 4.0, 2: 3.0, 4: 2.0}, costs)
+    mean, looks = 7 / 3, 5 / 3
+    parts = [2 + mean, 2 + mean + (4 - mean) / 4, 2 + mean + (4 - mean) / 4 + looks / 2]
+    assert row["shape"] == pytest.approx([p / 5 for p in parts])
+    (tmp_path / "text").write_text(TEXT * 4)
+    arguments = f"--text {tmp_path / 'text'} --tokens 300 --rounds 1 --thresholds 0.01,0.99 "
+    arguments += f"--impose stories-24 -o {tmp_path / 'found.json'}"
+    out = lines(exits_bound, arguments, monkeypatch, capsys)
+    assert out[0].startswith("stories-24: a block ") and "gate > 0.99 at 6, else 12" in out[-1]
+    assert json.loads((tmp_path / "found.json").read_text())["tokens"] > 300
 
 
 def test_heads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

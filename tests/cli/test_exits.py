@@ -15,7 +15,9 @@ from click.testing import CliRunner, Result
 from bitskip.program import runtime as main
 from bitskip_cpu.heldout.points import Point, points
 from bitskip_cpu.heldout.scoring import Stepped
-from bitskip_ref.exits import ConfidenceExit, FixedExit
+from bitskip_cpu.heldout.work import multiply_adds
+from bitskip_ref.config import preset
+from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.heldout import HeldOutLoss
 from bitskip_ref.rule import ExitRule
 from tests.cli.conftest import CONFIG
@@ -61,6 +63,25 @@ def test_pareto_points_and_the_fixed_exits_of_the_same_depth() -> None:
     more, error = against(made[4])
     assert more == pytest.approx(0.0) and error == pytest.approx(0)
     assert made[6].against_fixed is None  # nothing so shallow was run
+    # 150 tokens/s lie a third of the way, in time, from exit 2 to exit 4.
+    assert made[3].at_equal_time is not None
+    assert made[3].at_equal_time[0] == pytest.approx(2.5 - (3.25 - 1 / 3))
+    assert made[6].at_equal_time is None
+
+
+def test_multiply_adds() -> None:
+    """By hand, for 64 x 64 q and o, 32 x 64 k and v, three FFN matrices of 128 x 64, 4 blocks."""
+    config = preset("tiny").replace(gates=True)
+    skipped, head = 2 * 32 * 64, 64 * 256
+    block = 2 * 64 * 64 + skipped + 3 * 64 * 128
+    assert sum(r * w for r, w in config.linear_shapes().values()) == block
+    depths = np.array([1, 1, 4, 4])
+    fixed = multiply_adds(FixedExit(3), config, np.array([3, 3]))
+    assert fixed == 3 * block + head
+    gate = multiply_adds(GateExit(layers=(1, 2)), config, depths)
+    assert gate == 2.5 * block + 1.5 * skipped + head + 1.5 * 16 * 65
+    sure = multiply_adds(ConfidenceExit(layers=(1, 2)), config, depths)
+    assert sure == 2.5 * block + 1.5 * skipped + 2 * head  # two tokens go on twice
 
 
 def against(p: Point) -> tuple[float, float]:

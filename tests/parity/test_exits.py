@@ -120,6 +120,19 @@ def test_a_prompt_of_the_whole_context(engines: tuple[ReferenceModel, Engine]) -
             generate(engine, [*prompt, 1], ConfidenceExit(), 0)
 
 
+def test_thresholds_beside_a_gates_value(engines: tuple[ReferenceModel, Engine]) -> None:
+    """The kernel compares in float32, the rule in binary64: never with another result."""
+    reference, _ = engines
+    prompt = random_tokens(reference.config, 6)
+    watch = Watch(reference.config, (2,), ["gate"])
+    generate(reference, prompt, watch, 0)
+    p = watch.seen["gate"][0]
+    for threshold, depth in ((np.nextafter(p, 0), 2), (p, 4), (np.nextafter(p, 1), 4)):
+        rule = GateExit(float(threshold), layers=(2,))
+        for each in engines:
+            assert generate(each, prompt, rule, 0)[0][1][1] == depth
+
+
 def test_a_wrong_look_is_seen(engines: tuple[ReferenceModel, Engine]) -> None:
     reference, engine = engines
     prompt = random_tokens(reference.config, 5)

@@ -200,6 +200,32 @@ def test_confidence_is_the_softmax() -> None:
             assert (got == 1) == (depth == 1)
 
 
+def test_gates_are_integer_rows() -> None:
+    """SPEC 8.4 step by step in Python's integers, and near the float gate that was trained."""
+    m = model("wt2-bitskip")
+    x = np.random.default_rng(1).standard_normal((1, m.config.hidden_size), np.float32)
+    at = "layers.1.gate"
+
+    def product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+        def codes(row: np.ndarray) -> tuple[list[int], np.float32]:
+            s = max(np.float32(1e-5), np.abs(row).max())
+            return [int(c) for c in np.rint(row * (np.float32(127) / s))], s / np.float32(127)
+
+        a, step = codes(x)
+        rows = [codes(row) for row in w]
+        sums = [sum(p * q for p, q in zip(a, b, strict=True)) for b, _ in rows]
+        scales = [step * scale for _, scale in rows]
+        return np.array([np.float32(t) * s for t, s in zip(sums, scales, strict=True)])
+
+    normed = m.norm(f"{at}.norm", x)[0]
+    first, second = (m.tensors[f"{at}.{fc}.weight"] for fc in ("fc1", "fc2"))
+    z = product(np.maximum(product(normed, first), np.float32(0)), second)[0]
+    exact = m._gate(x, 2)
+    assert exact == pytest.approx(1 / (1 + np.exp(-np.float64(z))), rel=3e-7)
+    floats = second[0] @ np.maximum(first @ normed, 0)
+    assert z != floats and z == pytest.approx(floats, abs=0.05 * float(np.abs(second).sum()))
+
+
 def test_rules_refuse_what_means_nothing() -> None:
     config = twin("bitskip-v1")
     for rule, words in (

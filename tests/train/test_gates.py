@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from bitskip_export.pack import export_checkpoint
 from bitskip_ref.exits import FixedExit, GateExit
+from bitskip_ref.folder import read_folder
 from bitskip_train import gates
 from bitskip_train.checkpoint import load_checkpoint
 from bitskip_train.data import Windows
@@ -64,7 +66,8 @@ def test_fitting_learns_where_to_stop_and_moves_nothing_else() -> None:
 def test_from_a_checkpoint_to_a_folder_that_exits(text: Path, tmp_path: Path) -> None:
     out, cache = tmp_path / "run", ("--token-cache", tmp_path / "cache")
     assert run(*train_arguments(text, out, "steps=2")).exit_code == 0
-    fit = ("fit-gates", out / "last.pt", "--steps", 3, "--batch", 2, "--scale", 1, *cache)
+    fit = ("fit-gates", out / "last.pt", "--data", text, "--steps", 3, "--batch", 2, "--scale", 1,
+           *cache)  # fmt: skip
     result = run(*(str(a) for a in fit), "-o", tmp_path / "gated.pt")
     assert result.exit_code == 0, result.output
     assert result.stderr.splitlines()[-1].startswith("step 3/3 | loss ")
@@ -76,3 +79,32 @@ def test_from_a_checkpoint_to_a_folder_that_exits(text: Path, tmp_path: Path) ->
     engine.extend([1, 2, 3], cache, exit_layer=FixedExit().deepest(engine.config))
     assert engine.step(4, cache, GateExit(0.0))[1] == 1
     assert engine.step(4, cache, GateExit(1.0))[1] == 4
+
+
+def test_gates_of_a_folder(text: Path, tmp_path: Path) -> None:
+    """The same model but for the gates named, with the divergences of its exact engine."""
+    out, cache = tmp_path / "run", ("--token-cache", tmp_path / "cache")
+    assert run(*train_arguments(text, out, "steps=2")).exit_code == 0
+    plain = export_checkpoint(out / "last.pt", tmp_path / "plain")
+    fit = ("fit-gates", plain, "--data", text, "--steps", 2, "--batch", 2, "--layers", "1,3",
+           *cache, "-o", tmp_path / "gated")  # fmt: skip
+    result = run(*(str(a) for a in fit))
+    assert result.exit_code == 0, result.output
+    before, after = read_folder(plain), read_folder(tmp_path / "gated")
+    assert after.config == before.config.replace(gates=True)
+    assert after.end_ids == before.end_ids
+    for name, values in before.tensors.items():
+        assert np.array_equal(values, after.tensors[name]), name
+    fitted = [bool(after.tensors[f"layers.{i}.gate.fc2.weight"].any()) for i in range(4)]
+    assert fitted == [True, False, True, False]
+    ids = [1, 2, 3, 4, 5]
+    exact = load_exported(tmp_path / "gated")
+    model = gates.of_folder(after.config, after.tensors)
+    states = model(torch.tensor([ids]), collect=(2, 4))
+    found = gates.divergences(model, {n: x[0] for n, x in states.items()}, [2])
+    z, full = (torch.from_numpy(exact.logits(ids, n)).log_softmax(-1) for n in (2, 4))
+    expected = torch.nn.functional.kl_div(z, full, reduction="none", log_target=True).sum(-1)
+    assert found.shape == (1, 5)
+    assert torch.allclose(found[0], expected, rtol=0.05, atol=1e-4)
+    refused = run(*(str(a) for a in (*fit[:-1], tmp_path / "no", "--layers", "4")))
+    assert refused.exit_code != 0 and "choose from 1..3" in refused.output

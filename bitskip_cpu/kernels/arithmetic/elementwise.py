@@ -35,6 +35,7 @@ ONE_HALF, SQRT_HALF = f32(0.5), f32(constants.SQRT_HALF)
 MAGNITUDE = i32(0x7FFFFFFF)
 FRACTION, ONE_HALF_BITS = i32(0x007FFFFF), i32(0x3F000000)  # of a float; of 0.5
 LEAST_FLOAT = f32(np.finfo(np.float32).min)
+LARGEST_INT8 = f32(127.0)
 INFINITY, NAN, INFINITY_BITS = f32(np.inf), f32(np.nan), i32(0x7F800000)
 
 
@@ -267,6 +268,22 @@ def quantize(x_at, n, largest, codes_at, padded):
     for i in range(n, padded):
         codes[i] = np.int8(0)
     return s / largest, total
+
+
+@kernel
+def integer_rows(x_at, width, codes_at, rows_at, scales_at, rows, y_at):
+    """A few rows by SPEC 4.4: f32 x [width] -> f32 y [rows]; rows int8, scales f32 [rows].
+
+    codes: room for int8 [width].
+    """
+    step, _ = quantize(x_at, width, LARGEST_INT8, codes_at, width)
+    codes, scales, y = int8s(codes_at, width), floats(scales_at, rows), floats(y_at, rows)
+    for i in range(rows):
+        row = int8s(rows_at + i * width, width)
+        total = i32(0)
+        for j in range(width):
+            total = i32(total + i32(codes[j]) * i32(row[j]))
+        y[i] = f32(total) * (step * scales[i])
 
 
 # ---- exits (SPEC 8.5) ---------------------------------------------------------------
