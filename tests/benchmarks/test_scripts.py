@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import (
     batches,
+    exit_blocks,
     exits_bound,
     gguf_out,
     heads,
@@ -145,3 +146,22 @@ def test_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert [line.split(":")[0] for line in out] == [
         "cold, compiling", "warm", "import numba", "import numpy, llvmlite.binding",
     ]  # fmt: skip
+
+
+def test_exit_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measures a folder, and the table is that of what is kept."""
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(TEXT)
+    words = f"shipped=stories-24 --text {text} -o {out} --exits 2,6 --prompts 1 -n 4"
+    lines(exit_blocks, words, monkeypatch, capsys)
+    kept = json.loads((out / "figures.json").read_text())
+    assert (out / "table.md").read_text() == exit_blocks.page(kept)
+    assert kept["shipped"]["exits"]["6"]["work"] == 6 and kept["shipped"]["blocks"] == []
+
+
+def test_the_committed_table_of_exit_blocks() -> None:
+    results = Path(__file__).parent.parent.parent / "results/exit-blocks"
+    kept = json.loads((results / "figures.json").read_text())
+    assert (results / "table.md").read_text() == exit_blocks.page(kept)
