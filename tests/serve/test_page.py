@@ -78,7 +78,7 @@ def test_a_race_of_two_depths(browser: Any, address: str, view: str) -> None:
     page = seen.page
     page.check("#race")
     seen.write(prompt="Once upon a time", temperature="0.8")
-    model = bitskip_cpu.load("stories-24", threads=1)
+    model = bitskip_cpu.load("stories-24", threads=1, usual_cache="int8")  # as `serve` does
     how = {"max_tokens": 30, "temperature": 0.8}
     for article, depth in enumerate((18, 24)):
         alone = model.generate("Once upon a time", exit_layer=depth, **how)
