@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # `typing` would be most of the time until Ctrl-C is heard (`bitskip.early`)
 if TYPE_CHECKING:
+    from typing import Any
+
     from bitskip_cpu import load
 
 __all__ = ["__version__", "load"]

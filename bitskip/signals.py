@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from bitskip.early import interrupted
+
 _NAMES = ("SIGTERM", "SIGHUP")
 
 
@@ -27,6 +29,7 @@ def exit_code(error: BaseException) -> int:
 def ends_on_signals() -> Iterator[None]:
     """Raise Terminated in the block when such a signal comes; a second one ends the process.
 
+    Ctrl-C, which before and after ends the program at once (`early`), is a KeyboardInterrupt there.
     What the process was started to ignore (`nohup`) stays ignored.
     """
 
@@ -34,6 +37,9 @@ def ends_on_signals() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         raise Terminated(number)
 
+    early = signal.getsignal(signal.SIGINT) is interrupted
+    if early:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     taken = []
     for name in _NAMES:
         number = getattr(signal, name, None)
@@ -48,3 +54,5 @@ def ends_on_signals() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+        if early:
+            signal.signal(signal.SIGINT, interrupted)

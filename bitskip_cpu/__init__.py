@@ -5,10 +5,10 @@ Importing this package loads nothing heavy; `load` brings in NumPy and Numba.
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # `typing` would be most of the time until Ctrl-C is heard (`bitskip.early`)
 if TYPE_CHECKING:
+    import os
+
     from bitskip_cpu.model import Model
 
 __all__ = ["load"]

@@ -1,6 +1,6 @@
 """`python -m bitskip_cpu` is `bitskip-cpu`."""
 
-from bitskip.program import runtime
+from bitskip.entry import runtime
 
 if __name__ == "__main__":
     runtime(prog_name="bitskip-cpu")

@@ -18,7 +18,9 @@ CHECK = os.environ.get("BITSKIP_CHECK", "") not in ("", "0")
 GUARD = 4096 if CHECK else 0  # bytes of canaries before and behind each array
 CANARY = 0xA5
 
-_guarded: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
+_CANARIES = bytes([CANARY]) * GUARD
+_guarded: dict[int, tuple[weakref.ref[np.ndarray], int]] = {}
+"""id of the first -> (an array with its canaries, where what lies between them begins)."""
 
 
 def aligned(shape: tuple[int, ...], kind: DTypeLike, *, zeros: bool = True) -> np.ndarray:
@@ -28,7 +30,8 @@ def aligned(shape: tuple[int, ...], kind: DTypeLike, *, zeros: bool = True) -> n
     start = _start(raw)
     if CHECK:
         raw[:start] = raw[start + size :] = CANARY
-        _guarded[raw.ctypes.data] = raw
+        reference = weakref.ref(raw, lambda gone: _guarded.pop(id(gone), None))
+        _guarded[id(reference)] = reference, start
     return raw[start : start + size].view(kind).reshape(shape)
 
 
@@ -38,13 +41,13 @@ def _start(raw: np.ndarray) -> int:
 
 def check_canaries() -> None:
     """Raise RuntimeError if something was written before or behind an array of `aligned`."""
-    for reference in _guarded.valuerefs():  # a list: other threads may add and drop arrays
+    for reference, start in list(_guarded.values()):  # other threads may add and drop arrays
         raw = reference()
         if raw is None:
             continue
-        start, size = _start(raw), len(raw) - LINE - 2 * GUARD
-        for where, canaries in (("before", raw[:start]), ("behind", raw[start + size :])):
-            if (canaries != CANARY).any():
+        size = len(raw) - LINE - 2 * GUARD
+        for where, at in (("before", start - GUARD), ("behind", start + size)):
+            if raw[at : at + GUARD].tobytes() != _CANARIES:
                 raise RuntimeError(
                     f"a kernel wrote {where} an array of {size} bytes: please report how"
                 )

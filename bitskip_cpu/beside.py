@@ -26,14 +26,29 @@ def possible() -> bool:
     return usable_cores() > 1 and name.startswith("python") and not getattr(sys, "frozen", False)
 
 
+def claim(folder: str, name: str) -> bool:
+    """Whether a piece is for the process that asks: the first of the two that does."""
+    try:
+        (Path(folder) / f"{name}.begun").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 class Beside:
-    """A process that compiles some pieces while the `with` statement lasts; it may fail."""
+    """A second process that compiles pieces, from the last on, while the `with` statement lasts.
+
+    It may fail; where it would not help, or there is one piece only, there is none.
+    """
 
     def __init__(
         self, names: Sequence[str], cache: str, progress: Callable[[str, float], None]
     ) -> None:
         """`cache`: the name that the cache folder must have there, too, as it hashes all that
         shapes the code. `progress` is told a piece and how much of it is done, by a thread."""
+        self._process: subprocess.Popen[str] | None = None
+        if len(names) < 2 or not possible():
+            return
         self._folder = tempfile.TemporaryDirectory(prefix="bitskip-")
         words = [json.dumps(w) for w in (sys.path, list(names), cache, self._folder.name)]
         self._process = subprocess.Popen(
@@ -44,10 +59,14 @@ class Beside:
         self._reader.start()
 
     def _read(self, progress: Callable[[str, float], None]) -> None:
-        assert self._process.stdout
+        assert self._process and self._process.stdout
         for line in self._process.stdout:
             name, share = line.split()
             progress(name, float(share))
+
+    def mine(self, name: str) -> bool:
+        """Whether this process is to make a piece: the other has not begun it."""
+        return self._process is None or claim(self._folder.name, name)
 
     def code(self, name: str) -> bytes | None:
         """A piece's object file, waited for; None if the process could not make it."""
@@ -61,7 +80,8 @@ class Beside:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._reader.join()
-        self._folder.cleanup()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._reader.join()
+            self._folder.cleanup()

@@ -25,10 +25,14 @@ from bitskip_ref.files import replace_file
 Progress = Callable[[float], None]
 """Called with the share of the compiling that is done, 0 to 1."""
 
-ARGUMENTS = {"run": 5, "attend_part": 3, "repack": 7}
-"""The pieces of compiled code (`kernels.object_code`), each with the number of its arguments."""
+ARGUMENTS = {"run": 5, "packed_rows": 4, "repack": 7, "plain_rows": 4, "attend_part": 3}
+"""The pieces of compiled code (`kernels.object_code`), each with the number of its arguments.
 
-CALLED = {"run": ("attend_part",), "repack": ()}
+One process compiles them from the first on, one from the last on, till they meet (`beside`): the
+largest stand at the ends.
+"""
+
+CALLED = {"run": ("packed_rows", "plain_rows", "attend_part"), "repack": ()}
 """Those that Python calls, each with the others that it needs."""
 
 DIGEST = 32  # bytes of the checksum before the code
@@ -133,26 +137,32 @@ class Kernels:
         return code if code and hashlib.sha256(code).digest() == content[:DIGEST] else None
 
     def _make(self, names: list[str], progress: Progress) -> None:
-        """Compile pieces, the first here, the others beside; and keep them, if there is a place."""
-        from bitskip_cpu.kernels import object_code
-
-        work, done = {n: object_code.work(n) for n in names}, dict.fromkeys(names, 0.0)
+        """Compile pieces, here and in a second process; keep them, if there is a place."""
+        work, done = dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
 
         def tell(name: str, share: float) -> None:
-            done[name] = share
-            progress(sum(work[n] * done[n] for n in names) / sum(work.values()))
+            done[name] = max(share, done[name])  # what failed there is begun anew here
+            progress(sum(work[n] * done[n] for n in names) / max(1, sum(work.values())))
 
-        def make(name: str) -> bytes:
-            return object_code.machine_code(name, ARGUMENTS[name], partial(tell, name))
+        def make(name: str) -> None:
+            code = object_code.machine_code(name, ARGUMENTS[name], partial(tell, name))
+            self._keep(name, code)
 
-        if len(names) > 1 and beside.possible():
-            with beside.Beside(names[1:], self._folder.name, tell) as second:
-                self._keep(names[0], make(names[0]))
-                for name in names[1:]:
-                    self._keep(name, second.code(name) or make(name))
-        else:
+        with beside.Beside(names, self._folder.name, tell) as second:
+            from bitskip_cpu.kernels import object_code  # which takes a while: it has begun
+
+            work |= {name: object_code.work(name) for name in names}
             for name in names:
-                self._keep(name, make(name))
+                if second.mine(name):
+                    make(name)
+            for name in names:
+                if name in self._made:
+                    continue
+                if code := second.code(name):
+                    self._keep(name, code)
+                    tell(name, 1.0)
+                else:
+                    make(name)
 
     def _keep(self, name: str, code: bytes) -> None:
         self._made[name] = code
@@ -171,11 +181,12 @@ def compile_beside(names: list[str], cache: str, folder: str) -> None:
 
     if cache_folder().name != cache:  # another path, other sources, another Numba
         sys.exit(1)
-    for name in names:
-        tell = partial(print, name, flush=True)
-        code = object_code.machine_code(name, ARGUMENTS[name], tell)
-        with replace_file(Path(folder) / name) as file:
-            file.write(code)
+    for name in reversed(names):
+        if beside.claim(folder, name):
+            tell = partial(print, name, flush=True)
+            code = object_code.machine_code(name, ARGUMENTS[name], tell)
+            with replace_file(Path(folder) / name) as file:
+                file.write(code)
 
 
 def _insides_changed(error: Exception) -> bool:

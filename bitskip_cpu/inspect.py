@@ -22,20 +22,24 @@ _COUNTS = np.stack([np.equal(_CODES, code).sum(1) for code in range(3)], 1)
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Everything `bitskip-cpu inspect` prints. Raises FormatError for a folder that is not whole.
+    """What `bitskip-cpu inspect` prints. Raises FormatError for a folder that is not whole."""
+    return facts_of(read_folder(path))
+
+
+def facts_of(folder: Folder) -> dict[str, Any]:
+    """What `inspect` says of a folder that was read.
 
     Keys: path, parameters, bits_per_weight (of linear layers, with the padding of rows),
     bits_per_weight_unpadded, bytes (per kind of tensor), layers (ternary statistics, one entry per
     block), exits, tokenizer, generation, config, weights_sha256.
     """
-    folder = read_folder(path)
     config = folder.config
     sizes = sizes_by_kind(folder)
     linears = config.quantizable_parameters()
     tokenizer = read_tokenizer(folder.tokenizer, config.vocab_size) if folder.tokenizer else None
-    stored = json.loads((path / CONFIG).read_text("utf-8"))
+    stored = json.loads((folder.path / CONFIG).read_text("utf-8"))
     return {
-        "path": str(path),
+        "path": str(folder.path),
         "parameters": config.parameters(),
         "linear_parameters": linears,
         "bits_per_weight": 8 * sizes["linear layers"] / linears,

@@ -72,7 +72,7 @@ class CacheFill:
     def require(self, blocks: int) -> int:
         """The length. Raises ValueError unless blocks 1..`blocks` hold every position so far."""
         length = self.length  # once: another thread may set it at any time
-        if length != self._known or type(length) is not int:
+        if type(length) is not int or length != self._known:  # not float32(1) != 10**400
             self._note(length)
         self.serves(blocks, self._depth)
         return self._known

@@ -36,6 +36,7 @@ from bitskip_ref.tensors import (
 FORMAT = 1
 LARGEST_JSON = 1 << 20  # bytes of a config; they have some hundred
 FEW = 8  # exits to choose from
+SMALL = 1 << 20  # bytes of weights that are checked before a thread has started
 ROOM = 256 << 20  # bytes that tables of positions may take with a model of any size
 CONFIG = "config.json"
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
@@ -117,7 +118,7 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
         raise FormatError(f"{root} lacks {WEIGHTS}")
     tensors = read_tensors(weights, tensor_count(config))
     _check_positions(root, config, sum(t.nbytes for t in tensors.values()))
-    # Values and checksum each take a core for a while: side by side.
+    # Values and checksum of a large file each take a core for a while: side by side.
     problems: list[BaseException] = []
 
     def check() -> None:
@@ -128,10 +129,14 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
             problems.append(error)
 
     checking = threading.Thread(target=check)
-    checking.start()
     with open(weights, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    checking.join()
+        if os.fstat(file.fileno()).st_size < SMALL:
+            check()
+            found = hashlib.sha256(file.read()).hexdigest()
+        else:
+            checking.start()
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            checking.join()
     if found != digest:
         raise FormatError(
             f"{weights} does not match the checksum in {CONFIG}: the file is damaged or was "

@@ -57,8 +57,7 @@ def read_tensors(path: Path, most: int = 4096) -> dict[str, np.ndarray]:
         entries = [(n, e["dtype"], e["shape"], e["data_offsets"]) for n, e in header.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise FormatError(f"{path}: the header is not that of a safetensors file") from None
-    mapped = np.memmap(path, np.uint8, mode="r")
-    data = mapped[8 + length :]
+    data = np.asarray(np.memmap(path, np.uint8, mode="r"))[8 + length :]  # its slices are slow
     tensors, end = {}, 0
     for name, dtype, shape, offsets in entries:
         if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -66,7 +65,8 @@ def read_tensors(path: Path, most: int = 4096) -> dict[str, np.ndarray]:
                 f"{path}: {shown(name)} has dtype {shown(dtype)}, known: {', '.join(DTYPES)}"
             )
         # Sizes first: a product of thousands of large numbers would take minutes.
-        count = np.dtype(DTYPES[dtype]).itemsize
+        kind = np.dtype(DTYPES[dtype])
+        count = kind.itemsize
         natural = _numbers(shape, RANK, data.size) and _numbers(offsets, 2, data.size)
         if natural:
             count *= math.prod(shape)
@@ -75,9 +75,9 @@ def read_tensors(path: Path, most: int = 4096) -> dict[str, np.ndarray]:
                 f"{path}: {shown(name)} does not lie where the header says, or is cut off"
             )
         raw_tensor = data[end : end + count]
-        if (8 + length + end) % np.dtype(DTYPES[dtype]).itemsize:
+        if (8 + length + end) % kind.itemsize:
             raw_tensor = raw_tensor.copy()  # a view would be unaligned
-        tensors[name] = raw_tensor.view(DTYPES[dtype]).reshape(shape)
+        tensors[name] = raw_tensor.view(kind).reshape(shape)
         end += count
     if end != data.size:
         raise FormatError(f"{path}: {data.size - end} bytes after the last tensor")
@@ -95,6 +95,8 @@ def _numbers(values: object, most: int, largest: int) -> bool:
 
 def give_back(array: np.ndarray) -> None:
     """Let the system take back the memory of a mapped file's part; it is mapped anew when read."""
+    if array.nbytes < mmap.PAGESIZE:
+        return
     base: object = array
     while isinstance(base, np.ndarray):
         base = base.base

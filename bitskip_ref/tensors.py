@@ -87,6 +87,8 @@ def linear_layers(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def tensor_count(config: ModelConfig) -> int:
     """How many tensors `expected_tensors` has, without its table."""
+    if config.num_hidden_layers <= 2:
+        return len(expected_tensors(config))
     plain = config.replace(exit_blocks=())
     one, two = (len(expected_tensors(plain.replace(num_hidden_layers=n))) for n in (1, 2))
     with_one = expected_tensors(plain.replace(num_hidden_layers=2, exit_blocks=(1,)))

@@ -1,6 +1,6 @@
 """`python -m bitskip_export` is `bitskip`."""
 
-from bitskip.program import main
+from bitskip.entry import main
 
 if __name__ == "__main__":
     main(prog_name="bitskip")

@@ -27,7 +27,7 @@
                     int8, int8_passes    the same over codes (SPEC 6.8)
     arithmetic/     elementwise, exponential, float16, lanes            SPEC 2 to 5, 6.5, 8.5
     numba_inside/   decorators, pieces, emit, views, atomics     what touches the insides of Numba
-    object_code.py  what is compiled: `run`, `repack`, and `attend_part` beside them
+    object_code.py  what is compiled: `run`, `repack`, and the pieces that `run` calls by name
 
 **Where weights lie.** Sixteen rows of a matrix are a tile, whose bytes follow each other:
 

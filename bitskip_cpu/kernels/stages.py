@@ -35,6 +35,7 @@ from bitskip_cpu.kernels.layout import (
     INT8_ROWS,
     LANES,
     OUT,
+    PRODUCTS,
     QKV,
     QUERIES,
     SETTLE,
@@ -216,7 +217,27 @@ def exit_in(s, scratch, t):
 
 @kernel
 def rows(s, products, scratch, part):
-    """Input -> some rows of a product, for all tokens (SPEC 4.3 to 4.7)."""
+    """Input -> some rows of a product, for all tokens (SPEC 4.3 to 4.8)."""
+    if s.product >= PRODUCTS:  # of the vocabulary
+        plain_rows(s, products[0], scratch, part)  # which has nothing to do with it
+    elif s.linear_kind == TERNARY:
+        packed_rows(s, products[s.product], scratch, part)
+    else:
+        plain_rows(s, products[s.product], scratch, part)
+
+
+@piece
+def packed_rows(s, p, scratch, part):
+    """Rows of a product of ternary weights (SPEC 4.3)."""
+    first = s.first_row + part * s.part_rows
+    last = min(first + s.part_rows, s.last_row)
+    ternary_rows(s, p, first, last, scratch + s.acc, scratch + s.unpacked)
+    add_bias(s, p, first, last)
+
+
+@piece
+def plain_rows(s, p, scratch, part):
+    """Rows of the vocabulary, of int8 or of float32 weights (SPEC 4.4, 4.5, 4.8, 9.6)."""
     first = s.first_row + part * s.part_rows
     last = min(first + s.part_rows, s.last_row)
     if s.product == VOCAB:
@@ -228,13 +249,16 @@ def rows(s, products, scratch, part):
     if s.product == SETTLE:
         settle_rows(s, first, last, scratch)
         return
-    p = products[s.product]
-    if s.linear_kind == TERNARY:
-        ternary_rows(s, p, first, last, scratch + s.acc, scratch + s.unpacked)
-    elif s.linear_kind == INT8_ROWS:
+    if s.linear_kind == INT8_ROWS:
         int8_rows(s, p, first, last, scratch + s.acc)
     else:
         float_rows(s, p, first, last, scratch)
+    add_bias(s, p, first, last)
+
+
+@kernel
+def add_bias(s, p, first, last):
+    """A product's bias, if there is one, to some rows, for all tokens (SPEC 4.7)."""
     if p.bias:
         for t in range(s.tokens):
             out = p.out + t * p.out_stride + 4 * first

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bitskip_ref.checks import is_whole
+from bitskip_ref.checks import is_number, is_whole
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.excerpt import shown
 
 MOST = 16  # drafts of a round, at most
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Draft:
             raise ValueError(
                 f"draft vocabulary {self.vocab}: must be 1..{config.vocab_size}, the first ids"
             )
-        if not self.least_lead >= 0:
-            raise ValueError(f"least lead {self.least_lead}: must be 0 or more")
+        if not is_number(self.least_lead) or not self.least_lead >= 0:
+            raise ValueError(f"least lead {shown(self.least_lead)}: must be a number, 0 or more")
 
     def greedy(self, z: np.ndarray) -> int | None:
         """SPEC 11.1: the largest of f32 [V']; None where it leads by too little."""
@@ -52,7 +54,8 @@ class Draft:
         if self.least_lead == 0 or len(z) == 1:
             return True
         second, first = np.partition(z, -2)[-2:]
-        return bool(first - second >= np.float32(self.least_lead))
+        lead = self.least_lead if self.least_lead <= LARGEST else np.inf  # of any size
+        return bool(first - second >= np.float32(lead))
 
 
 class GreedyRound(NamedTuple):

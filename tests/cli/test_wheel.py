@@ -54,8 +54,8 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
         about = opened.read(f"{info}/METADATA").decode()
         programs = opened.read(f"{info}/entry_points.txt").decode()
     assert f"\nVersion: {bitskip.__version__}\n" in about
-    assert "bitskip = bitskip.program:main\n" in programs
-    assert "bitskip-cpu = bitskip.program:runtime\n" in programs
+    assert "bitskip = bitskip.entry:main\n" in programs
+    assert "bitskip-cpu = bitskip.entry:runtime\n" in programs
     inside = {n for n in names if not n.startswith(info)}
     assert {n.split("/")[0] for n in inside} == set(PACKAGES)
     assert not [n for n in inside if "test" in n.split("/")[-1] and n.endswith(".py")

@@ -11,8 +11,16 @@ from pathlib import Path
 import click
 
 os.environ.setdefault("BITSKIP_CHECK", "1")
+from tests.faults import tested
 from tests.faults.harness import KINDS, disturb
 from tests.faults.verbs import VERBS
+
+NAMES = {"first": "the first start (compiling replayed)"}
+WHAT = {
+    "kill": "kills of", "full": "a full disk in", "home": "no home for", "log": "a full log of",
+    "threads": "no threads for", "forks": "forks during", "two": "two at once of",
+    "all": "faults of every kind in",
+}  # fmt: skip
 
 
 @click.command()
@@ -22,7 +30,10 @@ from tests.faults.verbs import VERBS
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--first", type=click.IntRange(0), default=0, help="Start at this case of the seed.")
 @click.option("--keep", type=click.Path(path_type=Path), help="For the files of failing cases.")
-def main(verb: str, kind: str, cases: int, seed: int, first: int, keep: Path | None) -> None:
+@click.option("--record", type=click.Path(path_type=Path), help="Add what was run to this file.")
+def main(
+    verb: str, kind: str, cases: int, seed: int, first: int, keep: Path | None, record: Path | None
+) -> None:
     """Exit code 1 if something was lost, torn, unclear, or could not be run again.
 
     A case is a function of (verb, kind, seed, its number), but for the moment of a signal.
@@ -41,6 +52,14 @@ def main(verb: str, kind: str, cases: int, seed: int, first: int, keep: Path | N
                 f"{time.monotonic() - started:.0f} s"
             )
             failed |= bool(report.broken)
+            if record is not None:
+                of = f"{WHAT[kind]} {NAMES.get(name, name)}"
+                command = f"tests.faults --verb {name}" + f" --kind {kind}" * (kind != "kill")
+                tested.record(record, {
+                    "what": of, "command": command, "seed": seed, "commit": tested.commit(),
+                    "cases": report.cases, "seconds": round(time.monotonic() - started),
+                    "faults": len(report.broken),
+                })  # fmt: skip
     sys.exit(failed)
 
 

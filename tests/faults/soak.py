@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,9 +24,12 @@ import numpy as np
 os.environ.setdefault("BITSKIP_CHECK", "1")
 from bitskip_cpu.aligned import check_canaries
 from bitskip_cpu.engine import Engine
+from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.engine import Row
 from bitskip_ref.exits import ConfidenceExit, FixedExit
 from bitskip_ref.model import ReferenceModel
+from tests.faults import tested
 from tests.helpers import random_tensors, random_tokens, twin
 
 CONFIG = twin("bitskip-v1").replace(max_position_embeddings=48, gates=True)
@@ -77,12 +81,22 @@ class Soak:
 
     @staticmethod
     def _text(engine: Any, cache: Any, text: int, rule: int) -> str:
+        parts = Soak._begun(engine, cache, text, rule)
         ids = random_tokens(CONFIG, 8, text)
-        parts = [engine.extend(ids[:3], cache, exit_layer=RULES[rule].deepest(CONFIG))]
         parts += [engine.step(i, cache, RULES[rule])[0] for i in ids[3:6]]
-        if rule == 0:
-            parts += [np.array(engine.speculate(ids[6], cache, 3, Draft(1))[0])]
-        return digest(*parts)
+        return digest(*parts, *Soak._drafted(engine, cache, text, rule))
+
+    @staticmethod
+    def _begun(engine: Any, cache: Any, text: int, rule: int) -> list[np.ndarray]:
+        ids = random_tokens(CONFIG, 8, text)[:3]
+        return [engine.extend(ids, cache, exit_layer=RULES[rule].deepest(CONFIG))]
+
+    @staticmethod
+    def _drafted(engine: Any, cache: Any, text: int, rule: int) -> list[np.ndarray]:
+        if rule != 0:
+            return []
+        last = random_tokens(CONFIG, 8, text)[6]
+        return [np.array(engine.speculate(last, cache, 3, Draft(1))[0])]
 
     # ---- what a thread does ---------------------------------------------------------
 
@@ -92,6 +106,22 @@ class Soak:
         found = self._text(self.engine, draw.choice(COPIES)(self.prefix), text, rule)
         if found != self.expected[text, rule]:
             self.faults.append(f"wrong bits: text {text}, rule {rule}")
+
+    def many(self, draw: random.Random) -> None:
+        """Some copies of the prefix go on in their own ways, a token of each in one call."""
+        ways = [(draw.randrange(TEXTS), draw.randrange(len(RULES))) for _ in range(4)]
+        caches = [draw.choice(COPIES)(self.prefix) for _ in ways]
+        parts = [self._begun(self.engine, c, *w) for c, w in zip(caches, ways, strict=True)]
+        for at in range(3, 6):
+            rows = [
+                Row(random_tokens(CONFIG, 8, text)[at], cache, RULES[rule])
+                for cache, (text, rule) in zip(caches, ways, strict=True)
+            ]
+            for part, (z, _) in zip(parts, self.engine.step_many(rows), strict=True):
+                part.append(z)
+        for cache, way, part in zip(caches, ways, parts, strict=True):
+            if digest(*part, *self._drafted(self.engine, cache, *way)) != self.expected[way]:
+                self.faults.append(f"wrong bits: text {way[0]}, rule {way[1]}, among rows of many")
 
     def step(self, draw: random.Random) -> None:
         """A step in the cache that is everybody's; it may be full, or made shorter meanwhile."""
@@ -135,7 +165,8 @@ class Soak:
 
     def live(self, draw: random.Random, until: float) -> None:
         """One of these after the other."""
-        acts = [self.branch] * 10 + [self.step] * 30 + [self.shorten] * 3 + [self.fork]
+        acts = [self.branch] * 10 + [self.many] * 5 + [self.step] * 30 + [self.shorten] * 3
+        acts.append(self.fork)
         try:
             while time.monotonic() < until and not self.faults:
                 draw.choice(acts)(draw)
@@ -162,7 +193,7 @@ def soak(seconds: float, seed: int, part: float = 15.0) -> tuple[int, list[str]]
     draw, calls = random.Random(seed), 0
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        part_of = Soak(draw.choice([1, 2, 3, 4]), draw.choice(["float32", "float16"]))
+        part_of = Soak(draw.choice([1, 2, 3, 4]), draw.choice(KV_CACHES))
         left = min(part, until - time.monotonic())
         part_of.run(draw.randrange(2, 17), max(left, 0.5), draw.randrange(1 << 30))
         calls += part_of.calls
@@ -174,12 +205,20 @@ def soak(seconds: float, seed: int, part: float = 15.0) -> tuple[int, list[str]]
 @click.command()
 @click.option("--minutes", type=float, default=0.05, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(minutes: float, seed: int) -> None:
+@click.option("--record", type=click.Path(path_type=Path), help="Add what was run to this file.")
+def main(minutes: float, seed: int, record: Path | None) -> None:
     """Exit code 1 if a bit differed, a canary died, a child hung, or anything else went wrong."""
     calls, faults = soak(60 * minutes, seed)
     for fault in faults:
         click.echo(fault)
     click.echo(f"seed {seed}: {calls} calls in {minutes:g} minutes, {len(faults)} faults")
+    if record is not None:
+        tested.record(record, {
+            "what": "calls of 2 to 16 threads on one engine and cache",
+            "command": f"tests.faults.soak --minutes {minutes:g}", "seed": seed,
+            "commit": tested.commit(), "cases": calls, "seconds": round(60 * minutes),
+            "faults": len(faults),
+        })  # fmt: skip
     sys.exit(bool(faults))
 
 

@@ -30,7 +30,10 @@ COVERED: dict[str, tuple[str, list[str]]] = {
         f"{CALLBACKS}::test_a_callback_that_calls_the_engine_is_refused",
         "faults/test_soak.py::test_threads_copies_and_forks",
     ]),
-    "A2": ("looks of a rule", [f"{ROWS}::test_a_rule_is_checked_in_step", f"{API}::TestCalls"]),
+    "A2": ("looks of a rule", [
+        f"{ROWS}::test_a_rule_is_checked_in_step",
+        f"{API}::test_both_engines_refuse_and_give_the_same",
+    ]),
     "A3": ("logits that are not finite", [
         "parity/test_not_finite.py::test_refused",
         "parity/test_not_finite.py::test_a_greedy_draft_is_unsure",

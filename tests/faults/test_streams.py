@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from bitskip.early import interrupted
+from bitskip.signals import ends_on_signals
 from tests.cli.test_every_verb import ROOT, VERBS, fine, place
 
 __all__ = ["place"]  # a fixture
@@ -91,3 +96,35 @@ def test_d4_every_package_with_verbs_is_a_program(name: str) -> None:
         [sys.executable, "-m", name, "--version"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout.startswith("bitskip"), done.stderr
+
+
+def test_ctrl_c_while_the_program_is_imported() -> None:
+    """One line, no traceback, whatever is half imported then."""
+    code = """
+import os, signal, sys
+from bitskip import entry
+
+class Slow:
+    def find_spec(self, name, *rest):
+        if name == "bitskip.program":
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("Ctrl-C was not heard")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Slow())
+entry.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_in_a_verb_is_an_exception() -> None:
+    """Which the verb may answer: a training saves."""
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt), ends_on_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        assert signal.getsignal(signal.SIGINT) is interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -18,7 +18,7 @@ from tests.fuzz.mutations import (
     mutate_bytes,
     mutate_safetensors,
     mutate_tree,
-    replace_file_by_odd,
+    put_odd_file,
 )
 from tests.helpers import random_tensors, twin
 from tests.text.tokenizers_of_all_kinds import KINDS
@@ -90,7 +90,10 @@ def write_huggingface_case(draw: random.Random, prepared: Path, out: Path) -> No
         path = draw.choice(sorted(out.iterdir()))
         kind = draw.randrange(12)
         if kind == 0:
-            replace_file_by_odd(draw, path)
+            if path.is_dir() and not path.is_symlink():  # it was replaced before
+                path.rmdir()
+            path.unlink(missing_ok=True)
+            put_odd_file(draw, path)
         elif not path.is_file():
             continue
         elif path.suffix == ".safetensors":

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import struct
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,17 +31,23 @@ def nested(depth: int) -> Any:
     return value
 
 
-def places(value: Any, most: int = 12, at: Place = ()) -> Iterator[Place]:
+def places(tree: Any, most: int = 12) -> list[Place]:
     """Where values are in a JSON tree; of long lists and objects only some."""
-    if at:
-        yield at
-    keys: list[Any] = []
-    if isinstance(value, dict):
-        keys = list(value)
-    elif isinstance(value, list):
-        keys = list(range(len(value)))
-    for key in keys[: most // 2] + keys[max(most // 2, len(keys) - most // 2) :]:
-        yield from places(value[key], most, (*at, key))
+    found: list[Place] = []
+    left: list[tuple[Any, Place]] = [(tree, ())]
+    while left:
+        value, at = left.pop()
+        found.append(at)
+        if isinstance(value, dict):
+            keys = list(value)
+        elif isinstance(value, list):
+            keys = list(range(len(value)))
+        else:
+            continue
+        if len(keys) > most:
+            keys = keys[: most // 2] + keys[-(most // 2) :]
+        left += [(value[key], (*at, key)) for key in keys]
+    return found[1:]
 
 
 def get(tree: Any, place: Place) -> Any:
@@ -53,10 +58,9 @@ def get(tree: Any, place: Place) -> Any:
 
 
 def mutate_tree(draw: random.Random, tree: Any, others: list[Any] | None = None) -> Any:
-    """A JSON value with one to three changes; `others`: trees whose parts may be put in."""
-    tree = copy.deepcopy(tree)
+    """A JSON value, changed in one to three places; `others`: trees whose parts may be put in."""
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
-        found = list(places(tree))
+        found = places(tree)
         if not found:
             return draw.choice(ODD)
         place = draw.choice(found)
@@ -78,7 +82,8 @@ def mutate_tree(draw: random.Random, tree: Any, others: list[Any] | None = None)
             other = draw.choice(others)
             parent[key] = copy.deepcopy(get(other, draw.choice([(), *places(other)])))
         else:
-            parent[key] = copy.deepcopy(get(tree, draw.choice(found)))
+            with suppress(RecursionError):  # a nest in a nest
+                parent[key] = copy.deepcopy(get(tree, draw.choice(found)))
     return tree
 
 
@@ -109,7 +114,9 @@ def mutate_bytes(draw: random.Random, raw: bytes) -> bytes:
 
 def dumped(draw: random.Random, tree: Any) -> bytes:
     """JSON text, at times not quite."""
-    text = json.dumps(tree, ensure_ascii=draw.random() < 0.5, indent=draw.choice([None, None, 1]))
+    text = json.dumps(
+        tree, ensure_ascii=draw.random() < 0.5, indent=1 if draw.random() < 0.05 else None
+    )
     raw = text.encode("utf-8", "surrogatepass")
     if draw.random() < 0.05:
         raw = b"\xef\xbb\xbf" + raw
@@ -142,11 +149,8 @@ def mutate_safetensors(draw: random.Random, raw: bytes) -> bytes:
     return struct.pack("<Q", length) + header + data
 
 
-def replace_file_by_odd(draw: random.Random, path: Path) -> None:
-    """What is no regular file, or none at all, where a file should be."""
-    if path.is_dir() and not path.is_symlink():  # it was replaced before
-        path.rmdir()
-    path.unlink(missing_ok=True)
+def put_odd_file(draw: random.Random, path: Path) -> None:
+    """What is no regular file, or an empty one, or none at all, where a file should be."""
     kind = draw.randrange(5)
     if kind == 0:
         path.mkdir()

@@ -6,8 +6,8 @@ import copy
 import functools
 import hashlib
 import json
+import os
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +16,15 @@ from typing import Any
 import numpy as np
 
 from bitskip_ref import folder as fd
-from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.config import ConfigError
 from bitskip_ref.tensors import WEIGHTS
-from tests.fuzz import foreign
+from tests.fuzz import checkpoints, foreign
 from tests.fuzz.mutations import (
-    ODD,
     dumped,
     mutate_bytes,
     mutate_safetensors,
     mutate_tree,
-    replace_file_by_odd,
+    put_odd_file,
 )
 from tests.helpers import OPTIONS, random_folder, random_tensors, twin
 from tests.text.tokenizers_of_all_kinds import DECODERS, KINDS, with_decoder
@@ -41,10 +40,13 @@ class Target:
     prepare: Callable[[Path], None]  # undamaged files, made once
     write: Callable[[random.Random, Path, Path], None]  # (draw, prepared, where to)
     use: Callable[[Path], str]
+    what: str = ""  # it is, in words
+    each: int = 1  # of these in a case
 
 
 # ---- model folders ------------------------------------------------------------------
 
+ODD_SHAPES = 500  # models of them, each made when first needed
 BASES = ["bitskip-v1", "wt2-bitskip", "bitnet-2b4t", "llama3", "tiny", *OPTIONS]
 SHAPES: dict[str, list[int]] = {
     "vocab_size": [1, 2, 16, 97], "hidden_size": [1, 2, 3, 4, 16, 48, 65],
@@ -60,10 +62,12 @@ def _prepare_folders(root: Path) -> None:
     warmup()
     tokenizer = KINDS["byte-fallback"]().to_str()
     for name in BASES:
-        random_folder(root / name, twin(name))
+        config = twin(name)
+        exit_blocks = (1,) if config.exit_blocks else ()
+        random_folder(root / name, config.replace(num_hidden_layers=2, exit_blocks=exit_blocks))
         generation = json.loads((root / name / fd.GENERATION).read_text())
         generation["auto_exit"] = {
-            "exit_layer": "max", "threshold": 0.5, "looks": [1, 2], "last": 4, "budget": 0.04,
+            "exit_layer": "max", "threshold": 0.5, "looks": [1], "last": 2, "budget": 0.04,
         }  # fmt: skip
         (root / name / fd.GENERATION).write_text(json.dumps(generation))
     wide = twin("bitskip-v1").replace(vocab_size=400)
@@ -73,32 +77,55 @@ def _prepare_folders(root: Path) -> None:
 
 
 def _write_folder(draw: random.Random, prepared: Path, out: Path) -> None:
+    """Change some files of a model in memory; the others are links to the undamaged ones."""
+    name = draw.choice([*BASES, "with-text"])
     if draw.random() < 0.15:
-        _odd_shape(draw, out)
-    else:
-        name = draw.choice([*BASES, "with-text"])
-        for path in (prepared / name).iterdir():
-            shutil.copyfile(path, out / path.name)
+        name = f"odd-{draw.randrange(ODD_SHAPES)}"
+        if not (prepared / name).exists():
+            _odd_shape(random.Random(name), prepared / name)
+    whole = _files(prepared / name)
+    files: dict[str, bytes | None] = dict(whole)  # None: no regular file
     for _ in range(draw.choice([1, 1, 1, 2])):
         kind = draw.randrange(12)
         name = draw.choice([fd.CONFIG, fd.GENERATION, WEIGHTS, fd.TOKENIZER])
-        path = out / name
+        raw = files.get(name)
         if kind == 0:
-            replace_file_by_odd(draw, path)
-        elif not path.is_file():
+            files[name] = None
+        elif raw is None:
             continue
         elif kind == 1:
-            path.write_bytes(mutate_bytes(draw, path.read_bytes()))
+            files[name] = mutate_bytes(draw, raw)
         elif name == WEIGHTS:
-            path.write_bytes(mutate_safetensors(draw, path.read_bytes()))
+            files[name] = mutate_safetensors(draw, raw)
             if draw.random() < 0.9:
-                _sign(out)
+                _sign(files)
         else:
             try:
-                tree = json.loads(path.read_bytes())
+                tree = json.loads(raw)
             except (ValueError, RecursionError):
                 continue
-            path.write_bytes(dumped(draw, mutate_tree(draw, tree)))
+            files[name] = dumped(draw, mutate_tree(draw, tree))
+    for name, raw in files.items():
+        if raw is None:
+            put_odd_file(draw, out / name)
+        elif raw is whole.get(name):
+            os.link(whole.path / name, out / name)
+        else:
+            (out / name).write_bytes(raw)
+
+
+class _Whole(dict[str, bytes]):
+    """The files of an undamaged model."""
+
+    path: Path
+
+
+@functools.cache
+def _files(root: Path) -> _Whole:
+    """Read once per process."""
+    files = _Whole((path.name, path.read_bytes()) for path in sorted(root.iterdir()))
+    files.path = root
+    return files
 
 
 def _odd_shape(draw: random.Random, out: Path) -> None:
@@ -119,28 +146,29 @@ def _odd_shape(draw: random.Random, out: Path) -> None:
     fd.write_folder(out, config, tensors, eos_token_id=0)
 
 
-def _sign(out: Path) -> None:
+def _sign(files: dict[str, bytes | None]) -> None:
     """Make the checksum right, so that the checks behind it are reached."""
-    if not (out / fd.CONFIG).is_file():  # a FIFO would be waited for
+    config, weights = files[fd.CONFIG], files[WEIGHTS]
+    if config is None or weights is None:
         return
     try:
-        config = json.loads((out / fd.CONFIG).read_bytes())
-        config["weights_sha256"] = hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest()
-        (out / fd.CONFIG).write_text(json.dumps(config))
-    except (OSError, ValueError, TypeError, RecursionError):
+        stored = json.loads(config)
+        stored["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+        files[fd.CONFIG] = json.dumps(stored).encode()
+    except (ValueError, TypeError, RecursionError):
         return
 
 
 def _use_folder(out: Path) -> str:
     from bitskip_cpu.engine import Engine
-    from bitskip_cpu.inspect import inspect
+    from bitskip_cpu.inspect import facts_of
     from bitskip_cpu.model import Model
 
     try:
         folder = fd.read_folder(out)
         if folder.config.max_position_embeddings > 1 << 12:
             return "used"  # its caches are as large as it says; that is not the reader's fault
-        inspect(out)
+        facts_of(folder)
         model = Model(Engine(folder.config, folder.tensors, 1), folder)
         ids = [0, folder.config.vocab_size - 1][: folder.config.max_position_embeddings]
         cache = model.new_cache()
@@ -214,167 +242,45 @@ def _use_tokenizer(out: Path) -> str:
     return "used"
 
 
-# ---- checkpoints --------------------------------------------------------------------
+# ---- calls of the Python API --------------------------------------------------------
+
+CALLS = 50  # in a case
+JUDGED = 0.05  # of all cases are done by the reference, too
 
 
-def _checkpoint() -> dict[str, Any]:
-    """What a small run writes, as plain values."""
-    import torch
+def _prepare_calls(root: Path) -> None:
+    from bitskip_cpu.compiling import warmup
 
-    from bitskip_train.model import BitskipModel
-    from bitskip_train.settings import TrainConfig
-    from bitskip_train.trainer import make_optimizer
-
-    config: ModelConfig = twin("tiny").replace(vocab_size=16, hidden_size=8, num_hidden_layers=2)
-    torch.manual_seed(0)
-    model, train = BitskipModel(config), TrainConfig(steps=4, context=8)
-    optimizer = make_optimizer(model, train)
-    loss = torch.stack([p.square().sum() for p in model.parameters()]).sum()
-    torch.autograd.backward(loss)
-    optimizer.step()
-    return {
-        "format": "bitskip-checkpoint-1", "config": config.to_dict(), "state": model.state_dict(),
-        "tokenizer_json": KINDS["words"]().to_str(), "train": train.to_dict(), "step": 1,
-        "position": 1, "best_loss": 2.5, "history": [{"step": 1, "loss": 2.5}],
-        "optimizer": optimizer.state_dict(),
-    }  # fmt: skip
+    warmup()
 
 
-def _prepare_checkpoints(root: Path) -> None:
-    import torch
-
-    torch.save(_checkpoint(), root / "last.pt")
+def _write_calls(draw: random.Random, prepared: Path, out: Path) -> None:
+    (out / "seed").write_bytes(draw.randbytes(8))
 
 
-def _odd_tensor(draw: random.Random, like: Any) -> Any:
-    """A tensor that should not be there, or nearly fits."""
-    import torch
+def _use_calls(out: Path) -> str:
+    """What is refused is so by a ValueError; anything else ends the case."""
+    from bitskip_ref.constants import KV_CACHES
+    from tests.fuzz.calls import Calls, engines
 
-    whole = like if isinstance(like, torch.Tensor) else torch.zeros(3)
-    kinds: list[Callable[[], Any]] = [
-        lambda: torch.zeros(3), lambda: torch.zeros(0), lambda: torch.zeros(()),
-        lambda: whole.to(torch.bfloat16), lambda: whole.to(torch.int8), lambda: whole.double(),
-        lambda: whole.to(torch.complex64), lambda: whole.bool(), lambda: whole.half(),
-        lambda: whole.to("meta"), lambda: whole.to_sparse(), lambda: whole * float("nan"),
-        lambda: whole * float("inf"), lambda: whole.flatten(), lambda: whole.t(),
-        lambda: whole.unsqueeze(0), lambda: torch.zeros(1).expand(whole.shape),
-        lambda: whole.to(torch.float8_e4m3fn), lambda: torch.nested.nested_tensor([whole, whole]),
-        lambda: torch.quantize_per_tensor(whole, 0.1, 0, torch.qint8), lambda: whole.tolist(),
-        lambda: torch.nn.Parameter(whole.float()), lambda: -whole, lambda: draw.choice(ODD),
-    ]  # fmt: skip
-    try:
-        return draw.choice(kinds)()
-    except (RuntimeError, NotImplementedError):
-        return torch.zeros(2)
-
-
-@functools.cache
-def _loaded(whole: Path) -> dict[str, Any]:
-    """The undamaged checkpoint, read once per process."""
-    import torch
-
-    values: dict[str, Any] = torch.load(whole, weights_only=True)
-    return values
-
-
-def _write_checkpoint(draw: random.Random, prepared: Path, out: Path) -> None:
-    import torch
-
-    whole, target = prepared / "last.pt", out / "last.pt"
-    if draw.random() < 0.15:
-        target.write_bytes(mutate_bytes(draw, whole.read_bytes()))
-        return
-    values = copy.deepcopy(_loaded(whole))
-    for _ in range(draw.choice([1, 1, 2])):
-        part = draw.choice(["state", "optimizer", "all", "all"])
-        if part == "state":
-            key = draw.choice(list(values["state"]) if isinstance(values["state"], dict) else [0])
-            if isinstance(values["state"], dict):
-                values["state"][key] = _odd_tensor(draw, values["state"].get(key))
-        elif part == "optimizer" and isinstance(values["optimizer"], dict):
-            _damage_optimizer(draw, values["optimizer"])
-        else:
-            values = _damage_values(draw, values)
-            break
-    try:
-        torch.save(values, target)
-    except Exception:  # torch cannot save all that one can think of
-        target.write_bytes(b"")
-
-
-def _damage_optimizer(draw: random.Random, optimizer: dict[str, Any]) -> None:
-    states, groups = optimizer.get("state"), optimizer.get("param_groups")
-    kind = draw.randrange(3)
-    if kind == 0 and isinstance(states, dict) and states:
-        of = states[draw.choice(list(states))]
-        key = draw.choice(["exp_avg", "exp_avg_sq", "step"])
-        of[key] = _odd_tensor(draw, of.get(key))
-    elif kind == 1 and isinstance(groups, list) and groups:
-        group = draw.choice(groups)
-        group[draw.choice(list(group))] = copy.deepcopy(draw.choice(ODD))
-    else:
-        optimizer[draw.choice(["state", "param_groups", "extra"])] = draw.choice(ODD)
-
-
-def _damage_values(draw: random.Random, values: dict[str, Any]) -> dict[str, Any]:
-    plain = {k: v for k, v in values.items() if k not in ("state", "optimizer")}
-    changed = mutate_tree(draw, plain)
-    if not isinstance(changed, dict) or draw.random() < 0.05:
-        return changed
-    return {**changed, **{k: values[k] for k in ("state", "optimizer") if draw.random() < 0.97}}
-
-
-def _use_checkpoint(out: Path) -> str:
-    from bitskip_export.pack import export_checkpoint
-    from bitskip_train.checkpoint import load_checkpoint
-    from bitskip_train.errors import TrainingError
-
-    try:
-        loaded = load_checkpoint(out / "last.pt")
-    except ValueError:
-        return "refused"
-    used = "used"
-    for use in (
-        lambda: export_checkpoint(out / "last.pt", out / "model"),
-        lambda: _resume(loaded, out),
-    ):
-        try:
-            use()
-        except (ValueError, TrainingError):
-            used = "refused"
-    return used
-
-
-def _resume(loaded: Any, out: Path) -> None:
-    """A step of training from there, as `train --resume` takes it."""
-    from bitskip_train.data import Split
-    from bitskip_train.settings import TrainConfig
-    from bitskip_train.trainer import Trainer
-    from bitskip_train.world import World
-
-    settings = TrainConfig.from_dict(loaded.train)
-    if settings.context > 64 or settings.batch > 8 or settings.accumulation > 8:
-        return
-    tokens = np.arange(300, dtype=np.uint16) % loaded.config.vocab_size
-    split = Split(tokens, 300)
-    trainer = Trainer(
-        loaded.config,
-        settings,
-        split,
-        None,
-        loaded.tokenizer_json,
-        out / "run",
-        loaded,
-        World(),
-        accept_changes=True,
-    )
-    trainer.train_step()
+    draw = random.Random((out / "seed").read_bytes())
+    both = engines(draw.choice(KV_CACHES))
+    calls = Calls(draw, both if draw.random() < JUDGED else both[:1])
+    for _ in range(CALLS):
+        calls.act()
+    return "used"
 
 
 TARGETS = {
-    "folder": Target(_prepare_folders, _write_folder, _use_folder),
-    "tokenizer": Target(_prepare_tokenizers, _write_tokenizer, _use_tokenizer),
-    "checkpoint": Target(_prepare_checkpoints, _write_checkpoint, _use_checkpoint),
-    "huggingface": Target(foreign.prepare_huggingface, foreign.write_huggingface_case, foreign.use),
-    "gguf": Target(foreign.prepare_gguf, foreign.write_gguf_case, foreign.use),
+    "folder": Target(_prepare_folders, _write_folder, _use_folder, "model folders"),
+    "tokenizer": Target(_prepare_tokenizers, _write_tokenizer, _use_tokenizer, "tokenizer files"),
+    "checkpoint": Target(checkpoints.prepare, checkpoints.write, checkpoints.use, "checkpoints"),
+    "huggingface": Target(
+        foreign.prepare_huggingface,
+        foreign.write_huggingface_case,
+        foreign.use,
+        "models of Hugging Face",
+    ),
+    "gguf": Target(foreign.prepare_gguf, foreign.write_gguf_case, foreign.use, "GGUF files"),
+    "calls": Target(_prepare_calls, _write_calls, _use_calls, "calls of the Python API", CALLS),
 }

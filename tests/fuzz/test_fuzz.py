@@ -17,7 +17,9 @@ from bitskip_train.memory import keep_freed_memory
 from tests.fuzz import targets, workers
 from tests.fuzz.targets import TARGETS
 
-CASES = {"folder": 150, "tokenizer": 150, "checkpoint": 40, "huggingface": 60, "gguf": 80}
+CASES = {
+    "folder": 150, "tokenizer": 150, "checkpoint": 40, "calls": 20, "huggingface": 60, "gguf": 80,
+}  # fmt: skip
 
 if not hasattr(os, "fork") or not Path("/proc/self/clear_refs").exists():
     pytest.skip("the fuzzer forks and reads /proc", allow_module_level=True)
@@ -28,7 +30,8 @@ def test_damaged_files_are_used_or_refused(kind: str) -> None:
     report = workers.fuzz(kind, CASES[kind], seed=0)
     assert report.faults == []
     assert report.used + report.refused == CASES[kind]
-    assert report.used and report.refused  # damage that always shows would reach little
+    # Damage that always shows would reach little; of calls some are refused in every case.
+    assert report.used and (report.refused or kind == "calls")
 
 
 def test_a_case_is_a_function_of_its_number(tmp_path: Path) -> None:

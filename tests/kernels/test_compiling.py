@@ -32,7 +32,7 @@ def test_kernels_count_as_compiled_once_used() -> None:
     assert KERNELS.compiled
 
 
-RUN = b"code of run and code of attend_part"
+RUN = b" and ".join(b"code of " + name.encode() for name in ("run", *CALLED["run"]))
 
 
 @pytest.fixture
@@ -92,6 +92,9 @@ class Stub:
         progress(names[0], 1.0)
         return self
 
+    def mine(self, name: str) -> bool:
+        return name not in ("plain_rows", "attend_part")
+
     def code(self, name: str) -> bytes | None:
         return self.codes.get(name)
 
@@ -104,30 +107,34 @@ class Stub:
 def test_what_a_second_process_cannot_make_is_made_here(
     made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three pieces one here, one there; the third is missing there. Progress ends at 1."""
+    """Of what the second process has begun, it brings one piece. Progress ends at 1."""
     stub, shares = Stub({"attend_part": b"code of attend_part"}), list[float]()
-    monkeypatch.setattr(beside, "possible", lambda: True)
     monkeypatch.setattr(beside, "Beside", stub)
     assert Kernels().function("run", shares.append) == RUN
-    assert stub.asked == ["attend_part", "repack"] and made == ["run", "repack"]
+    assert stub.asked == list(ARGUMENTS)
+    assert made == ["run", "packed_rows", "repack", "plain_rows"]
     assert shares == sorted(shares) and shares[-1] == 1
-    assert Kernels().function("repack") == b"code of repack" and made == ["run", "repack"]
+    assert Kernels().function("repack") == b"code of repack" and len(made) == 4
 
 
 @pytest.mark.skipif(isa.INTERPRETED, reason="nothing is compiled")
 def test_a_second_process() -> None:
-    """It makes the same code as this one would; told of another cache folder, none."""
-    shares: list[float] = []
-    with beside.Beside(["repack"], "kernels-of-others", print) as second:
+    """It makes what this one leaves to it; told of another cache folder, nothing."""
+    pieces, shares = ["run", "repack"], list[float]()
+    with beside.Beside(pieces, "kernels-of-others", print) as second:
         assert second.code("repack") is None
     cache = compiling.cache_folder().name
-    with beside.Beside(["repack"], cache, lambda _, share: shares.append(share)) as second:
+    with beside.Beside(pieces, cache, lambda _, share: shares.append(share)) as second:
+        assert second.mine("run")
         code = second.code("repack")
+        assert not second.mine("repack") and second.code("run") is None
     assert code and native.load([code], "repack", ARGUMENTS["repack"])
     assert shares == sorted(shares) and shares[-1] == 1
-    with beside.Beside(["run"], cache, print) as second:
+    with beside.Beside(pieces, cache, print) as second:
         pass
-    assert second._process.returncode  # ended with the statement
+    assert second._process and second._process.returncode  # ended with the statement
+    with beside.Beside(["run"], cache, print) as second:
+        assert second.mine("run") and second._process is None  # one piece is made here
 
 
 @pytest.mark.skipif(isa.INTERPRETED, reason="nothing is compiled")

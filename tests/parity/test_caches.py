@@ -84,6 +84,16 @@ def test_a_copy_knows_how_far_its_blocks_are_filled(engine: Any, how: str) -> No
     assert equal(engine.extend([3], again)[0], engine.logits([*IDS[:7], 3])[7])
 
 
+def test_any_length_that_is_set_is_noted_or_refused(engine: Any) -> None:
+    """Also after one that no float can be compared with."""
+    cache = engine.new_cache()
+    engine.extend(IDS[:5], cache)
+    for length in (10**400, np.float32(1), "5", 5.0, None, -1):
+        cache.length = length
+        with pytest.raises(ValueError, match=r"exit layer 0|cache length"):
+            engine.extend([1], cache)
+
+
 def test_a_shortened_cache_is_copied_short(engine: Any) -> None:
     cache = engine.new_cache()
     engine.extend(IDS[:20], cache)

@@ -304,6 +304,7 @@ def test_an_engine_refuses_rounds_that_do_not_fit() -> None:
         ((1, cache, 1, Draft(1)), {}, "filled at exit layer 3"),
         ((97, cache, 1, Draft(1)), {"exit_layer": 3}, "0..96"),
         ((1, cache, 1, Draft(1, least_lead=-1.0)), {"exit_layer": 3}, "0 or more"),
+        ((1, cache, 1, Draft(1, least_lead="1")), {"exit_layer": 3}, "0 or more"),
     ):
         with pytest.raises(ValueError, match=words):
             model.speculate(*arguments, **options)

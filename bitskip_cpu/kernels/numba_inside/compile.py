@@ -39,6 +39,10 @@ OPTIONS = {
 class LinkedLibrary(JITCodeLibrary):
     """Code to link into others: neither optimized as a whole nor made executable."""
 
+    def _optimize_functions(self, module: llvm.ModuleRef) -> None:
+        """The whole's optimizer begins with the same passes: a sixth of all compiling."""
+        module.data_layout = self._codegen._data_layout
+
     def finalize(self) -> None:
         """Nothing more is added. What it calls is linked when the outermost function is."""
         self._finalized = True
@@ -153,20 +157,28 @@ def structs(item: types.Type) -> Callable[[Any, Any], Any]:
     return compiled  # type: ignore[no-any-return]
 
 
-def by_name(name: str) -> Callable[..., None]:
-    """A function (s, scratch, part) that calls the piece of that name (`pieces`), by its symbol."""
+def by_name(name: str, structs: int) -> Callable[..., None]:
+    """A function of so many structs and two integers that calls the piece of that name (`pieces`),
+    by its symbol."""
+
+    def address(builder: Any, value: Any) -> Any:
+        return builder.ptrtoint(value, LONG) if value.type.is_pointer else value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        # Numba's calling convention: a place for the result and one for an exception.
+        places = [cgutils.alloca_once(builder, BYTE.as_pointer()) for _ in range(2)]
+        call(builder, name, INT, *places, *(address(builder, value) for value in args))
+        return context.get_dummy_value()
 
     @intrinsic
-    def compiled(typing: Any, s: Any, scratch: Any, part: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            # Numba's calling convention: a place for the result and one for an exception.
-            places = [cgutils.alloca_once(builder, BYTE.as_pointer()) for _ in range(2)]
-            call(builder, name, INT, *places, builder.ptrtoint(args[0], LONG), *args[1:])
-            return context.get_dummy_value()
-
+    def of_state(typing: Any, s: Any, scratch: Any, part: Any) -> Any:
         return types.void(s, types.int64, types.int64), codegen
 
-    return compiled  # type: ignore[no-any-return]
+    @intrinsic
+    def of_product(typing: Any, s: Any, p: Any, scratch: Any, part: Any) -> Any:
+        return types.void(s, p, types.int64, types.int64), codegen
+
+    return of_state if structs == 1 else of_product  # type: ignore[no-any-return]
 
 
 def target() -> tuple[str, str]:
