@@ -93,8 +93,10 @@ class LlamaEngine:
         cache.length += len(token_ids)
         return out.logits[0].numpy()
 
-    def step(self, token_id: int, cache: LlamaCache, rule: Any) -> tuple[np.ndarray, int]:
-        """One token at a fixed exit: logits [V] and the exit."""
+    def step(
+        self, token_id: int, cache: LlamaCache, rule: Any, contenders: Any = None
+    ) -> tuple[np.ndarray, int]:
+        """One token at a fixed exit: all logits [V], whichever are asked for, and the exit."""
         n = rule.deepest(self.config)
         return self.extend([token_id], cache, exit_layer=n, last_only=True)[0], n
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -76,6 +77,7 @@ def server(service: Service, grace: float, announce: Callable[[], None]) -> uvic
 
     grace: seconds that texts have then. announce: called once clients may come.
     """
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # that a client has gone is no news
     config = uvicorn.Config(
         service.app(), http=Protocol, ws="none", lifespan="on", log_level="error", access_log=False,
         server_header=False, h11_max_incomplete_event_size=HEAD, limit_concurrency=CONNECTIONS,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-import cli
+from bitskip.program import main
 from bitskip_cpu.engine import Engine
 from bitskip_experiments import definitions
 from bitskip_export.pack import pack
@@ -164,5 +164,5 @@ def test_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {p.label: p.model.linear for p in experiment.points} == {
         "ternary": "ternary", "float32": "float32",
     }  # fmt: skip
-    result = CliRunner().invoke(cli.main, ["reproduce", "--work", str(tmp_path / "work")])
+    result = CliRunner().invoke(main, ["reproduce", "--work", str(tmp_path / "work")])
     assert result.exit_code == 0 and "Ternary beside float32" in result.output

@@ -54,13 +54,13 @@ def wrong_exit(logits: Any, ids: Any, exit_layer: int) -> Any:
     return flip(z) if exit_layer == 2 else z
 
 
-def wrong_depth(step: Any, token: int, cache: Any, rule: Any, *rest: Any) -> Any:
-    z, depth = step(token, cache, rule, *rest)
+def wrong_depth(step: Any, token: int, cache: Any, rule: Any, **asked: Any) -> Any:
+    z, depth = step(token, cache, rule, **asked)
     return z, depth + (not isinstance(rule, FixedExit))
 
 
-def wrong_sample(step: Any, token: int, cache: Any, rule: Any, *rest: Any) -> Any:
-    z, depth = step(token, cache, rule, *rest)
+def wrong_sample(step: Any, token: int, cache: Any, rule: Any, **asked: Any) -> Any:
+    z, depth = step(token, cache, rule, **asked)
     return (-z if getattr(rule, "layer", None) == 4 or not hasattr(rule, "threshold") else z), depth
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-import cli
+from bitskip.program import main
 from bitskip_experiments import definitions
 
 GROUP = """
@@ -132,7 +132,7 @@ def reproduce(place: Path, *words: str) -> Result:
     """The verb, in this process; an exception that is no clean exit fails the test."""
     folders = ["--data", place / "data", "--work", place / "work", "--results", place / "results"]
     arguments = ["reproduce", *words, *map(str, folders)]
-    result = CliRunner().invoke(cli.main, arguments)
+    result = CliRunner().invoke(main, arguments)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

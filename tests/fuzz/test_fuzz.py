@@ -80,7 +80,7 @@ def test_a_tokenizer_that_is_trusted_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_configuration_that_is_trusted_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_read, "read_config", hf_config._read)  # values of any type
-    found = workers.fuzz("huggingface", 60, seed=1).faults
+    found = workers.fuzz("huggingface", 150, seed=1).faults
     assert any(fault.what.startswith("TypeError") for fault in found)
 
 

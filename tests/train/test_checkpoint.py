@@ -15,13 +15,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from bitskip.program import main
 from bitskip_train import checked
 from bitskip_train import checkpoint as module
 from bitskip_train.checkpoint import Checkpoint, average, load_checkpoint, save_checkpoint
 from bitskip_train.errors import CheckpointError
 from bitskip_train.model import BitskipModel
 from bitskip_train.trainer import Trainer
-from cli import main
 from tests.train.conftest import small_config, small_split, small_trainer
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-import cli
+from bitskip.program import main
 from bitskip_train.checkpoint import load_checkpoint
 
 SMALL = [
@@ -21,7 +21,7 @@ SMALL = [
 
 def run(*arguments: str | Path) -> Result:
     """The verb in this process; an exception that is no clean exit fails the test."""
-    result = CliRunner().invoke(cli.main, [str(a) for a in arguments])
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

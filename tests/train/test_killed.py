@@ -52,7 +52,7 @@ def train(arguments: list[str], kill_at: int, mode: str, seed: int) -> None:
     mode `thread`: whatever is done at a random time from there on. `file`: amid the next
     checkpoint, after a random part of it.
     """
-    import cli
+    from bitskip.program import main
     from bitskip_train import checkpoint, trainer
 
     rng = random.Random(seed)
@@ -90,7 +90,7 @@ def train(arguments: list[str], kill_at: int, mode: str, seed: int) -> None:
     checkpoint.torch.save = half  # type: ignore[attr-defined]
     os.close(2)
     os.open(os.devnull, os.O_WRONLY)
-    cli.main(arguments, standalone_mode=False)
+    main(arguments, standalone_mode=False)
 
 
 def launch(text: Path, out: Path, sets: list[str], *plan: Any) -> int | None:

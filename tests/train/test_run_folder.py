@@ -292,7 +292,7 @@ def test_a_checkpoint_is_inspected(text: Path, tmp_path: Path) -> None:
 
 def test_without_pytorch(tmp_path: Path) -> None:
     """Settings are printed; what needs it says in one line how to install it."""
-    code = "import sys; sys.modules['torch'] = None\nimport cli\ncli.main(sys.argv[1:])"
+    code = "import sys; sys.modules['torch'] = None; from bitskip.program import main; main()"
     (tmp_path / "a.pt").touch()
 
     def without(*words: str) -> subprocess.CompletedProcess[str]:
