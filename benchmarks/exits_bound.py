@@ -313,6 +313,8 @@ def main() -> None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(given.out) as file:
             file.write((json.dumps(found, indent=1) + "\n").encode())
+        with replace_file(given.out.with_name("table.md")) as file:  # what docs/EXITS.md shows
+            file.write((render(found) + "\n").encode())
     print(render(found))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from bitskip_cpu.heldout.text import Text
 from bitskip_ref.checks import check_exit_layers
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.decoding.lookup import SMALL
 from bitskip_ref.engine import Engine, Row
 from bitskip_ref.exits.named import describe_rule
 from bitskip_ref.heldout import HeldOutLoss, check_windows, token_losses, windows
@@ -22,6 +23,14 @@ Advance = Callable[[int], None]
 """Called with the number of tokens whose loss has become known."""
 
 TOGETHER = 16  # windows side by side, where nobody asks for the speed of one
+
+
+def side_by_side(config: ModelConfig) -> int:
+    """How many windows to run side by side: one where a model lies in the processor's caches.
+
+    There the keys and values of 16 windows would push it, and each other, out.
+    """
+    return 1 if config.quantizable_parameters() < SMALL else TOGETHER
 
 
 def exit_token_losses(
