@@ -87,9 +87,9 @@ TOKENS, FOUND, GATE, STOPPED = (
 
 
 def _at_most(value: float) -> float:
-    """The largest float32 not above the value: float32 numbers exceed both or neither."""
-    with np.errstate(over="ignore"):
-        near = np.float32(value)
+    """The largest float32 not above the value: gates, from 0 to 1, exceed both or neither."""
+    value = min(max(value, -1), 2)  # an int may be larger than any float
+    near = np.float32(value)
     below = np.nextafter(near, np.float32(-np.inf))
     return float(below) if float(near) > value else float(near)  # two float32 would compare equal
 

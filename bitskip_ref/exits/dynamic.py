@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from bitskip_ref.checks import check_exit_layer, is_number, is_whole
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.excerpt import shown
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class DynamicExit:
 
     def check(self, config: ModelConfig) -> None:
         if not 0.0 <= self.threshold <= 1.0:
-            raise ValueError(f"exit threshold {self.threshold}: must be between 0 and 1")
+            raise ValueError(f"exit threshold {shown(self.threshold)}: must be between 0 and 1")
         deepest = self.deepest(config)
         for n in self.layers or ():
             if not is_whole(n) or not 1 <= n < deepest:

@@ -131,6 +131,9 @@ def test_thresholds_beside_a_gates_value(engines: tuple[ReferenceModel, Engine])
         rule = GateExit(float(threshold), layers=(2,))
         for each in engines:
             assert generate(each, prompt, rule, 0)[0][1][1] == depth
+    for odd, depth in ((-(10**400), 2), (10**400, 4), (-1e300, 2), (1e300, 4), (np.nan, 4)):
+        for each in engines:  # `step` takes what `generate` would refuse
+            assert each.step(1, each.new_cache(), GateExit(odd, layers=(2,)))[1] == depth
 
 
 def test_a_wrong_look_is_seen(engines: tuple[ReferenceModel, Engine]) -> None:
