@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,10 @@ def serve(
             if not quiet:
                 click.echo(f"{name}: http://{shown}:{bound}/ (Ctrl-C stops it)", err=True)
 
-        try:
+        with suppress(KeyboardInterrupt, Terminated):  # the usual end: all was brought to its own
             server(service, grace, announce).run(sockets=[listening])
-        except (KeyboardInterrupt, Terminated):  # the usual end: all was brought to its own
-            if not quiet:
-                click.echo("stopped", err=True)
+        if not quiet:
+            click.echo("stopped", err=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:
