@@ -296,6 +296,7 @@ def write_folder(
     bos_token_id: int | None = None,
     exit_layer: int | None = None,
     draft_vocab: int | None = None,
+    kv_cache: str | None = None,
     trained_context: int | None = None,
     trained_exits: Sequence[int] | None = None,
     chat: ChatForm | None = None,
@@ -317,6 +318,8 @@ def write_folder(
         "exit_layer": exit_layer,
         "draft_vocab": draft_vocab,
     }
+    if kv_cache is not None:
+        generation["kv_cache"] = kv_cache
     if trained_context is not None:
         generation["trained_context"] = trained_context
     if trained_exits is not None:
@@ -342,6 +345,34 @@ def write_folder(
             "weights_sha256": digest,
         }
         _write_text(root / CONFIG, json.dumps(stored, indent=2) + "\n")
+
+
+def write_changed(
+    folder: Folder,
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    trained_exits: Sequence[int] | None,
+) -> None:
+    """Write a folder's model with some tensors new: the others, and what it recommends, stay.
+
+    A calibrated exit is not kept: it was another model's. Raises as `write_folder` does.
+    """
+    write_folder(
+        path,
+        config,
+        {**folder.tensors, **tensors},
+        tokenizer_json=read_text(folder.tokenizer) if folder.tokenizer else None,
+        eos_token_id=folder.end_ids,
+        bos_token_id=folder.bos_token_id,
+        exit_layer=folder.exit_layer,
+        draft_vocab=folder.draft_vocab,
+        kv_cache=folder.kv_cache,
+        trained_context=folder.trained_context,
+        trained_exits=trained_exits,
+        chat=folder.chat,
+        sampling=folder.sampling,
+    )
 
 
 def stored_sampling(sampling: Mapping[str, float]) -> dict[str, Any]:

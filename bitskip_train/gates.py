@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.documents import read_text
-from bitskip_ref.folder import Folder, write_folder
+from bitskip_ref.folder import Folder, write_changed
 from bitskip_ref.tensors import expected_tensors
 from bitskip_train.data import Windows
 from bitskip_train.layers import Gate, Weight
@@ -143,20 +142,7 @@ def write_gates(folder: Folder, out: Path, model: BitskipModel) -> None:
     """
     names = (name for name in expected_tensors(model.config) if ".gate." in name)
     made = {name: model.get_parameter(name).detach().cpu().numpy() for name in names}
-    write_folder(
-        out,
-        model.config,
-        {**folder.tensors, **made},
-        tokenizer_json=read_text(folder.tokenizer) if folder.tokenizer else None,
-        eos_token_id=folder.end_ids,
-        bos_token_id=folder.bos_token_id,
-        exit_layer=folder.exit_layer,
-        draft_vocab=folder.draft_vocab,
-        trained_context=folder.trained_context,
-        trained_exits=folder.trained_exits,
-        chat=folder.chat,
-        sampling=folder.sampling,
-    )
+    write_changed(folder, out, model.config, made, folder.trained_exits)
 
 
 def reset_gate(gate: Gate, generator: torch.Generator) -> None:

@@ -11,9 +11,8 @@ import numpy as np
 
 from bitskip.options import COUNT, FILE, FOLDER, MODEL, THREADS, WHOLE, Listed
 from bitskip_ref.config import ConfigError, ModelConfig
-from bitskip_ref.documents import read_text
 from bitskip_ref.engine import Engine
-from bitskip_ref.folder import Folder, write_folder
+from bitskip_ref.folder import Folder, write_changed
 from bitskip_ref.tensors import expected_tensors
 
 if TYPE_CHECKING:
@@ -152,16 +151,5 @@ def write_exit_blocks(folder: Folder, out: Path, blocks: Mapping[str, np.ndarray
     """
     config = with_exits(folder.config, sorted({int(name.split(".")[1]) for name in blocks}))
     trained = folder.trained_exits or (config.num_hidden_layers,)
-    write_folder(
-        out,
-        config,
-        {**folder.tensors, **blocks},
-        tokenizer_json=read_text(folder.tokenizer) if folder.tokenizer else None,
-        eos_token_id=folder.end_ids,
-        bos_token_id=folder.bos_token_id,
-        exit_layer=folder.exit_layer,
-        draft_vocab=folder.draft_vocab,
-        trained_context=folder.trained_context,
-        trained_exits=sorted({*trained, *config.exit_blocks}),
-        chat=folder.chat,
-    )
+    exits = sorted({*trained, *config.exit_blocks})
+    write_changed(folder, out, config, blocks, exits)

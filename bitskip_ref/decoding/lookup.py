@@ -8,20 +8,17 @@ from typing import Any
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import MOST
 from bitskip_ref.decoding.generate import Choosing, EndIds, Token, check_max_tokens
+from bitskip_ref.decoding.pace import Pace, Tally
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.engine import Engine
 from bitskip_ref.rule import ExitRule
 
 LONGEST, SHORTEST = 5, 2  # tokens in a row that are looked for
 SMALL = 1 << 25  # weights of linear layers below which a model is taken to lie in the caches
-RETRY = 8
 
 
-class Lookup:
-    """How drafts of one text are looked up, and how that has gone so far.
-
-    It offers `statistics` as `bitskip_ref.decoding.speculate.Speculation` does.
-    """
+class Lookup(Tally):
+    """How drafts of one text are looked up, and how that has gone so far."""
 
     def __init__(self, config: ModelConfig, rule: ExitRule) -> None:
         """rule: the depth that runs and verifies. Raises ValueError for one that looks."""
@@ -30,29 +27,14 @@ class Lookup:
                 "drafts that are looked up are verified at one depth: choose an exit layer by "
                 "number, or do not speculate"
             )
+        super().__init__()
         self.rule, self.exit_layer = rule, rule.deepest(config)
-        self.rounds = 0  # passes that verified drafts
-        self.drafted = 0
-        self.accepted = 0
-        self._cost = 0.5 if config.quantizable_parameters() < SMALL else 0.125
+        cost = 0.5 if config.quantizable_parameters() < SMALL else 0.125
         self._lengths = range(LONGEST, SHORTEST - 1, -1)
-        # For each length of what was found: drafts judged, those right, rounds without a draft.
-        self._judged = {n: [4.0, 3.0] for n in self._lengths}
-        self._idle = dict.fromkeys(self._lengths, 0)
+        self._paces = {n: Pace(cost) for n in self._lengths}  # by the length of what was found
         self._ids: list[int] = []
         self._behind: dict[tuple[int, ...], int] = {}  # where what follows these tokens stands
         self._found = LONGEST  # length of what the latest drafts followed
-
-    def statistics(self) -> dict[str, int | float | None]:
-        """What became of the drafts; `acceptance` is None without any, as without a round."""
-        return {
-            "draft_exit": None,
-            "rounds": self.rounds,
-            "drafted": self.drafted,
-            "accepted": self.accepted,
-            "acceptance": self.accepted / self.drafted if self.drafted else None,
-            "accepted_per_round": self.accepted / self.rounds if self.rounds else None,
-        }
 
     def add(self, ids: Sequence[int]) -> None:
         """The text goes on with these tokens."""
@@ -68,7 +50,7 @@ class Lookup:
             at = self._behind.get(tuple(self._ids[-n:]))
             if at is not None:
                 self._found = n
-                count, drafts = min(most, self._count(n)), list[int]()
+                count, drafts = min(most, self._paces[n].count()), list[int]()
                 for i in range(at, at + count):  # what repeats may run into its own drafts
                     ids, i = (self._ids, i) if i < len(self._ids) else (drafts, i - len(self._ids))
                     drafts.append(ids[i])
@@ -77,28 +59,8 @@ class Lookup:
 
     def note(self, drafted: int, accepted: int) -> None:
         """What became of the latest drafts."""
-        self.rounds += 1
-        self.drafted += drafted
-        self.accepted += accepted
-        seen = self._judged[self._found]
-        seen[0] += min(accepted + 1, drafted)
-        seen[1] += accepted
-        if seen[0] >= 64:
-            seen[:] = seen[0] / 2, seen[1] / 2
-
-    def _count(self, n: int) -> int:
-        """Drafts behind n tokens that were found: 11.4's K for how they have gone."""
-        judged, right = self._judged[n]
-        rate, cost = right / judged, self._cost
-        total, power, count = 1.0, rate, 0
-        while count < MOST and (total + power) * (1 + cost * count) > total * (
-            1 + cost * (count + 1)
-        ):
-            total, power, count = total + power, power * rate, count + 1
-        if count == 0:
-            self._idle[n] = (self._idle[n] + 1) % RETRY
-            return int(self._idle[n] == 0)
-        return count
+        super().note(drafted, accepted)
+        self._paces[self._found].note(drafted, accepted)
 
 
 def stream(

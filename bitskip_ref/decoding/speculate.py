@@ -11,15 +11,16 @@ from bitskip_ref.checks import check_input, check_logits, is_whole
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import MOST, Draft, GreedyRound
 from bitskip_ref.decoding.generate import EndIds, Token, check_max_tokens, end_ids
+from bitskip_ref.decoding.pace import Pace, Tally
 from bitskip_ref.decoding.sampling import Sampler, pick, splitmix64, uniform
 from bitskip_ref.engine import Engine
 from bitskip_ref.rule import ExitRule
 
-LEAD, RETRY = 0.9, 8  # SPEC 11.4
+LEAD = 0.9  # SPEC 11.4
 ACCEPT, RESIDUAL = 0xA0761D6478BD642F, 0xE7037ED1A0B428DB  # SPEC 11.3
 
 
-class Speculation:
+class Speculation(Tally):
     """How one text is drafted and verified, and how that has gone so far."""
 
     def __init__(
@@ -44,50 +45,21 @@ class Speculation:
         if count is not None and not (is_whole(count) and 1 <= count <= MOST):
             raise ValueError(f"speculate {count}: must be 1..{MOST} drafts a round, or auto")
         draft_exit = max(1, depth // 4) if draft_exit is None else draft_exit
+        super().__init__()
         self.exit_layer = depth
         self.draft = Draft(draft_exit, draft_vocab, LEAD if count is None else 0.0)
         self.draft.check(depth, config)
-        self.rounds = 0  # passes of the blocks above the draft exit
-        self.drafted = 0  # tokens that were drafted and verified
-        self.accepted = 0  # those that became text
-        self._fixed, self._cost = count, draft_exit / depth + 0.125
-        self._judged, self._right, self._idle = 4.0, 3.0, 0
-
-    def statistics(self) -> dict[str, int | float | None]:
-        """What became of the drafts; `acceptance` is None without any, as without a round."""
-        return {
-            "draft_exit": self.draft.exit_layer,
-            "rounds": self.rounds,
-            "drafted": self.drafted,
-            "accepted": self.accepted,
-            "acceptance": self.accepted / self.drafted if self.drafted else None,
-            "accepted_per_round": self.accepted / self.rounds if self.rounds else None,
-        }
+        self.draft_exit = draft_exit
+        self._fixed, self._pace = count, Pace(draft_exit / depth + 0.125)
 
     def count(self) -> int:
         """Drafts of the next round (SPEC 11.4)."""
-        if self._fixed is not None:
-            return self._fixed
-        rate, cost = self._right / self._judged, self._cost
-        total, power, count = 1.0, rate, 0
-        while count < MOST and (total + power) * (1 + cost * count) > total * (
-            1 + cost * (count + 1)
-        ):
-            total, power, count = total + power, power * rate, count + 1
-        if count == 0:
-            self._idle = (self._idle + 1) % RETRY
-            return int(self._idle == 0)
-        return count
+        return self._pace.count() if self._fixed is None else self._fixed
 
     def note(self, drafted: int, accepted: int) -> None:
         """A round is over."""
-        self.rounds += 1
-        self.drafted += drafted
-        self.accepted += accepted
-        self._judged += min(accepted + 1, drafted)
-        self._right += accepted
-        if self._judged >= 64:
-            self._judged, self._right = self._judged / 2, self._right / 2
+        super().note(drafted, accepted)
+        self._pace.note(drafted, accepted)
 
 
 def stream(

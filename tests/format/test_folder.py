@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -406,3 +407,23 @@ def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
             fd.read_folder(root)
         flip_bit(root, at)
     fd.read_folder(root)
+
+
+def test_a_changed_model_keeps_what_its_folder_recommends(tmp_path: Path) -> None:
+    config, name = twin("tiny"), "final_norm.weight"
+    fd.write_folder(
+        tmp_path / "a", config, random_tensors(config), kv_cache="int8", draft_vocab=50,
+        exit_layer=2, trained_context=32, trained_exits=(2, 4), eos_token_id=(1, 2),
+        sampling={"temperature": 0.5, "top_k": 9}, chat=fd.ChatForm("{{ messages }}", "a"),
+    )  # fmt: skip
+    before = fd.read_folder(tmp_path / "a")
+    fd.write_changed(
+        before, tmp_path / "b", config, {name: before.tensors[name] * 2}, before.trained_exits
+    )
+    after = fd.read_folder(tmp_path / "b")
+    assert np.array_equal(after.tensors[name], before.tensors[name] * 2)
+    apart = {"path", "tensors"}
+    for field in dataclasses.fields(fd.Folder):
+        if field.init and field.name not in apart:
+            assert getattr(after, field.name) == getattr(before, field.name), field.name
+    assert after.kv_cache == "int8" and after.sampling["top_k"] == 9

@@ -8,7 +8,8 @@ import pytest
 
 from bitskip_cpu.engine import Engine
 from bitskip_ref.decoding.generate import stream as plain
-from bitskip_ref.decoding.lookup import RETRY, Lookup, stream
+from bitskip_ref.decoding.lookup import Lookup, stream
+from bitskip_ref.decoding.pace import RETRY
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.exits import ConfidenceExit, FixedExit
 from bitskip_ref.model import ReferenceModel
