@@ -244,18 +244,19 @@ class Engine(contract.Engine):
 
     def weight_bytes(self, exit_layer: int) -> int:
         """Bytes that a token run to that exit reads: its linear layers as packed here, the head."""
-        weights = self.weights
-        _, head = self.config.exit_names(exit_layer)
-        own = weights.exit_bytes if exit_layer in self.config.exit_blocks else 0
-        linear = weights.layer_bytes * exit_layer + own
-        return linear + sum(a.nbytes for a in weights.head(head))
+        head = self.weights.head(self.config.exit_names(exit_layer)[1])
+        return self._linear_bytes(exit_layer) + sum(a.nbytes for a in head)
 
     def greedy_bytes(self, exit_layer: int) -> int:
         """`weight_bytes` of a greedy token: of a head in two parts (SPEC 9.6) the first alone."""
         upper = self.weights.upper(self.config.exit_names(exit_layer)[1])
         if upper is None:
             return self.weight_bytes(exit_layer)
-        return self.weights.layer_bytes * exit_layer + upper.tiles.nbytes + 8 * len(upper.norms)
+        return self._linear_bytes(exit_layer) + upper.tiles.nbytes + 8 * len(upper.norms)
+
+    def _linear_bytes(self, exit_layer: int) -> int:
+        own = self.weights.exit_bytes if exit_layer in self.config.exit_blocks else 0
+        return self.weights.layer_bytes * exit_layer + own
 
     def _call(self, actions: int, first: int = 0, last: int = 0) -> None:
         """Run actions over blocks first..last-1."""

@@ -40,7 +40,7 @@ from bitskip_cpu.kernels.layout import (
 from bitskip_cpu.weights import Weights
 from bitskip_ref.config import HEAD_BITS, odd_part
 from bitskip_ref.decoding.contenders import Contenders
-from bitskip_ref.decoding.draft import MOST, Draft
+from bitskip_ref.decoding.draft import MOST, Draft, bounded
 from bitskip_ref.engine import Run
 from bitskip_ref.hartley import hartley
 from bitskip_ref.rope import rope_table
@@ -51,7 +51,6 @@ VOCAB_KINDS = {"int8": INT8, "int6": INT6, "int4": INT4, "float32": FLOAT32, "fl
 LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: no kernel of products.amx takes more
 REREAD = 4  # contenders do not pay if more than one of so many rows is one
 WHOLE = 15  # heads then read whole before they are tried again
-MOST_FLOAT = float(np.finfo(np.float32).max)
 SHARE_FROM = 1 << 16  # bytes of weights below which a stage is not worth sharing
 
 
@@ -321,8 +320,7 @@ class Workspace:
         """
         self.draft_counts[: len(counts)] = counts
         vocab = draft.vocab or self.weights.config.vocab_size
-        lead = least_lead if least_lead <= MOST_FLOAT else np.inf  # as a cast to float32 does
-        DRAFT_ROW.pack_into(self._bytes, DRAFT_AT, vocab, lead)
+        DRAFT_ROW.pack_into(self._bytes, DRAFT_AT, vocab, bounded(least_lead))
 
     def drafts_in_order(self) -> np.ndarray:
         """Have each token that was drafted behind the one before it; whose each is, int64 [T]."""

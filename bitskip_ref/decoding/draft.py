@@ -54,8 +54,12 @@ class Draft:
         if self.least_lead == 0 or len(z) == 1:
             return True
         second, first = np.partition(z, -2)[-2:]
-        lead = self.least_lead if self.least_lead <= LARGEST else np.inf  # of any size
-        return bool(first - second >= np.float32(lead))
+        return bool(first - second >= np.float32(bounded(self.least_lead)))
+
+
+def bounded(lead: float) -> float:
+    """A lead that can be cast to f32: infinity where it is a number larger than any of those."""
+    return lead if lead <= LARGEST else np.inf
 
 
 class GreedyRound(NamedTuple):
