@@ -21,6 +21,7 @@ from bitskip_cpu.kernels.layout import DOWN, OUT, PRODUCT, PRODUCTS, QKV, UP
 from bitskip_cpu.kernels.products import ternary_layout, vocab_layout
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.constants import SCALE_FLOOR
+from bitskip_ref.floats import stored
 from bitskip_ref.packing import packed_width
 from bitskip_ref.safetensors_file import give_back
 from bitskip_ref.tensors import expected_tensors
@@ -344,6 +345,6 @@ def random_tensors(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
         else:
             for first in range(0, flat.size, noise.size):
                 part = flat[first : first + noise.size]
-                np.multiply(noise[: part.size], 0.02, out=part, casting="unsafe")
+                part[:] = stored(noise[: part.size] * np.float32(0.02), kind)
         tensors[name] = values
     return tensors

@@ -11,6 +11,7 @@ from bitskip_cpu.aligned import aligned
 from bitskip_cpu.cache import KVCache, padded_keys, padded_values
 from bitskip_cpu.kernels.layout import (
     BAND,
+    BFLOAT16,
     CHUNK,
     CONTEND,
     DOWN,
@@ -47,7 +48,10 @@ from bitskip_ref.rope import rope_table
 
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
 LINEAR_KINDS = {"ternary": TERNARY, "int8": INT8_ROWS, "float32": FLOAT_ROWS}
-VOCAB_KINDS = {"int8": INT8, "int6": INT6, "int4": INT4, "float32": FLOAT32, "float16": FLOAT16}
+VOCAB_KINDS = {
+    "int8": INT8, "int6": INT6, "int4": INT4, "float32": FLOAT32, "float16": FLOAT16,
+    "bfloat16": BFLOAT16,
+}  # fmt: skip
 LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: no kernel of products.amx takes more
 REREAD = 4  # contenders do not pay if more than one of so many rows is one
 WHOLE = 15  # heads then read whole before they are tried again

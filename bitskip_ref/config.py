@@ -32,7 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rope_scaling": ("none", "linear", "llama3", "yarn"),
     "exit_norm": ("shared", "per_layer"),
     "exit_head": ("shared", "per_layer"),
-    "head_format": ("int8", "int6", "int4", "float32", "float16"),
+    "head_format": ("int8", "int6", "int4", "float32", "float16", "bfloat16"),
 }
 
 HEAD_BITS = {"int8": 8, "int6": 6, "int4": 4}
@@ -161,7 +161,7 @@ class ModelConfig:
     final norm (SPEC 8.8), rising."""
     head_format: str = "int8"
     """How embedding and head are stored when exported: codes of 8, 6 or 4 bits (SPEC 4.4), or
-    floats (SPEC 4.5)."""
+    floats of 4 or 2 bytes (SPEC 4.5)."""
 
     def __post_init__(self) -> None:
         hints = _types()

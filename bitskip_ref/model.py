@@ -23,6 +23,7 @@ from bitskip_ref.arithmetic.rope import apply_rope
 from bitskip_ref.cache import ArrayCache
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.engine import Engine, Run, Trace
+from bitskip_ref.floats import widened
 from bitskip_ref.folder import read_folder
 from bitskip_ref.packing import unpack_ternary
 from bitskip_ref.rope import rope_table
@@ -78,7 +79,7 @@ class ReferenceModel(Engine):
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """ids [T] -> x [T, D] (SPEC 4.4, 5.4, 7.4)."""
-        x = self.tensors["embed_tokens.weight"][ids].astype(f32)
+        x = widened(self.tensors["embed_tokens.weight"][ids])
         if self.config.head_format in HEAD_BITS:
             x = x * self.tensors["embed_tokens.scale"][ids][:, None]
         x = rotate_unpadded(x) if self.config.rotated_head else x

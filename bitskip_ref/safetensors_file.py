@@ -20,9 +20,12 @@ import numpy as np
 
 from bitskip_ref.excerpt import shown
 from bitskip_ref.files import replace_file
+from bitskip_ref.floats import BFLOAT16
 from bitskip_ref.tensors import FormatError
 
-DTYPES = {"U8": np.uint8, "I8": np.int8, "F32": np.float32, "F16": np.float16}
+DTYPES: dict[str, type] = {
+    "U8": np.uint8, "I8": np.int8, "F32": np.float32, "F16": np.float16, "BF16": BFLOAT16,
+}  # fmt: skip
 DTYPE_NAMES = {np.dtype(kind): name for name, kind in DTYPES.items()}
 ALIGNMENT = 64
 ENTRY = 192  # most bytes of the header for a tensor; about 120 are usual

@@ -8,10 +8,14 @@ import numpy as np
 
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.excerpt import shown
+from bitskip_ref.floats import BFLOAT16, all_finite, dtype_name
 from bitskip_ref.packing import IllegalCodeError, check_codes, packed_width
 
 WEIGHTS = "model.safetensors"
-HEAD_DTYPES = {**dict.fromkeys(HEAD_BITS, np.int8), "float32": np.float32, "float16": np.float16}
+HEAD_DTYPES: dict[str, type] = {
+    **dict.fromkeys(HEAD_BITS, np.int8), "float32": np.float32, "float16": np.float16,
+    "bfloat16": BFLOAT16,
+}  # fmt: skip
 
 
 class FormatError(ValueError):
@@ -131,8 +135,8 @@ def _check(
 ) -> None:
     if t.dtype != kind or t.shape != shape:
         raise FormatError(
-            f"{WEIGHTS}: {name} is {t.dtype}{list(t.shape)}, "
-            f"the config asks for {np.dtype(kind)}{list(shape)}"
+            f"{WEIGHTS}: {name} is {dtype_name(t.dtype)}{list(t.shape)}, "
+            f"the config asks for {dtype_name(kind)}{list(shape)}"
         )
     if kind is np.uint8:
         try:
@@ -148,5 +152,5 @@ def _check(
                 f"{WEIGHTS}: {name} holds the illegal {form} code {worst}: "
                 f"codes lie in -{largest}..{largest}"
             )
-    elif not np.isfinite(t).all():
+    elif not all_finite(t):
         raise FormatError(f"{WEIGHTS}: {name} holds a value that is not finite")

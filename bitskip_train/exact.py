@@ -31,6 +31,7 @@ from bitskip_ref.constants import (
 from bitskip_ref.hartley import hartley
 from bitskip_train.fast import FastOps, Prepared, Rotations
 
+STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHUNK = 1 << 21  # most values of a temporary: the sums by tree need their products in memory
 
 
@@ -266,13 +267,11 @@ class ExactOps(FastOps):
         if kind in HEAD_BITS:
             codes, step = quantize(rows, HEAD_BITS[kind])
             return codes * step
-        return rows.half().float() if kind == "float16" else rows
+        return rows.to(STORED[kind]).float()
 
     def head(self, x: Tensor, weight: Tensor, scale: Tensor | None, kind: str) -> Tensor:
-        if kind == "float16":
-            weight = weight.half()
         if kind not in HEAD_BITS:
-            return float_linear(x, weight)
+            return float_linear(x, weight.to(STORED[kind]))
         rows, steps = (weight, scale) if scale is not None else quantize(weight, HEAD_BITS[kind])
         codes, step = quantize(x, 8)
         return integer_product(codes, rows, 127 * 127) * (step * steps.view(-1))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import Engine, Run, Trace
+from bitskip_ref.floats import BFLOAT16
 from bitskip_ref.folder import read_folder
 from bitskip_ref.packing import unpack_ternary
 from bitskip_train.exact import confidence
@@ -47,6 +48,7 @@ class TorchEngine(Engine):
                 width = config.linear_shapes()[owner_name.rpartition(".")[2]][1]
                 values = unpack_ternary(values, width)
             tensor = torch.from_numpy(np.array(values))
+            tensor = tensor.view(torch.bfloat16) if values.dtype == BFLOAT16 else tensor
             setattr(owner, leaf, tensor if leaf == "scale" else nn.Parameter(tensor, False))
 
     @property

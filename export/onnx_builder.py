@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from bitskip_ref.floats import BFLOAT16
+
 # The first opset and file version with 2-bit integers.
 OPSET, IR_VERSION = 25, 13
 ALIGNMENT = 64  # of weights in an external file
@@ -109,8 +111,10 @@ class GraphBuilder:
         return known[key].name
 
     def weight(self, name: str, value: np.ndarray) -> str:
-        """A large constant under a name of its own."""
-        kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+        """A large constant under a name of its own; BFLOAT16 is bfloat16 there, too."""
+        kind = onnx.TensorProto.BFLOAT16
+        if value.dtype != BFLOAT16:
+            kind = helper.np_dtype_to_tensor_dtype(value.dtype)
         raw = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
         return self._add_weight(name, Weight(raw, kind, value.shape))
 

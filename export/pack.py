@@ -15,6 +15,7 @@ from bitskip_ref.arithmetic.quant import SCALE_FLOOR, quantize_activations, quan
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.documents import END_OF_TEXT, read_documents
 from bitskip_ref.files import unfinished
+from bitskip_ref.floats import stored
 from bitskip_ref.folder import CONFIG, like_folder, write_folder
 from bitskip_ref.packing import pack_ternary
 from bitskip_ref.tensors import expected_tensors, parameter_shapes
@@ -42,7 +43,7 @@ def export_checkpoint(
 ) -> Path:
     """Write the model folder of a training checkpoint, which is only read; returns its path.
 
-    head_format: int8, int6, int4, float32 or float16 instead of the configuration's. ternary: the
+    head_format: one of CHOICES instead of the configuration's. ternary: the
     linear weights are -a, 0 and a already; keep that. exit_layer: what the folder recommends.
     by_frequency: a text; tokens are numbered by how common they are in it (renumber.py), and the
     folder recommends to draft among the first quarter. What a folder of a like model at `out` says
@@ -176,9 +177,10 @@ def packed(
         form = "int8" if name.endswith("_proj.weight") else config.head_format
         rows, scales = integer_rows(w, HEAD_BITS[form])
         return {name: rows, scale: scales}
-    if kind is np.float16 and np.abs(w).max() > np.finfo(np.float16).max:
-        raise ExportError(f"{name} exceeds float16 (65504): use --head int8 or float32")
-    return {name: w.astype(kind)}
+    try:
+        return {name: stored(w, kind)}
+    except ValueError as error:
+        raise ExportError(f"{name} {error}: use --head int8 or float32") from None
 
 
 def ternary_codes(name: str, w: np.ndarray, ternary: bool) -> tuple[np.ndarray, np.float32]:

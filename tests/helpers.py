@@ -12,6 +12,7 @@ from bitskip_ref.arithmetic.quant import quantize_activations, quantize_weights
 from bitskip_ref.config import HEAD_BITS, PRESETS, ModelConfig, small_twin
 from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.engine import Engine
+from bitskip_ref.floats import stored
 from bitskip_ref.folder import write_folder
 from bitskip_ref.packing import pack_ternary
 from bitskip_ref.tensors import expected_tensors, parameter_shapes
@@ -22,6 +23,7 @@ OPTIONS: dict[str, ModelConfig] = {
     "int4-head": small_twin("wt2-h").replace(head_format="int4"),
     "float32-head": small_twin("bitskip-v1").replace(head_format="float32"),
     "float16-head": small_twin("bitskip-v1").replace(head_format="float16"),
+    "bfloat16-head": small_twin("bitskip-v1").replace(head_format="bfloat16"),
     "per-layer-exits": small_twin("bitskip-v1").replace(
         exit_norm="per_layer", exit_head="per_layer", gates=True
     ),
@@ -96,7 +98,7 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
             codes, step = quantize_activations(parameters[name], HEAD_BITS[form])
             tensors[name], tensors[scale] = codes, step[:, 0]
         else:
-            tensors[name] = parameters[name].astype(kind)
+            tensors[name] = stored(parameters[name], kind)
     return tensors
 
 

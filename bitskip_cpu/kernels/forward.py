@@ -16,10 +16,11 @@ from bitskip_cpu.kernels.arithmetic.elementwise import (
     sigmoid,
     two_largest,
 )
-from bitskip_cpu.kernels.arithmetic.float16 import widen
+from bitskip_cpu.kernels.arithmetic.float16 import widen, widen_bfloat16
 from bitskip_cpu.kernels.contenders import count_found, find_least, norms_of_codes
 from bitskip_cpu.kernels.layout import (
     BAND,
+    BFLOAT16,
     BLOCKS,
     BOUND,
     CHUNK,
@@ -76,7 +77,7 @@ SETTLE_BYTES = 64  # of a row, on average, where few are read
 def embed(s, t):
     """Token t's embedding, and its norm if there is one (SPEC 4.4, 5.4, 7.4)."""
     n, token, x_at = s.hidden, np.int64(int32s(s.ids, s.tokens)[t]), s.x + t * 4 * s.hidden
-    if s.vocab_kind != FLOAT16 and s.vocab_kind != FLOAT32:
+    if s.vocab_kind < FLOAT32:
         codes, x = int8s(s.embedding + token * n, n), floats(x_at, n)
         scale = floats(s.embedding_scale, s.vocab)[token]
         for i in range(n):
@@ -85,6 +86,8 @@ def embed(s, t):
             rotate_unpadded(x_at, n, s.head_odd, s.head_table, s.scratch)
     elif s.vocab_kind == FLOAT16:
         widen(s.embedding + token * 2 * n, x_at, n)
+    elif s.vocab_kind == BFLOAT16:
+        widen_bfloat16(s.embedding + token * 2 * n, x_at, n)
     else:
         copy(s.embedding + token * 4 * n, x_at, n)
     if s.embedding_norm:

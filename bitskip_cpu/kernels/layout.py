@@ -79,7 +79,7 @@ odd part of the width and address of `hartley` of it (SPEC 5.3), 0: it is not tu
 
 QKV, OUT, UP, DOWN, VOCAB, BOUND, SETTLE = range(7)
 PRODUCTS = 4  # of a block
-INT8, FLOAT32, FLOAT16, INT6, INT4 = range(5)  # vocab_kind
+INT8, INT6, INT4, FLOAT32, FLOAT16, BFLOAT16 = range(6)  # vocab_kind: integers, then floats
 TERNARY, INT8_ROWS, FLOAT_ROWS = range(3)  # linear_kind
 CACHED_FLOAT32, CACHED_FLOAT16, CACHED_INT8 = 4, 2, 1  # number_bytes: of a number in the cache
 SWIGLU, GATED_RELU2, RELU2 = 0, 1, 2  # ffn_kind

@@ -29,7 +29,6 @@ from bitskip_cpu.kernels.layout import (
     BOUND,
     CACHED_INT8,
     DOWN,
-    FLOAT16,
     FLOAT32,
     FLOAT_ROWS,
     INT8_ROWS,
@@ -205,7 +204,7 @@ def exit_in(s, scratch, t):
     """x -> final norm, its codes if needed (SPEC 8.1, 5.4, 4.4)."""
     input_at = s.input + t * s.input_stride
     norm(s, s.x + t * 4 * s.hidden, s.final_norm, input_at, s.hidden, scratch)
-    if s.vocab_kind == FLOAT16 or s.vocab_kind == FLOAT32:
+    if s.vocab_kind >= FLOAT32:
         return
     if s.head_odd:  # elsewhere: the norm's result is a stage
         turned_at = s.y + t * 4 * s.hidden

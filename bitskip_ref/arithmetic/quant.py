@@ -6,6 +6,7 @@ import numpy as np
 
 from bitskip_ref import constants
 from bitskip_ref.arithmetic.sums import feature_sum
+from bitskip_ref.floats import widened
 
 f32 = np.float32
 SCALE_FLOOR = f32(constants.SCALE_FLOOR)
@@ -51,7 +52,7 @@ def int8_linear(x: np.ndarray, weights: np.ndarray, scales: np.ndarray) -> np.nd
 
 
 def float_linear(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """SPEC 4.5. x f32 [..., in], weights f32 or f16 [out, in] -> f32 [..., out]."""
-    w = weights.astype(f32)
+    """SPEC 4.5. x f32 [..., in], weights f32, f16 or BFLOAT16 [out, in] -> f32 [..., out]."""
+    w = widened(weights)
     rows = [feature_sum(row * w) for row in x.reshape(-1, x.shape[-1])]
     return np.stack(rows).reshape(*x.shape[:-1], w.shape[0])

@@ -9,11 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-from bitskip_export.foreign.source import Floats, RefusedError, Report, Source, Ternary
+from bitskip_export.foreign.source import (
+    Floats,
+    RefusedError,
+    Report,
+    Source,
+    Ternary,
+    lossless_head,
+    vocabulary_types,
+)
 from bitskip_export.pack import check_target
 from bitskip_ref.arithmetic.hadamard import rotate_unpadded
 from bitskip_ref.arithmetic.quant import quantize_activations, quantize_weights
 from bitskip_ref.config import HEAD_BITS, MOST_ODD, ModelConfig, odd_part
+from bitskip_ref.floats import stored
 from bitskip_ref.folder import write_folder
 from bitskip_ref.packing import pack_ternary, packed_width
 from bitskip_ref.tensors import expected_tensors
@@ -122,9 +131,10 @@ class Tensors(Mapping[str, np.ndarray]):
         made = np.empty(shape, kind)
         for first, end in pieces(weight.shape):
             part = weight.rows(first, end)
-            if kind is np.float16 and np.abs(part).max(initial=0) > np.finfo(np.float16).max:
-                raise RefusedError(f"{name} exceeds float16 (65504): choose another head format")
-            made[first:end] = part
+            try:
+                made[first:end] = stored(part, kind)
+            except ValueError as error:
+                raise RefusedError(f"{name} {error}: choose another head format") from None
         return made
 
 
@@ -177,29 +187,23 @@ def _report(source: Source, config: ModelConfig) -> Report:
     if source.sampling:
         said = ", ".join(f"{name} {value:g}" for name, value in source.sampling.items())
         kept.append(f"recommended sampling: {said}")
-    counts: dict[tuple[str, bool], int] = {}
-    for weight in source.weights.values():
-        if len(weight.shape) == 2:
-            key = weight.stored, isinstance(weight, Ternary)
-            counts[key] = counts.get(key, 0) + 1
     linear = {
         (w.stored, isinstance(w, Ternary))
         for name, w in source.weights.items()
         if name.endswith("_proj.weight")
     }
-    for stored, codes in sorted(linear):
+    for word, codes in sorted(linear):
         if codes:
-            kept.append(f"linear weights: codes and scales ({stored})")
+            kept.append(f"linear weights: codes and scales ({word})")
         elif config.linear == "ternary":
-            converted.append(f"linear weights: {stored} masters to ternary (SPEC 4.1)")
+            converted.append(f"linear weights: {word} masters to ternary (SPEC 4.1)")
         elif config.linear == "int8":
             turned = ", rotated (SPEC 5.3)" if config.hadamard else ""
-            converted.append(f"linear weights: {stored} to int8 rows{turned}")
+            converted.append(f"linear weights: {word} to int8 rows{turned}")
         else:
-            kept.append(f"linear weights: {stored} as float32")
-    stored = source.weights["embed_tokens.weight"].stored
-    if config.head_format == "float32":
-        kept.append(f"embedding and head: {stored} as float32")
-    else:
-        converted.append(f"embedding and head: {stored} to {config.head_format}")
+            kept.append(f"linear weights: {word} as float32")
+    words = vocabulary_types(source.weights)
+    same = config.head_format in ("float32", lossless_head(source.weights))
+    how = f"{' and '.join(words)} {'as' if same else 'to'} {config.head_format}"
+    (kept if same else converted).append(f"embedding and head: {how}")
     return replace(source.report, kept=tuple(kept), converted=tuple(converted))

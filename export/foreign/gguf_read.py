@@ -27,6 +27,7 @@ from bitskip_export.foreign.source import (
     Source,
     Ternary,
     Weight,
+    lossless_head,
 )
 from bitskip_ref.config import CHOICES, ConfigError, ModelConfig
 from bitskip_ref.excerpt import shown
@@ -97,6 +98,8 @@ def read_gguf(path: Path) -> Source:
     if named:
         name = next(iter(named.values())).name
         raise RefusedError(f"{path}: tensor {shown(name)} has no place in what the keys describe")
+    if config.head_format == "float32":
+        config = config.replace(head_format=lossless_head(weights))
     words = tokenizer_json(path, metadata, config.vocab_size)
     return Source(
         origin=f"GGUF file {path}",

@@ -30,11 +30,13 @@ from bitskip_export.foreign.source import RefusedError, Report
 from bitskip_export.pack import ExportError
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.files import replace_file
+from bitskip_ref.floats import BFLOAT16, stored
 from bitskip_ref.folder import Folder
 from bitskip_ref.tensors import parameter_shapes
 
 ALIGNMENT = 32
-F32, F16, TQ2_0 = 0, 1, 35  # ggml's numbers of tensor types
+F32, F16, BF16, TQ2_0 = 0, 1, 30, 35  # ggml's numbers of tensor types
+FLOATS: dict[type, int] = {np.float32: F32, np.float16: F16, BFLOAT16: BF16}
 TQ2_0_BLOCK = 256
 FILE_TYPES = {F32: 0, F16: 1, TQ2_0: 37, Q2_0: 0}  # general.file_type; the last has none known
 
@@ -160,10 +162,9 @@ def _entries(model: Given, architecture: str) -> Iterator[tuple[str, Entry]]:
             scale = name.removesuffix("weight") + "scale"
             yield written_name(scale), Entry(F32, (1,), 4, _alpha(model, name))
             continue
-        half = model.is_vocabulary(name) and c.head_format == "float16"
-        dtype = np.float16 if half else np.float32
+        dtype = model.written_kind(name)
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        yield theirs, Entry(F16 if half else F32, shape, size, _floats(model, name, order, dtype))
+        yield theirs, Entry(FLOATS[dtype], shape, size, _floats(model, name, order, dtype))
 
 
 def ternary_kind(width: int) -> tuple[int, int]:
@@ -186,9 +187,9 @@ def _alpha(model: Given, name: str) -> Iterator[np.ndarray]:
 
 def _floats(model: Given, name: str, order: np.ndarray | None, dtype: type) -> Iterator[np.ndarray]:
     if order is None:
-        yield from (piece.astype(dtype) for piece in model.pieces(name))
+        yield from (stored(piece, dtype) for piece in model.pieces(name))
     else:
-        yield model.rows(name, 0, len(order))[order].astype(dtype)
+        yield stored(model.rows(name, 0, len(order))[order], dtype)
 
 
 def pack_blocks(codes: np.ndarray, kind: int) -> np.ndarray:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitskip_export.foreign.source import Report
+from bitskip_export.foreign.source import VOCABULARY, Report
 from bitskip_export.pack import CHUNK
 from bitskip_ref.arithmetic.hadamard import rotate_unpadded
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.exits.fixed import check_exit_layer
+from bitskip_ref.floats import widened
 from bitskip_ref.folder import Folder
 from bitskip_ref.packing import unpack_ternary
-from bitskip_ref.tensors import parameter_shapes
+from bitskip_ref.tensors import HEAD_DTYPES, parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Given:
         Rows that were turned (SPEC 5.3, 5.4) are turned back, so that they fit plain inputs.
         """
         stored, full = self.names[name], self.folder.config
-        part = self.folder.tensors[stored][first:end].astype(np.float32)
+        part = widened(self.folder.tensors[stored][first:end])
         linear = name.endswith("_proj.weight") and full.linear == "int8"
-        if linear or (full.head_format in HEAD_BITS and self.is_vocabulary(name)):
+        if linear or (full.head_format in HEAD_BITS and name in VOCABULARY):
             scales = self.folder.tensors[stored.removesuffix("weight") + "scale"]
             part *= scales[first:end, None]
             if full.hadamard if linear else full.rotated_head:
@@ -83,10 +84,12 @@ class Given:
             converted.append(f"activations: {activations}")
         return Report(tuple(kept), tuple(converted), self.dropped)
 
-    @staticmethod
-    def is_vocabulary(name: str) -> bool:
-        """Whether it is the embedding or a head."""
-        return name in ("embed_tokens.weight", "lm_head.weight")
+    def written_kind(self, name: str) -> type:
+        """The dtype of floats there: embedding and head keep float16 and BFLOAT16."""
+        floats = self.config.head_format not in HEAD_BITS
+        if floats and name in VOCABULARY:
+            return HEAD_DTYPES[self.config.head_format]
+        return np.float32
 
 
 def at_exit(folder: Folder, exit_layer: int | None) -> Given:
@@ -105,7 +108,8 @@ def at_exit(folder: Folder, exit_layer: int | None) -> Given:
         num_hidden_layers=n, gates=False, exit_norm="shared", exit_head="shared", exit_blocks=()
     )
     if config.linear == "int8":
-        config = config.replace(linear="float32", hadamard=False, head_format="float32")
+        kept = "float32" if config.head_format in HEAD_BITS else config.head_format
+        config = config.replace(linear="float32", hadamard=False, head_format=kept)
     norm, head = full.exit_names(n)
     table = {name: name for name in parameter_shapes(config)}
     for name in table:

@@ -16,6 +16,7 @@ from bitskip_export.foreign.source import (
     Source,
     Ternary,
     Weight,
+    lossless_head,
 )
 from bitskip_export.foreign.words import added_first
 from bitskip_ref.config import ModelConfig
@@ -82,6 +83,8 @@ def read_huggingface(root: Path) -> Source:
         else:
             _check_shape(named[name], shape)
             weights[name] = named[name].floats()
+    if config.head_format == "float32":
+        config = config.replace(head_format=lossless_head(weights))
     if scales:
         raise RefusedError(f"{root}: {min(scales)}_scale scales a tensor that is not there")
     own = raw.get(OURS) if isinstance(raw.get(OURS), dict) else {}

@@ -17,6 +17,7 @@ from bitskip_export.foreign.hf_names import theirs
 from bitskip_export.foreign.source import RefusedError, Report
 from bitskip_export.pack import check_target
 from bitskip_ref.files import replace_file, replace_folder
+from bitskip_ref.floats import stored
 from bitskip_ref.folder import CHAT, CONFIG, GENERATION, TOKENIZER, Folder, stored_sampling
 from bitskip_ref.safetensors_file import write_tensors
 from bitskip_ref.tensors import WEIGHTS, parameter_shapes
@@ -81,13 +82,15 @@ def write_huggingface(
 def _write_weights(model: Given, path: Path, progress: Progress) -> None:
     """One safetensors file, some thousand rows at a time."""
     shapes: dict[str, tuple[type, tuple[int, ...]]] = {}  # by our names
+    ternary = model.config.linear == "ternary"
     for name, shape in parameter_shapes(model.config).items():
-        if model.config.linear == "ternary" and name.endswith("_proj.weight"):
+        if ternary and name.endswith("_proj.weight"):
             shapes[name] = np.uint8, (shape[0] // PACKED, shape[1])
             shapes[f"{name}_scale"] = np.float32, (1,)
         else:
-            half = model.is_vocabulary(name) and model.config.head_format == "float16"
-            shapes[name] = np.float16 if half else np.float32, shape
+            # transformers leaves floats of a quantized model as the file has them, whatever dtype
+            # is asked for, and then computes in 16 bits.
+            shapes[name] = np.float32 if ternary else model.written_kind(name), shape
     named = {theirs(n.removesuffix("_scale")) + "_scale" * n.endswith("_scale"): s
              for n, s in shapes.items()}  # fmt: skip
     total = sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in shapes.values())
@@ -108,7 +111,7 @@ def _pieces(model: Given, name: str, kind: type) -> Iterable[np.ndarray]:
         return [np.array([model.alpha(name.removesuffix("_scale"))], np.float32)]
     if kind is np.uint8:
         return [pack_rows(model.codes(name))]
-    return (piece.astype(kind) for piece in model.pieces(name))
+    return (stored(piece, kind) for piece in model.pieces(name))
 
 
 def pack_rows(codes: np.ndarray) -> np.ndarray:

@@ -13,14 +13,15 @@ import numpy as np
 
 from bitskip_export.foreign.source import Floats, RefusedError
 from bitskip_ref.excerpt import shown
+from bitskip_ref.floats import BFLOAT16, widened
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RANK = 4  # axes that a tensor has at most
 LARGEST_JSON = 8 << 20  # bytes of a header or a file beside it; parsed it takes many times that
-# The file's word -> what NumPy maps it as; bfloat16 is the upper half of a float32.
+# The file's word -> what NumPy maps it as.
 KINDS = {
-    "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U8": np.uint8, "I8": np.int8,
+    "F32": np.float32, "F16": np.float16, "BF16": BFLOAT16, "U8": np.uint8, "I8": np.int8,
     "F64": np.float64, "I32": np.int32, "I64": np.int64, "BOOL": np.uint8,
 }  # fmt: skip
 FLOATS = ("F32", "F16", "BF16")
@@ -44,16 +45,11 @@ class Stored:
     def _rows(self, first: int, end: int) -> np.ndarray:
         part = self.values[first:end]
         if self.dtype == "BF16":
-            part = widen_bfloat16(part)
+            part = widened(part)
         part = np.array(part, np.float32)
         if not np.isfinite(part).all():
             raise RefusedError(f"{self.file}: {self.name} holds a value that is not finite")
         return part
-
-
-def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """uint16 patterns of bfloat16 -> the same numbers as float32, exactly."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def open_shards(root: Path) -> dict[str, Stored]:

@@ -39,6 +39,19 @@ class Ternary:
 
 
 Weight = Floats | Ternary
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+LOSSLESS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # a file's word: head_format
+
+
+def vocabulary_types(weights: Mapping[str, Weight]) -> list[str]:
+    """The files' words for what they hold embedding and head in."""
+    return sorted({weights[name].stored for name in VOCABULARY if name in weights})
+
+
+def lossless_head(weights: Mapping[str, Weight]) -> str:
+    """The head_format that keeps embedding and head as they are: that of the files, or float32."""
+    words = vocabulary_types(weights)
+    return LOSSLESS.get(words[0], "float32") if len(words) == 1 else "float32"
 
 
 @dataclass(frozen=True)

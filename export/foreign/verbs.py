@@ -24,7 +24,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 )  # fmt: skip
 @click.option(
     "--head", type=click.Choice(CHOICES["head_format"]),
-    help="How embedding and head are stored. Default: float32 with --linear float32, else int8.",
+    help="How embedding and head are stored. Default: int8; with --linear float32 as they are.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Write over a folder that holds other files.")
 def bring(source: str, out: Path, linear: str | None, head: str | None, force: bool) -> None:

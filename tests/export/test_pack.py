@@ -17,6 +17,7 @@ from bitskip_export.report import summary
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.exits import FixedExit
+from bitskip_ref.floats import BFLOAT16, stored
 from bitskip_ref.folder import ChatForm, read_folder, write_auto_exit, write_folder
 from bitskip_ref.packing import unpack_ternary
 from bitskip_ref.tensors import FormatError
@@ -76,11 +77,15 @@ def test_the_head_format_can_be_chosen(tmp_path: Path) -> None:
     assert folder.config == CONFIG.replace(head_format="float16")
     head = random_parameters(CONFIG)["lm_head.weight"].astype(np.float16)
     assert difference("head", head, folder.tensors["lm_head.weight"]) is None
-    large = {"lm_head.weight": np.full((97, 48), 7e4, np.float32)}
-    path = write_checkpoint(tmp_path / "b.pt", **large)
-    with pytest.raises(ExportError, match=r"lm_head.weight exceeds float16.*--head int8"):
-        export_checkpoint(path, tmp_path / "n", head_format="float16")
-    assert not (tmp_path / "n").exists()
+    folder = read_folder(export_checkpoint(path, tmp_path / "m", head_format="bfloat16"))
+    head = stored(random_parameters(CONFIG)["lm_head.weight"], BFLOAT16)
+    assert np.array_equal(head, folder.tensors["lm_head.weight"])
+    for value, kind in ((7e4, "float16"), (3.4e38, "bfloat16")):
+        large = {"lm_head.weight": np.full((97, 48), value, np.float32)}
+        path = write_checkpoint(tmp_path / "b.pt", **large)
+        with pytest.raises(ExportError, match=rf"lm_head.weight exceeds {kind} .*--head int8"):
+            export_checkpoint(path, tmp_path / "n", head_format=kind)
+        assert not (tmp_path / "n").exists()
 
 
 def test_ternary_weights_are_kept_only_when_said(tmp_path: Path) -> None:

@@ -393,6 +393,19 @@ def test_a_file_that_is_none_is_not_waited_for(name: str, tmp_path: Path) -> Non
         fd.read_folder(root)
 
 
+def test_a_bfloat16_head_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    root = random_folder(tmp_path, twin("bfloat16-head"))
+    assert fd.read_folder(root).tensors["lm_head.weight"].dtype == np.uint16
+    edit_tensor(root, "lm_head.weight", lambda t: t.__setitem__((96, 47), 0x7F80))
+    with pytest.raises(fd.FormatError, match=r"lm_head\.weight holds a value that is not finite"):
+        fd.read_folder(root)
+    config = twin("bfloat16-head")
+    as_half = {k: t.view(np.float16) if t.dtype == np.uint16 else t
+               for k, t in random_tensors(config).items()}  # fmt: skip
+    with pytest.raises(fd.FormatError, match=r"is float16.*asks for bfloat16"):
+        fd.write_folder(tmp_path / "n", config, as_half)
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(fd.FormatError, match="no model folder"):
         fd.read_folder(tmp_path / "none")

@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {  # of theirs, what each is made from
     "float": {"linear": "float32", "head_format": "float32", "rope_scaling": "linear",
               "rope_factor": 2.0},
     "biases": {"linear": "float32", "head_format": "float32", "biases": "qkv"},
+    "bfloat16": {"linear": "float32", "head_format": "bfloat16"},
     "head norms": {"linear": "float32", "head_format": "float32", "qk_norm": True},
     "sub norms": {"sub_norm": True, "tie_word_embeddings": True},
 }  # fmt: skip

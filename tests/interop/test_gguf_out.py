@@ -36,6 +36,7 @@ GIVEN: dict[str, ModelConfig] = {
     "Q2_0": LLAMA.replace(hidden_size=64, intermediate_size=192, head_format="int8"),
     "F32": FLOAT,
     "float16": FLOAT.replace(head_format="float16", rope_scaling="linear", rope_factor=4.0),
+    "bfloat16": FLOAT.replace(head_format="bfloat16"),
     "biases": FLOAT.replace(biases="qkvo"),
     "llama3": FLOAT.replace(
         rope_scaling="llama3",

@@ -15,7 +15,7 @@ from bitskip_export.foreign.hf_write import pack_rows, write_huggingface
 from bitskip_export.foreign.source import RefusedError
 from bitskip_ref.arithmetic.quant import quantize_weights
 from bitskip_ref.compare import difference
-from bitskip_ref.config import ModelConfig, small_twin
+from bitskip_ref.config import HEAD_BITS, ModelConfig, small_twin
 from bitskip_ref.folder import read_folder
 from bitskip_ref.tensors import expected_tensors
 from tests.helpers import random_folder
@@ -233,6 +233,27 @@ def test_a_wrong_activation_is_seen(tmp_path: Path) -> None:
         assert_close(distances(theirs, folder, length=4))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_bfloat16_head_stays(tied: bool, tmp_path: Path) -> None:
+    """As the file has it, and out again; int8 only where that is wanted."""
+    model = random_model("Llama", tie_word_embeddings=tied).to(torch.bfloat16)
+    source = read_huggingface(save(model, tmp_path / "hf"))
+    report = import_model(source, tmp_path / "a", linear="float32")
+    assert "kept: embedding and head: BF16 as bfloat16" in report.lines()
+    folder = read_folder(tmp_path / "a")
+    assert folder.config.head_format == "bfloat16"
+    theirs = model.state_dict()["model.embed_tokens.weight"].view(torch.int16).numpy()
+    assert np.array_equal(folder.tensors["embed_tokens.weight"], theirs.view(np.uint16))
+    write_huggingface(folder, tmp_path / "out")
+    again = load(tmp_path / "out").to(torch.bfloat16)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(again.state_dict()[name], model.state_dict()[name])
+    report = import_model(source, tmp_path / "b", linear="float32", head_format="float16")
+    assert "converted: embedding and head: BF16 to float16" in report.lines()
+    import_model(source, tmp_path / "c", linear="int8")
+    assert read_folder(tmp_path / "c").config.head_format == "int8"
+
+
 # ---- written ------------------------------------------------------------------------
 
 LLAMA = small_twin("bitskip-v1")
@@ -242,6 +263,7 @@ GIVEN: dict[str, ModelConfig] = {
     "llama-int8": LLAMA,
     "llama-int4": LLAMA.replace(head_format="int4"),
     "llama-float16": LLAMA.replace(head_format="float16"),
+    "llama-bfloat16": LLAMA.replace(head_format="bfloat16"),
     "llama-relu2": LLAMA.replace(ffn="gated_relu2", head_format="float32"),
     "llama-float": small_twin("llama3"),
     "llama-biases": small_twin("llama3").replace(biases="qkvo"),
@@ -257,7 +279,7 @@ GIVEN: dict[str, ModelConfig] = {
 def test_what_is_written_comes_back(name: str, tmp_path: Path) -> None:
     first = read_folder(random_folder(tmp_path / "model", GIVEN[name]))
     write_huggingface(first, tmp_path / "hf")
-    if first.config.head_format == "float32":
+    if first.config.head_format not in HEAD_BITS:
         assert_close(distances(load(tmp_path / "hf"), first.path, length=4))
     again = read_folder(bring(tmp_path / "hf", tmp_path / "again"))
     assert again.config == first.config and again.eos_token_id == first.eos_token_id

@@ -11,6 +11,7 @@ import pytest
 from bitskip_export.foreign import convert
 from bitskip_export.foreign.convert import import_model
 from bitskip_export.foreign.hf_read import read_huggingface
+from bitskip_export.foreign.hf_write import write_huggingface
 from bitskip_export.foreign.source import RefusedError
 from bitskip_ref.arithmetic.hadamard import rotate_unpadded
 from bitskip_ref.folder import read_folder
@@ -67,8 +68,10 @@ def test_turning_pays_where_one_value_is_large() -> None:
 def test_what_is_asked_for_is_taken(tmp_path: Path) -> None:
     source = read_huggingface(save(random_model("Llama"), tmp_path / "hf"))
     import_model(source, tmp_path / "a", linear="int8", head_format="float16")
-    config = read_folder(tmp_path / "a").config
-    assert config.head_format == "float16" and not config.rotated_head
+    folder = read_folder(tmp_path / "a")
+    assert folder.config.head_format == "float16" and not folder.config.rotated_head
+    write_huggingface(folder, tmp_path / "out")  # linear layers as floats, the head as it was
+    assert read_huggingface(tmp_path / "out").config.head_format == "float16"
     wide = source.config.replace(intermediate_size=257 * 4)
     assert not convert.chosen(wide, "int8", None).hadamard  # an odd part above 255
     ternary = read_huggingface(ternary_model(tmp_path / "t", "Llama", "offline"))

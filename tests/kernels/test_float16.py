@@ -1,4 +1,4 @@
-"""float16: every number exactly to float32, and every kind of rounding back (SPEC 6.5)."""
+"""float16, bfloat16: every number exactly to float32, and roundings back (SPEC 6.5, 4.5)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bitskip_cpu.kernels.arithmetic.lanes import store_lanes
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
 from bitskip_ref.arithmetic.functions import half
+from bitskip_ref.floats import widened
 from tests.kernels.calling import call, same_bits
 
 f32 = np.float32
@@ -45,6 +46,14 @@ def test_lanes_of_every_finite_half(hardware: bool, monkeypatch: pytest.MonkeyPa
     out = np.zeros(len(FINITE), f32)
     call(kernel(widen_all), FINITE, out, len(FINITE))
     assert same_bits(FINITE.view(np.float16).astype(f32), out)
+
+
+def test_every_finite_bfloat16() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    bits = bits[np.isfinite(widened(bits))]
+    out = np.zeros(len(bits), f32)
+    call(kernels.widen_bfloat16, bits, out, len(bits))
+    assert same_bits(widened(bits), out)
 
 
 def test_every_kind_of_rounding() -> None:

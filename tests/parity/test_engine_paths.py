@@ -23,8 +23,8 @@ X86 = {
     "vnni256": {"BITSKIP_ISA": "vnni256"},
 }
 COMPILED = ["extreme", "wide", "wide-hadamard", "wt2-bitskip", "bitskip-v2", "bitnet-2b4t",
-            "layerskip", "float16-head", "per-layer-exits", "smallest", "long:float16",
-            "wide:float16", "bitnet-2b4t:float16", "long:int8", "wide:int8",
+            "layerskip", "float16-head", "bfloat16-head", "per-layer-exits", "smallest",
+            "long:float16", "wide:float16", "bitnet-2b4t:float16", "long:int8", "wide:int8",
             "extreme:int8", "int8"]  # fmt: skip
 INTERPRETED = ["smallest", "smallest:float16", "smallest:int8"]
 ADDED = {  # paths of `added_path`: environment, what they run

@@ -24,7 +24,7 @@ from bitskip_train.loaded import TorchEngine
 from tests.helpers import QUANTIZED, chosen_round, random_tensors, random_tokens, twin
 
 # Presets with twins of their own, and heads and exits that no preset has.
-NAMES = [*{twin(n): n for n in QUANTIZED}.values(), "per-layer-exits", "float16-head"]
+NAMES = [*{twin(n): n for n in QUANTIZED}.values(), "per-layer-exits", "bfloat16-head"]
 PROMPTS = 200 // len(NAMES) + 1
 
 

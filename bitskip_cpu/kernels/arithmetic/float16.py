@@ -1,4 +1,4 @@
-"""float16 and back: exact, and the same on every CPU (SPEC 6.5; float heads, SPEC 4.5)."""
+"""float16 and back, bfloat16 to float32: exact, and the same on every CPU (SPEC 6.5, 4.5)."""
 
 from __future__ import annotations
 
@@ -57,6 +57,14 @@ def widen(source_at, target_at, n):
     x = floats(target_at, n)
     for i in range(n):
         x[i] = x[i] * EXPONENT_SHIFT
+
+
+@kernel
+def widen_bfloat16(source_at, target_at, n):
+    """bfloat16 bits, the upper half of a float32's -> float32."""
+    source, target = float16s(source_at, n), int32s(target_at, n)
+    for i in range(n):
+        target[i] = i32(source[i]) << i32(16)
 
 
 def load_float16s(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:

@@ -8,9 +8,19 @@ import numpy as np
 
 from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.arithmetic.elementwise import dot_tree, relu2
-from bitskip_cpu.kernels.arithmetic.float16 import widen
+from bitskip_cpu.kernels.arithmetic.float16 import widen, widen_bfloat16
 from bitskip_cpu.kernels.arithmetic.lanes import scaled_sums
-from bitskip_cpu.kernels.layout import ACC_STRIDE, BAND, FLOAT16, FLOAT32, INT4, INT6, INT8, LANES
+from bitskip_cpu.kernels.layout import (
+    ACC_STRIDE,
+    BAND,
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    INT4,
+    INT6,
+    INT8,
+    LANES,
+)
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int32s
 from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS
@@ -74,7 +84,7 @@ def float_rows(s, p, first, last, scratch_at):
 @kernel
 def vocab_rows(s, first, last, scratch_at, acc_at):
     """Logits of ids first..last-1 for every token (SPEC 4.4, 4.5)."""
-    if s.vocab_kind != FLOAT16 and s.vocab_kind != FLOAT32:
+    if s.vocab_kind < FLOAT32:
         integer_rows(s, s.vocab_kind, s.vocab_weights, s.vocab_row_bytes, s.hidden, s.vocab_scale,
                      s.logits, 4 * s.vocab, first, last, acc_at)  # fmt: skip
         return
@@ -83,6 +93,9 @@ def vocab_rows(s, first, last, scratch_at, acc_at):
         row_at = s.vocab_weights + row * s.vocab_row_bytes
         if s.vocab_kind == FLOAT16:
             widen(row_at, widened_at, s.hidden)
+            row_at = widened_at
+        elif s.vocab_kind == BFLOAT16:
+            widen_bfloat16(row_at, widened_at, s.hidden)
             row_at = widened_at
         for t in range(s.tokens):
             y = dot_tree(s.input + t * s.input_stride, row_at, s.hidden, scratch_at)
