@@ -62,10 +62,10 @@ PATHS = [
          matrix_unit=True, few_above=(2, 4), accumulators=4),
     Path("vbmi512", _VBMI512, dense=True, bytes_above=16, accumulators=20),
     Path("vnni512", _VNNI512, bytes_above=16, accumulators=20),
-    # More accumulators would not fit its 16 registers.
+    # More accumulators would not fit the 16 registers of the next two.
     Path("vnni256", ("avx2", "avxvnni"), width=32, panel=(1, 4), accumulators=13),
     Path("avx2", ("avx2",), dot="vpmaddubsw", width=32, pairs=True, signed_bytes=True,
-         panel=(1, 4), bytes_above=NEVER, accumulators=20),
+         panel=(1, 4), bytes_above=NEVER, accumulators=12),
     Path("dotprod", ("dotprod",), dot="sdot", width=16, signed_bytes=True, panel=(1, 6),
          accumulators=16),
     Path("plain", (), kernels="plain", panel=(1, 4), bytes_above=NEVER),

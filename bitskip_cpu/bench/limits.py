@@ -61,10 +61,19 @@ def _reader() -> Compiled:
 
 
 def _multiplier() -> Compiled:
-    """(turns, seed) -> anything; a turn is the path's own `dot` on each of its accumulators."""
-    from bitskip_cpu.kernels.products.dot import BYTES, INTS, constant, dot
+    """(turns, seed) -> anything; a turn is the path's own product on each of its accumulators.
+
+    That is `dot`; where pairs are summed in 16 bits first, just these sums.
+    """
+    from bitskip_cpu.kernels.products.dot import BYTES, INTS, WORDS, constant, dot, sums_of_pairs
 
     count = isa.PATH.accumulators
+
+    def add(builder: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+        if not isa.PATH.pairs:
+            return dot(builder, total, u, s)
+        words = builder.add(builder.bitcast(total, WORDS), sums_of_pairs(builder, u, s))
+        return builder.bitcast(words, INTS)
 
     @intrinsic(returns="int64")
     def multiply(builder: ir.IRBuilder, turns: ir.Value, seed: ir.Value) -> ir.Value:
@@ -80,7 +89,7 @@ def _multiplier() -> Compiled:
                 # The neighbour's sum as an operand: no product can be moved out of the loop.
                 unsigned = builder.load(sums[(i + 1) % count])
                 operand = builder.bitcast(unsigned, BYTES)
-                builder.store(dot(builder, builder.load(total), operand, signed), total)
+                builder.store(add(builder, builder.load(total), operand, signed), total)
         longs = ir.VectorType(LONG, INTS.count // 2)
         return _fold(builder, [builder.bitcast(builder.load(t), longs) for t in sums])
 

@@ -256,11 +256,10 @@ def test_the_multiply_loop_does_every_product() -> None:
         for i in range(count):
             products = sums[(i + 1) % count].view(np.uint8).astype(np.int32) * signed
             if isa.PATH.pairs:
-                pairs = products.reshape(-1, 2).sum(1)
-                sums[i] = sums[i] + np.clip(pairs, -(2**15), 2**15 - 1).reshape(-1, 2).sum(1)
+                pairs = np.clip(products.reshape(-1, 2).sum(1), -(2**15), 2**15 - 1)
+                sums[i] = (sums[i].view(np.int16) + pairs).astype(np.int16).view(np.int32)
             else:
-                sums[i] = sums[i] + products.reshape(-1, 4).sum(1)
-            sums[i] = sums[i].astype(np.int32)
+                sums[i] = (sums[i] + products.reshape(-1, 4).sum(1)).astype(np.int32)
     expected = np.bitwise_xor.reduce(np.stack(sums)).view(np.int64)
     assert limits._multiplier()(turns, seed) == np.bitwise_xor.reduce(expected)
 

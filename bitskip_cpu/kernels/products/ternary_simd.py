@@ -1,8 +1,8 @@
 """Kernels of packed and unpacked ternary tiles (`ternary_layout`), as LLVM IR (SPEC 4.3).
 
 The 16 rows of a tile are lanes; a column's activation codes are broadcast. The weights' codes are
-unsigned bytes 0, 1, 2 and the first operand of `dot`. On AVX2 the pairs of a unit are summed in 16
-bits first: at most 16 * 2 * 2 * 127 = 8128.
+unsigned bytes 0, 1, 2 and the first operand of `dot`. On AVX2 pairs are summed in 16 bits first, of
+up to PAIRS planes: at most 64 * 2 * 2 * 127 = 32512.
 
 Tokens above `last` repeat it, so that a border needs no code of its own; the int32 sums of a
 token's 16 rows lie side by side, the next token's `out stride` bytes further.
@@ -43,6 +43,7 @@ from bitskip_cpu.kernels.products.ternary_layout import (
 )
 
 REGISTERS = LINE // WIDTH  # of a line
+PAIRS = 64  # planes whose sums of pairs fit 16 bits
 Line = list[ir.Value]
 
 
@@ -117,26 +118,29 @@ class Sums:
             [[variable(builder, constant(INTS, 0)) for _ in range(chains)]
              for _ in range(registers)] for _ in range(tokens)
         ]  # fmt: skip
-        self.pairs: dict[tuple[int, int], ir.Value] = {}
+        self.pairs = [
+            [variable(builder, constant(WORDS, 0)) for _ in range(registers)]
+            for _ in range(tokens if PATH.pairs else 0)
+        ]
 
     def add(self, t: int, r: int, weights: ir.Value, codes: ir.Value, chain: int) -> None:
         """Add products to token t, register r; `chain` is taken modulo their number."""
         builder = self.builder
         if PATH.pairs:
-            pairs = sums_of_pairs(builder, weights, codes)
-            before = self.pairs.get((t, r))
-            self.pairs[t, r] = builder.add(before, pairs) if before else pairs
+            pairs, before = sums_of_pairs(builder, weights, codes), self.pairs[t][r]
+            builder.store(builder.add(builder.load(before), pairs), before)
             return
         total = self.totals[t][r][chain % self.chains]
         builder.store(dot(builder, builder.load(total), weights, codes), total)
 
     def flush(self) -> None:
-        """Add 16-bit sums, if the path has them, to the 32-bit ones; after at most 64 planes."""
+        """Add 16-bit sums, if the path has them, to the 32-bit ones; after at most PAIRS planes."""
         builder = self.builder
-        for (t, r), pairs in self.pairs.items():
-            total = self.totals[t][r][0]
-            builder.store(add_pairs(builder, builder.load(total), pairs), total)
-        self.pairs = {}
+        for totals, by_register in zip(self.totals, self.pairs, strict=False):  # or there are none
+            for (total, *_), pairs in zip(totals, by_register, strict=True):
+                added = add_pairs(builder, builder.load(total), builder.load(pairs))
+                builder.store(added, total)
+                builder.store(constant(WORDS, 0), pairs)
 
     def finished(self, t: int) -> list[ir.Value]:
         """The sums of token t, by register."""
@@ -225,19 +229,32 @@ def bytes_tiles(tiles: int, tokens: int, unroll: int) -> Kernel:
         tile_at = starts(builder, tile, stride, last_tile, tiles)
         token_at = starts(builder, codes, codes_stride, last, tokens)
         sums = Sums(builder, tokens, tiles * REGISTERS, 1)
-        with loop(builder, builder.udiv(fours, LONG(unroll))) as outer:
-            for u in range(unroll):
-                index = builder.add(builder.mul(outer, LONG(unroll)), LONG(u))
-                at = builder.mul(index, LONG(LINE))
-                weights = [
-                    load(builder, builder.add(base, at), LONG(h * WIDTH))
-                    for base in tile_at for h in range(REGISTERS)
-                ]  # fmt: skip
-                for t in range(tokens):
-                    four = broadcast(builder, token_at[t], builder.mul(index, LONG(COLUMNS)))
-                    for r, w in enumerate(weights):
-                        sums.add(t, r, w, four, 0)
+
+        def multiply(first: ir.Value, count: ir.Value) -> None:
+            with loop(builder, builder.udiv(count, LONG(unroll))) as outer:
+                for u in range(unroll):
+                    index = builder.add(builder.mul(outer, LONG(unroll)), LONG(u))
+                    index = builder.add(first, index)
+                    at = builder.mul(index, LONG(LINE))
+                    weights = [
+                        load(builder, builder.add(base, at), LONG(h * WIDTH))
+                        for base in tile_at for h in range(REGISTERS)
+                    ]  # fmt: skip
+                    for t in range(tokens):
+                        four = broadcast(builder, token_at[t], builder.mul(index, LONG(COLUMNS)))
+                        for r, w in enumerate(weights):
+                            sums.add(t, r, w, four, 0)
+
+        if PATH.pairs:
+            whole = builder.udiv(fours, LONG(PAIRS))
+            with loop(builder, whole) as stretch:
+                multiply(builder.mul(stretch, LONG(PAIRS)), LONG(PAIRS))
+                sums.flush()
+            first = builder.mul(whole, LONG(PAIRS))
+            multiply(first, builder.sub(fours, first))
             sums.flush()
+        else:
+            multiply(LONG(0), fours)
         sums.store(out, out_stride)
 
     return tile_sums
