@@ -34,6 +34,7 @@ from bitskip_cpu.kernels.layout import (
     SWIGLU,
     TERNARY,
     UP,
+    float_room,
     int8_scratch,
     key_slots,
     sync_words,
@@ -89,7 +90,7 @@ TOKENS, FOUND, GATE, STOPPED = (
 )
 
 
-def at_most(value: float) -> float:
+def _at_most(value: float) -> float:
     """The largest float32 not above the value: gates, from 0 to 1, exceed both or neither."""
     value = min(max(value, -1), 2)  # an int may be larger than any float
     near = np.float32(value)
@@ -180,7 +181,10 @@ class Workspace:
         self.qkv, self.attended = floats(int(p["rows"][QKV])), floats(c.attention_size)
         self.up, self.act = floats(int(p["rows"][UP])), floats(c.intermediate_size)
         self.input = floats(int(wide))
-        codes = aligned((CHUNK, int(max(*p["padded"], -(-c.hidden_size // 64) * 64))), np.int8)
+        widest = int(max(*p["padded"], -(-c.hidden_size // 64) * 64))
+        if self._floats():  # take codes' place
+            widest = max(widest, 4 * int(wide))
+        codes = aligned((CHUNK, widest), np.int8)
         for name, array in {
             "ids": self.ids, "positions": self.positions, "caches": self.caches,
             "gates": self.gates, "draft_counts": self.draft_counts, "draft_of": self.draft_of,
@@ -207,18 +211,26 @@ class Workspace:
         longest = max(*p["width"], c.hidden_size, c.attention_size, c.intermediate_size)
         floats = max(
             _power_of_two(c.vocab_size),  # confidence
-            _power_of_two(int(longest)) + self.input.shape[1],  # tree sums, a widened row
+            _power_of_two(int(longest)),  # tree sums
             QUERIES * (seen + LANES + padded + partial),  # attention
             -(-int8_scratch(seen, c.head_dim, int(s["value_width"])) // 4),
         )
         unpacked = -(-4 * floats // 64) * 64
-        acc = unpacked + max(BAND * int(p["padded"].max()), LEAST_ROOM)
+        room = max(BAND * int(p["padded"].max()), LEAST_ROOM)
+        if self._floats():
+            room = max(room, -(-float_room(int(longest)) // 64) * 64)
+        acc = unpacked + room
         stride = acc + (CHUNK + 8) * BAND * 4  # a kernel may write tokens behind the last
         s["scratch"] = self._keep(aligned((threads * stride,), np.uint8))
         s["scratch_stride"], s["unpacked"], s["acc"] = stride, unpacked, acc
         self.sync = aligned((sync_words(threads),), np.int64)
         s["sync"] = self._keep(self.sync)
         s["helpers"], s["share_from"] = threads - 1, share_from
+
+    def _floats(self) -> bool:
+        """Whether rows of floats are multiplied."""
+        c = self.weights.config
+        return c.linear == "float32" or c.head_format not in HEAD_BITS
 
     def _keep(self, array: np.ndarray) -> int:
         """Keep the array as long as this workspace; its address."""
@@ -349,7 +361,7 @@ class Workspace:
             self._gates[:] = 0
             for n in looks:
                 self._gates[n - 1] = self.weights.gate(n).ctypes.data
-            self.state["threshold"] = at_most(threshold)
+            self.state["threshold"] = _at_most(threshold)
         return self._one_exit
 
     @property

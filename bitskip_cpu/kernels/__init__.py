@@ -23,6 +23,7 @@
                     simd, amx, plain     how many tokens go to which kernel (`isa.Path.kernels`)
                     ternary_layout, vocab_layout, repack, transpose     how weights lie
                     ternary_simd, vocab_simd, dot                       kernels, their instruction
+                    float_simd                                          rows of floats, their trees
     attention/      attend, passes       one token's heads; the loops over cached keys and values
                     int8, int8_passes    the same over codes (SPEC 6.8)
     arithmetic/     elementwise, exponential, float16, lanes            SPEC 2 to 5, 6.5, 8.5
@@ -54,6 +55,7 @@ vocabulary lie in such tiles, too; their units have 16 columns.
     chunk           up to CHUNK tokens that go through the blocks together
     codes           a token's quantized input, int8; a weight's stored w + 1
     contender       a row of the vocabulary whose logit may be chosen (SPEC 9.6)
+    group           LEAVES registers of a row that its tree adds up first (float_simd.py)
     head            an attention head; the vocabulary's matrix is always `vocab`
     input           a token's floats before they become codes
     lane            one of the numbers that an instruction works on; LANES = 16 floats

@@ -53,6 +53,7 @@ The call is about `tokens` of them, from `from_row` on. `gates`: f32 [T]. `draft
 drafts after each, at most; `draft_of`, int64 [T]: behind which of them each token stands then.
 `gate`: the routing gate at hand, as `Weights.gate` lays it out; `looks`: int64 [L], where those of
 the blocks are that LOOK looks after, else 0; `stopped`: blocks that it ran.
+`codes` of rows of floats are what `float_simd.order` makes of a token's input.
 It is argument and scratch: `forward` changes `tokens`, `x`, `positions` and the like for a while
 and puts them back."""
 
@@ -90,6 +91,9 @@ PANEL = 64  # positions of an int8 cache whose scores are worked on together; wh
 LEVELS = 24  # of the streamed tree: up to 2^24 pages
 BAND = 64  # rows of a product whose int32 sums are converted together; whole tiles
 ACC_STRIDE = 4 * BAND  # bytes from one token's sums to the next
+FLOAT_TOKENS, FLOAT_BLOCK = 8, 8  # tokens x rows of floats that are multiplied together
+FLOAT_LEVELS = 24  # of the tree of their features, outside registers
+WIDENED = 32  # rows of float16 or bfloat16 that are widened together
 
 
 def key_slots(padded: int) -> np.ndarray:
@@ -106,6 +110,13 @@ def int8_scratch(positions: int, head_dim: int, value_width: int) -> int:
     row = -(-positions // PANEL) * PANEL
     scores, weights, sums = 4 * row, 2 * row, 2 * (4 * value_width + 256)
     return QUERIES * (scores + weights + 8 + head_dim + 67 + sums) + 4 * row + 128
+
+
+def float_room(width: int) -> int:
+    """Bytes that `products.float_simd.float_sums` needs for rows of so many floats, and those of
+    WIDENED such rows."""
+    sums = FLOAT_LEVELS * FLOAT_TOKENS * FLOAT_BLOCK * 64
+    return sums + (FLOAT_TOKENS + WIDENED) * 4 * width
 
 
 # What `kernels.forward.run` does, added up; in this order.

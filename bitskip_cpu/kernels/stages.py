@@ -45,7 +45,13 @@ from bitskip_cpu.kernels.layout import (
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.pieces import piece
 from bitskip_cpu.kernels.numba_inside.views import cache_structs, floats, int32s, int64s
-from bitskip_cpu.kernels.products.rows import float_rows, int8_rows, ternary_rows, vocab_rows
+from bitskip_cpu.kernels.products.rows import (
+    float_rows,
+    int8_rows,
+    order,
+    ternary_rows,
+    vocab_rows,
+)
 
 ATTENTION_IN, ROWS, STORE, ATTEND, OUT_IN, FFN_IN, DOWN_IN, BLOCK_OUT, EXIT_IN = range(9)
 
@@ -205,6 +211,7 @@ def exit_in(s, scratch, t):
     input_at = s.input + t * s.input_stride
     norm(s, s.x + t * 4 * s.hidden, s.final_norm, input_at, s.hidden, scratch)
     if s.vocab_kind >= FLOAT32:
+        order(input_at, s.hidden, s.codes + t * s.codes_stride)
         return
     if s.head_odd:  # elsewhere: the norm's result is a stage
         turned_at = s.y + t * 4 * s.hidden
@@ -240,7 +247,7 @@ def plain_rows(s, p, scratch, part):
     first = s.first_row + part * s.part_rows
     last = min(first + s.part_rows, s.last_row)
     if s.product == VOCAB:
-        vocab_rows(s, first, last, scratch, scratch + s.acc)
+        vocab_rows(s, first, last, scratch, scratch + s.unpacked, scratch + s.acc)
         return
     if s.product == BOUND:
         bound_rows(s, first, last, scratch + s.acc)
@@ -251,7 +258,7 @@ def plain_rows(s, p, scratch, part):
     if s.linear_kind == INT8_ROWS:
         int8_rows(s, p, first, last, scratch + s.acc)
     else:
-        float_rows(s, p, first, last, scratch)
+        float_rows(s, p, first, last, scratch, scratch + s.unpacked)
     add_bias(s, p, first, last)
 
 
@@ -302,9 +309,10 @@ def residual(x_at, y_at, out_at, n):
 @kernel
 def feed(s, p, scratch, t):
     """Pad, rotate and quantize token t's input of a product (SPEC 5.1, 5.3, 4.2)."""
-    if s.linear_kind == FLOAT_ROWS:
-        return
     input_at = s.input + t * s.input_stride
+    if s.linear_kind == FLOAT_ROWS:
+        order(input_at, p.width, s.codes + t * s.codes_stride)
+        return
     if p.odd:
         rotate_unpadded(input_at, p.width, p.odd, p.table, scratch)
     elif s.hadamard:

@@ -34,6 +34,11 @@ SIZES: dict[str, ModelConfig] = {
     "wide-hadamard": small_twin("bitskip-v2").replace(
         hidden_size=320, intermediate_size=600, num_hidden_layers=2,
     ),
+    # Rows of floats in groups of registers (`float_simd`), with and without padding, and others.
+    "wide-floats": small_twin("bitskip-v1").replace(
+        hidden_size=144, intermediate_size=256, num_attention_heads=3, num_key_value_heads=1,
+        head_dim=26, num_hidden_layers=2, vocab_size=150, linear="float32", head_format="bfloat16",
+    ),
     # More tokens than the engine takes at a time, more positions than a group of cached keys.
     "long": small_twin("bitskip-v3").replace(max_position_embeddings=150, num_hidden_layers=2),
     "smallest": small_twin("bitskip-v1").replace(

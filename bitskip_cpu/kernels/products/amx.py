@@ -18,6 +18,8 @@ from bitskip_cpu.kernels.layout import ACC_STRIDE
 from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
 from bitskip_cpu.kernels.numba_inside.emit import BYTE, LONG, call, constant_bytes, loop, pointer
 from bitskip_cpu.kernels.products.dot import INTS, Kernel
+from bitskip_cpu.kernels.products.float_simd import float_sums as float_sums
+from bitskip_cpu.kernels.products.float_simd import order as order
 from bitskip_cpu.kernels.products.simd import by_panels, packed_sums, vocab_sums_with
 from bitskip_cpu.kernels.products.ternary_layout import (
     COLUMNS,

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 
 from bitskip_cpu.isa import PATH
+from bitskip_cpu.kernels.arithmetic.elementwise import dot_tree
 from bitskip_cpu.kernels.layout import ACC_STRIDE, INT4, INT6
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
-from bitskip_cpu.kernels.numba_inside.views import int8s, int32s, uint8s
+from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s, uint8s
 from bitskip_cpu.kernels.products.ternary_layout import (
     COLUMNS,
     LINE,
@@ -165,3 +166,20 @@ def vocab_sums(kind, tokens, tiles_at, tiles, size, units, codes_at, stride, acc
                 int6_tile(at, units, codes, to)
             else:  # lies as an unpacked tile does
                 bytes_sums(at, size // LINE, codes, to)
+
+
+@kernel
+def order(x_at, n, to_at):
+    """As `float_simd.order`: none."""
+
+
+@kernel
+def float_sums(
+    tokens, x_at, x_stride, ordered_at, ordered_stride, rows_at, row_bytes, rows, n, out_at,
+    out_stride, room_at, scratch_at,
+):  # fmt: skip
+    """As `float_simd.float_sums`."""
+    for r in range(rows):
+        for t in range(tokens):
+            y = dot_tree(x_at + t * x_stride, rows_at + r * row_bytes, n, scratch_at)
+            floats(out_at + t * out_stride + 4 * r, 1)[0] = y

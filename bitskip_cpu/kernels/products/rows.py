@@ -7,19 +7,19 @@ from importlib import import_module
 import numpy as np
 
 from bitskip_cpu.isa import PATH
-from bitskip_cpu.kernels.arithmetic.elementwise import dot_tree, relu2
+from bitskip_cpu.kernels.arithmetic.elementwise import relu2
 from bitskip_cpu.kernels.arithmetic.float16 import widen, widen_bfloat16
 from bitskip_cpu.kernels.arithmetic.lanes import scaled_sums
 from bitskip_cpu.kernels.layout import (
     ACC_STRIDE,
     BAND,
-    BFLOAT16,
     FLOAT16,
     FLOAT32,
     INT4,
     INT6,
     INT8,
     LANES,
+    WIDENED,
 )
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int32s
@@ -28,6 +28,7 @@ from bitskip_cpu.kernels.products.vocab_layout import OFFSET, VOCAB_COLUMNS
 
 path = import_module(f"bitskip_cpu.kernels.products.{PATH.kernels}")
 ternary_sums, vocab_sums = path.ternary_sums, path.vocab_sums
+float_sums, order = path.float_sums, path.order
 single = import_module(f"{__package__}.{'vocab_simd' if PATH.compiled else 'plain'}")
 row_sum, fetch_row = single.row_sum, single.fetch_row
 
@@ -71,35 +72,43 @@ def ternary_rows(s, p, first, last, acc_at, unpacked_at):
 
 
 @kernel
-def float_rows(s, p, first, last, scratch_at):
+def float_rows(s, p, first, last, scratch_at, room_at):
     """Rows first..last-1 of a product of an FP32 model, for every token (SPEC 4.5)."""
-    weights_at = s.weights + s.layer * s.layer_bytes + p.weights
-    for row in range(first, last):
-        row_at = weights_at + row * p.row_bytes
-        for t in range(s.tokens):
-            y = dot_tree(s.input + t * s.input_stride, row_at, p.width, scratch_at)
-            floats(p.out + t * p.out_stride + 4 * row, 1)[0] = y
+    rows_at = s.weights + s.layer * s.layer_bytes + p.weights + first * p.row_bytes
+    times_floats(s, rows_at, p.row_bytes, last - first, p.width, p.out + 4 * first, p.out_stride,
+                 scratch_at, room_at)  # fmt: skip
 
 
 @kernel
-def vocab_rows(s, first, last, scratch_at, acc_at):
+def times_floats(s, rows_at, row_bytes, count, width, out_at, out_stride, scratch_at, room_at):
+    """A few rows of floats times every token."""
+    float_sums(s.tokens, s.input, s.input_stride, s.codes, s.codes_stride, rows_at, row_bytes,
+               count, width, out_at, out_stride, room_at, scratch_at)  # fmt: skip
+
+
+@kernel
+def vocab_rows(s, first, last, scratch_at, room_at, acc_at):
     """Logits of ids first..last-1 for every token (SPEC 4.4, 4.5)."""
     if s.vocab_kind < FLOAT32:
         integer_rows(s, s.vocab_kind, s.vocab_weights, s.vocab_row_bytes, s.hidden, s.vocab_scale,
                      s.logits, 4 * s.vocab, first, last, acc_at)  # fmt: skip
         return
-    widened_at = scratch_at + s.input_stride
-    for row in range(first, last):
-        row_at = s.vocab_weights + row * s.vocab_row_bytes
-        if s.vocab_kind == FLOAT16:
-            widen(row_at, widened_at, s.hidden)
-            row_at = widened_at
-        elif s.vocab_kind == BFLOAT16:
-            widen_bfloat16(row_at, widened_at, s.hidden)
-            row_at = widened_at
-        for t in range(s.tokens):
-            y = dot_tree(s.input + t * s.input_stride, row_at, s.hidden, scratch_at)
-            floats(s.logits + 4 * (t * s.vocab + row), 1)[0] = y
+    rows_at, out_at = s.vocab_weights + first * s.vocab_row_bytes, s.logits + 4 * first
+    if s.vocab_kind == FLOAT32:
+        times_floats(s, rows_at, s.vocab_row_bytes, last - first, s.hidden, out_at, 4 * s.vocab,
+                     scratch_at, room_at)  # fmt: skip
+        return
+    size = 4 * s.hidden
+    for start in range(0, last - first, WIDENED):
+        count = min(WIDENED, last - first - start)
+        for r in range(count):
+            row_at = rows_at + (start + r) * s.vocab_row_bytes
+            if s.vocab_kind == FLOAT16:
+                widen(row_at, room_at + r * size, s.hidden)
+            else:
+                widen_bfloat16(row_at, room_at + r * size, s.hidden)
+        times_floats(s, room_at, size, count, s.hidden, out_at + 4 * start, 4 * s.vocab,
+                     scratch_at, room_at + WIDENED * size)  # fmt: skip
 
 
 @kernel

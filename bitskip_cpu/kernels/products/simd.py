@@ -6,6 +6,8 @@ from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.layout import ACC_STRIDE, INT4, INT6, INT8
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.products.dot import Kernel
+from bitskip_cpu.kernels.products.float_simd import float_sums as float_sums
+from bitskip_cpu.kernels.products.float_simd import order as order
 from bitskip_cpu.kernels.products.ternary_layout import COLUMNS, LINE, TILE_ROWS
 from bitskip_cpu.kernels.products.ternary_simd import (
     bytes_panel,
