@@ -16,12 +16,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from bitskip_export.foreign.gguf_file import written_name
+from bitskip_export.foreign.gguf_write import F32, Entry, described, write_container
+from bitskip_export.foreign.source import VOCABULARY
 from bitskip_ref.config import ModelConfig, preset
+from bitskip_ref.files import replace_file
+from bitskip_ref.tensors import parameter_shapes
 
 TERNARY = ("TQ1_0", "TQ2_0")
 BLOCK = 256  # weights in a block of the TQ and K formats
@@ -40,14 +45,14 @@ def nearest(config: ModelConfig) -> ModelConfig:
     return config
 
 
-def quantize(weights: np.ndarray, name: str) -> tuple[np.ndarray, Any]:
-    """f32 [rows, n] in a GGUF format: (bytes or floats [rows, ...], its GGMLQuantizationType)."""
+def quantize(weights: np.ndarray, name: str) -> tuple[np.ndarray, int]:
+    """f32 [rows, n] in a GGUF format: (bytes or floats [rows, ...], the format's number)."""
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType[name]
     if name == "Q6_K":  # which `gguf` can only read
-        return _random_q6_k(*weights.shape), kind
-    return quants.quantize(weights, kind), kind
+        return _random_q6_k(*weights.shape), kind.value
+    return quants.quantize(weights, kind), kind.value
 
 
 def _random_q6_k(rows: int, width: int) -> np.ndarray:
@@ -59,59 +64,42 @@ def _random_q6_k(rows: int, width: int) -> np.ndarray:
 
 
 def write(config: ModelConfig, linear: str, head: str, path: Path) -> None:
-    """Write a model whose linear layers are `linear` and whose embedding and head are `head`."""
-    import gguf
+    """Write a model whose linear layers are `linear` and whose embedding and head are `head`.
 
-    c = nearest(config)
-    ternary = linear in TERNARY
+    Raises KeyError for a format that `gguf` does not know.
+    """
+    from gguf import LlamaFileType
+
+    shape, ternary = nearest(config), linear in TERNARY
+    c = ModelConfig(  # of a plain float model, whose every tensor has its own name and shape
+        shape.vocab_size, shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads,
+        shape.num_key_value_heads, shape.head_dim, shape.intermediate_size, 4096, "float32",
+        norm_eps=shape.norm_eps, rope_theta=shape.rope_theta, sub_norm=ternary,
+        tie_word_embeddings=ternary or shape.tie_word_embeddings,
+    )  # fmt: skip
+    metadata = described(c, "bitnet" if ternary else "llama") | {
+        "general.file_type": LlamaFileType[f"{'ALL' if linear == 'F32' else 'MOSTLY'}_{linear}"],
+        "tokenizer.ggml.model": "no_vocab",
+    }
+    with replace_file(path) as file:
+        write_container(file, metadata, dict(_entries(c, linear, head)))
+
+
+def _entries(c: ModelConfig, linear: str, head: str) -> Iterator[tuple[str, Entry]]:
     rng = np.random.default_rng(0)
-    out = gguf.GGUFWriter(path, "bitnet" if ternary else "llama")
-    out.add_vocab_size(c.vocab_size)
-    out.add_tokenizer_model("no_vocab")
-    out.add_context_length(4096)
-    out.add_embedding_length(c.hidden_size)
-    out.add_block_count(c.num_hidden_layers)
-    out.add_feed_forward_length(c.intermediate_size)
-    out.add_head_count(c.num_attention_heads)
-    out.add_head_count_kv(c.num_key_value_heads)
-    out.add_layer_norm_rms_eps(c.norm_eps)
-    out.add_rope_dimension_count(c.head_dim)
-    out.add_rope_freq_base(c.rope_theta)
-    if ternary:
-        out.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        out.add_rope_scaling_factor(1.0)
-    out.add_file_type(gguf.LlamaFileType[f"{'ALL' if linear == 'F32' else 'MOSTLY'}_{linear}"])
-    out.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-    band = 0.02 * rng.standard_normal((BAND, c.hidden_size), np.float32)
-    rows, kind = quantize(band, head)
-    table = np.resize(rows, (c.vocab_size, rows.shape[1]))
-    out.add_tensor("token_embd.weight", table, raw_dtype=kind)
-    if not (ternary or c.tie_word_embeddings):
-        out.add_tensor("output.weight", table, raw_dtype=kind)
-    out.add_tensor("output_norm.weight", np.ones(c.hidden_size, np.float32))
-
-    names = dict(zip(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
-        strict=True,
-    ))  # fmt: skip
+    band = quantize(0.02 * rng.standard_normal((BAND, c.hidden_size), np.float32), head)
     layer = {}
-    for ours, shape in c.linear_shapes().items():
-        weights = rng.integers(-1, 2, shape).astype(np.float32) * shape[1] ** -0.5
-        layer[names[ours]] = quantize(weights.astype(np.float32), linear)
-    norms = {"attn_norm": c.hidden_size, "ffn_norm": c.hidden_size}
-    if ternary:
-        norms |= {"attn_sub_norm": c.attention_size, "ffn_sub_norm": c.intermediate_size}
-    for i in range(c.num_hidden_layers):
-        for name, width in norms.items():
-            out.add_tensor(f"blk.{i}.{name}.weight", np.ones(width, np.float32))
-        for name, (data, kind) in layer.items():
-            out.add_tensor(f"blk.{i}.{name}.weight", data, raw_dtype=kind)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    for name, shape in c.linear_shapes().items():
+        weights = rng.integers(-1, 2, shape).astype(np.float32) * np.float32(shape[1] ** -0.5)
+        layer[name] = quantize(weights, linear)
+    for name, shape in parameter_shapes(c).items():
+        kind, data = F32, np.ones(shape[0], np.float32)
+        if name in VOCABULARY:
+            data, kind = band
+            data = np.resize(data, (shape[0], data.shape[1]))
+        elif len(shape) == 2:
+            data, kind = layer[name.split(".")[2]]
+        yield written_name(name), Entry(kind, shape, data.nbytes, [data])
 
 
 def main() -> None:

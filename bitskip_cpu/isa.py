@@ -40,7 +40,7 @@ class Path:
     dense: bool = False  # ternary digits are looked up in a register: 1.69 bits a weight, not 2
     pairs: bool = False  # products are summed in 16 bits first: two of 127 * 127 must fit
     signed_bytes: bool = False  # the vocabulary's 8-bit rows are not stored with 128 added
-    panel: tuple[int, int] = (4, 6)  # unpacked tiles x tokens whose sums fit the registers
+    panel: tuple[int, int] = (4, 4)  # unpacked tiles x tokens whose sums fit the registers
     columns: int = 4  # unpacked rows are padded to a multiple of so many
     unpack_above: int = 16  # with more tokens, ternary tiles are unpacked before products
     bytes_above: int = 4  # with more tokens, the vocabulary's 8-bit rows count as unpacked tiles

@@ -1,22 +1,25 @@
 """Rows of several sequences in one pass over the weights (SPEC 12.2).
 
 Up to CHUNK rows go through the blocks together, and leave at their exits: fixed ones where they
-end, others where their rule says so at a look. Rows at hand lie deepest first, so that those which
-end are the last of them. Leavers leave the keys and values of skipped blocks (SPEC 8.6) before the
-others go on, which may belong to the same sequence.
+end, others where their rule says so at a look. Those that have left write the keys and values of
+the blocks that they skip (SPEC 8.6) just before the others run these, which may belong to the same
+sequence: so a known text runs under any rule as a prompt does, many of its tokens at a time.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, GATE
+from bitskip_cpu.workspace import at_most
 from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.engine import Planned, PlannedRound
+from bitskip_ref.exits import GateExit
 from bitskip_ref.probe import Asked
 
 Result = tuple[np.ndarray | None, int]
@@ -69,119 +72,164 @@ def _together(engine: Any, rounds: list[PlannedRound]) -> list[tuple[list[int], 
 
 
 class _Pass:
-    """Up to CHUNK rows on their way; a row is known by its index."""
+    """Up to CHUNK rows on their way; a row is known by its index, int64 arrays hold several."""
 
     def __init__(self, engine: Any, rows: Sequence[Planned]) -> None:
         self.engine, self.space, self.rows = engine, engine._space, rows
-        self.found: list[Result] = [(None, row.deepest) for row in rows]
-        self.live = sorted(range(len(rows)), key=lambda i: (-rows[i].deepest, rows[i].wanted))
-        """Rows at hand, in the workspace's order."""
-        self.logits: dict[int, np.ndarray] = {}  # at the depth reached, f32 [V] of some rows
-        self.gates: dict[int, np.float32] = {}
+        self.wanted = np.array([row.wanted for row in rows])
+        self.deepest = np.array([row.deepest for row in rows])
+        self.order = np.lexsort((self.wanted, -self.deepest))
+        """Rows as they lie in the workspace: those on their way, then those that have left."""
+        self.live = len(rows)  # on their way
+        self.depths = np.zeros(len(rows), np.int64)  # of those that have left; else 0
+        self.looking = self.looks()
+        self.kinds = {
+            kind: np.array([type(row.rule) is kind for row in rows])
+            for kind in {type(row.rule): None for row in rows}
+        }
+        self.logits: dict[int, np.ndarray] = {}  # f32 [V] of some rows, at the depth reached
+        self.gates: dict[int, np.float32] = {}  # of some rows on their way
+
+    def looks(self) -> dict[int, np.ndarray]:
+        """Which rows are asked after n blocks, bool [rows]."""
+        found: dict[int, np.ndarray] = {}
+        for looks in {row.looks: None for row in self.rows}:
+            mine = np.array([row.looks == looks for row in self.rows])
+            for n in looks:
+                found[n] = found[n] | mine if n in found else mine
+        return found
 
     def run(self) -> list[Result]:
-        rows, live = self.rows, self.live
-        self.space.set_rows([rows[i].run for i in live])
-        done, actions = 0, EMBED
-        for n in sorted({n for row in rows for n in (*row.looks, row.deepest)}):
-            asked = [i for i in self.live if n in rows[i].looks]
-            ended = [i for i in self.live if rows[i].deepest == n]
-            if not asked and not ended:
+        """Results in the order of the rows."""
+        actions, done, nobody = EMBED, 0, np.zeros(len(self.rows), bool)
+        self.space.set_rows([self.rows[i].run for i in self.order.tolist()])
+        for n in sorted({*self.looking, *self.deepest.tolist()}):
+            live = self.order[: self.live]
+            asked = live[self.looking.get(n, nobody)[live]]
+            ended = live[self.deepest[live] == n]
+            if not (len(asked) or len(ended) or self.live < len(self.rows)):
                 continue
-            self.logits.clear()
-            self.gates.clear()
-            wanted = [] if asked else [i for i in ended if rows[i].wanted]
-            if wanted:
-                self.to_the_end(wanted)
-                z = self.prepare(wanted, n)
-                self.engine._call(actions | BLOCKS | EXIT, done, n)
-                self.logits.update(zip(wanted, z, strict=True))
-            else:
-                self.engine._call(actions | BLOCKS, done, n)
+            self.fill(done, n)
+            alike = len(ended) == len(self.rows)  # then blocks and logits are one call
+            if alike and self.wanted.any():
+                self.exit(ended[self.wanted[ended]], n, actions | BLOCKS, done)
+            elif self.live:
+                self.call(0, self.live, actions | BLOCKS, done, n)
             done, actions = n, 0
-            self.leave(n, [*self.stopped(asked, n), *ended])
-        return self.found
-
-    def prepare(self, wanted: list[int], n: int) -> np.ndarray:
-        """Have EXIT write the logits of these rows, the last at hand, f32 [t, V]."""
-        z = np.empty((len(wanted), self.engine.config.vocab_size), np.float32)
-        self.space.set_exit(n, z.ctypes.data, self.space.tokens - len(wanted))
-        return z
-
-    def stopped(self, asked: list[int], n: int) -> list[int]:
-        """Those rows whose rule stops them here."""
-        # Rules of a kind ask for the same: what one row wants is computed for all of them.
-        groups: dict[type, list[int]] = {}
-        for i in asked:
-            groups.setdefault(type(self.rows[i].rule), []).append(i)
+            self.leave(n, [*self.stopped(asked, n), ended])
+            self.logits = {i: z for i, z in self.logits.items() if self.depths[i]}
+            self.gates.clear()
+        self.exits()
         return [
-            i for group in groups.values() for i in group
-            if _AskedTogether(self, group, i, n).whether(self.rows[i].rule)
-        ]  # fmt: skip
+            (self.logits[i] if row.wanted else None, n)
+            for i, (row, n) in enumerate(zip(self.rows, self.depths.tolist(), strict=True))
+        ]
 
-    def leave(self, n: int, leavers: list[int]) -> None:
-        """Note their results, fill the blocks that they skip, and go on without them."""
-        if not leavers:
-            return
-        self.exit([i for i in leavers if self.rows[i].wanted and i not in self.logits], n)
-        for i in leavers:
-            self.found[i] = (self.logits.get(i) if self.rows[i].wanted else None), n
-        gone = set(leavers)
-        stay = [i for i in self.live if i not in gone]
-        fill = [i for i in leavers if self.rows[i].deepest > n]
-        fill.sort(key=lambda i: -self.rows[i].deepest)
-        self.arrange([*stay, *fill])
-        while fill:
-            last = self.rows[fill[-1]].deepest
-            self.space.window(len(stay), len(fill))
-            self.engine._call(FILL, n, last)
-            n = last
-            fill = [i for i in fill if self.rows[i].deepest > last]
-        self.live = stay
-        self.space.window(0, len(stay))
+    def call(self, at: int, count: int, actions: int, first: int = 0, last: int = 0) -> None:
+        """Have the kernels run `count` rows, from place `at` of the order on."""
+        self.space.window(at, count)
+        self.engine._call(actions, first, last)
 
-    def exit(self, wanted: list[int], n: int) -> None:
-        """Logits of these rows at hand."""
-        if wanted:
-            self.to_the_end(wanted)
-            z = self.prepare(wanted, n)
-            self.engine._call(EXIT)
-            self.logits.update(zip(wanted, z, strict=True))
+    def fill(self, done: int, n: int) -> None:
+        """Keys and values of blocks done..n-1 of those that have left (SPEC 8.6).
 
-    def gate(self, group: list[int], n: int) -> None:
-        """Gates of these rows at hand."""
-        self.to_the_end(group)
-        self.space.window(len(self.live) - len(group), len(group))
+        Before the others run these blocks, which may attend to them.
+        """
+        count = int((self.deepest[self.order[self.live :]] >= n).sum())
+        if count:
+            self.call(self.live, count, FILL, done, n)
+
+    def stopped(self, asked: np.ndarray, n: int) -> list[np.ndarray]:
+        """Those rows whose rule stops them here."""
+        stopped = []
+        # Rules of a kind ask for the same: what one row wants is computed for all of them.
+        for kind, mine in self.kinds.items():
+            group = asked[mine[asked]]
+            if not len(group):
+                continue
+            if kind is GateExit and self.engine.config.gates:
+                stopped.append(group[self.gate(group, n) > self.thresholds[group]])
+                continue
+            stopped.append(np.array([
+                i for i in group.tolist()
+                if _AskedTogether(self, group, i, n).whether(self.rows[i].rule)
+            ], np.int64))  # fmt: skip
+        return stopped
+
+    @cached_property
+    def thresholds(self) -> np.ndarray:
+        """f32 [rows], as `kernels.forward.stops` compares them; of other rules than gates 0."""
+        rules = {id(row.rule): row.rule for row in self.rows}
+        least = {key: at_most(r.threshold) for key, r in rules.items() if type(r) is GateExit}
+        return np.array([least.get(id(row.rule), 0) for row in self.rows], np.float32)
+
+    def leave(self, n: int, leavers: Sequence[np.ndarray]) -> None:
+        """Put those that end after n blocks behind the others: deepest first, as `fill` wants."""
+        gone = np.concatenate(leavers)
+        if len(gone):
+            self.depths[gone] = n
+            stay = self.order[: self.live]
+            stay = stay[self.depths[stay] == 0]
+            left = np.concatenate((self.order[self.live :], gone))
+            left = left[np.argsort(-self.deepest[left], kind="stable")]
+            self.arrange(np.concatenate((stay, left)))
+            self.live = len(stay)
+
+    def exits(self) -> None:
+        """The logits that are missing, once all have left."""
+        groups: dict[tuple[int, ...], list[int]] = {}  # of one norm and head
+        for i in self.order.tolist():
+            if self.wanted[i] and i not in self.logits:
+                groups.setdefault(self.space.exit(int(self.depths[i])), []).append(i)
+        for group in groups.values():
+            self.exit(np.array(group), int(self.depths[group[0]]))
+
+    def exit(self, group: np.ndarray, n: int, before: int = 0, first: int = 0) -> None:
+        """Logits of these rows after n blocks; `before`: what all on their way do in that call."""
+        at = self.to_the_end(group)
+        start = 0 if before else at
+        z = np.empty((len(group), self.engine.config.vocab_size), np.float32)
+        self.space.set_exit(n, z.ctypes.data, at - start)
+        self.call(start, at + len(group) - start, before | EXIT, first, n)
+        self.logits.update(zip(group.tolist(), z, strict=True))
+
+    def gate(self, group: np.ndarray, n: int) -> np.ndarray:
+        """Gates of these rows on their way, f32."""
         self.space.set_gate(n)
-        self.engine._call(GATE)
-        self.gates.update(zip(group, self.space.gates[: len(group)].copy(), strict=True))
-        self.space.window(0, len(self.live))
+        self.call(self.to_the_end(group), len(group), GATE)
+        return self.space.gates[: len(group)]
 
-    def to_the_end(self, some: list[int]) -> None:
-        """Put these rows behind the others, in their order."""
-        if self.live[-len(some) :] != some:
-            chosen = set(some)
-            self.arrange([*(i for i in self.live if i not in chosen), *some])
+    def to_the_end(self, group: np.ndarray) -> int:
+        """Put rows behind the others on their way (if none is, behind all); the first's place."""
+        end = self.live or len(self.rows)
+        at = end - len(group)
+        if not np.array_equal(self.order[at:end], group):
+            others = self.order[:end]
+            others = others[~np.isin(others, group)]
+            self.arrange(np.concatenate((others, group, self.order[end:])))
+        return at
 
-    def arrange(self, order: list[int]) -> None:
-        """Have these rows at hand, in that order."""
-        if order != self.live[: len(order)]:
-            at = {i: slot for slot, i in enumerate(self.live)}
-            self.space.arrange([at[i] for i in order])
-        self.live = order
+    def arrange(self, order: np.ndarray) -> None:
+        """Have the rows in that order."""
+        if not np.array_equal(order, self.order):
+            slots = np.empty_like(order)
+            slots[self.order] = np.arange(len(order))
+            self.space.arrange(slots[order])
+            self.order = order
 
 
 class _AskedTogether(Asked):
     """The Probe of one row of a group that is asked together."""
 
-    def __init__(self, walk: _Pass, group: list[int], row: int, n: int) -> None:
+    def __init__(self, walk: _Pass, group: np.ndarray, row: int, n: int) -> None:
         super().__init__(walk.engine, None, n)
         self._walk, self._group, self._row = walk, group, row
 
     def _gate(self) -> np.float32:
-        if self._row not in self._walk.gates:
-            self._walk.gate(self._group, self._n)
-        return self._walk.gates[self._row]
+        walk, group = self._walk, self._group
+        if self._row not in walk.gates:
+            walk.gates.update(zip(group.tolist(), walk.gate(group, self._n).copy(), strict=True))
+        return walk.gates[self._row]
 
     def _exit(self) -> np.ndarray:
         if self._row not in self._walk.logits:

@@ -90,7 +90,7 @@ TOKENS, FOUND, GATE, STOPPED = (
 )
 
 
-def _at_most(value: float) -> float:
+def at_most(value: float) -> float:
     """The largest float32 not above the value: gates, from 0 to 1, exceed both or neither."""
     value = min(max(value, -1), 2)  # an int may be larger than any float
     near = np.float32(value)
@@ -361,7 +361,7 @@ class Workspace:
             self._gates[:] = 0
             for n in looks:
                 self._gates[n - 1] = self.weights.gate(n).ctypes.data
-            self.state["threshold"] = _at_most(threshold)
+            self.state["threshold"] = at_most(threshold)
         return self._one_exit
 
     @property

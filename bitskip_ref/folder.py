@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -309,6 +310,10 @@ def write_folder(
     that a mapping may make them then. Raises FormatError if they are not those of the config;
     nothing has changed then.
     """
+    shapes = expected_tensors(config)
+    _check_positions(
+        Path(path), config, sum(np.dtype(k).itemsize * math.prod(s) for k, s in shapes.values())
+    )
     checked = checked_tensors(config, tensors)
     if isinstance(eos_token_id, Sequence):  # one is written as one, none as null
         eos_token_id = eos_token_id if eos_token_id[1:] else next(iter(eos_token_id), None)
@@ -331,7 +336,7 @@ def write_folder(
     if older is not None and older.auto_exit is not None:
         generation["auto_exit"] = _read_json(older.path / GENERATION)["auto_exit"]
     with replace_folder(Path(path), PARTS) as root:
-        digest = write_tensors(root / WEIGHTS, expected_tensors(config), checked)
+        digest = write_tensors(root / WEIGHTS, shapes, checked)
         if tokenizer_json is not None:
             _write_text(root / TOKENIZER, tokenizer_json)
         if chat is not None:

@@ -11,6 +11,8 @@ import numpy as np
 
 from bitskip_ref.checks import check_logits
 
+PIECE = 16  # tokens at a time: binary64 in the processor's caches
+
 
 def check_windows(context: int | None, stride: int | None, limit: int) -> tuple[int, int]:
     """(context, stride): None is the most there is, `limit` positions, and no overlap.
@@ -46,21 +48,28 @@ def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
     Raises ValueError for logits that have no loss (SPEC 9.5); tokens are counted from 0.
     """
-    z, total = _shifted(logits)
-    return total - np.take_along_axis(z, targets[:, None], 1)[:, 0]
+    losses = np.empty(len(targets))
+    for at in range(0, len(targets), PIECE):
+        part = slice(at, at + PIECE)
+        z, total = _shifted(logits[part], at)
+        losses[part] = total - np.take_along_axis(z, targets[part, None], 1)[:, 0]
+    return losses
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
     """log softmax in binary64: logits f32 [T, V] -> [T, V]; the negatives of `token_losses`."""
-    z, total = _shifted(logits)
+    z, total = _shifted(logits, 0)
     return z - total[:, None]
 
 
-def _shifted(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(logits less their row's largest, the logarithm of the sum of their exponentials)."""
+def _shifted(logits: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """(logits less their row's largest, the logarithm of the sum of their exponentials).
+
+    first: number of the first token.
+    """
     z = logits.astype(np.float64)
     largest = z.max(1, keepdims=True)
-    check_logits(largest[:, 0], 0)
+    check_logits(largest[:, 0], first)
     z -= largest
     return z, np.log(np.exp(z).sum(1))
 

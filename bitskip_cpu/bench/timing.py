@@ -98,7 +98,7 @@ class Case:
     def run(self, cache: Any, token_ids: Sequence[int]) -> Sample:
         """Time the task once; the cache is cut back to the task's depth first.
 
-        Steps ask for what greedy decoding needs of logits (SPEC 9.6).
+        Prompt and steps ask for what greedy decoding needs of logits (SPEC 9.6).
         """
         cache.length = self.task.depth
         prompt, rule, greedy = self.task.prompt, FixedExit(self.exit_layer), Contenders()
@@ -106,8 +106,9 @@ class Case:
         start = before = time.perf_counter()
         if prompt:
             self.engine.extend(
-                token_ids[:prompt], cache, exit_layer=self.exit_layer, last_only=True
-            )
+                token_ids[:prompt], cache, exit_layer=self.exit_layer, last_only=True,
+                contenders=greedy,
+            )  # fmt: skip
             before = time.perf_counter()
             first = before - start
         for token in token_ids[prompt:]:
@@ -172,7 +173,10 @@ def measure(
         if key not in caches:
             caches[key] = case.engine.new_cache()
             if depth:
-                case.engine.extend(ids[:depth], caches[key], exit_layer=deepest, last_only=True)
+                case.engine.extend(
+                    ids[:depth], caches[key], exit_layer=deepest, last_only=True,
+                    contenders=Contenders(),
+                )  # fmt: skip
         before = counters.read()
         sample = case.run(caches[key], ids[depth : depth + case.task.tokens])
         return replace(sample, joules=counters.joules(before))

@@ -64,7 +64,7 @@ def bench(
     engines += [Engine(config, engines[0].weights, *kind) for kind in kinds[1:]]
     exits = exits or [config.num_hidden_layers]
     cases = plan(engines, tasks, exits)
-    limits = Limits(engines[0].weight_bytes(max(exits)))
+    limits = Limits(engines[0].greedy_bytes(max(exits)))
     interrupted = False
     try:
         _with_progress_bar(cases, repetitions, limits, seed)

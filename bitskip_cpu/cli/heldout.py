@@ -101,11 +101,12 @@ def perplexity(
     """Loss of a text at each exit, over all its tokens but the first.
 
     Each document is followed by end-of-text, as in training. Numbered exits share one pass; an
-    exit that decides for each token is run token by token, as in generation.
+    exit that decides for each token decides as in generation. Default of --threads: all cores.
     """
+    from bitskip_cpu.cores import default_threads
     from bitskip_cpu.heldout.perplexity import report
 
-    loaded = load_model(model, threads, kv_cache=kv_cache)
+    loaded = load_model(model, threads or default_threads(), kv_cache=kv_cache)
     rules = _rules(loaded, exits or [loaded.config.num_hidden_layers], threshold, looks, last)
     click.echo(report(loaded, text_file, rules, ctx, stride, tokens, as_json))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bitskip.tables import table
 from bitskip.terminal import progress_bar
-from bitskip_cpu.heldout.scoring import exit_losses, facts, side_by_side, step_through
+from bitskip_cpu.heldout.scoring import AT_ONCE, exit_losses, facts, step_through
 from bitskip_cpu.heldout.text import read_text
 from bitskip_cpu.model import Model
 from bitskip_ref.exits.named import rule_label
@@ -35,9 +35,7 @@ def report(
     with progress_bar("scoring", total) as advance:
         cut = {"context": context, "stride": stride}
         losses = exit_losses(engine, text, [*fixed], **cut, advance=advance) if fixed else {}
-        stepped = step_through(
-            engine, text, dynamic, **cut, together=side_by_side(config), advance=advance
-        )
+        stepped = step_through(engine, text, dynamic, **cut, at_once=AT_ONCE, advance=advance)
     found: list[tuple[ExitRule, HeldOutLoss, float]]
     found = [(fixed[n], value, float(n)) for n, value in losses.items()]
     found += [(s.rule, s.losses, s.mean_depth) for s in stepped]

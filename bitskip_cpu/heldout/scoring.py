@@ -1,19 +1,17 @@
-"""Loss of a text at exits: all fixed ones from one pass, the others token by token."""
+"""Loss of a text at exits: all fixed ones from one pass, the others one by one, as generated."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bitskip_cpu.heldout.text import Text
 from bitskip_ref.checks import check_exit_layers
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.decoding.lookup import SMALL
 from bitskip_ref.engine import Engine, Row
 from bitskip_ref.exits.named import describe_rule
 from bitskip_ref.heldout import HeldOutLoss, check_windows, token_losses, windows
@@ -22,15 +20,7 @@ from bitskip_ref.rule import ExitRule
 Advance = Callable[[int], None]
 """Called with the number of tokens whose loss has become known."""
 
-TOGETHER = 16  # windows side by side, where nobody asks for the speed of one
-
-
-def side_by_side(config: ModelConfig) -> int:
-    """How many windows to run side by side: one where a model lies in the processor's caches.
-
-    There the keys and values of 16 windows would push it, and each other, out.
-    """
-    return 1 if config.quantizable_parameters() < SMALL else TOGETHER
+AT_ONCE = 128  # tokens of a call, where nobody asks for the time of one
 
 
 def exit_token_losses(
@@ -118,83 +108,64 @@ def step_through(
     *,
     context: int | None = None,
     stride: int | None = None,
-    together: int = 1,
+    at_once: int = 1,
     advance: Advance = lambda _: None,
 ) -> list[Stepped]:
-    """Each rule's loss over all tokens but the first, token by token, and the time.
+    """Each rule's loss over all tokens but the first, as if they were generated, and the time.
 
     Windows are as in `exit_losses`. What a window shares with the one before it, or its first
     token, is the prompt (SPEC 8.2, 8.3); the text's own tokens follow, whatever is predicted. All
     rules take their turn at each window, so that a change in the machine's speed meets all alike.
-    together: windows that run side by side (SPEC 12.2), in equal parts of the time they took.
+    at_once: tokens that one call runs (SPEC 12.2); 1 measures the time of generating.
     """
     context, stride = check_windows(context, stride, engine.config.max_position_embeddings)
-    sizes, steps = [], []
-    sums: list[list[float]] = [[] for _ in rules]
-    depths: list[list[int]] = [[] for _ in rules]
-    seconds: list[list[float]] = [[] for _ in rules]
     for rule in rules:
         rule.check(engine.config)
-    places = list(windows(len(text.tokens), context, stride))
-    for turn, at in enumerate(range(0, len(places), together)):
-        part = places[at : at + together]
-        sizes += [end - scored for _, scored, end in part]
-        steps += [end - scored - 1 for _, scored, end in part]
+    sizes, steps = [], []
+    ran: list[list[_Window]] = [[] for _ in rules]
+    for turn, (begin, scored, end) in enumerate(windows(len(text.tokens), context, stride)):
+        sizes.append(end - scored)
+        steps.append(end - scored - 1)
+        ids = text.tokens[begin : end + 1]
         for k in range(len(rules)):
             k = (k + turn) % len(rules)
-            group = [
-                _Window(engine, text.tokens[begin : end + 1], scored - begin + 1, rules[k])
-                for begin, scored, end in part
-            ]
-            taken = _run(engine, group, rules[k])
-            for window in group:
-                sums[k].append(float(np.sum(window.losses)))
-                depths[k] += window.depths
-                seconds[k].append(taken / len(group))
-                advance(len(window.losses))
+            ran[k].append(_run(engine, ids, scored - begin + 1, rules[k], at_once))
+            advance(sizes[-1])
     return [
         Stepped(
-            rule, HeldOutLoss(np.array(sums[k]), np.array(sizes), text.bytes),
-            np.array(depths[k]), np.array(steps), np.array(seconds[k]),
+            rule, HeldOutLoss(np.array([w.loss for w in found]), np.array(sizes), text.bytes),
+            np.concatenate([w.depths for w in found]), np.array(steps),
+            np.array([w.seconds for w in found]),
         )
-        for k, rule in enumerate(rules)
+        for rule, found in zip(rules, ran, strict=True)
     ]  # fmt: skip
 
 
-class _Window:
-    """A window on its way, its prompt run."""
+class _Window(NamedTuple):
+    """A window that was run under a rule."""
 
-    def __init__(self, engine: Engine, ids: np.ndarray, prompt: int, rule: ExitRule) -> None:
-        self.cache, depth = engine.new_cache(), rule.deepest(engine.config)
-        z = engine.extend(ids[:prompt].tolist(), self.cache, exit_layer=depth, last_only=True)
-        self.left = deque(ids[prompt:].tolist())
-        self.losses, self.depths = list[float](), list[int]()
-        _score([self], z, [depth])
+    loss: float  # nats, of all tokens that it predicts
+    depths: np.ndarray  # int64, of the passes that predict them
+    seconds: float  # of all but the prompt
 
 
-def _score(group: Sequence[_Window], z: np.ndarray, depths: Iterable[int]) -> None:
-    """Note the loss of each one's next token under logits f32 [windows, V]."""
-    losses = token_losses(z, np.array([window.left[0] for window in group]))
-    for window, loss, depth in zip(group, losses.tolist(), depths, strict=True):
-        window.losses.append(loss)
-        window.depths.append(depth)
-
-
-def _run(engine: Engine, group: Sequence[_Window], rule: ExitRule) -> float:
-    """Run windows to their ends, side by side; seconds of the steps."""
-    seconds = 0.0
-    while live := [window for window in group if len(window.left) > 1]:
-        ids = [window.left.popleft() for window in live]
+def _run(engine: Engine, ids: np.ndarray, prompt: int, rule: ExitRule, at_once: int) -> _Window:
+    """Predict ids[prompt:], each from all before it."""
+    cache, depth, seconds = engine.new_cache(), rule.deepest(engine.config), 0.0
+    z = engine.extend(ids[:prompt].tolist(), cache, exit_layer=depth, last_only=True)
+    losses, depths = [token_losses(z, ids[prompt : prompt + 1])], [depth]
+    for at in range(prompt, len(ids) - 1, at_once):
+        part = ids[at : min(at + at_once, len(ids) - 1)].tolist()
         start = time.perf_counter()
-        if len(live) == 1:
-            found: Any = [engine.step(ids[0], live[0].cache, rule)]
+        if at_once == 1:
+            found: Any = [engine.step(part[0], cache, rule)]
         else:
-            found = engine.step_many(
-                [Row(i, w.cache, rule) for i, w in zip(ids, live, strict=True)]
-            )
+            found = engine.step_many([Row(token, cache, rule) for token in part])
         seconds += time.perf_counter() - start
-        _score(live, np.stack([z for z, _ in found]), (n for _, n in found))
-    return seconds
+        z = np.stack([logits for logits, _ in found])
+        losses.append(token_losses(z, ids[at + 1 : at + 1 + len(part)]))
+        depths += [n for _, n in found]
+    return _Window(float(np.concatenate(losses).sum()), np.array(depths), seconds)
 
 
 def facts(

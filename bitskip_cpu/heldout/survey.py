@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitskip_cpu.heldout.scoring import Advance, exit_token_losses, step_through
+from bitskip_cpu.heldout.scoring import AT_ONCE, Advance, exit_token_losses, step_through
 from bitskip_cpu.heldout.text import Text
 from bitskip_cpu.heldout.watch import Watch
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import Engine
+from bitskip_ref.engine import Engine, Row
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
+from bitskip_ref.heldout import check_windows, windows
 from bitskip_ref.rule import ExitRule
 
 
@@ -95,24 +96,38 @@ class Survey:
         self.config = engine.config
         blocks = self.config.num_hidden_layers
         parts: dict[int, list[np.ndarray]] = {n: [] for n in range(1, blocks + 1)}
-        starts, done = [], 0
+        done = 0
         for found in exit_token_losses(engine, text, [*parts], context=context):
             for n, values in found.items():
                 parts[n].append(values)
-            starts.append(done)
             done += len(found[blocks])
             advance(len(found[blocks]))
         self.losses = {n: np.concatenate(values) for n, values in parts.items()}
-        # A window's first prediction is its prompt's and never stopped: nothing is below -1.
-        asked = np.ones(done, bool)
-        asked[starts] = False
         self.measures = {}
         for name in measures:
-            layers = look_layers(name, self.config)
-            watch = Watch(self.config, layers, [name])
-            step_through(engine, text, [watch], context=context, advance=advance)
-            self.measures[name] = np.full((len(layers), done), -1.0)
-            self.measures[name][:, asked] = np.reshape(watch.seen[name], (-1, len(layers))).T
+            self.measures[name] = np.full((len(look_layers(name, self.config)), done), -1.0)
+            self._see(engine, text, name, context, advance)
+
+    def _see(
+        self, engine: Engine, text: Text, name: str, context: int | None, advance: Advance
+    ) -> None:
+        """Fill in a measure; a window's first prediction is its prompt's: nothing is below -1."""
+        layers = look_layers(name, self.config)
+        context, stride = check_windows(context, None, self.config.max_position_embeddings)
+        for begin, _, end in windows(len(text.tokens), context, stride):
+            cache = engine.new_cache()
+            watches = [Watch(self.config, layers, [name]) for _ in range(begin + 1, end)]
+            rules: list[ExitRule] = [FixedExit(), *watches]
+            rows = [
+                Row(token, cache, rule, wanted=False)
+                for token, rule in zip(text.tokens[begin:end].tolist(), rules, strict=True)
+            ]
+            for at in range(0, len(rows), AT_ONCE):
+                engine.step_many(rows[at : at + AT_ONCE])
+            if watches:
+                seen = np.transpose([watch.seen[name] for watch in watches])
+                self.measures[name][:, begin + 1 : end] = seen
+            advance(end - begin)
 
     def judge(
         self, measure: str, threshold: float, layers: Sequence[int], last: int, costs: Costs

@@ -113,8 +113,8 @@ def architecture_of(config: ModelConfig) -> str:
     return "qwen2" if config.biases == "qkv" else "llama"
 
 
-def _metadata(model: Given, architecture: str, exit_layer: int | None) -> dict[str, Any]:
-    c, folder = model.config, model.folder
+def described(c: ModelConfig, architecture: str) -> dict[str, Any]:
+    """The keys that tell llama.cpp a model's shape."""
     found: dict[str, Any] = {
         "general.architecture": architecture,
         "general.alignment": ALIGNMENT,
@@ -136,8 +136,12 @@ def _metadata(model: Given, architecture: str, exit_layer: int | None) -> dict[s
     }
     if c.rope_scaling == "linear" or architecture == "bitnet":
         own |= {"rope.scaling.type": "linear", "rope.scaling.factor": c.rope_factor}
-    found |= {f"{architecture}.{key}": value for key, value in own.items()}
-    found |= words_of(folder, c.vocab_size)
+    return found | {f"{architecture}.{key}": value for key, value in own.items()}
+
+
+def _metadata(model: Given, architecture: str, exit_layer: int | None) -> dict[str, Any]:
+    c, folder = model.config, model.folder
+    found = described(c, architecture) | words_of(folder, c.vocab_size)
     carried: dict[str, Any] = {"head_format": c.head_format}
     if c.rope_scaling == "llama3":
         carried |= {key: getattr(c, key) for key in LLAMA3}

@@ -101,9 +101,8 @@ def _open(path: Path) -> Iterator[Stored]:
         try:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             numbers = (*shape, start, end)
-            natural = len(shape) <= RANK and all(
-                type(n) is int and 0 <= n <= data.size for n in numbers
-            )
+            natural = isinstance(shape, list) and len(shape) <= RANK
+            natural &= all(type(n) is int and 0 <= n <= data.size for n in numbers)
         except (TypeError, KeyError, ValueError):
             raise RefusedError(f"{place}: its entry in the header is damaged") from None
         if not isinstance(dtype, str) or dtype not in KINDS:

@@ -55,7 +55,7 @@ class Worker:
     def __init__(self, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.engine, self.config, self.now = engine, engine.config, 0.0
         self.new_cache, self.extend = engine.new_cache, engine.extend
-        self.extend_exits = engine.extend_exits
+        self.extend_exits, self.step_many = engine.extend_exits, engine.step_many
         monkeypatch.setattr(scoring.time, "perf_counter", lambda: self.now)
 
     def step(self, token_id: int, cache: Any, rule: Any) -> Any:

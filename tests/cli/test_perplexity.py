@@ -91,7 +91,7 @@ def test_stepping_is_the_same_loss(folder: Path, context: int, stride: int) -> N
     ]  # fmt: skip
     expected = exit_losses(model, text, [2, 4], **cut)
     alone = step_through(model, text, rules, **cut)
-    beside = step_through(model, text, rules, **cut, together=3)
+    beside = step_through(model, text, rules, **cut, at_once=3)
     for result, other in zip(alone, beside, strict=True):
         assert (result.losses.sums == other.losses.sums).all()
         assert (result.depths == other.depths).all()
@@ -114,9 +114,9 @@ def test_a_dynamic_exit_is_scored_as_it_generates(folder: Path) -> None:
                 p = np.exp(z.astype(np.float64))
                 total -= math.log(p[target] / p.sum())
                 depths.append(depth)
-        for together in (1, 2, 16):
+        for at_once in (1, 2, 16):
             (result,) = step_through(
-                bitskip_cpu.load(folder), text, [rule], context=10, together=together
+                bitskip_cpu.load(folder), text, [rule], context=10, at_once=at_once
             )
             assert result.depths.tolist() == depths and 4 > result.mean_depth > 1
             assert result.losses.loss == pytest.approx(total / 29, rel=1e-12)

@@ -13,6 +13,7 @@ import pytest
 
 from bitskip_export.foreign.hf_read import read_huggingface
 from bitskip_export.foreign.source import RefusedError
+from bitskip_ref.tensors import FormatError
 from bitskip_text.tokenizer import TokenizerError
 from tests.interop.blocks import edit
 from tests.interop.test_huggingface import bring, ternary_model
@@ -70,6 +71,16 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "text width": (lambda p: edit(p / "config.json", hidden_size="64"), "type int"),
     "absurd blocks": (lambda p: edit(p / "config.json", num_hidden_layers=4096), "lacks tensors"),
     "more blocks": (lambda p: edit(p / "config.json", num_hidden_layers=4), "lacks tensor"),
+    "absurd context": (
+        lambda p: edit(p / "config.json", max_position_embeddings=(1 << 24) - 1),
+        "max_position_embeddings = 16777215 takes",
+    ),
+    "a shape that is none": (
+        lambda p: change_header(
+            p, lambda h: h["model.norm.weight"].update(shape={}, data_offsets=[0, 4])
+        ),
+        "does not lie where the header says",
+    ),
     "fewer blocks": (lambda p: edit(p / "config.json", num_hidden_layers=2), "has no place"),
     "no heads": (lambda p: edit(p / "config.json", num_attention_heads=0), "config.json"),
     "other vocabulary": (lambda p: edit(p / "config.json", vocab_size=97), "asks for"),
@@ -141,7 +152,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_faults_are_refused(fault: str, tmp_path: Path) -> None:
     path = ternary_model(tmp_path / "hf", "Llama", "offline")
     FAULTS[fault][0](path)
-    with pytest.raises((RefusedError, TokenizerError), match=FAULTS[fault][1]) as caught:
+    refusals = (RefusedError, FormatError, TokenizerError)
+    with pytest.raises(refusals, match=FAULTS[fault][1]) as caught:
         bring(path, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]  # nothing is left

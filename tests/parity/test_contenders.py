@@ -172,3 +172,14 @@ def test_200_prompts_of_the_shipped_model(
             for e in (two_parts, whole)
         ]
         assert texts[0] == texts[1]
+
+
+def test_bench_makes_no_other_copy_of_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As greedy generation: a large head in two parts alone, for prompt and steps."""
+    from bitskip_cpu.bench.timing import measure, plan, tasks_of
+
+    monkeypatch.setattr(workspace, "REREAD", 1)
+    engine = Engine(twin("bitskip-v1"), random_tensors(twin("bitskip-v1")), 1)
+    measure(plan([engine], tasks_of([3], [2], [], [0, 1]), [4]), 1)
+    assert list(engine.weights._uppers) == ["lm_head"] and not engine.weights._heads
+    assert engine.greedy_bytes(4) < engine.weight_bytes(4)  # which makes it
