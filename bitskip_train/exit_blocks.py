@@ -16,6 +16,8 @@ from bitskip_train.model import BitskipModel
 States = Mapping[int, np.ndarray]
 """n -> hidden states f32 [N, D] of the same N tokens after n blocks; L among them."""
 
+TOGETHER = 512  # tokens of a step
+
 
 def with_exit_blocks(
     config: ModelConfig, tensors: Mapping[str, np.ndarray], exits: Sequence[int], seed: int
@@ -83,19 +85,20 @@ def divergence(model: BitskipModel, n: int, states: States, learn: bool = False)
 def fit_exit_blocks(
     model: BitskipModel,
     exits: Sequence[int],
-    batches: Callable[[int], States],
+    states: States,
     held_back: States,
     *,
     steps: int,
+    seed: int,
     lr: float = 1e-2,
     report: Callable[[int, dict[int, float]], None] = lambda step, found: None,
 ) -> dict[int, dict[str, np.ndarray]]:
     """Fit the blocks of some exits to what full depth says; each by itself.
 
-    batches: step (from 0) -> the states of its tokens. held_back: those of tokens that choose: at
-    first and after every tenth of the steps each exit's `divergence` on them is measured and told
-    to `report` with the steps made, and the block with the least is taken. Returns for each exit
-    name -> f32 parameter.
+    states: those of the tokens to learn from; a step takes TOGETHER of them, drawn from `seed`.
+    held_back: those of tokens that choose: at first and after every tenth of the steps each exit's
+    `divergence` on them is measured and told to `report` with the steps made, and the block with
+    the least is taken. Returns for each exit name -> f32 parameter.
     """
     fitted = {n: parameters(model, n) for n in exits}
     optimizer = torch.optim.AdamW(
@@ -115,14 +118,17 @@ def fit_exit_blocks(
         report(step, found)
 
     judge(0)
+    generator = np.random.default_rng(seed)
+    count = len(next(iter(states.values())))
     warmup, every = max(1, steps // 20), max(1, steps // 10)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / warmup) * (1 - step / steps)
-        states = batches(step)
+        drawn = generator.integers(count, size=TOGETHER)
+        some = {n: values[drawn] for n, values in states.items()}
         optimizer.zero_grad()
         for n in exits:
-            divergence(model, n, states, learn=True)
+            divergence(model, n, some, learn=True)
         optimizer.step()
         if (step + 1) % every == 0 or step + 1 == steps:
             judge(step + 1)

@@ -10,6 +10,7 @@ import click
 import numpy as np
 
 from bitskip.options import COUNT, FILE, FOLDER, MODEL, THREADS, WHOLE, Listed
+from bitskip.terminal import progress_bar
 from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.engine import Engine
 from bitskip_ref.folder import Folder, write_changed
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from bitskip_cpu.model import Model
 
 HELD_BACK = 8192  # tokens, at most, and at most a tenth of the text
+KEPT = 1 << 27  # numbers of hidden states that are kept, about, four bytes each
 
 
 @click.command("fit-exits")
@@ -29,14 +31,15 @@ HELD_BACK = 8192  # tokens, at most, and at most a tenth of the text
     help="The exits that get a block.",
 )  # fmt: skip
 @click.option("--out", "-o", type=FOLDER, required=True, help="The model folder to write.")
-@click.option("--steps", type=COUNT, default=400, show_default=True)
-@click.option("--batch", type=COUNT, default=4, show_default=True, help="Windows in a step.")
+@click.option(
+    "--steps", type=COUNT, default=3000, show_default=True, help="Of 512 tokens of the text."
+)
 @click.option("--context", type=COUNT, help="Tokens in a window. Default: as in training, or 512.")
 @click.option("--seed", type=WHOLE, default=0, show_default=True)
 @THREADS
 @click.option("--force", is_flag=True, help="Write into a folder that holds other files.")
 def fit_exits(
-    model: str | None, text: Path, layers: list[int], out: Path, steps: int, batch: int,
+    model: str | None, text: Path, layers: list[int], out: Path, steps: int,
     context: int | None, seed: int, threads: int | None, force: bool,
 ) -> None:  # fmt: skip
     """Give early exits of MODEL, a folder, a feed-forward block each; nothing else of it changes.
@@ -67,9 +70,7 @@ def fit_exits(
         click.echo(" | ".join(parts), err=True)
 
     click.echo("KL of full depth's prediction and the exit's on text held back, in nats", err=True)
-    blocks = fit(
-        loaded, tokens, exits, steps=steps, batch=batch, context=context, seed=seed, report=report
-    )
+    blocks = fit(loaded, tokens, exits, steps=steps, context=context, seed=seed, report=report)
     write_exit_blocks(folder, out, blocks)
     click.echo(out)
     for n in exits:
@@ -91,7 +92,6 @@ def fit(
     exits: Sequence[int],
     *,
     steps: int,
-    batch: int,
     context: int,
     seed: int = 0,
     report: Callable[[int, dict[int, float]], None] = lambda step, found: None,
@@ -99,9 +99,10 @@ def fit(
     """Name under FORMAT 3 -> tensor of new blocks for some exits of a model, as a folder has them.
 
     tokens: ids int64 [N], of which a tenth, at most HELD_BACK, chooses the step whose blocks are
-    taken (`bitskip_train.exit_blocks.fit_exit_blocks`, which has `report`, too). A step takes
-    `batch` windows of `context` tokens. The model's hidden states are those of its engine, to the
-    bit. Raises ConfigError for exits that are not before the last, DataError for a short text.
+    taken (`bitskip_train.exit_blocks.fit_exit_blocks`, which has `steps` and `report`, too). The
+    model runs once over the rest, in windows of `context` tokens, or over as many of them as KEPT
+    has room for; its hidden states are those of its engine, to the bit. Raises ConfigError for
+    exits that are not before the last, DataError for a short text.
     """
     from bitskip_export.pack import packed
     from bitskip_train.data import Windows
@@ -112,13 +113,12 @@ def fit(
     windows = Windows(tokens[size:], context, seed)
     wanted = *exits, config.num_hidden_layers
     held_back = [tokens[i : min(i + context, size)] for i in range(0, size, context)]
-
-    def batches(step: int) -> dict[int, np.ndarray]:
-        return hidden_states(model, list(windows.batch(step * batch, batch)[:, :-1]), wanted)
-
+    room = max(1, KEPT // (config.hidden_size * len(wanted) * context))
+    texts = list(windows.batch(0, min(room, windows.per_epoch))[:, :-1])
     fitted = fit_exit_blocks(
-        with_exit_blocks(config, model.folder.tensors, exits, seed), exits, batches,
-        hidden_states(model, held_back, wanted), steps=steps, report=report,
+        with_exit_blocks(config, model.folder.tensors, exits, seed), exits,
+        hidden_states(model, texts, wanted), hidden_states(model, held_back, wanted),
+        steps=steps, seed=seed, report=report,
     )  # fmt: skip
     kinds = {name: kind for name, (kind, _) in expected_tensors(config).items()}
     tensors: dict[str, np.ndarray] = {}
@@ -139,8 +139,10 @@ def hidden_states(
         if stage in stages:
             found[stages[stage]].append(values.copy())
 
-    for ids in texts:
-        model.extend(ids.tolist(), model.new_cache(), last_only=True, trace=keep)
+    with progress_bar("running the model", sum(map(len, texts))) as advance:
+        for ids in texts:
+            model.extend(ids.tolist(), model.new_cache(), last_only=True, trace=keep)
+            advance(len(ids))
     return {n: np.concatenate(parts) for n, parts in found.items()}
 
 

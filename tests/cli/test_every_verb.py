@@ -70,7 +70,7 @@ def fine(verb: str, place: Path) -> list[str]:
         "average": [checkpoint, "-o", place / "mean.pt"],
         "fit-gates": [checkpoint, "--data", text, "-o", place / "gated.pt", "--steps", 1, *cache],
         "fit-exits": [
-            model, *held, "--layers", 1, "-o", out, "--steps", 1, "--batch", 1, "--context", 8,
+            model, *held, "--layers", 1, "-o", out, "--steps", 1, "--context", 8,
         ],
         "export": [checkpoint, "-o", out],
         "verify": [model, "--engines", "ref", "--tokens", 2, "--exit-layer", 1],

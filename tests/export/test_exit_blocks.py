@@ -29,7 +29,7 @@ def fitted(
     """A folder's model with blocks for these exits, and what was measured on the way."""
     model, measured = bitskip_cpu.load(folder, 1), list[dict[int, float]]()
     blocks = fit(
-        model, small_split(count=600).tokens.astype(np.int64), exits, steps=steps, batch=4,
+        model, small_split(count=600).tokens.astype(np.int64), exits, steps=steps,
         context=CONTEXT, report=lambda step, found: measured.append(found),
     )  # fmt: skip
     write_exit_blocks(model.folder, out, blocks)
@@ -113,7 +113,7 @@ def test_the_verb(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Once there was a dog. It ran to the park and saw a cat.\n<|endoftext|>\n" * 20)
     words = ["fit-exits", "--text", str(text), "--layers", "12,6", "-o", str(tmp_path / "out")]
-    options = ["--steps", "2", "--batch", "1", "--context", "24", "--threads", "1"]
+    options = ["--steps", "2", "--context", "24", "--threads", "1"]
     result = CliRunner().invoke(main, [*words, *options])
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0] == str(tmp_path / "out")
