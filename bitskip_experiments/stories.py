@@ -53,14 +53,9 @@ def commands(
             words += ["--valid", str(data / "tinystories" / VALID)]
             yield ["train", "--preset", "stories-24", *words, "--out", str(run), *tokens, *settings]
         yield [
-            "fit-gates",
-            str(run / "last.pt"),
-            "-o",
-            str(gated),
-            "--data",
-            str(held_back),
-            *tokens,
-        ]
+            "fit-gates", str(run / "last.pt"), "-o", str(gated), "--data", str(held_back),
+            "--scale", "0.5", *tokens,
+        ]  # fmt: skip
     if not out.exists():
         yield [
             "export", str(gated), "-o", str(out), "--by-frequency", str(texts[0]), "--head", "int6",

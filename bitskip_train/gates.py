@@ -19,7 +19,7 @@ from bitskip_train.layers import Gate, Weight
 from bitskip_train.loaded import TorchEngine
 from bitskip_train.model import BitskipModel
 
-KEPT = 1 << 25  # floats of hidden states that are kept, about, and fitted to again and again
+KEPT = 1 << 28  # numbers of hidden states that are kept, about, two bytes each
 TOGETHER = 1024  # tokens of a step
 
 
@@ -94,9 +94,10 @@ def fit_gates(
 
     Each gate by itself, whatever the others do: so any threshold gives a sensible depth. layers:
     the blocks whose gates are fitted, 1..L-1 (None: all). The model runs once over one epoch of the
-    windows, or as many as KEPT has room for, `batch` side by side; each step then takes TOGETHER of
-    their tokens, drawn from `seed`. `report` is told each step, from 1, and its loss: the mean
-    cross-entropy of these gates. Raises ValueError for a block without a gate that could stop.
+    windows, or as many as KEPT has room for, `batch` side by side; its hidden states are kept as
+    bfloat16 (a gate quantizes them further). Each step takes TOGETHER of their tokens, drawn from
+    `seed`. `report` is told each step, from 1, and its loss: the mean cross-entropy of these gates.
+    Raises ValueError for a block without a gate that could stop.
     """
     depth = model.config.num_hidden_layers
     chosen_layers = sorted({*(range(1, depth) if layers is None else layers)})
@@ -110,25 +111,28 @@ def fit_gates(
     gates = [p for gate in fitted for p in gate.parameters()]
     region = torch.autocast(device.type, autocast, enabled=autocast is not None)
     room = KEPT // (model.config.hidden_size * len(chosen_layers) * windows.context)
-    kept: list[Tensor] = []  # [layers, tokens, D + 1]: hidden states, and what to expect of them
-    for first in range(0, max(1, min(room, windows.per_epoch)), batch):
+    starts = range(0, max(1, min(room, windows.per_epoch)), batch)
+    size = (len(chosen_layers), len(starts) * batch * windows.context)
+    kept = torch.empty(*size, model.config.hidden_size, dtype=torch.bfloat16, device=device)
+    expected = torch.empty(size, device=device)
+    for first in starts:
         ids = torch.from_numpy(windows.batch(first, batch)).to(device)
         with region, torch.no_grad():
-            states = model(ids[:, :-1], collect=chosen_layers)
-            hidden = {n: h.flatten(0, 1) for n, h in states.items()}
-            target = closeness(divergences(model, hidden, chosen_layers), scale)
-        x = torch.stack([hidden[n].float() for n in chosen_layers])
-        kept.append(torch.cat([x, target[..., None]], -1))
-    whole = torch.cat(kept, 1)
+            collected = model(ids[:, :-1], collect=chosen_layers)
+            hidden = {n: h.flatten(0, 1) for n, h in collected.items()}
+            found = divergences(model, hidden, chosen_layers)
+        at = slice(first * windows.context, (first + batch) * windows.context)
+        expected[:, at] = closeness(found, scale)
+        for i, n in enumerate(chosen_layers):
+            kept[i, at] = hidden[n]
     optimizer = torch.optim.AdamW(gates, lr=lr, weight_decay=0.01)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
-        some = whole[:, torch.randint(whole.shape[1], (TOGETHER,), generator=generator).to(device)]
-        decisions = torch.stack(
-            [model.gate_logits(x[:, :-1], n) for n, x in zip(chosen_layers, some, strict=True)]
-        )
-        loss = F.binary_cross_entropy_with_logits(decisions, some[..., -1])
+        some = torch.randint(size[1], (TOGETHER,), generator=generator).to(device)
+        states = zip(chosen_layers, kept[:, some].float(), strict=True)
+        decisions = torch.stack([model.gate_logits(x, n) for n, x in states])
+        loss = F.binary_cross_entropy_with_logits(decisions, expected[:, some])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -35,6 +35,15 @@ export function exp(x) {
   return f(f(f(f(p * f(r * r)) + r) + 1) * 2 ** k);
 }
 
+// Logits after the repetition penalty on ids of the prompt or the text so far, a set (SPEC 9.2).
+export function penalised(logits, seen, penalty) {
+  if (penalty === 1) return logits;
+  const r = f(penalty);
+  const z = Float32Array.from(logits);
+  for (const i of seen) z[i] = z[i] > 0 ? f(z[i] / r) : f(z[i] * r);
+  return z;
+}
+
 // The token for a Float32Array of logits (SPEC 9.1, 9.2 with temperature alone, 9.5).
 export function choose(logits, temperature, seed, index) {
   let best = 0;

@@ -1,14 +1,13 @@
 // Where the page's texts come from: a model in this browser, on ONNX Runtime (WebAssembly). Token
-// ids are those of `bitskip generate` with the same exit, temperature and seed. All files lie beside
-// this one; nothing is sent anywhere.
+// ids are those of `bitskip generate` with the same exit, temperature and seed, and the repetition
+// penalty that the model's folder recommends. All files lie beside this one; nothing is sent anywhere.
 
 import * as ort from "./ort.js";
 import { Tokenizer } from "./tokenizers.js";
-import { choose } from "./sampling.js";
+import { choose, penalised } from "./sampling.js";
 
 const ROWS = 16; // tokens of a prompt that are run at once; a row's sums do not depend on others
 const LIKELY = 5; // alternatives shown of a token
-const EMPTY = { float32: Float32Array, float16: Uint16Array, int8: Int8Array }; // what a cache holds
 const MISSING = "\ufffd"; // what a decoder says of bytes that are no character yet
 
 let model = null; // model.json
@@ -81,8 +80,7 @@ class Sequence {
     this.past = {};
     for (const name of graph.inputNames) {
       if (name === "token_ids") continue;
-      const { type, shape } = model.past[name];
-      this.past[name] = new ort.Tensor(type, new EMPTY[type](0), [0, ...shape]);
+      this.past[name] = new ort.Tensor("float32", new Float32Array(0), [0, model.kv_heads, model.head_dim]);
     }
   }
 
@@ -146,6 +144,7 @@ export async function* write(request, key, signal) {
   }
   const sequence = await Sequence.begin(exit_layer);
   const characters = new Characters();
+  const seen = new Set(ids);
   let logits, seconds = 0, end = "length";
   for (let at = 0; at < ids.length; at += ROWS) {
     signal?.throwIfAborted();
@@ -154,7 +153,9 @@ export async function* write(request, key, signal) {
   }
   for (let index = 0; index < max_tokens; index++) {
     signal?.throwIfAborted();
-    const id = choose(logits, temperature, BigInt(seed), index);
+    const z = penalised(logits, seen, model.repetition_penalty);
+    const id = choose(z, temperature, BigInt(seed), index);
+    seen.add(id);
     if (model.end_ids.includes(id)) {
       end = "stop";
       break;

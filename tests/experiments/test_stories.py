@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -80,4 +81,10 @@ def test_what_a_loop_is() -> None:
 def test_beginnings_are_words_of_stories() -> None:
     found = shipped.beginnings([f"{k} one two three four five six seven eight" for k in range(240)])
     assert len(found) == shipped.TEXTS
-    assert found[1] == "2 one two three four five six seven"
+    assert found[1] == f"{240 // shipped.TEXTS} one two three four five six seven"
+
+
+def test_the_card_is_that_of_the_committed_figures() -> None:
+    folder = ROOT / "results/stories-24"
+    found = json.loads((folder / "figures.json").read_text("utf-8"))
+    assert (folder / "table.md").read_text("utf-8") == shipped.page(found)

@@ -77,6 +77,7 @@ def test_a_site(tmp_path: Path, packages: Path) -> None:
     }  # fmt: skip
     assert facts["depths"] == [1, 3] and facts["exits"] == [1, 3] and facts["model"] == "model"
     assert facts["end_ids"] == list(read_folder(model).end_ids)
+    assert facts["repetition_penalty"] == 1
     assert facts["files"]["graphs"] == {"1": "exit-1.onnx", "3": "exit-3.onnx"}
     assert (out / "ort.js").read_bytes() == b"onnxruntime-web dist/ort.wasm.min.mjs"
     for name in ("index.html", "page.css", "page.js"):  # the server's, not copies that part
@@ -149,7 +150,8 @@ def in_node(folder: Path, source: str, program: str, given: object) -> Any:
     (folder / "sampling.mjs").write_text(source)
     (folder / "given.json").write_text(json.dumps(given))
     (folder / "check.mjs").write_text(
-        'import { choose, exp, uniform } from "./sampling.mjs"; import fs from "node:fs";\n'
+        'import { choose, exp, penalised, uniform } from "./sampling.mjs";\n'
+        'import fs from "node:fs";\n'
         'const given = JSON.parse(fs.readFileSync("given.json"));\n'
         'const bytes = (hex) => new Uint8Array(Buffer.from(hex, "hex"));\n'
         "const floats = (hex) => new Float32Array(bytes(hex).buffer);\n"
@@ -182,7 +184,7 @@ def test_exp_and_draws_in_javascript(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(NODE is None, reason="no Node.js on this machine")
 def test_the_sampler_in_javascript(tmp_path: Path) -> None:
-    """SPEC 9.1, 9.2: logits of all sizes, ties, -0, temperatures and seeds of all kinds."""
+    """SPEC 9.1, 9.2: logits of all sizes, ties, -0; all kinds of temperature, seed, penalty."""
     rng = np.random.default_rng(0)
     cases, wanted = [], []
     for i in range(200):
@@ -191,9 +193,14 @@ def test_the_sampler_in_javascript(tmp_path: Path) -> None:
         z[rng.integers(300, size=5)] = -0.0
         seed, index = int(rng.integers(1 << 63)) * 2 + 1, int(rng.integers(500))
         temperature = (0.0, 0.7, 1.0, 3.0, 1e-6)[i % 5]
-        cases.append([z.tobytes().hex(), temperature, str(seed), index])
-        wanted.append(Sampler(temperature, seed=seed).choose(z, [], index))
-    program = "given.map(([z, t, seed, i]) => choose(floats(z), t, BigInt(seed), i))"
+        penalty, seen = (1.0, 1.1, 0.3)[i % 3], rng.integers(300, size=30).tolist()
+        cases.append([z.tobytes().hex(), temperature, str(seed), index, penalty, seen])
+        sampler = Sampler(temperature, seed=seed, repetition_penalty=penalty)
+        wanted.append(sampler.choose(z, seen, index))
+    program = (
+        "given.map(([z, t, seed, i, r, seen]) => "
+        "choose(penalised(floats(z), new Set(seen), r), t, BigInt(seed), i))"
+    )
     assert in_node(tmp_path, SAMPLING, program, cases) == wanted
     # SPEC 9.5
     program = (
