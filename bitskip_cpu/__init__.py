@@ -31,9 +31,6 @@ def load(
     from bitskip_cpu import models
     from bitskip_cpu.engine import Engine
     from bitskip_cpu.model import Model
-    from bitskip_ref.cache import usual_kv_cache
-    from bitskip_ref.folder import read_folder
 
-    folder = read_folder(models.resolve(model))
-    kv_cache = kv_cache or usual_kv_cache(folder.kv_cache, usual_cache, folder.config)
+    folder, kv_cache = models.opened(model, kv_cache, usual_cache)
     return Model(Engine(folder.config, folder.tensors, threads, kv_cache), folder)

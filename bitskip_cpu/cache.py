@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bitskip_cpu.aligned import aligned
+from bitskip_cpu.compiling import ATTEND, KERNELS
 from bitskip_cpu.kernels.layout import CACHE, LANES, key_slots
 from bitskip_cpu.kernels.products.ternary_layout import COLUMNS
 from bitskip_cpu.kernels.products.vocab_layout import OFFSET
@@ -101,7 +102,7 @@ class KVCache(CacheFill):
         self._struct = np.zeros(1, CACHE)
         self._struct[0] = (
             self.pages.kind.itemsize, self.pages.head_bytes, self.pages.values,
-            self.table.ctypes.data,
+            self.table.ctypes.data, KERNELS.piece(ATTEND[kv_cache]),
         )  # fmt: skip
         self.at = self._struct.ctypes.data
         """Where kernels find it: the address of a `layout.CACHE`."""

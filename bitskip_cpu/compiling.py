@@ -8,8 +8,10 @@ compile; files that others could have written are not (`trusted`).
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,20 +22,44 @@ import numpy as np
 
 from bitskip.places import user_cache
 from bitskip_cpu import beside, isa, native, shipped, sources, trusted
+from bitskip_ref.config import HEAD_BITS, ModelConfig
+from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.files import replace_file
 
 Progress = Callable[[float], None]
 """Called with the share of the compiling that is done, 0 to 1."""
 
-ARGUMENTS = {"run": 5, "packed_rows": 4, "repack": 7, "plain_rows": 4, "attend_part": 3}
-"""The pieces of compiled code (`kernels.object_code`), each with the number of its arguments.
+ATTEND = {kind: f"attend_{kind}" for kind in KV_CACHES}
+"""Kind of cache -> the piece that is attention over it."""
 
-One process compiles them from the first on, one from the last on, till they meet (`beside`): the
-largest stand at the ends.
+LINEAR = {"ternary": "packed_rows", "int8": "code_rows", "float32": "float_rows"}
+"""Kind of linear layers -> the piece that is rows of their products."""
+
+ARGUMENTS = {
+    "run": 5, "repack": 7, "measure": 3, "contend": 3, **dict.fromkeys(ATTEND.values(), 3),
+    "float_rows": 4, "code_rows": 4, "packed_rows": 4,
+}  # fmt: skip
+"""All compiled code (`kernels.object_code`), with the number of its arguments: what Python calls,
+then pieces, which are compiled when something at hand needs them.
+
+One process compiles from the first on, one from the last on, till they meet (`beside`): the largest
+stand at the ends.
 """
 
-CALLED = {"run": ("packed_rows", "plain_rows", "attend_part"), "repack": ()}
-"""Those that Python calls, each with the others that it needs."""
+CALLED = "run", "repack"
+"""What Python calls; pieces are called by their addresses."""
+
+
+def rows_of(config: ModelConfig) -> tuple[str, str]:
+    """The pieces that are rows of the linear layers' products, and of the vocabulary's."""
+    head = "code_rows" if config.head_format in HEAD_BITS else "float_rows"
+    return LINEAR[config.linear], head
+
+
+def needed(config: ModelConfig, kv_cache: str) -> list[str]:
+    """What every text takes of a model with such caches."""
+    return [*CALLED, *rows_of(config), *filter(None, [ATTEND.get(kv_cache)])]
+
 
 DIGEST = 32  # bytes of the checksum before the code
 
@@ -71,7 +97,9 @@ class Kernels:
 
     def __init__(self) -> None:
         self._functions: dict[str, Callable[..., None]] = {}
+        self._pieces: dict[str, int] = {}
         self._made: dict[str, bytes] = {}
+        self._plain = isa.INTERPRETED  # each kernel then calls the others as Python or Numba does
         self.refused = ""  # why a compiled kernel could not be kept
 
     @cached_property
@@ -88,12 +116,24 @@ class Kernels:
         """Whether the package brought them all, so that no cache is needed."""
         return all(shipped.code(name) for name in ARGUMENTS)
 
-    @property
-    def compiled(self) -> bool:
-        """Whether everything can start without compiling (always, if interpreted)."""
-        if isa.INTERPRETED or self._functions.keys() == CALLED.keys():
-            return True
-        return all(self._stored(name) for name in ARGUMENTS)
+    def lacking(self, names: Collection[str] = tuple(ARGUMENTS)) -> list[str]:
+        """Which of these must be compiled."""
+        if self._plain:
+            return []
+        return [n for n in ARGUMENTS if n in names and not self._stored(n)]
+
+    def prepare(self, names: Collection[str], progress: Progress = lambda _: None) -> None:
+        """Compile which of these are `lacking`."""
+        lacking = self.lacking(names)
+        if not lacking:
+            return
+        try:
+            self._make(lacking, progress)
+        except Exception as error:
+            if self._functions or not _insides_changed(error):
+                raise
+            _go_plain(error)
+            self._plain = True
 
     @property
     def run(self) -> Callable[..., None]:
@@ -105,28 +145,25 @@ class Kernels:
         """`kernels.repack`'s function, compiled; see there for its arguments."""
         return self.function("repack")
 
-    def function(self, name: str, progress: Progress | None = None) -> Callable[..., None]:
+    def function(self, name: str) -> Callable[..., None]:
         """One of CALLED, loaded, and compiled before if need be."""
         if name not in self._functions:
-            if isa.INTERPRETED:
-                from bitskip_cpu.kernels.object_code import FUNCTIONS
-
-                self._functions[name] = FUNCTIONS[name]
+            self.prepare([name])
+            if self._plain:
+                self._functions[name] = _plain(name)
             else:
-                self._functions[name] = self._loaded(name, progress or (lambda _: None))
+                code = self._stored(name) or b""
+                self._functions[name] = native.load(code, name, ARGUMENTS[name])
         return self._functions[name]
 
-    def _loaded(self, name: str, progress: Progress) -> Callable[..., None]:
-        pieces = (name, *CALLED[name])
-        if not all(self._stored(piece) for piece in pieces):
-            try:
-                self._make([n for n in ARGUMENTS if not self._stored(n)], progress)
-            except Exception as error:
-                if not _insides_changed(error):
-                    raise
-                return _plain(name, error)
-        codes = [self._stored(piece) or b"" for piece in pieces]
-        return native.load(codes, name, ARGUMENTS[name])
+    def piece(self, name: str) -> int:
+        """Where one of the pieces lies; compiled before if need be. 0 where it is not apart."""
+        if name not in self._pieces:
+            self.prepare([name])
+            if self._plain:
+                return 0
+            self._pieces[name] = native.address(self._stored(name) or b"", name)
+        return self._pieces[name]
 
     def _stored(self, name: str) -> bytes | None:
         """A piece: made here, the package's, or in the cache, if it is whole and nobody else's."""
@@ -181,12 +218,17 @@ def compile_beside(names: list[str], cache: str, folder: str) -> None:
 
     if cache_folder().name != cache:  # another path, other sources, another Numba
         sys.exit(1)
-    for name in reversed(names):
-        if beside.claim(folder, name):
-            tell = partial(print, name, flush=True)
-            code = object_code.machine_code(name, ARGUMENTS[name], tell)
-            with replace_file(Path(folder) / name) as file:
-                file.write(code)
+    try:
+        for name in reversed(names):
+            if beside.claim(folder, name):
+                tell = partial(print, name, flush=True)
+                code = object_code.machine_code(name, ARGUMENTS[name], tell)
+                with replace_file(Path(folder) / name) as file:
+                    file.write(code)
+                tell(1.0)
+    except BrokenPipeError:  # the first process was killed: nobody else takes its folder away
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
 
 
 def _insides_changed(error: Exception) -> bool:
@@ -195,24 +237,32 @@ def _insides_changed(error: Exception) -> bool:
     return from_numba or isinstance(error, AttributeError | ImportError | TypeError)
 
 
-def _plain(name: str, error: Exception) -> Callable[..., None]:
-    """One of CALLED by Numba's public `njit`: the same bits, compiled anew in every process."""
+def _go_plain(error: Exception) -> None:
+    """From here on kernels are compiled by Numba's public `njit`: the same bits, in every process
+    anew."""
     import numba
 
     from bitskip_cpu.kernels import numba_inside
 
-    if not numba_inside.plain:
-        print(
-            f"Numba {numba.__version__} with llvmlite {llvmlite.__version__} is not the Numba that "
-            f"bitskip knows ({type(error).__name__}): kernels are compiled by its plain njit in "
-            "every process, which takes minutes; the results are the same",
-            file=sys.stderr,
-        )
-        numba_inside.plain = True
-        for module in [m for m in sys.modules if m.startswith("bitskip_cpu.kernels.")]:
-            if module != numba_inside.__name__:
-                del sys.modules[module]  # kernels are declared anew
+    print(
+        f"Numba {numba.__version__} with llvmlite {llvmlite.__version__} is not the Numba that "
+        f"bitskip knows ({type(error).__name__}): kernels are compiled by its plain njit in "
+        "every process, which takes minutes; the results are the same",
+        file=sys.stderr,
+    )
+    numba_inside.plain = True
+    for module in [m for m in sys.modules if m.startswith("bitskip_cpu.kernels.")]:
+        if module != numba_inside.__name__:
+            del sys.modules[module]  # kernels are declared anew
+
+
+def _plain(name: str) -> Callable[..., None]:
+    """`run` or `repack`, by what calls kernels as Python or Numba does."""
     from bitskip_cpu.kernels.object_code import FUNCTIONS
+
+    if isa.INTERPRETED:
+        return FUNCTIONS[name]
+    import numba
 
     function = numba.njit(error_model="numpy", nogil=True)(FUNCTIONS[name])
     function.compile((numba.types.int64,) * ARGUMENTS[name])
@@ -222,7 +272,8 @@ def _plain(name: str, error: Exception) -> Callable[..., None]:
 KERNELS = Kernels()
 
 
-def warmup(progress: Progress | None = None) -> None:
-    """Compile the kernels, or load them from the cache; once per process."""
+def warmup(progress: Progress = lambda _: None, names: Collection[str] = tuple(ARGUMENTS)) -> None:
+    """Compile these, or see that they are there; load what Python calls."""
+    KERNELS.prepare(names, progress)
     for name in CALLED:
-        KERNELS.function(name, progress)
+        KERNELS.function(name)

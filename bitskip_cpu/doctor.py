@@ -46,7 +46,7 @@ def doctor() -> dict[str, Any]:
         "cache": {
             "folder": str(KERNELS.directory) if KERNELS.directory else None,
             "writable": KERNELS.directory is not None,
-            "warm": KERNELS.compiled,
+            "warm": not KERNELS.lacking(),
         },
         "environment": {k: v for k, v in sorted(os.environ.items()) if _concerns_us(k)},
         "memory_available_bytes": psutil.virtual_memory().available,

@@ -15,7 +15,7 @@ import numpy as np
 
 from bitskip_cpu.aligned import CHECK, check_canaries
 from bitskip_cpu.cache import KVCache
-from bitskip_cpu.compiling import KERNELS
+from bitskip_cpu.compiling import KERNELS, needed
 from bitskip_cpu.cores import default_threads
 from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.layout import (
@@ -44,6 +44,7 @@ from bitskip_ref.rule import ExitRule
 
 f32 = np.float32
 
+MEASURING = DRAFT | MEASURE | GATE | LOOK  # what asks the piece `measure`
 SMALL = 4 << 20  # bytes of linear weights; stories-24 (2.4 MB) decodes faster with one thread
 
 
@@ -76,6 +77,7 @@ class Engine(contract.Engine):
         super().__init__(config, kv_cache)
         if threads is not None and (not is_whole(threads) or threads < 1):
             raise ValueError(f"threads {threads}: must be a whole number, at least 1")
+        KERNELS.prepare(needed(config, kv_cache))
         self.weights = tensors if isinstance(tensors, Weights) else Weights(config, tensors)
         if self.weights.config != config:
             raise ValueError("the weights are another model's: take its config, too")
@@ -89,6 +91,7 @@ class Engine(contract.Engine):
     def _begin(self) -> None:
         """Memory to work in, and helpers."""
         self._space = Workspace(self.weights, self.threads, self._share_from)
+        self._measures = False  # whether the piece for that is there
         self._team: Team | None = None
         if self.threads > 1:
             self._team = Team(self._run, self._space, self.threads - 1)
@@ -260,6 +263,9 @@ class Engine(contract.Engine):
 
     def _call(self, actions: int, first: int = 0, last: int = 0) -> None:
         """Run actions over blocks first..last-1."""
+        if actions & MEASURING and not self._measures:
+            self._space.measures()
+            self._measures = True
         if self._team:
             self._team.wake()
         self._run(*self._space.structs, actions, first, last)

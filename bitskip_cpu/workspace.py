@@ -9,6 +9,7 @@ import numpy as np
 
 from bitskip_cpu.aligned import aligned
 from bitskip_cpu.cache import KVCache, padded_keys, padded_values
+from bitskip_cpu.compiling import KERNELS, rows_of
 from bitskip_cpu.kernels.layout import (
     BAND,
     BFLOAT16,
@@ -147,6 +148,7 @@ class Workspace:
 
     def _weights(self) -> None:
         w, s = self.weights, self.state
+        s["linear_rows"], s["vocab_rows"] = map(KERNELS.piece, rows_of(w.config))
         s["weights"], s["layer_bytes"] = self._keep(w.linear), w.layer_bytes
         s["params"], s["params_stride"] = self._keep(w.params), w.params.strides[0]
         for name, offset in w.norm_offsets.items():
@@ -292,6 +294,8 @@ class Workspace:
         if n not in self._uppers:
             norm, head = self.weights.config.exit_names(n)
             upper = self.weights.upper(head)
+            if upper:
+                self.state["contend"] = KERNELS.piece("contend")
             self._uppers[n] = upper and (
                 upper.tiles.ctypes.data, upper.tiles.strides[0], upper.norms.ctypes.data,
                 upper.codes.ctypes.data, self.weights.norm(norm).ctypes.data,
@@ -345,6 +349,10 @@ class Workspace:
         self.arrange(order)
         self.ids[: len(order)] = self.ids[order]
         return of[order]
+
+    def measures(self) -> None:
+        """Have the piece `measure`."""
+        self.state["measure"] = KERNELS.piece("measure")
 
     def set_gate(self, n: int) -> None:
         """The gate of block n, counted from 1."""

@@ -15,7 +15,11 @@ from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+
 from bitskip_export.onnx_files import write_onnx
+from bitskip_export.onnx_graph import cache_name
+from bitskip_ref.cache import cached_arrays, usual_kv_cache
 from bitskip_ref.files import replace_file
 from bitskip_ref.folder import Folder, read_folder
 from bitskip_serve.page_files import page_file
@@ -72,14 +76,15 @@ def write_site(
     check_model(model)
     third_party = [(name, data) for p in PACKAGES for name, data in unpacked(p, packages)]
     exits = sorted(set(exits or model.exits))
-    graphs = write_onnx(model, out, exits, at_once=True)
+    kv_cache = usual_kv_cache(model.kv_cache, "float32", model.config)  # as `generate`
+    graphs = write_onnx(model, out, exits, kv_cache, at_once=True)
     weights = onnx_weights(graphs[0])
     assert model.tokenizer is not None
     parts = [
         *third_party,
         *((name, (files("bitskip_export") / "web" / name).read_bytes()) for name in OURS),
         ("tokenizer.json", model.tokenizer.read_bytes()),
-        ("model.json", json.dumps(facts(model, exits, graphs, weights)).encode()),
+        ("model.json", json.dumps(facts(model, exits, kv_cache, graphs, weights)).encode()),
         *((name, page_file(name)) for name in PAGE),
     ]
     for name, data in parts:
@@ -113,7 +118,7 @@ def check_model(model: Folder) -> None:
 
 
 def facts(
-    model: Folder, exits: Sequence[int], graphs: Sequence[Path], weights: str
+    model: Folder, exits: Sequence[int], kv_cache: str, graphs: Sequence[Path], weights: str
 ) -> dict[str, object]:
     """model.json: what the page shows (as the server's /props), and what the engine needs."""
     from bitskip_cpu.colours import palette
@@ -123,11 +128,15 @@ def facts(
         "model": model.path.resolve().name, "blocks": config.num_hidden_layers, "exits": exits,
         "trained_exits": model.trained_exits, "depths": exits,
         "context": config.max_position_embeddings,
-        "vocab_size": config.vocab_size, "threads": 1, "kv_cache": "float32", "rules": [],
+        "vocab_size": config.vocab_size, "threads": 1, "kv_cache": kv_cache, "rules": [],
         "colours": palette(config.num_hidden_layers),
         "end_ids": model.end_ids, "first_token": model.bos_token_id,
         "repetition_penalty": model.sampling.get("repetition_penalty", 1.0),
-        "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim,
+        "past": {
+            cache_name("past", i, name): {"type": np.dtype(kind).name, "shape": shape}
+            for i in range(max(exits))
+            for name, (kind, shape) in cached_arrays(config, kv_cache).items()
+        },
         "files": {
             "graphs": {n: path.name for n, path in zip(exits, graphs, strict=True)},
             "weights": weights,

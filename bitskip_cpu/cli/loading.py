@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import click
@@ -21,20 +22,26 @@ def load_model(
 
     kv_cache, usual_cache: as in `bitskip_cpu.load`.
     """
-    import bitskip_cpu
     from bitskip_cpu import models
 
-    path = models.resolve(model)
-    prepare(quiet)
-    return bitskip_cpu.load(path, threads, kv_cache=kv_cache, usual_cache=usual_cache)
+    folder, kv_cache = models.opened(model, kv_cache, usual_cache)
+    from bitskip_cpu.compiling import needed
+
+    prepare(quiet, needed(folder.config, kv_cache))
+    from bitskip_cpu.engine import Engine
+    from bitskip_cpu.model import Model
+
+    return Model(Engine(folder.config, folder.tensors, threads, kv_cache), folder)
 
 
-def prepare(quiet: bool = False) -> None:
-    """Load the kernels; where they must be compiled first, say so on standard error."""
-    from bitskip_cpu.compiling import KERNELS, cache_refusal, warmup
+def prepare(quiet: bool = False, names: Collection[str] | None = None) -> None:
+    """Load the kernels of these names (None: all of them); where some must be compiled first, say
+    so on standard error."""
+    from bitskip_cpu.compiling import ARGUMENTS, KERNELS, cache_refusal, warmup
 
-    if quiet or KERNELS.compiled:
-        warmup()
+    names = names or ARGUMENTS
+    if quiet or not KERNELS.lacking(names):
+        warmup(names=names)
         return
     if not animated(sys.stderr):
         click.echo("compiling kernels, once on this machine: 10 to 40 seconds", err=True)
@@ -46,6 +53,6 @@ def prepare(quiet: bool = False) -> None:
             advance(share - done)
             done = share
 
-        warmup(reached)
+        warmup(reached, names)
     if KERNELS.directory is None:
         click.echo(f"the kernels are not kept: {cache_refusal()}", err=True)

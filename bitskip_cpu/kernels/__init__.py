@@ -17,7 +17,8 @@
                       block_out          + x
                     exit_logits          exit_in (final norm), rows (vocabulary)
                     contending_logits    a head in two parts (SPEC 9.6)    contenders.py
-                    gate, draft          SPEC 8.4, 11.1
+                    draft                SPEC 11.1
+                    measure              gates, confidence, leads          measures.py
 
     products/       rows                 sums -> floats, scaled; asks the path's module for sums
                     simd, amx, plain     how many tokens go to which kernel (`isa.Path.kernels`)
@@ -28,7 +29,7 @@
                     int8, int8_passes    the same over codes (SPEC 6.8)
     arithmetic/     elementwise, exponential, float16, lanes            SPEC 2 to 5, 6.5, 8.5
     numba_inside/   decorators, pieces, emit, views, atomics     what touches the insides of Numba
-    object_code.py  what is compiled: `run`, `repack`, and the pieces that `run` calls by name
+    object_code.py  what is compiled: `run`, `repack`, and the pieces that `run` calls
 
 **Where weights lie.** Sixteen rows of a matrix are a tile, whose bytes follow each other:
 

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitskip_cpu.kernels.arithmetic.elementwise import (
-    confidence,
-    copy,
-    decides,
-    first_of,
-    integer_rows,
-    layer_norm,
-    relu,
-    rotate_unpadded,
-    sigmoid,
-    two_largest,
-)
+from bitskip_cpu.kernels.arithmetic.elementwise import copy, rotate_unpadded
 from bitskip_cpu.kernels.arithmetic.float16 import widen, widen_bfloat16
-from bitskip_cpu.kernels.contenders import count_found, find_least, norms_of_codes
 from bitskip_cpu.kernels.layout import (
     BAND,
     BFLOAT16,
     BLOCKS,
     BOUND,
     CHUNK,
+    CONFIDENCE,
     CONTEND,
     DOWN,
     DRAFT,
@@ -32,10 +21,14 @@ from bitskip_cpu.kernels.layout import (
     FILL,
     FLOAT16,
     FLOAT32,
+    FOUND,
     GATE,
+    GATES,
     HELP,
+    LEAST,
     LOOK,
     MEASURE,
+    NORMS,
     OUT,
     PRODUCTS,
     QKV,
@@ -43,6 +36,7 @@ from bitskip_cpu.kernels.layout import (
     UP,
     VOCAB,
 )
+from bitskip_cpu.kernels.measures import measure
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import (
     floats,
@@ -64,6 +58,7 @@ from bitskip_cpu.kernels.stages import (
     OUT_IN,
     ROWS,
     STORE,
+    contend,
     norm,
 )
 
@@ -165,11 +160,11 @@ def contending_logits(s, products):
     """As `exit_logits`, with -inf in place of logits that cannot be chosen (SPEC 9.6)."""
     tokens, x, weights = s.tokens, s.x, s.weights
     enter_exit(s, products)
-    norms_of_codes(s)
+    contend(s.contend, s, s.scratch, NORMS)
     product(s, products, BOUND, 0, s.vocab, s.upper_row_bytes)
-    find_least(s)
+    contend(s.contend, s, s.scratch, LEAST)
     product(s, products, SETTLE, 0, s.vocab, SETTLE_BYTES)
-    s.contenders_found = count_found(s)
+    contend(s.contend, s, s.scratch, FOUND)
     s.tokens, s.x, s.weights = tokens, x, weights
 
 
@@ -202,11 +197,10 @@ def draft(s, products, last):
             exit_logits(s, products)
             s.vocab = vocab
             for t in range(begin + s.exit_from, end):
-                z = s.logits + (t - begin - s.exit_from) * 4 * s.draft_vocab
-                first, second = two_largest(z, s.draft_vocab, s.scratch)
-                if first - second < s.least_lead or not decides(z, s.draft_vocab, first):
+                measure(s.measure, s, s.scratch, t - begin - s.exit_from)
+                if s.draft < 0:
                     continue
-                drafted[more] = first_of(z, s.draft_vocab, first)
+                drafted[more] = s.draft
                 positions[more], caches[more], of[more] = positions[t] + 1, caches[t], of[t]
                 more += 1
         begin, end, step = end, more, step + 1
@@ -218,25 +212,13 @@ def draft(s, products, last):
 
 
 @kernel
-def gate(s, t):
-    """The routing gate on token t (SPEC 8.4)."""
-    n, width = s.hidden, s.gate_width
-    scales_at, middle_at = s.gate + 8 * n, s.input + 4 * n
-    rows_at = scales_at + 4 * (width + 1)
-    layer_norm(s.x + t * 4 * n, s.gate, s.input, n, s.norm_eps, s.scratch)
-    integer_rows(s.input, n, s.codes, rows_at, scales_at, width, middle_at)
-    middle = floats(middle_at, width)
-    for i in range(width):
-        middle[i] = relu(middle[i])
-    integer_rows(middle_at, width, s.codes, rows_at + width * n, scales_at + 4 * width, 1, s.input)
-    return sigmoid(floats(s.input, 1)[0])
-
-
-@kernel
 def stops(s, layer):
     """Whether LOOK looks after the block, and its gate stops the one token at hand (SPEC 8.3)."""
     s.gate = int64s(s.looks, layer + 1)[layer]
-    return s.gate != 0 and gate(s, 0) > s.threshold
+    if s.gate == 0:
+        return False
+    measure(s.measure, s, s.scratch, GATES)
+    return floats(s.gates, 1)[0] > s.threshold
 
 
 def run(state_at, products_at, actions, first, last):
@@ -275,9 +257,7 @@ def run(state_at, products_at, actions, first, last):
     if actions & CONTEND:
         contending_logits(s, products)
     if actions & MEASURE:
-        values = confidence(s.logits, s.vocab, s.scratch)
-        s.confidence_max, s.confidence_margin, s.confidence_entropy = values
+        measure(s.measure, s, s.scratch, CONFIDENCE)
     if actions & GATE:
-        for t in range(s.tokens):
-            floats(s.gates, s.tokens)[t] = gate(s, t)
+        measure(s.measure, s, s.scratch, GATES)
     s.x, s.ids, s.positions, s.caches = x, ids, positions, caches

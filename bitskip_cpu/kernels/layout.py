@@ -20,12 +20,13 @@ _STATE = """
     upper_weights upper_row_bytes upper_norms head_codes
     final_norm vocab_scale exit_layer exit_weights vocab_weights vocab_row_bytes
     head_odd head_table gate_width gate
+    linear_rows vocab_rows contend measure
 
     ids x mid qkv attended y up act input input_stride codes codes_stride steps sums
     scratch scratch_stride unpacked acc
 
     positions caches gates tokens from_row logits exit_from draft_vocab least_lead
-    draft_counts draft_of
+    draft_counts draft_of draft
     looks threshold stopped
     confidence_max confidence_margin confidence_entropy
     contender_count contender_temperature contender_reach
@@ -46,24 +47,29 @@ STATE = np.dtype(
 of up to CHUNK tokens; the call at hand: int64 [T] the tokens' `positions`, and where their `caches`
 are, a CACHE each; the stage at hand, which threads share (`kernels.share`).
 
+`linear_rows`, `vocab_rows`, `contend`, `measure`: addresses of compiled pieces (`kernels.stages`,
+`contenders`, `measures`): those that this model needs, and the last two only once they are used.
+
 Exit blocks are numbered behind the blocks: `exit_layer` is the number of that of the exit at hand,
 0: it has none; `exit_weights` is to its products what `weights` is to a block's.
 
 The call is about `tokens` of them, from `from_row` on. `gates`: f32 [T]. `draft_counts`, int64 [T]:
-drafts after each, at most; `draft_of`, int64 [T]: behind which of them each token stands then.
+drafts after each, at most; `draft_of`, int64 [T]: behind which of them each token stands then;
+`draft`: the one that a lead decides, -1: none.
 `gate`: the routing gate at hand, as `Weights.gate` lays it out; `looks`: int64 [L], where those of
 the blocks are that LOOK looks after, else 0; `stopped`: blocks that it ran.
 `codes` of rows of floats are what `float_simd.order` makes of a token's input.
 It is argument and scratch: `forward` changes `tokens`, `x`, `positions` and the like for a while
 and puts them back."""
 
-_CACHE = "number_bytes head_bytes values table"
+_CACHE = "number_bytes head_bytes values table attend"
 
 CACHE = np.dtype([(name, np.int64) for name in _CACHE.split()])
 """The keys and values of one sequence, in pages of LANES positions. `table`: where the address of
 each page stands, int64 [pages]. A page holds, for each block and in it each key-value head, a part
 of `head_bytes` bytes: the keys, and from byte `values` on the values, of numbers of `number_bytes`
-bytes (`attention/attend.py` has their order)."""
+bytes (`attention/attend.py` has their order). `attend`: address of the compiled piece that runs a
+part of ATTEND over such numbers (`stages.attending`)."""
 
 _PRODUCT = (
     "weights rows width source row_bytes padded units tail alphas end0 end1 bias odd table "
@@ -80,6 +86,8 @@ odd part of the width and address of `hartley` of it (SPEC 5.3), 0: it is not tu
 
 QKV, OUT, UP, DOWN, VOCAB, BOUND, SETTLE = range(7)
 PRODUCTS = 4  # of a block
+NORMS, LEAST, FOUND = -1, -2, -3  # of `contend`, in place of a part
+GATES, CONFIDENCE = -1, -2  # of `measure`, in place of a draft
 INT8, INT6, INT4, FLOAT32, FLOAT16, BFLOAT16 = range(6)  # vocab_kind: integers, then floats
 TERNARY, INT8_ROWS, FLOAT_ROWS = range(3)  # linear_kind
 CACHED_FLOAT32, CACHED_FLOAT16, CACHED_INT8 = 4, 2, 1  # number_bytes: of a number in the cache

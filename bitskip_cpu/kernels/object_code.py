@@ -29,7 +29,7 @@ def module(name: str, arguments: int) -> llvm.ModuleRef:
 
     whole = inside.module(FUNCTIONS[name], name, arguments)
     named = {f.name for f in whole.functions if f.is_declaration}
-    foreign = {f for f in named if not f.startswith("llvm.")} - KNOWN - PIECES.keys()
+    foreign = {f for f in named if not f.startswith("llvm.")} - KNOWN
     if foreign:
         raise RuntimeError(f"the kernel {name} refers to {', '.join(sorted(foreign))}")
     return whole

@@ -7,6 +7,9 @@ nor the order in which they take parts can change a bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from bitskip_cpu.kernels.arithmetic.elementwise import (
     LARGEST_INT8,
     copy,
@@ -18,26 +21,37 @@ from bitskip_cpu.kernels.arithmetic.elementwise import (
     rms_norm,
     rotate_unpadded,
 )
-from bitskip_cpu.kernels.attention.attend import attend, rope, store_key, store_value
-from bitskip_cpu.kernels.attention.int8 import (
-    attend_codes,
-    store_key_codes,
-    store_value_codes,
+from bitskip_cpu.kernels.attention.attend import (
+    over_float16,
+    over_float32,
+    rope,
+    store_key,
+    store_value,
 )
-from bitskip_cpu.kernels.contenders import bound_rows, settle_rows
+from bitskip_cpu.kernels.attention.int8 import over_int8, store_key_codes, store_value_codes
+from bitskip_cpu.kernels.contenders import (
+    bound_rows,
+    count_found,
+    find_least,
+    norms_of_codes,
+    settle_rows,
+)
 from bitskip_cpu.kernels.layout import (
     BOUND,
+    CACHED_FLOAT16,
+    CACHED_FLOAT32,
     CACHED_INT8,
     DOWN,
     FLOAT32,
     FLOAT_ROWS,
+    FOUND,
     INT8_ROWS,
     LANES,
+    LEAST,
+    NORMS,
     OUT,
-    PRODUCTS,
     QKV,
     QUERIES,
-    SETTLE,
     TERNARY,
     UP,
     VOCAB,
@@ -46,12 +60,15 @@ from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.pieces import piece
 from bitskip_cpu.kernels.numba_inside.views import cache_structs, floats, int32s, int64s
 from bitskip_cpu.kernels.products.rows import (
-    float_rows,
     int8_rows,
+    linear_floats,
     order,
     ternary_rows,
-    vocab_rows,
+    vocab_codes,
+    vocab_floats,
 )
+
+Kernel = Callable[..., Any]
 
 ATTENTION_IN, ROWS, STORE, ATTEND, OUT_IN, FFN_IN, DOWN_IN, BLOCK_OUT, EXIT_IN = range(9)
 
@@ -120,43 +137,60 @@ def store(s, scratch, t):
                     s.head_dim, lane)  # fmt: skip
 
 
-@piece
+@kernel
 def attend_part(s, scratch, part):
     """Norm, turn and run a token's query heads that share a key-value head (SPEC 6.1 to 6.8)."""
     kv_head, t = part // s.tokens, part % s.tokens  # a head's keys stay at hand
-    cache, position = cache_of(s, t), int64s(s.positions, s.tokens)[t]
+    turned = int64s(s.positions, s.tokens)[t] * 2 * s.head_dim
     size, sharing = 4 * s.head_dim, s.heads // s.kv_heads
-    turned = position * 2 * s.head_dim
-    h, end = kv_head * sharing, (kv_head + 1) * sharing
-    keys = part_of(s, cache, kv_head)
-    caches = int64s(s.caches, s.tokens)
-    cold = t == 0 or caches[t] != caches[t - 1]
-    # What is read after this: the next token's keys, or those of the next head, of this block or
-    # the next one, of the first token.
-    soon, soon_keys = (t + 1, keys) if t + 1 < s.tokens else (0, keys + cache.head_bytes)
-    later = cache_of(s, soon)
-    soon_count = 0
-    if soon == 0 or caches[soon] != caches[t]:
-        soon_count = int64s(s.positions, s.tokens)[soon] // LANES + 1
-    q_at, out_at = s.qkv + t * 4 * (s.attention + 2 * s.kv), s.attended + t * 4 * s.attention
-    for i in range(h, end):
+    q_at = s.qkv + t * 4 * (s.attention + 2 * s.kv)
+    for i in range(kv_head * sharing, (kv_head + 1) * sharing):
         if s.qk_norm:
             head = q_at + i * size
             norm(s, head, params(s) + s.q_norm, head, s.head_dim, scratch)
         rope(q_at + i * size, s.cos + turned, s.sin + turned, s.head_dim)
-    while h < end:
-        queries = min(QUERIES, end - h)
-        q, out, values = q_at + h * size, out_at + h * size, keys + cache.values
-        count = soon_count if h + queries == end else 0
-        if cache.number_bytes == CACHED_INT8:
-            attend_codes(queries, q, cache.table, keys, values, s.head_dim, s.value_width,
-                         position + 1, cold, later.table, count, soon_keys, out,
-                         scratch)  # fmt: skip
-        else:
-            attend(queries, q, cache.table, keys, values, cache.number_bytes, s.head_padded,
-                   s.head_dim, s.key_slots, s.value_width, position + 1, cold, later.table, count,
-                   soon_keys, out, scratch)  # fmt: skip
-        h += queries
+    cache = cache_of(s, t)
+    if cache.number_bytes == CACHED_FLOAT32:
+        attend_float32(cache.attend, s, scratch, part)
+    elif cache.number_bytes == CACHED_FLOAT16:
+        attend_float16(cache.attend, s, scratch, part)
+    else:
+        attend_int8(cache.attend, s, scratch, part)
+
+
+def attending(over: Kernel) -> Kernel:
+    """A part of ATTEND over a cache of one kind, by a kernel (`attention.attend`) for it."""
+
+    def attend(s, scratch, part):
+        kv_head, t = part // s.tokens, part % s.tokens
+        cache, position = cache_of(s, t), int64s(s.positions, s.tokens)[t]
+        size, sharing = 4 * s.head_dim, s.heads // s.kv_heads
+        h, end = kv_head * sharing, (kv_head + 1) * sharing
+        keys = part_of(s, cache, kv_head)
+        caches = int64s(s.caches, s.tokens)
+        cold = t == 0 or caches[t] != caches[t - 1]
+        # What is read after this: the next token's keys, or those of the next head, of this block
+        # or the next one, of the first token.
+        soon, soon_keys = (t + 1, keys) if t + 1 < s.tokens else (0, keys + cache.head_bytes)
+        later = cache_of(s, soon)
+        soon_count = 0
+        if soon == 0 or caches[soon] != caches[t]:
+            soon_count = int64s(s.positions, s.tokens)[soon] // LANES + 1
+        q_at, out_at = s.qkv + t * 4 * (s.attention + 2 * s.kv), s.attended + t * 4 * s.attention
+        while h < end:
+            queries = min(QUERIES, end - h)
+            over(queries, q_at + h * size, cache.table, keys, keys + cache.values, s.head_padded,
+                 s.head_dim, s.key_slots, s.value_width, position + 1, cold, later.table,
+                 soon_count if h + queries == end else 0, soon_keys, out_at + h * size,
+                 scratch)  # fmt: skip
+            h += queries
+
+    return attend
+
+
+attend_float32 = piece(attending(over_float32), "attend_float32")
+attend_float16 = piece(attending(over_float16), "attend_float16")
+attend_int8 = piece(attending(over_int8), "attend_int8")
 
 
 @kernel
@@ -224,42 +258,73 @@ def exit_in(s, scratch, t):
 @kernel
 def rows(s, products, scratch, part):
     """Input -> some rows of a product, for all tokens (SPEC 4.3 to 4.8)."""
-    if s.product >= PRODUCTS:  # of the vocabulary
-        plain_rows(s, products[0], scratch, part)  # which has nothing to do with it
+    if s.product > VOCAB:
+        contend(s.contend, s, scratch, part)
+    elif s.product == VOCAB:  # with which products[0] has nothing to do
+        if s.vocab_kind < FLOAT32:
+            code_rows(s.vocab_rows, s, products[0], scratch, part)
+        else:
+            float_rows(s.vocab_rows, s, products[0], scratch, part)
     elif s.linear_kind == TERNARY:
-        packed_rows(s, products[s.product], scratch, part)
+        packed_rows(s.linear_rows, s, products[s.product], scratch, part)
+    elif s.linear_kind == INT8_ROWS:
+        code_rows(s.linear_rows, s, products[s.product], scratch, part)
     else:
-        plain_rows(s, products[s.product], scratch, part)
+        float_rows(s.linear_rows, s, products[s.product], scratch, part)
 
 
 @piece
 def packed_rows(s, p, scratch, part):
     """Rows of a product of ternary weights (SPEC 4.3)."""
-    first = s.first_row + part * s.part_rows
-    last = min(first + s.part_rows, s.last_row)
+    first, last = bounds(s, part)
     ternary_rows(s, p, first, last, scratch + s.acc, scratch + s.unpacked)
     add_bias(s, p, first, last)
 
 
 @piece
-def plain_rows(s, p, scratch, part):
-    """Rows of the vocabulary, of int8 or of float32 weights (SPEC 4.4, 4.5, 4.8, 9.6)."""
-    first = s.first_row + part * s.part_rows
-    last = min(first + s.part_rows, s.last_row)
+def code_rows(s, p, scratch, part):
+    """Rows of int8 weights, or of a vocabulary of 8, 6 or 4 bits (SPEC 4.4, 4.8)."""
+    first, last = bounds(s, part)
     if s.product == VOCAB:
-        vocab_rows(s, first, last, scratch, scratch + s.unpacked, scratch + s.acc)
-        return
-    if s.product == BOUND:
-        bound_rows(s, first, last, scratch + s.acc)
-        return
-    if s.product == SETTLE:
-        settle_rows(s, first, last, scratch)
-        return
-    if s.linear_kind == INT8_ROWS:
-        int8_rows(s, p, first, last, scratch + s.acc)
+        vocab_codes(s, first, last, scratch + s.acc)
     else:
-        float_rows(s, p, first, last, scratch, scratch + s.unpacked)
-    add_bias(s, p, first, last)
+        int8_rows(s, p, first, last, scratch + s.acc)
+        add_bias(s, p, first, last)
+
+
+@piece
+def float_rows(s, p, scratch, part):
+    """Rows of float32 weights, or of a vocabulary of floats (SPEC 4.5)."""
+    first, last = bounds(s, part)
+    if s.product == VOCAB:
+        vocab_floats(s, first, last, scratch, scratch + s.unpacked)
+    else:
+        linear_floats(s, p, first, last, scratch, scratch + s.unpacked)
+        add_bias(s, p, first, last)
+
+
+@piece
+def contend(s, scratch, part):
+    """Rows of a head's two parts, or what lies between them: NORMS, LEAST, FOUND (SPEC 9.6)."""
+    if part == NORMS:
+        norms_of_codes(s)
+    elif part == LEAST:
+        find_least(s)
+    elif part == FOUND:
+        s.contenders_found = count_found(s)
+    else:
+        first, last = bounds(s, part)
+        if s.product == BOUND:
+            bound_rows(s, first, last, scratch + s.acc)
+        else:
+            settle_rows(s, first, last, scratch)
+
+
+@kernel
+def bounds(s, part):
+    """The first row of a part of a product, and that behind its last."""
+    first = s.first_row + part * s.part_rows
+    return first, min(first + s.part_rows, s.last_row)
 
 
 @kernel

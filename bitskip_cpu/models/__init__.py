@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitskip_ref.words import unknown
+
+if TYPE_CHECKING:
+    from bitskip_ref.folder import Folder
 
 DEFAULT = "stories-24"
 HERE = Path(__file__).parent
@@ -49,3 +53,14 @@ def resolve(model: str | os.PathLike[str] | None = None) -> Path:
     if text not in names() and " " in text:
         raise ValueError(f"no model is called {text!r}; a text to continue is given as --prompt")
     return path(text)
+
+
+def opened(
+    model: str | os.PathLike[str] | None, kv_cache: str | None, usual_cache: str
+) -> tuple[Folder, str]:
+    """A MODEL argument, read and checked, and what its caches hold, as in `bitskip_cpu.load`."""
+    from bitskip_ref.cache import usual_kv_cache
+    from bitskip_ref.folder import read_folder
+
+    folder = read_folder(resolve(model))
+    return folder, kv_cache or usual_kv_cache(folder.kv_cache, usual_cache, folder.config)

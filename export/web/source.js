@@ -8,6 +8,7 @@ import { choose, penalised } from "./sampling.js";
 
 const ROWS = 16; // tokens of a prompt that are run at once; a row's sums do not depend on others
 const LIKELY = 5; // alternatives shown of a token
+const EMPTY = { float32: Float32Array, float16: Uint16Array, int8: Int8Array }; // what a cache holds
 const MISSING = "\ufffd"; // what a decoder says of bytes that are no character yet
 
 let model = null; // model.json
@@ -80,7 +81,8 @@ class Sequence {
     this.past = {};
     for (const name of graph.inputNames) {
       if (name === "token_ids") continue;
-      this.past[name] = new ort.Tensor("float32", new Float32Array(0), [0, model.kv_heads, model.head_dim]);
+      const { type, shape } = model.past[name];
+      this.past[name] = new ort.Tensor(type, new EMPTY[type](0), [0, ...shape]);
     }
   }
 

@@ -17,6 +17,7 @@ PRELOADED = [
     "bitskip_cpu.cli.machine", "bitskip_cpu.heldout.calibrate", "bitskip_cpu.cli.page",
     "bitskip_train.trainer", "bitskip_train.cli", "bitskip_export.pack", "bitskip_export.report",
     "bitskip_export.foreign.verbs", "bitskip_export.foreign.hf_read", "rich.progress",
+    "torch._dynamo", "torch.profiler",  # which an optimizer imports when it is made
     "tests.faults.verbs", "tests.faults.child", "tests.faults.preload",
 ]  # fmt: skip
 NOBODY = 54321  # a user who has no processes and no entry among the users

@@ -133,3 +133,16 @@ def test_crashes_hangs_and_hunger_are_seen(monkeypatch: pytest.MonkeyPatch) -> N
     assert [w[:7] for w in planted(monkeypatch, hoarding)] == ["memory:"] * 3
     assert all("MemoryError" in w for w in planted(monkeypatch, greedy))
     assert planted(monkeypatch, lambda _: "used") == []
+
+
+def test_a_tree_deeper_than_json_can_write_is_written() -> None:
+    """Damage twice over: what the first left may be readable and no more."""
+    import random
+    import sys
+
+    from tests.fuzz.mutations import dumped
+
+    deep: Any = 1
+    for _ in range(2 * sys.getrecursionlimit()):
+        deep = [deep]
+    assert b"[[[[" in dumped(random.Random(0), deep)

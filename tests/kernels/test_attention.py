@@ -65,9 +65,9 @@ def attend(q: np.ndarray, head: Head, seen: int) -> np.ndarray:
     outs = []
     for cold in (False, True):
         out, scratch = np.zeros(q.shape, f32), np.full(1 << 16, np.nan, f32)
-        call(kernels.attend, queries, q, head.table, 0, head.values_in, head.itemsize, head.padded,
-             head_dim, head.slots, head.width, seen, cold, head.table, 2 * cold, 0, out,
-             scratch)  # fmt: skip
+        over = kernels.over_float32 if head.itemsize == 4 else kernels.over_float16
+        call(over, queries, q, head.table, 0, head.values_in, head.padded, head_dim, head.slots,
+             head.width, seen, cold, head.table, 2 * cold, 0, out, scratch)  # fmt: skip
         outs.append(out)
     assert same_bits(*outs)
     return outs[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bitskip_cpu import beside, compiling, isa, native, shipped
-from bitskip_cpu.compiling import ARGUMENTS, CALLED, KERNELS, Kernels, cache_directory
+from bitskip_cpu.compiling import ARGUMENTS, KERNELS, Kernels, cache_directory, needed
 from tests.helpers import random_folder, twin
 
 
@@ -29,10 +29,11 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 def test_kernels_count_as_compiled_once_used() -> None:
     compiling.warmup()
-    assert KERNELS.compiled
+    assert not KERNELS.lacking()
 
 
-RUN = b" and ".join(b"code of " + name.encode() for name in ("run", *CALLED["run"]))
+def code(name: str) -> bytes:
+    return b"code of " + name.encode()
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     def machine_code(name: str, arguments: int, progress: compiling.Progress) -> bytes:
         names.append(name)
         progress(1.0)
-        return b"code of " + name.encode()
+        return code(name)
 
     monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(isa, "INTERPRETED", False)
@@ -53,18 +54,32 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(object_code, "machine_code", machine_code)
     monkeypatch.setattr(object_code, "work", lambda name: 1)
     monkeypatch.setattr(beside, "possible", lambda: False)
-    monkeypatch.setattr(native, "load", lambda codes, *_: b" and ".join(codes))
+    for name in ("load", "address"):
+        monkeypatch.setattr(native, name, lambda code, *_: code)
     return names
 
 
 def test_a_kernel_is_compiled_once(made: list[str]) -> None:
-    assert not Kernels().compiled
+    assert Kernels().lacking() == list(ARGUMENTS)
     for _ in range(2):
         kernels = Kernels()
-        assert [kernels.function(name) for name in CALLED] == [RUN, b"code of repack"]
-        assert kernels.compiled
+        kernels.prepare(ARGUMENTS)
+        assert (kernels.run, kernels.repack) == (code("run"), code("repack"))
+        assert kernels.piece("contend") == code("contend")
+        assert kernels.lacking() == []
     assert made == list(ARGUMENTS)
-    assert Kernels().compiled
+    assert Kernels().lacking() == []
+
+
+def test_only_what_is_needed_is_compiled(made: list[str]) -> None:
+    """What a model takes at once and together, and what a text may ask for when it does."""
+    Kernels().prepare(needed(twin("bitskip-v1"), "int8"))
+    assert made == ["run", "repack", "attend_int8", "code_rows", "packed_rows"]
+    plain = needed(twin("llama3"), "float16")
+    assert plain == ["run", "repack", "float_rows", "float_rows", "attend_float16"]
+    kernels = Kernels()
+    assert kernels.piece("measure") == kernels.piece("measure") == code("measure")
+    assert made[5:] == ["measure"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", b"x" * 32, None])
@@ -75,10 +90,10 @@ def test_a_damaged_file_is_made_anew(made: list[str], damage: bytes | None) -> N
     assert kernels.directory is not None
     file = kernels.directory / "run"
     file.write_bytes(file.read_bytes()[:-1] if damage is None else damage)
-    assert Kernels().function("run") == RUN
-    assert made == [*ARGUMENTS, "run"]
+    assert Kernels().function("run") == code("run")
+    assert made == ["run", "run"]
     Kernels().function("run")
-    assert made == [*ARGUMENTS, "run"]
+    assert made == ["run", "run"]
 
 
 class Stub:
@@ -93,7 +108,7 @@ class Stub:
         return self
 
     def mine(self, name: str) -> bool:
-        return name not in ("plain_rows", "attend_part")
+        return name not in ("code_rows", "packed_rows")
 
     def code(self, name: str) -> bytes | None:
         return self.codes.get(name)
@@ -108,13 +123,15 @@ def test_what_a_second_process_cannot_make_is_made_here(
     made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of what the second process has begun, it brings one piece. Progress ends at 1."""
-    stub, shares = Stub({"attend_part": b"code of attend_part"}), list[float]()
+    stub, shares = Stub({"packed_rows": code("packed_rows")}), list[float]()
     monkeypatch.setattr(beside, "Beside", stub)
-    assert Kernels().function("run", shares.append) == RUN
-    assert stub.asked == list(ARGUMENTS)
-    assert made == ["run", "packed_rows", "repack", "plain_rows"]
+    kernels = Kernels()
+    kernels.prepare(["run", "packed_rows", "repack", "code_rows"], shares.append)
+    assert stub.asked == ["run", "repack", "code_rows", "packed_rows"]
+    assert made == ["run", "repack", "code_rows"]
     assert shares == sorted(shares) and shares[-1] == 1
-    assert Kernels().function("repack") == b"code of repack" and len(made) == 4
+    assert kernels.run == code("run") and kernels.piece("packed_rows") == code("packed_rows")
+    assert Kernels().function("repack") == code("repack") and len(made) == 3
 
 
 @pytest.mark.skipif(isa.INTERPRETED, reason="nothing is compiled")
@@ -126,9 +143,9 @@ def test_a_second_process() -> None:
     cache = compiling.cache_folder().name
     with beside.Beside(pieces, cache, lambda _, share: shares.append(share)) as second:
         assert second.mine("run")
-        code = second.code("repack")
+        made = second.code("repack")
         assert not second.mine("repack") and second.code("run") is None
-    assert code and native.load([code], "repack", ARGUMENTS["repack"])
+    assert made and native.load(made, "repack", ARGUMENTS["repack"])
     assert shares == sorted(shares) and shares[-1] == 1
     with beside.Beside(pieces, cache, print) as second:
         pass

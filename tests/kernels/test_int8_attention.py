@@ -42,8 +42,8 @@ class Head:
         for cold in (False, True):
             scratch, guard = np.full(size + 64, 0xAA, np.uint8), np.full(64, 0xAA, np.uint8)
             out = np.zeros(q.shape, f32)
-            call(kernels.attend_codes, len(q), q, self.table, 0, self.values, self.dim, self.width,
-                 seen, cold, self.table, 2 * cold, 0, out, scratch)  # fmt: skip
+            call(kernels.over_int8, len(q), q, self.table, 0, self.values, 0, self.dim, 0,
+                 self.width, seen, cold, self.table, 2 * cold, 0, out, scratch)  # fmt: skip
             assert same_bits(guard, scratch[size:])
             found.append(out)
         assert same_bits(*found)

@@ -22,6 +22,9 @@ PUBLIC = {"numba", "numba.extending", "numba.types"}
 INSIDES = [
     ("numba.core.codegen", "JITCodeLibrary"),
     ("numba.core.compiler", "Compiler"),
+    ("numba.core.compiler_machinery", "PassManager"),
+    ("numba.core.untyped_passes", "ReconstructSSA"),
+    ("numba.core.typed_passes", "NativeLowering"),
     ("numba.core.registry", "cpu_target"),
     ("numba.core.event", "Listener"),
     ("numba.core.event", "register"),

@@ -41,9 +41,9 @@ def manifest(made: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_nothing_is_compiled(manifest: Path, made: list[str]) -> None:
     kernels = Kernels()
-    assert kernels.compiled
-    wanted = [b" and ".join([CODE] * (1 + len(pieces))) for pieces in CALLED.values()]
-    assert [kernels.function(name) for name in CALLED] == wanted
+    assert kernels.lacking() == []
+    pieces = [kernels.piece(name) for name in ARGUMENTS if name not in CALLED]
+    assert [kernels.run, kernels.repack, *pieces] == [CODE] * len(ARGUMENTS)
     assert made == []
     assert not list(manifest.parent.parent.glob("kernels-*"))
 
@@ -76,7 +76,9 @@ def test_what_is_not_for_here_is_not_used(manifest: Path, made: list[str], damag
     assert shipped.code("run") == CODE
     DAMAGES[damage](manifest)
     assert shipped.code("run") is None
-    assert b"code of run" in Kernels().function("run")
+    kernels = Kernels()
+    kernels.prepare(ARGUMENTS)
+    assert kernels.run == b"code of run"
     of_one_file = damage in ("a byte", "cut short", "gone", "a folder")
     assert made == (["run"] if of_one_file else list(ARGUMENTS))
 

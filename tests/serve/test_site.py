@@ -5,11 +5,13 @@ Needs npm (or BITSKIP_NPM_PACKAGES, a folder with the archives), Playwright and 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from operator import sub
@@ -24,6 +26,7 @@ import bitskip_cpu
 from bitskip_cpu import models
 from bitskip_cpu.model import Model
 from bitskip_export.web_site import write_site
+from bitskip_ref.folder import GENERATION
 from tests.serve.test_page import CHROMIUM, VIEWS, Seen, browser
 
 __all__ = ["browser"]  # a fixture
@@ -46,10 +49,10 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    out = tmp_path_factory.mktemp("site")
-    write_site(models.resolve("stories-24"), out, EXITS, Path(PACKAGES) if PACKAGES else None)
+@contextmanager
+def hosted(model: Path, out: Path, exits: tuple[int, ...]) -> Iterator[str]:
+    """The address of a model's site."""
+    write_site(model, out, exits, Path(PACKAGES) if PACKAGES else None)
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
@@ -59,6 +62,13 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    out = tmp_path_factory.mktemp("site")
+    with hosted(models.resolve("stories-24"), out, EXITS) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +118,26 @@ def test_ids_are_those_of_generate(seen: Seen, model: Model, exit_layer: int) ->
         print(
             f"exit {exit_layer}: {1e3 / fmean(gaps):.0f} tokens/s, median {1e3 / median(gaps):.0f}"
         )
+
+
+@pytest.mark.parametrize("kv_cache", ["float16", "int8"])
+def test_caches_are_those_that_the_folder_recommends(
+    browser: Any, tmp_path: Path, kv_cache: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models.resolve("stories-24"), folder)
+    said = json.loads((folder / GENERATION).read_text())
+    (folder / GENERATION).write_text(json.dumps({**said, "kv_cache": kv_cache}))
+    model = bitskip_cpu.load(folder, threads=1)
+    assert model.kv_cache == kv_cache
+    how = {"temperature": 0, "seed": 0, "exit_layer": 12, "max_tokens": 24}
+    with hosted(folder, tmp_path / "site", (12,)) as address:
+        seen = Seen(browser, address, "light")
+        seen.page.set_default_timeout(300_000)
+        told = seen.page.evaluate(WRITE, [{"prompt": p, **how} for p in PROMPTS])
+        seen.page.context.close()
+    for prompt, found in zip(PROMPTS, told, strict=True):
+        assert found["ids"] == model.generate(prompt, **how).token_ids, prompt
 
 
 def test_ids_of_texts(seen: Seen, model: Model) -> None:

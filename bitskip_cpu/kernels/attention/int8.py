@@ -75,14 +75,14 @@ def store_value_codes(value_at, values_at, head_dim, width, lane, scratch_at):
 
 
 @kernel
-def attend_codes(
-    queries, q_at, table, keys, values, head_dim, width, seen, cold, next_table, next_count,
-    next_keys, out_at, scratch_at,
+def over_int8(
+    queries, q_at, table, keys, values, _padded, head_dim, _slots_at, width, seen, cold,
+    next_table, next_count, next_keys, out_at, scratch_at,
 ):  # fmt: skip
     """`queries` (1 to QUERIES) turned query heads over `seen` positions -> out (SPEC 6.8).
 
-    q and out: [queries, E]. The table and what follows it: as for `attend.attend`. Scratch:
-    `layout.int8_scratch` bytes.
+    q and out: [queries, E]. The rest: as for `attend.attend`, whose order of features this does
+    not need. Scratch: `layout.int8_scratch` bytes.
     """
     pages, panels = (seen + LANES - 1) // LANES, (seen + PANEL - 1) // PANEL
     fours = (head_dim + COLUMNS - 1) // COLUMNS

@@ -72,7 +72,7 @@ def ternary_rows(s, p, first, last, acc_at, unpacked_at):
 
 
 @kernel
-def float_rows(s, p, first, last, scratch_at, room_at):
+def linear_floats(s, p, first, last, scratch_at, room_at):
     """Rows first..last-1 of a product of an FP32 model, for every token (SPEC 4.5)."""
     rows_at = s.weights + s.layer * s.layer_bytes + p.weights + first * p.row_bytes
     times_floats(s, rows_at, p.row_bytes, last - first, p.width, p.out + 4 * first, p.out_stride,
@@ -87,12 +87,15 @@ def times_floats(s, rows_at, row_bytes, count, width, out_at, out_stride, scratc
 
 
 @kernel
-def vocab_rows(s, first, last, scratch_at, room_at, acc_at):
-    """Logits of ids first..last-1 for every token (SPEC 4.4, 4.5)."""
-    if s.vocab_kind < FLOAT32:
-        integer_rows(s, s.vocab_kind, s.vocab_weights, s.vocab_row_bytes, s.hidden, s.vocab_scale,
-                     s.logits, 4 * s.vocab, first, last, acc_at)  # fmt: skip
-        return
+def vocab_codes(s, first, last, acc_at):
+    """Logits of ids first..last-1 for every token, from integers (SPEC 4.4)."""
+    integer_rows(s, s.vocab_kind, s.vocab_weights, s.vocab_row_bytes, s.hidden, s.vocab_scale,
+                 s.logits, 4 * s.vocab, first, last, acc_at)  # fmt: skip
+
+
+@kernel
+def vocab_floats(s, first, last, scratch_at, room_at):
+    """Logits of ids first..last-1 for every token, from floats (SPEC 4.5)."""
     rows_at, out_at = s.vocab_weights + first * s.vocab_row_bytes, s.logits + 4 * first
     if s.vocab_kind == FLOAT32:
         times_floats(s, rows_at, s.vocab_row_bytes, last - first, s.hidden, out_at, 4 * s.vocab,
