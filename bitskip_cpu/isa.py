@@ -65,7 +65,7 @@ PATHS = [
     # More accumulators would not fit the 16 registers of the next two.
     Path("vnni256", ("avx2", "avxvnni"), width=32, panel=(1, 4), accumulators=13),
     Path("avx2", ("avx2",), dot="vpmaddubsw", width=32, pairs=True, signed_bytes=True,
-         panel=(1, 4), bytes_above=NEVER, accumulators=12),
+         panel=(1, 4), unpack_above=7, bytes_above=NEVER, accumulators=12),
     Path("dotprod", ("dotprod",), dot="sdot", width=16, signed_bytes=True, panel=(1, 6),
          accumulators=16),
     Path("plain", (), kernels="plain", panel=(1, 4), bytes_above=NEVER),

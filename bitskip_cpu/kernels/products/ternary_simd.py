@@ -44,6 +44,7 @@ from bitskip_cpu.kernels.products.ternary_layout import (
 
 REGISTERS = LINE // WIDTH  # of a line
 PAIRS = 64  # planes whose sums of pairs fit 16 bits
+QUARTERED = (1, 2)  # planes that `packed_tile` may multiply by four
 Line = list[ir.Value]
 
 
@@ -90,11 +91,20 @@ def plane(builder: ir.IRBuilder, x: ir.Value, p: int) -> ir.Value:
     return call(builder, "llvm.x86.avx512.permvar.qi.512", BYTES, table, x)
 
 
-def planes(builder: ir.IRBuilder, lines: list[Line]) -> Iterator[tuple[int, list[ir.Value]]]:
-    """(first of its 4 columns, codes of the 16 rows) of every plane."""
+def plane_times_4(builder: ir.IRBuilder, x: ir.Value, p: int) -> ir.Value:
+    """The codes 0, 4, 8 of one plane of two bits, 1 or 2."""
+    moved = shifted(builder, x, 2 * p - 2) if p > 1 else x
+    return builder.and_(moved, constant(BYTES, 12))
+
+
+def planes(
+    builder: ir.IRBuilder, lines: list[Line], by_quarters: bool = False
+) -> Iterator[tuple[int, list[ir.Value]]]:
+    """(first of its 4 columns, codes of the 16 rows) of every plane; four times those QUARTERED."""
     for i, line in enumerate(lines):
         for p in range(PLANES):
-            yield (i * PLANES + p) * COLUMNS, [plane(builder, x, p) for x in line]
+            take = plane_times_4 if by_quarters and p in QUARTERED else plane
+            yield (i * PLANES + p) * COLUMNS, [take(builder, x, p) for x in line]
 
 
 def broadcast(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
@@ -132,6 +142,15 @@ class Sums:
             return
         total = self.totals[t][r][chain % self.chains]
         builder.store(dot(builder, builder.load(total), weights, codes), total)
+
+    def add_quarters(self, fours: Sums) -> None:
+        """Add the 16-bit sums of `fours`, of products that count four times there."""
+        builder = self.builder
+        for mine, others in zip(self.pairs, fours.pairs, strict=True):
+            for pairs, other in zip(mine, others, strict=True):
+                once = builder.ashr(builder.load(other), constant(WORDS, 2))  # exact
+                builder.store(builder.add(builder.load(pairs), once), pairs)
+                builder.store(constant(WORDS, 0), other)
 
     def flush(self) -> None:
         """Add 16-bit sums, if the path has them, to the 32-bit ones; after at most PAIRS planes."""
@@ -180,20 +199,27 @@ def over_lines(builder: ir.IRBuilder, tile: ir.Value, units: ir.Value, tail: ir.
 
 
 def packed_tile(tokens: int, chains: int) -> Kernel:
-    """(tile, units, tail, codes, codes stride, last, out, out stride): 16 rows x tokens."""
+    """(tile, units, tail, codes, codes stride, last, out, out stride): 16 rows x tokens.
+
+    With one token AVX2 leaves planes 1 and 2 at bits 2 and 3, which saves a shift each.
+    """
+    by_quarters = PATH.pairs and tokens == 1
 
     @intrinsic()
     def tile_sums(builder, tile, units, tail, codes, codes_stride, last, out, out_stride):
         token_at = starts(builder, codes, codes_stride, last, tokens)
-        sums = Sums(builder, tokens, REGISTERS, chains)
+        sums, fours = (Sums(builder, tokens, REGISTERS, chains) for _ in range(2))
 
         def multiply(lines: list[Line], first: ir.Value) -> None:
-            for chain, (column, weights) in enumerate(planes(builder, lines)):
-                at = builder.add(first, LONG(column))
+            for chain, (column, weights) in enumerate(planes(builder, lines, by_quarters)):
+                at, to = builder.add(first, LONG(column)), sums
+                if by_quarters and chain % PLANES in QUARTERED:
+                    to = fours
                 for t in range(tokens):
                     four = broadcast(builder, token_at[t], at)
                     for h in range(REGISTERS):
-                        sums.add(t, h, weights[h], four, chain)
+                        to.add(t, h, weights[h], four, chain)
+            sums.add_quarters(fours)
             sums.flush()
 
         over_lines(builder, tile, units, tail, multiply)
