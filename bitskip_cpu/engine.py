@@ -251,9 +251,12 @@ class Engine(contract.Engine):
         return self._linear_bytes(exit_layer) + sum(a.nbytes for a in head)
 
     def greedy_bytes(self, exit_layer: int) -> int:
-        """`weight_bytes` of a greedy token: of a head in two parts (SPEC 9.6) the first alone."""
+        """`weight_bytes` of a greedy token: of a head in two parts (SPEC 9.6) the first alone.
+
+        All of it where the last such tokens found that this does not pay.
+        """
         upper = self.weights.upper(self.config.exit_names(exit_layer)[1])
-        if upper is None:
+        if upper is None or self._space.reads_whole:
             return self.weight_bytes(exit_layer)
         return self._linear_bytes(exit_layer) + upper.tiles.nbytes + 8 * len(upper.norms)
 

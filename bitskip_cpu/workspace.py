@@ -56,7 +56,7 @@ VOCAB_KINDS = {
 }  # fmt: skip
 LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: no kernel of products.amx takes more
 REREAD = 4  # contenders do not pay if more than one of so many rows is one
-WHOLE = 15  # heads then read whole before they are tried again
+WHOLE, MOST_WHOLE = 15, 1023  # heads then read whole; twice as many each time in a row, at most
 SHARE_FROM = 1 << 16  # bytes of weights below which a stage is not worth sharing
 
 
@@ -120,6 +120,7 @@ class Workspace:
         self._uppers: dict[int, tuple[int, ...] | None] = {}  # UPPER_ROW; None: there is none
         self._vocab = weights.config.vocab_size
         self._whole = 0  # calls that are to read whole heads before contenders are tried again
+        self._next_whole = WHOLE  # how many it is the next time
         self._looks: tuple[tuple[int, ...], int, float] | None = None  # as set
         self._gates = np.zeros(weights.config.num_hidden_layers, np.int64)
         self.state["looks"] = self._keep(self._gates)
@@ -317,7 +318,10 @@ class Workspace:
         """
         upper = self.upper(n) if contenders else None
         if self._words[FOUND] * REREAD > self._vocab:
-            self._words[FOUND], self._whole = 0, WHOLE
+            self._words[FOUND], self._whole = 0, self._next_whole
+            self._next_whole = min(2 * self._next_whole + 1, MOST_WHOLE)
+        elif self._words[FOUND]:
+            self._next_whole = WHOLE
         if contenders is None or upper is None or self._whole:
             self._whole -= self._whole > 0
             self.set_exit(n, logits_at, first)
@@ -328,6 +332,11 @@ class Workspace:
         )
         self.set_logits(logits_at, first)
         return CONTEND
+
+    @property
+    def reads_whole(self) -> bool:
+        """Whether contenders did not pay, so that heads in two parts are read whole for now."""
+        return self._whole > 0
 
     def set_logits(self, logits_at: int, first: int = 0) -> None:
         """Where the logits of the tokens from `first` on are to be, or are to be measured."""

@@ -150,12 +150,22 @@ def test_a_head_that_settles_many_rows_is_read_whole_for_a_while(
     monkeypatch.setattr(workspace, "REREAD", 4)
     config: ModelConfig = twin("bitskip-v1")
     engine = Engine(config, random_tensors(config), 1)
-    cache, kept = engine.new_cache(), []
-    for i in range(40):
+    cache, kept, tried = engine.new_cache(), [], []
+    set_contenders = engine._space.set_contenders
+
+    def noted(*arguments: Any) -> int:
+        action = set_contenders(*arguments)
+        tried.append(action == CONTEND)
+        return action
+
+    monkeypatch.setattr(engine._space, "set_contenders", noted)
+    assert engine.greedy_bytes(4) < engine.weight_bytes(4)
+    for i in range(60):
         z, _ = engine.step(i, cache, FixedExit(), contenders=Contenders(200))
         kept.append(np.isneginf(z).any())
     assert not any(kept)  # all of so few ids are among the 200 largest
-    assert engine._space._whole > 0
+    assert np.flatnonzero(tried).tolist() == [0, 16, 48]  # 15 and 31 heads are read whole between
+    assert engine.greedy_bytes(4) == engine.weight_bytes(4)
 
 
 @pytest.mark.slow
