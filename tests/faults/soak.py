@@ -24,6 +24,7 @@ import numpy as np
 os.environ.setdefault("BITSKIP_CHECK", "1")
 from bitskip_cpu.aligned import check_canaries
 from bitskip_cpu.engine import Engine
+from bitskip_cpu.pages import NoRoom, Pool
 from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.engine import Row
@@ -34,6 +35,7 @@ from tests.helpers import random_tensors, random_tokens, twin
 
 CONFIG = twin("bitskip-v1").replace(max_position_embeddings=48, gates=True)
 PREFIX, TEXTS, WORD = 12, 6, 3
+PAGES = 9  # of the pool: less than all callers would take at once
 PATIENCE = 120  # seconds that a forked child may take
 RULES: list[Any] = [FixedExit(None), FixedExit(2), ConfidenceExit(0.02)]
 COPIES: list[Callable[[Any], Any]] = [
@@ -62,7 +64,7 @@ class Soak:
         self.texts = [random_tokens(CONFIG, 8, seed) for seed in range(TEXTS)]
         reference = ReferenceModel(CONFIG, tensors, self.kv_cache)
         # A prefix that all branch from, and nobody goes on in itself.
-        start = random_tokens(CONFIG, PREFIX, 99)
+        self.start = start = random_tokens(CONFIG, PREFIX, 99)
         theirs, self.prefix = reference.new_cache(), self.engine.new_cache()
         reference.extend(start, theirs)
         self.engine.extend(start, self.prefix)
@@ -78,6 +80,9 @@ class Soak:
             for _ in range(CONFIG.max_position_embeddings)
         }
         self.shared = self.engine.new_cache()
+        # Pages that texts borrow and leave the prefix in; who opens and closes takes turns.
+        page = Pool(self.engine, 1 << 20).page_bytes
+        self.pool, self.lending = Pool(self.engine, PAGES * page), threading.Lock()
 
     @staticmethod
     def _text(engine: Any, cache: Any, text: int, rule: int) -> str:
@@ -123,6 +128,21 @@ class Soak:
             if digest(*part, *self._drafted(self.engine, cache, *way)) != self.expected[way]:
                 self.faults.append(f"wrong bits: text {way[0]}, rule {way[1]}, among rows of many")
 
+    def lent(self, draw: random.Random) -> None:
+        """A text on pages of the pool, which may hold the prefix already."""
+        text, rule = draw.randrange(TEXTS), draw.randrange(len(RULES))
+        with self.lending:
+            try:
+                cache = self.pool.open(self.start, CONFIG.num_hidden_layers, 32)
+            except NoRoom:
+                return
+        self.engine.extend(self.start[cache.length :], cache)
+        if self._text(self.engine, cache, text, rule) != self.expected[text, rule]:
+            self.faults.append(f"wrong bits: text {text}, rule {rule}, on pages of the pool")
+        with self.lending:
+            self.pool.keep(cache, self.start)
+            self.pool.close(cache)
+
     def step(self, draw: random.Random) -> None:
         """A step in the cache that is everybody's; it may be full, or made shorter meanwhile."""
         try:
@@ -165,7 +185,8 @@ class Soak:
 
     def live(self, draw: random.Random, until: float) -> None:
         """One of these after the other."""
-        acts = [self.branch] * 10 + [self.many] * 5 + [self.step] * 30 + [self.shorten] * 3
+        acts = [self.branch] * 10 + [self.many] * 5 + [self.lent] * 5 + [self.step] * 30
+        acts += [self.shorten] * 3
         acts.append(self.fork)
         try:
             while time.monotonic() < until and not self.faults:
