@@ -70,9 +70,9 @@ def _replayed() -> None:
     assert all(kept.values()), "tests.faults needs kernels that are compiled"
 
     def slowly(name: str, arguments: int, progress: Any) -> bytes:
-        for count in range(20):
+        for count in range(8):
             time.sleep(0.005)
-            progress(count / 20)
+            progress(count / 8)
         return kept[name] or b""
 
     object_code.machine_code = slowly  # type: ignore[assignment]

@@ -49,13 +49,30 @@ def record(path: Path, piece: dict[str, Any]) -> None:
 def rendered() -> str:
     """The document with the table of all runs."""
     before, _, rest = DOCUMENT.read_text("utf-8").partition(BEGIN)
+    of: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in records():
+        of.setdefault((run["what"], run["command"]), []).append(run)
     rows = [
-        (r["what"], f"`python -m {r['command']}`", r["seed"], f"{r['cases']:,}",
-         f"{r['seconds']:,}" if "seconds" in r else "", r.get("memory", ""), r["faults"])
-        for r in records()
+        (what, f"`python -m {command}`", _ranges([r["seed"] for r in runs]),
+         f"{sum(r['cases'] for r in runs):,}",
+         f"{sum(r['seconds'] for r in runs):,}" if all("seconds" in r for r in runs) else "",
+         max((r["memory"] for r in runs if "memory" in r), default=""),
+         sum(r["faults"] for r in runs))
+        for (what, command), runs in sorted(of.items())
     ]  # fmt: skip
-    header = ("what", "command", "seed", "cases", "seconds", "most memory (MiB)", "faults")
+    header = ("what", "command", "seeds", "cases", "seconds", "most memory (MiB)", "faults")
     return f"{before}{BEGIN}{table(header, rows)}\n{END}{rest.partition(END)[2]}"
+
+
+def _ranges(seeds: list[int]) -> str:
+    """As in 7, 11 to 14."""
+    parts = list[list[int]]()
+    for seed in sorted(set(seeds)):
+        if parts and seed == parts[-1][-1] + 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]} to {p[-1]}" for p in parts)
 
 
 if __name__ == "__main__":
