@@ -84,7 +84,7 @@ def test_a_killed_compilation_leaves_nobody_behind(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_compilations_killed_at_random() -> None:
     draw = random.Random(14)
-    for _ in range(20):
+    for _ in range(10):
         with tempfile.TemporaryDirectory() as place:
             number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             case(Path(place), number, draw.uniform(0, 3))
