@@ -50,6 +50,11 @@ def bring(source: str, out: Path, linear: str | None, head: str | None, force: b
     )
     for line in report.lines():
         click.echo(line)
+    if c.num_hidden_layers > 1 and opened.exit_layer is None:
+        click.echo(
+            f"early exits: 1..{c.num_hidden_layers - 1} run, training decides what they are worth: "
+            f"`bitskip perplexity {out} --text FILE --exit-layer N,N` says, `fit-exits` fits them"
+        )
 
 
 def _local(source: str) -> Path:
