@@ -25,9 +25,10 @@ from bitskip_cpu.heldout.text import end_of_text
 from bitskip_cpu.many.offline import in_order
 from bitskip_cpu.many.scheduler import Scheduler
 from bitskip_cpu.model import Model
+from bitskip_ref.folder import SAMPLING
 from bitskip_ref.words import unknown
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+TAKEN = (*SAMPLING, "seed")  # of what a task says of generating
 """Of a task's `generation_kwargs`, those that are options of ours under the same name."""
 ARGUMENTS = ("path", "exit_layer", "exit_threshold", "threads", "kv_cache", "max_length")
 
@@ -168,8 +169,8 @@ class BitskipLM(TemplateLM):
         if given.pop("do_sample"):
             given.setdefault("temperature", 1.0)
         for name in given:
-            if name not in SAMPLING:
-                raise ValueError(unknown("generation option", name, SAMPLING))
+            if name not in TAKEN:
+                raise ValueError(unknown("generation option", name, TAKEN))
         ids = self.tok_encode(context) or [self.prefix_token_id]
         stop = [text for text in until if text]
         options = self.options.replace(max_tokens=most, stop=stop, **given)

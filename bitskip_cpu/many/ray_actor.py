@@ -19,12 +19,12 @@ class Generate:
 
     def __init__(
         self, model: str, *, parallel: int = 8, threads: int | None = None,
-        kv_cache: str = "float32", **options: Any,
+        kv_cache: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
         """model: a shipped model's name, or a folder that every machine sees at this path.
 
-        parallel, options: as of `Model.generate_many`. threads: of each actor (None: as `load`);
-        give Ray the same number as `num_cpus`.
+        parallel, options: as of `Model.generate_many`. threads, kv_cache: of each actor, as of
+        `load`; give Ray the same number of threads as `num_cpus`.
         """
         self._model = bitskip_cpu.load(model, threads=threads, kv_cache=kv_cache)
         self._parallel, self._options = parallel, GenerationOptions(**options)

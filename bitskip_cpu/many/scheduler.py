@@ -144,7 +144,7 @@ class Scheduler:
             rows += text.prompt_rows(count)
         rounds = [t for t in running if t.speculation is not None and not t.unread]
         batch = len(plan) + len(rounds)
-        found = self._together(self.model.engine.step_many, rows, [text for text, _, _ in plan])
+        found = self._together(self._run, rows, [text for text, _, _ in plan])
         if found is None:
             found, plan = [], []
         at = 0
@@ -160,6 +160,15 @@ class Scheduler:
         self.figures.batches[batch] += 1
         self.figures.busy_s += time.perf_counter() - start
         return True
+
+    def _run(self, rows: list[Row]) -> list[tuple[np.ndarray | None, int]]:
+        """What the engine finds. Of a text alone it is asked for what may be chosen (SPEC 9.6):
+        for several a head in two parts takes as many multiply-adds as a whole one, and more."""
+        engine, (first, *others) = self.model.engine, rows
+        if others or not first.wanted:
+            return engine.step_many(rows)
+        (contenders,) = (t.contenders for t in self._running if t.cache is first.cache)
+        return [engine.step(first.token_id, first.cache, first.rule, contenders=contenders)]
 
     def _together(
         self, run: Callable[[list[Asked]], list[Found]], asked: list[Asked], texts: list[Sequence]

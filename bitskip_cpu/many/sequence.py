@@ -102,6 +102,8 @@ class Sequence:
         """Positions that it may come to."""
         self.ids, self.tell, self.deadline = ids, tell, deadline
         self.alternatives = 0 if echo and alternatives is None else alternatives
+        self.contenders = options.sampler.contenders if self.alternatives is None else None
+        """The logits that its next token needs (SPEC 9.6); None: all."""
         self.echo = echo
         self._told = Telling(
             model.tokenizer, ids, stop=options.stop, max_tokens=options.max_tokens, room=room,

@@ -18,6 +18,7 @@ from bitskip_cpu.many.scheduler import Full, Scheduler
 from bitskip_cpu.many.sequence import Sequence
 from bitskip_cpu.model import Model
 from bitskip_cpu.pages import Pool
+from bitskip_ref.decoding.contenders import Contenders
 from tests.cli.conftest import write_model
 from tests.serve.asked import Heard, check, random_request, run_all
 
@@ -108,6 +109,32 @@ def test_long_prompts_and_texts_take_turns(model: Model) -> None:
     assert max(seen) <= 8
     assert seen[5:8] == [8, 8, 8]  # three texts' tokens, five of the long prompt
     for text in [*texts, long]:
+        check(model, text)
+
+
+def test_of_a_text_alone_only_logits_that_may_be_chosen_are_wanted(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SPEC 9.6, unless it tells of log probabilities."""
+    asked: list[Any] = []
+    step = model.engine.step
+
+    def note(*row: Any, contenders: Any) -> Any:
+        asked.append(contenders)
+        return step(*row, contenders=contenders)
+
+    monkeypatch.setattr(model.engine, "step", note)
+    how = GenerationOptions(max_tokens=6)
+    for texts, expected in (
+        ([Heard([3, 4], how)], [Contenders()] * 5),
+        ([Heard([3, 4], how, alternatives=2)], [None] * 5),
+        ([Heard([3, 4], how), Heard([5, 6], how)], []),
+    ):
+        asked.clear()
+        run_all(Scheduler(model), texts)
+        assert asked == expected
+    monkeypatch.undo()
+    for text in texts:
         check(model, text)
 
 

@@ -160,8 +160,9 @@ class Noting(Generate):
         return {**made, "pid": [os.getpid()] * len(made["text"])}
 
 
-def test_two_actors_of_ray(model: Model, tmp_path: Path) -> None:
+def test_two_actors_of_ray(tmp_path: Path) -> None:
     """From a file to files, as docs/SERVING.md has it."""
+    model = bitskip_cpu.load("stories-24", threads=1)
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
     prompts = [f"{words} {i}" for i in range(8) for words in ("Once upon a time", "Tom", "The dog")]
