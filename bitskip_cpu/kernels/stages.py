@@ -117,7 +117,8 @@ def store(s, scratch, t):
     """Norm and turn the keys; keys and values into the cache (SPEC 6.7, 6.1, 6.4, 6.5, 6.8)."""
     cache, position, size = cache_of(s, t), int64s(s.positions, s.tokens)[t], 4 * s.head_dim
     turned = position * 2 * s.head_dim  # bytes: a position has E / 2 cosines
-    page, lane = int64s(cache.table, 1)[position // LANES], position % LANES
+    number, lane = position // LANES, position % LANES
+    page = int64s(cache.table, number + 1)[number]
     key = s.qkv + t * 4 * (s.attention + 2 * s.kv) + 4 * s.attention
     value = key + 4 * s.kv
     for h in range(s.kv_heads):

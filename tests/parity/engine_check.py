@@ -45,6 +45,11 @@ SIZES: dict[str, ModelConfig] = {
         vocab_size=1, hidden_size=1, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, head_dim=2, intermediate_size=1, max_position_embeddings=6,
     ),
+    # Positions of three pages of a cache, few enough to be run with NumPy's bounds checks.
+    "pages": small_twin("bitskip-v1").replace(
+        vocab_size=3, hidden_size=2, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=2, intermediate_size=2, max_position_embeddings=36,
+    ),
     "extreme": small_twin("bitskip-v1").replace(
         hidden_size=512, intermediate_size=512, num_hidden_layers=2,
     ),

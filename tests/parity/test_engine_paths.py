@@ -26,7 +26,7 @@ COMPILED = ["extreme", "wide", "wide-hadamard", "wt2-bitskip", "bitskip-v2", "bi
             "layerskip", "float16-head", "bfloat16-head", "per-layer-exits", "smallest",
             "long:float16", "wide:float16", "bitnet-2b4t:float16", "long:int8", "wide:int8",
             "extreme:int8", "int8", "wide-floats"]  # fmt: skip
-INTERPRETED = ["smallest", "smallest:float16", "smallest:int8"]
+INTERPRETED = ["smallest", "smallest:float16", "smallest:int8", "pages", "pages:int8"]
 ADDED = {  # paths of `added_path`: environment, what they run
     "narrow": ({}, ["extreme", "wide", "bitnet-2b4t", "layerskip"]),
     "widening": ({}, ["extreme", "wide", "bitnet-2b4t", "layerskip", "wide:int8"]),
