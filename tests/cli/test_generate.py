@@ -132,7 +132,7 @@ def test_stop_strings(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 def script(
     monkeypatch: pytest.MonkeyPatch, folder: Path, text: str, interrupt_after: int = 1 << 30
 ) -> None:
-    """`load` gives a model that says a text, pressing Ctrl-C after some tokens."""
+    """`generate` loads a model that says a text, pressing Ctrl-C after some tokens."""
 
     class Engine(ScriptEngine):
         def step(self, *arguments: Any, **_: Any) -> Any:
@@ -142,12 +142,12 @@ def script(
 
     read = read_folder(folder)
 
-    def load(model: Any = None, threads: Any = None, **_: Any) -> Model:
+    def load(*_: Any) -> Model:
         made = Model(Engine(CONFIG, []), read)
         made.engine.script = [*made.tokenizer.encode(text), 0]
         return made
 
-    monkeypatch.setattr(bitskip_cpu, "load", load)
+    monkeypatch.setattr("bitskip_cpu.cli.generate.load_model", load)
 
 
 def test_ctrl_c_keeps_what_was_said(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -29,7 +29,7 @@ PLAIN = {"FORCE_COLOR": None, "NO_COLOR": None}
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
-    """Make `load` give a model that says a text, at depths that go round 1, 2, 3, 4."""
+    """Make `generate` load a model that says a text, at depths that go round 1, 2, 3, 4."""
 
     def make(text: str, interrupt_after: int = 1 << 30) -> None:
         class Engine(ScriptEngine):
@@ -38,12 +38,12 @@ def script(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
                     raise KeyboardInterrupt
                 return super().step(*arguments)
 
-        def load(model: Any = None, threads: Any = None, **_: Any) -> Model:
+        def load(*_: Any) -> Model:
             made = Model(Engine(CONFIG, [], [1, 2, 3, 4] * 50), read_folder(folder))
             made.engine.script = [*made.tokenizer.encode(text), 0]
             return made
 
-        monkeypatch.setattr(bitskip_cpu, "load", load)
+        monkeypatch.setattr("bitskip_cpu.cli.generate.load_model", load)
 
     return make
 
