@@ -59,6 +59,32 @@ def test_it_knows_the_capital_of_france(models: dict[str, Model]) -> None:
         assert "Paris" in chat.keep(stream)
 
 
+def random_strings(count: int) -> Iterator[str]:
+    """Letters, digits, blanks, marks, accents, other scripts and emoji, up to 60 of them."""
+    rng = np.random.default_rng(0)
+    ranges = [(97, 123), (65, 91), (48, 58), (32, 33), (32, 48), (9, 14), (0xC0, 0x180),
+              (0x370, 0x530), (0x4E00, 0x9FA0), (0xAC00, 0xD7A4), (0x1F300, 0x1F650)]  # fmt: skip
+    odds = np.array([30, 5, 5, 15, 5, 2, 3, 3, 3, 2, 2])
+    for _ in range(count):
+        kinds = rng.choice(len(ranges), rng.integers(1, 61), p=odds / odds.sum())
+        yield "".join(chr(rng.integers(*ranges[kind])) for kind in kinds)
+
+
+def test_its_tokenizer_is_that_of_transformers(gguf: Path, models: dict[str, Model]) -> None:
+    """Made from the same lists by transformers' own reader: ids of 10,000 strings.
+
+    Of the file's `pre`, smollm, that reader leaves out that each digit stands for itself.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    theirs.backend_tokenizer.pre_tokenizer = Sequence([Digits(True), ByteLevel(False)])
+    ours, strings = models["int8"].tokenizer, list(random_strings(10_000))
+    differ = [s for s in strings if ours.encode(s) != theirs(s, add_special_tokens=False).input_ids]
+    assert not differ, f"{len(differ)} of {len(strings)}, the first {differ[0]!r}"
+
+
 def test_no_byte_is_padding(models: dict[str, Model]) -> None:
     weights = models["int8"].engine.weights
     stored = weights.linear.nbytes + weights.head("embed_tokens")[0].nbytes
