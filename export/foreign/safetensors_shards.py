@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,8 +84,8 @@ def open_shards(root: Path) -> dict[str, Stored]:
 
 
 def _open(path: Path) -> Iterator[Stored]:
-    if not path.is_file():
-        raise RefusedError(f"{path.parent} lacks {path.name}, which its index names")
+    if not os.path.isfile(path):  # False, too, for a name that no system takes
+        raise RefusedError(f"{path.parent} lacks {shown(path.name)}, which its index names")
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)

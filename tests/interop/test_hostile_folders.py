@@ -175,6 +175,16 @@ def test_an_index_cannot_lead_elsewhere(tmp_path: Path) -> None:
         read_huggingface(path)
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"], ids=["long", "null"])
+def test_an_index_of_impossible_names(name: str, tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "Llama", "offline")
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q: name}}))
+    with pytest.raises(RefusedError, match="which its index names") as caught:
+        read_huggingface(path)
+    assert len(str(caught.value)) < 500
+
+
 def test_every_changed_byte_of_a_header_is_an_error_or_harmless(tmp_path: Path) -> None:
     path = ternary_model(tmp_path / "hf", "Llama", "offline")
     file = path / "model.safetensors"
