@@ -166,7 +166,7 @@ VERBS: dict[str, Verb] = {
             "calibrate", p / "model", "--text", p / "text.txt", "--tokens", 60, "--ctx", 20,
             "--rule", "fixed,max", "-t", 1,
         ],
-        _auto, ("model",),
+        _auto, (f"model/{GENERATION}",),
     ),
     "import": Verb(
         lambda p: ["import", p / "hf", "-o", p / "out"],
