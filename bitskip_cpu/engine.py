@@ -97,6 +97,15 @@ class Engine(contract.Engine):
             self._team = Team(self._run, self._space, self.threads - 1)
             weakref.finalize(self, self._team.close)
 
+    def beside(self) -> Sequence[Engine]:
+        """Engines that share its threads, for several texts at once; this one where it has one.
+
+        One per thread where weights are few, as threads gain little within one stage there.
+        """
+        if self.threads == 1 or self.weights.linear.nbytes >= SMALL:
+            return [self]
+        return [Engine(self.config, self.weights, 1, self.kv_cache) for _ in range(self.threads)]
+
     # ---- what takes one call of the kernels -------------------------------------------
 
     def _extend(self, run: Run, n: int, first: int, trace: Trace | None) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bitskip_cpu.heldout.beside import side_by_side
 from bitskip_cpu.heldout.text import Text
 from bitskip_ref.checks import check_exit_layers
 from bitskip_ref.config import ModelConfig
@@ -39,20 +40,21 @@ def exit_token_losses(
     """
     context, stride = check_windows(context, stride, engine.config.max_position_embeddings)
     exits = check_exit_layers(exit_layers, engine.config)
-    for begin, scored, end in windows(len(text.tokens), context, stride):
+
+    def run(engine: Engine, window: tuple[int, int, int]) -> dict[int, np.ndarray]:
+        begin, scored, end = window
         inputs, targets = text.tokens[begin:end], text.tokens[begin + 1 : end + 1]
         found = {n: np.empty(len(inputs)) for n in exits}
 
-        def visit(
-            n: int, first: int, z: np.ndarray,
-            found: dict[int, np.ndarray] = found, targets: np.ndarray = targets,
-        ) -> None:  # fmt: skip
+        def visit(n: int, first: int, z: np.ndarray) -> None:
             part = slice(first, first + len(z))
             found[n][part] = token_losses(z, targets[part])
 
         engine.extend_exits(inputs.tolist(), engine.new_cache(), exits, visit)
         # What lies before was context, scored by an earlier window.
-        yield {n: values[scored - begin :] for n, values in found.items()}
+        return {n: values[scored - begin :] for n, values in found.items()}
+
+    yield from side_by_side(engine, run, windows(len(text.tokens), context, stride))
 
 
 def exit_losses(
@@ -116,25 +118,34 @@ def step_through(
     Windows are as in `exit_losses`. What a window shares with the one before it, or its first
     token, is the prompt (SPEC 8.2, 8.3); the text's own tokens follow, whatever is predicted. All
     rules take their turn at each window, so that a change in the machine's speed meets all alike.
-    at_once: tokens that one call runs (SPEC 12.2); 1 measures the time of generating.
+    at_once: tokens that one call runs (SPEC 12.2), windows side by side (`Engine.beside`); 1
+    measures the time of generating.
     """
     context, stride = check_windows(context, stride, engine.config.max_position_embeddings)
     for rule in rules:
         rule.check(engine.config)
-    sizes, steps = [], []
+    spans = list(windows(len(text.tokens), context, stride))
+    jobs = [
+        (span, (k + turn) % len(rules))
+        for turn, span in enumerate(spans)
+        for k in range(len(rules))
+    ]
+
+    def run(engine: Engine, job: tuple[tuple[int, int, int], int]) -> _Window:
+        (begin, scored, end), k = job
+        return _run(engine, text.tokens[begin : end + 1], scored - begin + 1, rules[k], at_once)
+
+    timed = at_once == 1  # then one after the other: beside others a step takes longer
+    found = (run(engine, job) for job in jobs) if timed else side_by_side(engine, run, jobs)
     ran: list[list[_Window]] = [[] for _ in rules]
-    for turn, (begin, scored, end) in enumerate(windows(len(text.tokens), context, stride)):
-        sizes.append(end - scored)
-        steps.append(end - scored - 1)
-        ids = text.tokens[begin : end + 1]
-        for k in range(len(rules)):
-            k = (k + turn) % len(rules)
-            ran[k].append(_run(engine, ids, scored - begin + 1, rules[k], at_once))
-            advance(sizes[-1])
+    for ((_, scored, end), k), window in zip(jobs, found, strict=True):
+        ran[k].append(window)
+        advance(end - scored)
+    sizes = np.array([end - scored for _, scored, end in spans])
     return [
         Stepped(
-            rule, HeldOutLoss(np.array([w.loss for w in found]), np.array(sizes), text.bytes),
-            np.concatenate([w.depths for w in found]), np.array(steps),
+            rule, HeldOutLoss(np.array([w.loss for w in found]), sizes, text.bytes),
+            np.concatenate([w.depths for w in found]), sizes - 1,
             np.array([w.seconds for w in found]),
         )
         for rule, found in zip(rules, ran, strict=True)

@@ -65,7 +65,7 @@ def test_it_is_the_loss_of_the_reference(
     folder: Path, context: int, stride: int, kv_cache: str
 ) -> None:
     model, text = bitskip_ref.load(folder, kv_cache), text_of(28)
-    mine = bitskip_cpu.load(folder, kv_cache=kv_cache)
+    mine = bitskip_cpu.load(folder, kv_cache=kv_cache).engine
     results = exit_losses(mine, text, [4, 2, 2], context=context, stride=stride)
     assert list(results) == [2, 4]
     for exit_layer, result in results.items():
@@ -83,7 +83,7 @@ def test_it_is_the_loss_of_the_reference(
 @pytest.mark.parametrize(("context", "stride"), [(40, 40), (9, 9), (9, 4), (9, 1), (1, 1)])
 def test_stepping_is_the_same_loss(folder: Path, context: int, stride: int) -> None:
     """Fixed exits, and rules that always or never stop, have the losses of one pass for all."""
-    model, text = bitskip_cpu.load(folder), text_of(50)
+    model, text = bitskip_cpu.load(folder).engine, text_of(50)
     cut = {"context": context, "stride": stride}
     rules = [
         FixedExit(2), FixedExit(4), GateExit(1.0), ConfidenceExit(1.0, "margin"),
@@ -101,6 +101,35 @@ def test_stepping_is_the_same_loss(folder: Path, context: int, stride: int) -> N
         assert result.losses.loss_se == pytest.approx(expected[depth].loss_se, rel=1e-9)
 
 
+def test_windows_side_by_side_are_those_of_one_thread(folder: Path) -> None:
+    one, text = bitskip_cpu.load(folder, threads=1).engine, text_of(50)
+    two = bitskip_cpu.load(folder, threads=2).engine
+    cut = {"context": 9, "stride": 4}
+    assert len(two.beside()) == two.threads, "such a small model has an engine for each thread"
+    told: list[int] = []
+    expected = exit_losses(one, text, [2, 4], **cut)
+    for n, found in exit_losses(two, text, [2, 4], **cut, advance=told.append).items():
+        assert found.sums.tolist() == expected[n].sums.tolist()
+    assert sum(told) == 49
+    rules = [FixedExit(2), ConfidenceExit(0.03, "max"), GateExit(0.55, layers=(1, 3))]
+    alone = step_through(one, text, rules, **cut, at_once=3)
+    for found, other in zip(alone, step_through(two, text, rules, **cut, at_once=3), strict=True):
+        assert found.rule == other.rule
+        assert found.losses.sums.tolist() == other.losses.sums.tolist()
+        assert found.depths.tolist() == other.depths.tolist()
+
+
+def test_what_goes_wrong_in_a_window_is_told(folder: Path) -> None:
+    class Broken(ConfidenceExit):
+        def stops(self, probe):
+            raise RuntimeError("broken rule")
+
+    for threads in (1, 2):
+        engine = bitskip_cpu.load(folder, threads=threads).engine
+        with pytest.raises(RuntimeError, match="broken rule"):
+            step_through(engine, text_of(50), [Broken()], context=9, at_once=3)
+
+
 def test_a_dynamic_exit_is_scored_as_it_generates(folder: Path) -> None:
     """Token by token after the window's first, with the caches that skipping leaves."""
     model, text = bitskip_ref.load(folder), text_of(30)
@@ -115,9 +144,8 @@ def test_a_dynamic_exit_is_scored_as_it_generates(folder: Path) -> None:
                 total -= math.log(p[target] / p.sum())
                 depths.append(depth)
         for at_once in (1, 2, 16):
-            (result,) = step_through(
-                bitskip_cpu.load(folder), text, [rule], context=10, at_once=at_once
-            )
+            engine = bitskip_cpu.load(folder).engine
+            (result,) = step_through(engine, text, [rule], context=10, at_once=at_once)
             assert result.depths.tolist() == depths and 4 > result.mean_depth > 1
             assert result.losses.loss == pytest.approx(total / 29, rel=1e-12)
             assert result.steps.tolist() == [9, 9, 8]
