@@ -85,17 +85,20 @@ def _with_remedy(text: str) -> str:
 
 def not_installed(error: ImportError) -> str:
     """What lacks, and the line that installs it. Raises the error again if that is ours."""
+    from bitskip_ref.excerpt import one_line
+
     name = (error.name or "").partition(".")[0]
     if name.startswith("bitskip"):
         raise error
     if not name:
-        return str(error)
+        return one_line(error)
     extra = EXTRAS.get(name)
     wanted = f"bitskip[{extra}]" if extra else "bitskip"
     remedy = f'pip install "{wanted}"'
     if isinstance(error, ModuleNotFoundError) and not _installed(name):
         return f"{name} is not installed: {remedy}"
-    return f"{name} is installed but cannot be imported ({error}): {remedy} --force-reinstall"
+    reason = one_line(error)
+    return f"{name} is installed but cannot be imported ({reason}): {remedy} --force-reinstall"
 
 
 def _installed(name: str) -> bool:

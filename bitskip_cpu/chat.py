@@ -11,6 +11,7 @@ from typing import Any
 from bitskip_cpu.generate import TextStream
 from bitskip_cpu.generation_options import GenerationOptions
 from bitskip_cpu.model import Model
+from bitskip_ref.excerpt import one_line
 from bitskip_ref.folder import ChatForm
 from bitskip_text.tokenizer import Tokenizer
 
@@ -46,7 +47,7 @@ def render(form: ChatForm, messages: Sequence[Message], answer: bool = True) -> 
             bos_token=form.bos_token, eos_token=form.eos_token, tools=None, documents=None,
         )  # fmt: skip
     except (TemplateError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = one_line(error)
         raise ValueError(f"the model's chat template: {reason}") from None
 
 

@@ -15,3 +15,8 @@ def shown(value: object) -> str:
         return _SHORT.repr(value)
     except ValueError:  # a number of more digits than Python writes
         return "a very large number"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, as a part of a line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

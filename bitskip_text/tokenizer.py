@@ -18,6 +18,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Library
 
 from bitskip_ref.documents import decode_utf8
+from bitskip_ref.excerpt import one_line
 from bitskip_ref.tensors import FormatError
 from bitskip_text.decoders import Decoder, decoder_of
 
@@ -217,11 +218,6 @@ def _errors_of_the_library(doing: str) -> Iterator[None]:
         if not isinstance(error, Exception) and not _is_panic(error):
             raise  # Ctrl-C
         raise TokenizerError(f"{doing} ({one_line(error)})") from None
-
-
-def one_line(error: BaseException) -> str:
-    """What an error of a library says, as a part of a line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _is_panic(error: BaseException) -> bool:

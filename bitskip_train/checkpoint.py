@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitskip_ref.config import ConfigError, ModelConfig
+from bitskip_ref.excerpt import one_line
 from bitskip_ref.files import replace_file
 from bitskip_train.checked import Damage, check_archive, check_parts
 from bitskip_train.errors import CheckpointError
@@ -66,8 +67,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     except IsADirectoryError:
         raise CheckpointError(f"{path}: a folder, not a checkpoint; give the .pt file") from None
     except Exception as error:  # zip, pickle and torch each have their own types
-        reason = (str(error).splitlines() or [""])[0][:120]
-        raise CheckpointError(f"{path}: not a checkpoint ({reason})") from None
+        raise CheckpointError(f"{path}: not a checkpoint ({one_line(error)})") from None
     if not isinstance(values, dict) or "format" not in values:
         raise CheckpointError(f"{path}: not a bitskip checkpoint (it has no 'format')")
     if values.pop("format") != FORMAT:

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bitskip_ref.documents import END_OF_TEXT, read_text
+from bitskip_ref.excerpt import one_line
 from bitskip_text import tokenizer as loader
-from bitskip_text.tokenizer import Tokenizer, TokenizerError, one_line
+from bitskip_text.tokenizer import Tokenizer, TokenizerError
 from bitskip_train.errors import DataError
 
 

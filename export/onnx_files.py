@@ -14,6 +14,7 @@ import onnx
 from bitskip_export.onnx_builder import Weight, lay_out
 from bitskip_export.onnx_graph import CACHE_KEY, CONFIG_KEY, EXIT_KEY, ExitGraph
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.excerpt import one_line
 from bitskip_ref.files import replace_file
 from bitskip_ref.folder import Folder, read_folder
 from bitskip_ref.tensors import FormatError
@@ -85,7 +86,9 @@ def find_graphs(path: Path) -> tuple[ModelConfig, str, dict[int, Path]]:
         try:
             model = onnx.load(file, load_external_data=False)
         except Exception as error:  # protobuf and the file system each have their own types
-            raise FormatError(f"{file}: cannot be read as an ONNX file ({error})") from None
+            raise FormatError(
+                f"{file}: cannot be read as an ONNX file ({one_line(error)})"
+            ) from None
         metadata = {p.key: p.value for p in model.metadata_props}
         if not {CONFIG_KEY, EXIT_KEY} <= metadata.keys():
             raise FormatError(f"{file}: not written by this project's export")

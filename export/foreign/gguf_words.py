@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from bitskip_export.foreign.source import RefusedError
-from bitskip_ref.excerpt import shown
+from bitskip_ref.excerpt import one_line, shown
 from bitskip_ref.folder import ChatForm, Folder
 
 CONTROL, USER, BYTE, UNKNOWN = 3, 4, 6, 2  # token_type
@@ -57,7 +57,7 @@ def tokenizer_json(path: Path, metadata: dict[str, Any], vocab_size: int) -> str
     except RefusedError:
         raise
     except Exception as error:  # the library's own
-        raise RefusedError(f"{path}: its tokenizer cannot be built ({error})") from None
+        raise RefusedError(f"{path}: its tokenizer cannot be built ({one_line(error)})") from None
 
 
 def _tokens(path: Path, metadata: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ import click
 from bitskip.options import FOLDER
 from bitskip_export.foreign.opened import HUB_FILES, bar, open_source
 from bitskip_ref.config import CHOICES
+from bitskip_ref.excerpt import one_line
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -68,7 +69,7 @@ def _local(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = one_line(error)
         raise ValueError(
             f"{source}: no such folder, and not to be had from the hub ({reason})"
         ) from None
