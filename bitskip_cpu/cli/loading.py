@@ -44,7 +44,7 @@ def prepare(quiet: bool = False, names: Collection[str] | None = None) -> None:
         warmup(names=names)
         return
     if not animated(sys.stderr):
-        click.echo("compiling kernels, once on this machine: 10 to 40 seconds", err=True)
+        click.echo("compiling kernels, once on this machine: 5 to 40 seconds", err=True)
     done = 0.0
     with progress_bar("compiling kernels, once on this machine", 1.0) as advance:
 
