@@ -158,6 +158,7 @@ def _kind(number: int, path: Path, name: str) -> tuple[str, int, int]:
     """(name, weights in a block, its bytes) of a tensor type."""
     from gguf import GGMLQuantizationType
     from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
 
     if number == Q2_0:
         return "Q2_0", Q2_0_BLOCK, Q2_0_BYTES
@@ -166,7 +167,8 @@ def _kind(number: int, path: Path, name: str) -> tuple[str, int, int]:
     try:
         kind = GGMLQuantizationType(number)
         block, size = GGML_QUANT_SIZES[kind]
-    except (ValueError, KeyError):
+        dequantize(np.zeros((1, size), np.uint8), kind)  # it knows types that it cannot read
+    except (ValueError, KeyError, NotImplementedError):
         raise RefusedError(
             f"{path}: {shown(name)} is of type {number}, which the package gguf cannot read"
         ) from None

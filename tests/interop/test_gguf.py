@@ -294,7 +294,7 @@ def at(path: Path, place: int, new: bytes) -> None:
 
 HUGE = b"\xff\xff\xff\xff\xff\xff\xff\x7f"
 NAME = b"blk.0.attn_q.weight"
-AFTER_NAME = len(NAME)
+DIMENSIONS = NAME + b"\2\0\0\0" + 2 * b"\x40\0\0\0\0\0\0\0"  # its type follows
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda p: p.write_bytes(b""), "is empty"),
     "magic": (lambda p: at(p, 0, b"GGML"), "not a GGUF"),
@@ -330,6 +330,13 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "m.gguf: ",
     ),
+    **{
+        f"type {kind}": (
+            lambda p, kind=kind: changed(p, DIMENSIONS + b"\0", DIMENSIONS + bytes([kind])),
+            f"of type {kind}, which",
+        )
+        for kind in (9, 15, 24, 26, 28, 200)  # Q8_1, Q8_K, I8, I32, F64, none
+    },
     "a merge that is not UTF-8": (
         lambda p: changed(p, b"\3\0\0\0\0\0\0\0a b", b"\3\0\0\0\0\0\0\0a \xff"),
         "tokenizer cannot be built",
