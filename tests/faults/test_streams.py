@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,8 +35,11 @@ for words in json.loads(sys.argv[2]):
         os._exit(99)
 """
 LIGHT = {"generate", "chat", "inspect", "perplexity", "import"}
+LASTING = {"serve", "eval"}  # the one runs until it is told to stop, the other asks for the network
 every = pytest.mark.parametrize(
-    "some", [LIGHT, pytest.param(set(VERBS), marks=pytest.mark.slow)], ids=["light", "every"]
+    "some",
+    [LIGHT, pytest.param(set(VERBS) - LASTING, marks=pytest.mark.slow)],
+    ids=["light", "every"],
 )
 
 
@@ -63,6 +69,28 @@ def test_c5_closed_streams_change_nothing(
     found, said = codes(some, place, closed, tmp_path)
     assert set(found.values()) == {0}, (found, said)
     assert "Traceback" not in said and "Exception ignored" not in said
+
+
+def test_c5_a_server_without_streams_serves(place: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = [sys.executable, "-m", "bitskip", "serve", str(place / "model"), "--port", port]
+    script = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", *words]
+    server = subprocess.Popen(script, cwd=ROOT)
+    try:
+        for _ in range(1200):
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as r:
+                assert r.status == 200
+                break
+            assert server.poll() is None, server.returncode
+            time.sleep(0.1)
+        else:
+            pytest.fail("it does not answer")
+        server.terminate()
+        assert server.wait(60) in (0, 128 + signal.SIGTERM)
+    finally:
+        server.kill()
 
 
 @every
