@@ -98,7 +98,7 @@ class Kernels:
     def __init__(self) -> None:
         self._functions: dict[str, Callable[..., None]] = {}
         self._pieces: dict[str, int] = {}
-        self._made: dict[str, bytes] = {}
+        self._codes: dict[str, bytes] = {}  # made here, or read
         self._plain = isa.INTERPRETED  # each kernel then calls the others as Python or Numba does
         self.refused = ""  # why a compiled kernel could not be kept
 
@@ -166,9 +166,15 @@ class Kernels:
         return self._pieces[name]
 
     def _stored(self, name: str) -> bytes | None:
-        """A piece: made here, the package's, or in the cache, if it is whole and nobody else's."""
-        if code := self._made.get(name) or shipped.code(name):
-            return code
+        """A piece: made here, the package's, or in the cache, if it is whole and nobody else's.
+
+        Read once: many ask, and reading checks every byte.
+        """
+        if name not in self._codes and (code := shipped.code(name) or self._cached(name)):
+            self._codes[name] = code
+        return self._codes.get(name)
+
+    def _cached(self, name: str) -> bytes | None:
         content = trusted.read_file(self._folder / name) or b""
         code = content[DIGEST:]
         return code if code and hashlib.sha256(code).digest() == content[:DIGEST] else None
@@ -193,7 +199,7 @@ class Kernels:
                 if second.mine(name):
                     make(name)
             for name in names:
-                if name in self._made:
+                if name in self._codes:
                     continue
                 if code := second.code(name):
                     self._keep(name, code)
@@ -202,7 +208,7 @@ class Kernels:
                     make(name)
 
     def _keep(self, name: str, code: bytes) -> None:
-        self._made[name] = code
+        self._codes[name] = code
         if self.directory:
             try:
                 with replace_file(self.directory / name) as file:
