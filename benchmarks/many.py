@@ -36,8 +36,8 @@ from bitskip_cpu.engine import Engine, load, random_model
 from bitskip_cpu.models import resolve
 from bitskip_ref.config import PRESETS, preset
 from bitskip_ref.constants import KV_CACHES
-from bitskip_ref.engine import Row
 from bitskip_ref.exits import FixedExit
+from bitskip_ref.rows import Row
 
 Speeds = dict[int, float]  # by number of sequences, tokens/s of all together
 

@@ -46,11 +46,13 @@ def progress_bar(what: str, total: float) -> Iterator[Callable[..., None]]:
 
     The function given takes how much was done since, and optionally what is being done now.
     """
+    if not animated(sys.stderr):  # importing rich takes as long as starting Python
+        yield lambda done, now=None: None
+        return
     from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not animated(sys.stderr)) as bar:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
 
         def advance(done: float, now: str | None = None) -> None:

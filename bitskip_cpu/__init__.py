@@ -29,8 +29,5 @@ def load(
     argument is out of range.
     """
     from bitskip_cpu import models
-    from bitskip_cpu.engine import Engine
-    from bitskip_cpu.model import Model
 
-    folder, kv_cache = models.opened(model, kv_cache, usual_cache)
-    return Model(Engine(folder.config, folder.tensors, threads, kv_cache), folder)
+    return models.opened(model, kv_cache, usual_cache).model(threads)

@@ -37,9 +37,10 @@ from bitskip_ref import engine as contract
 from bitskip_ref.checks import is_whole
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import Draft
-from bitskip_ref.engine import Planned, PlannedRound, Run, Trace, Visit
+from bitskip_ref.engine import Trace, Visit
 from bitskip_ref.exits import GateExit
 from bitskip_ref.folder import read_folder
+from bitskip_ref.rows import Planned, PlannedRound, Run
 from bitskip_ref.rule import ExitRule
 
 f32 = np.float32

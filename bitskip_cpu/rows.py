@@ -18,9 +18,9 @@ import numpy as np
 from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, GATE
 from bitskip_cpu.workspace import at_most
 from bitskip_ref.decoding.draft import Draft
-from bitskip_ref.engine import Planned, PlannedRound
 from bitskip_ref.exits import GateExit
 from bitskip_ref.probe import Asked
+from bitskip_ref.rows import Planned, PlannedRound
 
 Result = tuple[np.ndarray | None, int]
 
@@ -165,15 +165,16 @@ class _Pass:
 
     def leave(self, n: int, leavers: Sequence[np.ndarray]) -> None:
         """Put those that end after n blocks behind the others: deepest first, as `fill` wants."""
+        if not any(map(len, leavers)):
+            return
         gone = np.concatenate(leavers)
-        if len(gone):
-            self.depths[gone] = n
-            stay = self.order[: self.live]
-            stay = stay[self.depths[stay] == 0]
-            left = np.concatenate((self.order[self.live :], gone))
-            left = left[np.argsort(-self.deepest[left], kind="stable")]
-            self.arrange(np.concatenate((stay, left)))
-            self.live = len(stay)
+        self.depths[gone] = n
+        stay = self.order[: self.live]
+        stay = stay[self.depths[stay] == 0]
+        left = np.concatenate((self.order[self.live :], gone))
+        left = left[np.argsort(-self.deepest[left], kind="stable")]
+        self.arrange(np.concatenate((stay, left)))
+        self.live = len(stay)
 
     def exits(self) -> None:
         """The logits that are missing, once all have left."""
@@ -204,9 +205,10 @@ class _Pass:
         end = self.live or len(self.rows)
         at = end - len(group)
         if not np.array_equal(self.order[at:end], group):
+            stays = np.ones(len(self.rows), bool)
+            stays[group] = False
             others = self.order[:end]
-            others = others[~np.isin(others, group)]
-            self.arrange(np.concatenate((others, group, self.order[end:])))
+            self.arrange(np.concatenate((others[stays[others]], group, self.order[end:])))
         return at
 
     def arrange(self, order: np.ndarray) -> None:

@@ -95,7 +95,7 @@ class Weights:
         linear = {id(t) for block in blocks for product in block.values() for t in product}
         self.tensors = {name: t for name, t in tensors.items() if id(t) not in linear}
         self._norms: dict[str, np.ndarray] = {}
-        self._gates: dict[int, np.ndarray] = {}
+        self._gates: dict[int, tuple[int, np.ndarray]] = {}  # addresses, and what lies there
         self._heads: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._uppers: dict[str, Upper | None] = {}
         self.products = self._products()
@@ -241,8 +241,8 @@ class Weights:
             self._norms.setdefault(name, made)  # another engine's thread may have been faster
         return self._norms[name]
 
-    def gate(self, n: int) -> np.ndarray:
-        """The routing gate of block n, counted from 1, in bytes; made once (SPEC 8.4).
+    def gate_at(self, n: int) -> int:
+        """Where the routing gate of block n, counted from 1, lies; made once (SPEC 8.4).
 
         In a row: its norm f32 [2 * D]; the scales f32 [W + 1] and int8 codes [W, D], [W] of its
         rows, W `gate_width`.
@@ -252,8 +252,8 @@ class Weights:
             first, second = (_int8_rows(t[f"{at}.{fc}.weight"]) for fc in ("fc1", "fc2"))
             parts = self.norm(f"{at}.norm"), first[1], second[1], first[0], second[0]
             made = np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
-            self._gates.setdefault(n, made)
-        return self._gates[n]
+            self._gates.setdefault(n, (int(made.ctypes.data), made))
+        return self._gates[n][0]
 
     def head(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(rows, scales f32 [V]): whole numbers in tiles (vocab_layout); floats as they are."""

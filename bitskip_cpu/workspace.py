@@ -44,9 +44,9 @@ from bitskip_cpu.weights import Weights
 from bitskip_ref.config import HEAD_BITS, odd_part
 from bitskip_ref.decoding.contenders import Contenders
 from bitskip_ref.decoding.draft import MOST, Draft, bounded
-from bitskip_ref.engine import Run
 from bitskip_ref.hartley import hartley
 from bitskip_ref.rope import rope_table
+from bitskip_ref.rows import Run
 
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
 LINEAR_KINDS = {"ternary": TERNARY, "int8": INT8_ROWS, "float32": FLOAT_ROWS}
@@ -365,7 +365,7 @@ class Workspace:
 
     def set_gate(self, n: int) -> None:
         """The gate of block n, counted from 1."""
-        self._words[GATE] = self.weights.gate(n).ctypes.data
+        self._words[GATE] = self.weights.gate_at(n)
 
     def set_looks(self, looks: tuple[int, ...], deepest: int, threshold: float) -> bool:
         """After which blocks the one token at hand is to stop if its gate exceeds a threshold.
@@ -377,7 +377,7 @@ class Workspace:
             self._one_exit = all(self.exit(n) == self.exit(deepest) for n in looks)
             self._gates[:] = 0
             for n in looks:
-                self._gates[n - 1] = self.weights.gate(n).ctypes.data
+                self._gates[n - 1] = self.weights.gate_at(n)
             self.state["threshold"] = at_most(threshold)
         return self._one_exit
 

@@ -4,7 +4,7 @@ An engine runs rows (SPEC 12). It brings primitives: `_embed`, `_blocks`, `_fill
 `_confidence`. The verbs that everybody calls are written here, once over them, with every check:
 `extend`, `extend_exits`, `step`, `step_many`, `speculate`, `speculate_many`, `round`, `logits`. An
 engine overrides only what it does in one go (`_extend`, `_extend_exits`, `_one`, `_look`, `_many`,
-`_speculate`, `_speculate_many`).
+`_speculate`, `_speculate_many`), and `beside`.
 
 The NumPy reference, PyTorch, Numba and ONNX Runtime each have one class of this kind. Stages are
 reported to a trace in forward order, under the same names, so that a difference can be located.
@@ -14,26 +14,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from bitskip_ref.cache import CacheFill, check_kv_cache
-from bitskip_ref.checks import (
-    check_exit_layer,
-    check_exit_layers,
-    check_input,
-    check_looks,
-    check_room,
-    check_token,
-    is_whole,
-)
+from bitskip_ref.checks import check_exit_layer, check_exit_layers, check_input, check_token
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.decoding.contenders import Contenders
+from bitskip_ref.decoding.contenders import Contenders, check_contenders
 from bitskip_ref.decoding.draft import MOST, Draft, GreedyRound
 from bitskip_ref.decoding.round import Round
 from bitskip_ref.probe import Asked
-from bitskip_ref.rule import ExitRule, check_rule
+from bitskip_ref.rows import Planned, PlannedRound, Row, Run, asks, plan, plan_round
+from bitskip_ref.rule import ExitRule
 from bitskip_ref.turn import Turn, in_turn, in_turns
 
 Trace = Callable[[str, np.ndarray], None]
@@ -49,51 +42,6 @@ Arrays may be reused by the engine after the call: copy what is kept.
 Visit = Callable[[int, int, np.ndarray], None]
 """Receives (exit layer, first, logits f32 [t, V]) of the tokens at hand from the one numbered
 `first` on. Arrays may be reused by the engine after the call."""
-
-
-class Row(NamedTuple):
-    """One token of one sequence, to be run after what its cache holds (SPEC 12.1)."""
-
-    token_id: int
-    cache: Any  # from the engine's `new_cache`
-    rule: ExitRule  # how many blocks it runs
-    wanted: bool = True  # whether logits are asked for
-
-
-class Run(NamedTuple):
-    """Rows of one sequence that run together, checked: what primitives work on."""
-
-    ids: np.ndarray | Sequence[int]  # int64 [T]
-    cache: Any
-    first: int  # position of the first row; the others follow
-    contenders: Contenders | None = None  # which logits are asked for (SPEC 9.6); None: all
-
-
-class Planned(NamedTuple):
-    """A row of `step_many`, checked."""
-
-    run: Run  # of one token
-    rule: ExitRule
-    looks: tuple[int, ...]
-    deepest: int
-    wanted: bool
-
-
-class PlannedRound(NamedTuple):
-    """A GreedyRound, checked."""
-
-    run: Run  # of one token
-    most: int  # drafts
-    draft: Draft
-    depth: int
-
-
-def _checked(contenders: Contenders | None) -> Contenders | None:
-    if contenders is not None:
-        if not isinstance(contenders, Contenders):
-            raise ValueError(f"{contenders!r} is not which logits are asked for: give Contenders")
-        contenders.check()
-    return contenders
 
 
 class Engine(ABC):
@@ -115,6 +63,13 @@ class Engine(ABC):
         """Raises ValueError for another kind of cache."""
         self.config, self.kv_cache = config, check_kv_cache(kv_cache, config)
         self._turn = Turn()
+
+    def beside(self) -> Sequence[Engine]:
+        """Engines of the same model that share this one's threads, for several texts at once.
+
+        This one alone where others would not be faster.
+        """
+        return [self]
 
     # ---- verbs ----------------------------------------------------------------------
 
@@ -147,7 +102,7 @@ class Engine(ABC):
         n = check_exit_layer(exit_layer, self.config)
         first = cache.require(n)
         ids = check_input(token_ids, first, self.config, cache.room)
-        run = Run(ids, cache, first, _checked(contenders))
+        run = Run(ids, cache, first, check_contenders(contenders))
         z = self._extend(run, n, len(run.ids) - 1 if last_only else 0, trace)
         cache.advance(first, len(run.ids), n)
         return z
@@ -181,10 +136,10 @@ class Engine(ABC):
         With `contenders` logits that cannot be chosen may be -inf (SPEC 9.6). Raises ValueError as
         `extend`, and for a rule whose looks do not rise below its last block.
         """
-        looks, deepest = self._asks(rule)
+        looks, deepest = asks(rule, self.config)
         first, n = cache.require(deepest), deepest
         token = check_token(token_id, first, self.config, cache.room)
-        run = Run((token,), cache, first, _checked(contenders))
+        run = Run((token,), cache, first, check_contenders(contenders))
         if looks:
             z, n = self._look(run, rule, looks, deepest, trace)
         else:
@@ -203,7 +158,7 @@ class Engine(ABC):
         caches = self._owned(rows)
 
         def run() -> list[tuple[np.ndarray | None, int]]:
-            planned = self._plan(rows)
+            planned = plan(rows, self.config)
             found = self._many(planned)
             for row in {id(p.run.cache): p for p in reversed(planned)}.values():
                 row.run.cache.unchanged(row.run.first)
@@ -232,7 +187,7 @@ class Engine(ABC):
         and for what cannot draft.
         """
         asked = GreedyRound(token_id, cache, count, draft, exit_layer)
-        planned = self._plan_round(asked, _checked(contenders))
+        planned = plan_round(asked, self.config, contenders)
         drafts, z = self._speculate(planned)
         cache.advance(planned.run.first, len(z), planned.depth)
         return drafts, z
@@ -252,7 +207,7 @@ class Engine(ABC):
             )
 
         def run() -> list[tuple[list[int], np.ndarray]]:
-            planned = [self._plan_round(round_) for round_ in rounds]
+            planned = [plan_round(round_, self.config) for round_ in rounds]
             found = self._speculate_many(planned)
             for at in planned:
                 at.run.cache.unchanged(at.run.first)
@@ -393,43 +348,6 @@ class Engine(ABC):
         return self._exit(self._blocks(self._join(hidden), run, draft.exit_layer, n), n)
 
     # ---- checks ---------------------------------------------------------------------
-
-    def _asks(self, rule: ExitRule) -> tuple[tuple[int, ...], int]:
-        """The rule's looks and its last block. Raises ValueError for what is none, or is wrong."""
-        check_rule(rule)
-        deepest = check_exit_layer(rule.deepest(self.config), self.config)
-        looks = rule.looks(self.config)
-        return (check_looks(looks, deepest) if looks else ()), deepest
-
-    def _plan(self, rows: Sequence[Row]) -> list[Planned]:
-        """Where each row goes, if all of them may. Raises ValueError as `step`."""
-        planned, ahead = [], dict[int, tuple[int, int]]()  # next position, whole blocks up to it
-        rules = {id(row.rule): row.rule for row in rows}
-        asks = {key: self._asks(rule) for key, rule in rules.items()}
-        for token_id, cache, rule, wanted in rows:
-            looks, deepest = asks[id(rule)]
-            if id(cache) not in ahead:
-                ahead[id(cache)] = cache.require(deepest), deepest
-            position, depth = ahead[id(cache)]
-            cache.serves(deepest, depth)
-            ahead[id(cache)] = position + 1, deepest
-            token = check_token(token_id, position, self.config, cache.room)
-            run = Run((token,), cache, position)
-            planned.append(Planned(run, rule, looks, deepest, bool(wanted)))
-        return planned
-
-    def _plan_round(self, asked: GreedyRound, contenders: Contenders | None = None) -> PlannedRound:
-        """The round, if it may be run. Raises ValueError as `speculate`."""
-        token_id, cache, count, draft, exit_layer = asked
-        n = check_exit_layer(exit_layer, self.config)
-        draft.check(n, self.config)
-        if not is_whole(count) or not 0 <= count <= MOST:
-            raise ValueError(f"{count} drafts: a round takes 0..{MOST}")
-        first = cache.require(n)
-        token = check_token(token_id, first, self.config, cache.room)
-        check_room(first, count + 1, cache.room)
-        run = Run((token,), cache, first, contenders)
-        return PlannedRound(run, int(count), draft, n)
 
     def _owned(self, asked: Sequence[Row] | Sequence[GreedyRound]) -> list[Any]:
         """Their caches, each once. Raises ValueError for another engine's."""

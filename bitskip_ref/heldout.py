@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,35 +43,38 @@ def windows(count: int, context: int, stride: int) -> Iterator[tuple[int, int, i
         scored = end
 
 
-def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-log softmax(logits)[target] in binary64: logits f32 [T, V], targets [T] -> [T].
+def token_losses(logits: np.ndarray | Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
+    """-log softmax(logits)[target] in binary64: logits f32 [T, V], or T of [V]; targets [T] -> [T].
 
     Raises ValueError for logits that have no loss (SPEC 9.5); tokens are counted from 0.
     """
     losses = np.empty(len(targets))
     for at in range(0, len(targets), PIECE):
         part = slice(at, at + PIECE)
-        z, total = _shifted(logits[part], at)
-        losses[part] = total - np.take_along_axis(z, targets[part, None], 1)[:, 0]
+        z, chosen = _shifted(logits[part], at), targets[part]
+        of_targets = z[np.arange(len(chosen)), chosen]
+        losses[part] = _log_sums(z, z) - of_targets
     return losses
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
     """log softmax in binary64: logits f32 [T, V] -> [T, V]; the negatives of `token_losses`."""
-    z, total = _shifted(logits, 0)
-    return z - total[:, None]
+    z = _shifted(logits, 0)
+    return z - _log_sums(z)[:, None]
 
 
-def _shifted(logits: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """(logits less their row's largest, the logarithm of the sum of their exponentials).
-
-    first: number of the first token.
-    """
-    z = logits.astype(np.float64)
+def _shifted(logits: np.ndarray | Sequence[np.ndarray], first: int) -> np.ndarray:
+    """Logits less their row's largest, f64 [T, V]; first: number of the first token."""
+    z = np.array(logits, np.float64)
     largest = z.max(1, keepdims=True)
     check_logits(largest[:, 0], first)
     z -= largest
-    return z, np.log(np.exp(z).sum(1))
+    return z
+
+
+def _log_sums(z: np.ndarray, exponentials: np.ndarray | None = None) -> np.ndarray:
+    """log of each row's sum of exponentials [T], which `exponentials`, if given, become."""
+    return np.log(np.exp(z, out=exponentials).sum(1))
 
 
 @dataclass(frozen=True, eq=False)

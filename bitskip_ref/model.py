@@ -22,11 +22,12 @@ from bitskip_ref.arithmetic.quant import (
 from bitskip_ref.arithmetic.rope import apply_rope
 from bitskip_ref.cache import ArrayCache
 from bitskip_ref.config import HEAD_BITS, ModelConfig
-from bitskip_ref.engine import Engine, Run, Trace
+from bitskip_ref.engine import Engine, Trace
 from bitskip_ref.floats import widened
 from bitskip_ref.folder import read_folder
 from bitskip_ref.packing import unpack_ternary
 from bitskip_ref.rope import rope_table
+from bitskip_ref.rows import Run
 from bitskip_ref.tensors import linear_layers
 
 f32 = np.float32

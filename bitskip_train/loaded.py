@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import Engine, Run, Trace
+from bitskip_ref.engine import Engine, Trace
 from bitskip_ref.floats import BFLOAT16
 from bitskip_ref.folder import read_folder
 from bitskip_ref.packing import unpack_ternary
+from bitskip_ref.rows import Run
 from bitskip_train.exact import confidence
 from bitskip_train.layers import Cache, TensorTrace
 from bitskip_train.model import BitskipModel

@@ -15,8 +15,9 @@ from bitskip_export.onnx_files import find_graphs, weight_bytes
 from bitskip_export.onnx_graph import ExitGraph, cache_name
 from bitskip_ref.cache import ArrayCache, check_kv_cache
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import Engine, Run, Trace, Visit
+from bitskip_ref.engine import Engine, Trace, Visit
 from bitskip_ref.folder import CONFIG, read_folder
+from bitskip_ref.rows import Run
 
 DATA = "weights"  # name of the external file that is given in memory
 

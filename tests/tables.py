@@ -10,7 +10,8 @@ import numpy as np
 from bitskip_ref.cache import CacheFill
 from bitskip_ref.config import ModelConfig, small_twin
 from bitskip_ref.decoding.draft import Draft
-from bitskip_ref.engine import Engine, Run
+from bitskip_ref.engine import Engine
+from bitskip_ref.rows import Run
 
 
 class TableCache(CacheFill):

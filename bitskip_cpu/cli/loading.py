@@ -24,14 +24,11 @@ def load_model(
     """
     from bitskip_cpu import models
 
-    folder, kv_cache = models.opened(model, kv_cache, usual_cache)
+    found = models.opened(model, kv_cache, usual_cache)
     from bitskip_cpu.compiling import needed
 
-    prepare(quiet, needed(folder.config, kv_cache))
-    from bitskip_cpu.engine import Engine
-    from bitskip_cpu.model import Model
-
-    return Model(Engine(folder.config, folder.tensors, threads, kv_cache), folder)
+    prepare(quiet, needed(found.folder.config, found.kv_cache))
+    return found.model(threads)
 
 
 def prepare(quiet: bool = False, names: Collection[str] | None = None) -> None:

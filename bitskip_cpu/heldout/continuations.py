@@ -10,9 +10,10 @@ import numpy as np
 from bitskip_cpu.heldout.scoring import Advance
 from bitskip_cpu.many.scheduler import MEMORY, ROWS
 from bitskip_cpu.pages import LentCache, NoRoom, Pool
-from bitskip_ref.engine import Engine, Row
+from bitskip_ref.engine import Engine
 from bitskip_ref.exits.fixed import FixedExit
 from bitskip_ref.heldout import token_losses
+from bitskip_ref.rows import Row
 from bitskip_ref.rule import ExitRule
 
 Pair = tuple[Sequence[int], Sequence[int]]

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bitskip_cpu.heldout.beside import side_by_side
+from bitskip_cpu.heldout.beside import one_by_one, side_by_side
 from bitskip_cpu.heldout.text import Text
 from bitskip_ref.checks import check_exit_layers
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import Engine, Row
+from bitskip_ref.engine import Engine
 from bitskip_ref.exits.named import describe_rule
 from bitskip_ref.heldout import HeldOutLoss, check_windows, token_losses, windows
+from bitskip_ref.rows import Row
 from bitskip_ref.rule import ExitRule
 
 Advance = Callable[[int], None]
@@ -41,7 +42,7 @@ def exit_token_losses(
     context, stride = check_windows(context, stride, engine.config.max_position_embeddings)
     exits = check_exit_layers(exit_layers, engine.config)
 
-    def run(engine: Engine, window: tuple[int, int, int]) -> dict[int, np.ndarray]:
+    def run(engine: Engine, cache: Any, window: tuple[int, int, int]) -> dict[int, np.ndarray]:
         begin, scored, end = window
         inputs, targets = text.tokens[begin:end], text.tokens[begin + 1 : end + 1]
         found = {n: np.empty(len(inputs)) for n in exits}
@@ -50,7 +51,7 @@ def exit_token_losses(
             part = slice(first, first + len(z))
             found[n][part] = token_losses(z, targets[part])
 
-        engine.extend_exits(inputs.tolist(), engine.new_cache(), exits, visit)
+        engine.extend_exits(inputs.tolist(), cache, exits, visit)
         # What lies before was context, scored by an earlier window.
         return {n: values[scored - begin :] for n, values in found.items()}
 
@@ -131,12 +132,13 @@ def step_through(
         for k in range(len(rules))
     ]
 
-    def run(engine: Engine, job: tuple[tuple[int, int, int], int]) -> _Window:
+    def run(engine: Engine, cache: Any, job: tuple[tuple[int, int, int], int]) -> _Window:
         (begin, scored, end), k = job
-        return _run(engine, text.tokens[begin : end + 1], scored - begin + 1, rules[k], at_once)
+        ids, prompt = text.tokens[begin : end + 1], scored - begin + 1
+        return _run(engine, cache, ids, prompt, rules[k], at_once)
 
-    timed = at_once == 1  # then one after the other: beside others a step takes longer
-    found = (run(engine, job) for job in jobs) if timed else side_by_side(engine, run, jobs)
+    timed = at_once == 1  # then not beside others, where a step takes longer
+    found = (one_by_one if timed else side_by_side)(engine, run, jobs)
     ran: list[list[_Window]] = [[] for _ in rules]
     for ((_, scored, end), k), window in zip(jobs, found, strict=True):
         ran[k].append(window)
@@ -160,9 +162,11 @@ class _Window(NamedTuple):
     seconds: float  # of all but the prompt
 
 
-def _run(engine: Engine, ids: np.ndarray, prompt: int, rule: ExitRule, at_once: int) -> _Window:
-    """Predict ids[prompt:], each from all before it."""
-    cache, depth, seconds = engine.new_cache(), rule.deepest(engine.config), 0.0
+def _run(
+    engine: Engine, cache: Any, ids: np.ndarray, prompt: int, rule: ExitRule, at_once: int
+) -> _Window:
+    """Predict ids[prompt:], each from all before it; the cache is empty."""
+    depth, seconds = rule.deepest(engine.config), 0.0
     z = engine.extend(ids[:prompt].tolist(), cache, exit_layer=depth, last_only=True)
     losses, depths = [token_losses(z, ids[prompt : prompt + 1])], [depth]
     for at in range(prompt, len(ids) - 1, at_once):
@@ -173,9 +177,9 @@ def _run(engine: Engine, ids: np.ndarray, prompt: int, rule: ExitRule, at_once: 
         else:
             found = engine.step_many([Row(token, cache, rule) for token in part])
         seconds += time.perf_counter() - start
-        z = np.stack([logits for logits, _ in found])
-        losses.append(token_losses(z, ids[at + 1 : at + 1 + len(part)]))
-        depths += [n for _, n in found]
+        logits, ran = zip(*found, strict=True)
+        losses.append(token_losses(logits, ids[at + 1 : at + 1 + len(part)]))
+        depths += ran
     return _Window(float(np.concatenate(losses).sum()), np.array(depths), seconds)
 
 

@@ -16,9 +16,10 @@ from bitskip_cpu.heldout.scoring import AT_ONCE, Advance, exit_token_losses, ste
 from bitskip_cpu.heldout.text import Text
 from bitskip_cpu.heldout.watch import Watch
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.engine import Engine, Row
+from bitskip_ref.engine import Engine
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.heldout import check_windows, windows
+from bitskip_ref.rows import Row
 from bitskip_ref.rule import ExitRule
 
 
@@ -114,8 +115,9 @@ class Survey:
         """Fill in a measure; a window's first prediction is its prompt's: nothing is below -1."""
         layers = look_layers(name, self.config)
         context, stride = check_windows(context, None, self.config.max_position_embeddings)
+        cache = engine.new_cache()
         for begin, _, end in windows(len(text.tokens), context, stride):
-            cache = engine.new_cache()
+            cache.length = 0
             watches = [Watch(self.config, layers, [name]) for _ in range(begin + 1, end)]
             rules: list[ExitRule] = [FixedExit(), *watches]
             rows = [

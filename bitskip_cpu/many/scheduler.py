@@ -18,7 +18,7 @@ import numpy as np
 from bitskip_cpu.many.sequence import Loaded, Sequence
 from bitskip_cpu.pages import NoRoom, Pool
 from bitskip_ref.decoding.generate import Token
-from bitskip_ref.engine import Row
+from bitskip_ref.rows import Row
 from bitskip_ref.turn import MOST_SEQUENCES
 
 MEMORY = 2 << 30  # bytes of keys and values

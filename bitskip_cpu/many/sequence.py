@@ -16,10 +16,11 @@ from bitskip_ref.decoding.draft import GreedyRound
 from bitskip_ref.decoding.generate import Choosing, Token
 from bitskip_ref.decoding.lookup import Lookup
 from bitskip_ref.decoding.speculate import Rounds
-from bitskip_ref.engine import Engine, Row
+from bitskip_ref.engine import Engine
 from bitskip_ref.exits import FixedExit
 from bitskip_ref.folder import Folder
 from bitskip_ref.heldout import log_probabilities
+from bitskip_ref.rows import Row
 from bitskip_text.tokenizer import Tokenizer
 
 MOST_ALTERNATIVES = 20

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bitskip_ref.words import unknown
 
 if TYPE_CHECKING:
+    from bitskip_cpu.model import Model
     from bitskip_ref.folder import Folder
 
 DEFAULT = "stories-24"
@@ -55,12 +56,26 @@ def resolve(model: str | os.PathLike[str] | None = None) -> Path:
     return path(text)
 
 
-def opened(
-    model: str | os.PathLike[str] | None, kv_cache: str | None, usual_cache: str
-) -> tuple[Folder, str]:
-    """A MODEL argument, read and checked, and what its caches hold, as in `bitskip_cpu.load`."""
+class Opened(NamedTuple):
+    """A model's folder, read and checked, and what its caches are to hold."""
+
+    folder: Folder
+    kv_cache: str
+
+    def model(self, threads: int | None) -> Model:
+        """The model, loaded; threads: as of `bitskip_cpu.load`."""
+        from bitskip_cpu.engine import Engine
+        from bitskip_cpu.model import Model
+
+        folder = self.folder
+        return Model(Engine(folder.config, folder.tensors, threads, self.kv_cache), folder)
+
+
+def opened(model: str | os.PathLike[str] | None, kv_cache: str | None, usual_cache: str) -> Opened:
+    """A MODEL argument; the others as of `bitskip_cpu.load`."""
     from bitskip_ref.cache import usual_kv_cache
     from bitskip_ref.folder import read_folder
 
     folder = read_folder(resolve(model))
-    return folder, kv_cache or usual_kv_cache(folder.kv_cache, usual_cache, folder.config)
+    usual = usual_kv_cache(folder.kv_cache, usual_cache, folder.config)
+    return Opened(folder, kv_cache or usual)

@@ -30,3 +30,12 @@ class Contenders:
             raise ValueError(f"contenders at temperature {self.temperature}: must be above 0")
         if not is_number(self.reach) or not 0 <= self.reach < math.inf:
             raise ValueError(f"contenders within {self.reach}: must be 0 or more")
+
+
+def check_contenders(contenders: Contenders | None) -> Contenders | None:
+    """What an engine was given as such. Raises ValueError if it is none, or out of range."""
+    if contenders is not None:
+        if not isinstance(contenders, Contenders):
+            raise ValueError(f"{contenders!r} is not which logits are asked for: give Contenders")
+        contenders.check()
+    return contenders

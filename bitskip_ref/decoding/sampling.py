@@ -115,7 +115,7 @@ class Sampler:
         if self.repetition_penalty == 1.0 or not seen:
             return logits
         r = np.float32(self.repetition_penalty)
-        z, ids = logits.copy(), np.unique(np.fromiter(seen, np.int64))
+        z, ids = logits.copy(), np.fromiter(seen, np.int64)  # an id twice is the same once
         ids = ids[ids < len(z)]  # a draft has the logits of the first ids only (SPEC 11.1)
         z[ids] = np.where(z[ids] > 0, z[ids] / r, z[ids] * r)
         return z

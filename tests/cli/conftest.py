@@ -58,6 +58,9 @@ class ScriptEngine:
         self.config, self.script, self.depths = config, script, depths or []
         self.fed: list[int] = []
 
+    def beside(self) -> list[Any]:
+        return [self]
+
     def new_cache(self) -> Any:
         class Cache:
             length = 0

@@ -58,6 +58,9 @@ class Worker:
         self.extend_exits, self.step_many = engine.extend_exits, engine.step_many
         monkeypatch.setattr(scoring.time, "perf_counter", lambda: self.now)
 
+    def beside(self) -> list[Any]:
+        return [self]
+
     def step(self, token_id: int, cache: Any, rule: Any) -> Any:
         z, depth = self.engine.step(token_id, cache, rule)
         self.now += depth + 0.25 * sum(n <= depth for n in rule.looks(self.config))

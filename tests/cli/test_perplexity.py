@@ -169,7 +169,7 @@ def test_the_losses_are_the_trainers(folder: Path) -> None:
 
     text = text_of(61)
     theirs = evaluate(torch_engine.model, text.tokens, text.bytes, context=16, exits=[1, 3, 4])
-    ours = exit_losses(bitskip_cpu.load(folder), text, [1, 3, 4], context=16)
+    ours = exit_losses(bitskip_cpu.load(folder).engine, text, [1, 3, 4], context=16)
     assert list(theirs) == list(ours)
     for n, loss in ours.items():
         assert theirs[n].sizes.tolist() == loss.sizes.tolist()

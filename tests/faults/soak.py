@@ -27,9 +27,9 @@ from bitskip_cpu.engine import Engine
 from bitskip_cpu.pages import NoRoom, Pool
 from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.decoding.draft import Draft
-from bitskip_ref.engine import Row
 from bitskip_ref.exits import ConfidenceExit, FixedExit
 from bitskip_ref.model import ReferenceModel
+from bitskip_ref.rows import Row
 from tests.faults import tested
 from tests.helpers import random_tensors, random_tokens, twin
 

@@ -21,9 +21,9 @@ import numpy as np
 from bitskip_cpu.compiling import warmup
 from bitskip_cpu.engine import Engine
 from bitskip_ref.decoding.draft import Draft, GreedyRound
-from bitskip_ref.engine import Row
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.model import ReferenceModel
+from bitskip_ref.rows import Row
 from tests.helpers import random_tensors, twin
 
 CONFIG = twin("bitskip-v1").replace(gates=True, max_position_embeddings=24, vocab_size=40)

@@ -13,9 +13,9 @@ from bitskip_cpu.pages import NoRoom, Pool
 from bitskip_ref.config import small_twin
 from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.decoding.draft import Draft
-from bitskip_ref.engine import Row
 from bitskip_ref.exits import FixedExit, GateExit
 from bitskip_ref.model import ReferenceModel
+from bitskip_ref.rows import Row
 from tests.helpers import random_tensors
 
 CONFIG = small_twin("wt2-bitskip").replace(max_position_embeddings=100)

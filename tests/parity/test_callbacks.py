@@ -11,8 +11,8 @@ import pytest
 
 from bitskip_ref.config import small_twin
 from bitskip_ref.decoding.draft import Draft
-from bitskip_ref.engine import Row
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
+from bitskip_ref.rows import Row
 from tests.helpers import random_tensors
 from tests.parity.engines import ENGINES, make
 from tests.parity.test_rows import CONFIG, IDS, TENSORS, Odd

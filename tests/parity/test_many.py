@@ -13,9 +13,9 @@ from bitskip_cpu.engine import Engine
 from bitskip_cpu.workspace import Workspace
 from bitskip_ref.config import ModelConfig, small_twin
 from bitskip_ref.constants import KV_CACHES
-from bitskip_ref.engine import Row
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.model import ReferenceModel
+from bitskip_ref.rows import Row
 from tests.helpers import random_tensors
 
 CONFIG = small_twin("wt2-bitskip").replace(exit_head="per_layer", exit_norm="per_layer")

@@ -15,9 +15,9 @@ from bitskip_ref.config import small_twin
 from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.decoding.generate import stream
 from bitskip_ref.decoding.sampling import Sampler
-from bitskip_ref.engine import Row
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.model import ReferenceModel
+from bitskip_ref.rows import Row
 from tests.helpers import random_tensors, random_tokens
 from tests.parity.engines import ENGINES, make
 from tests.tables import TableEngine
