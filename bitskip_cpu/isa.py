@@ -44,6 +44,7 @@ class Path:
     columns: int = 4  # unpacked rows are padded to a multiple of so many
     unpack_above: int = 16  # with more tokens, ternary tiles are unpacked before products
     bytes_above: int = 4  # with more tokens, the vocabulary's 8-bit rows count as unpacked tiles
+    fetch_all: bool = True  # every line of codes is asked for ahead, not one in a unit (dot.py)
     matrix_unit: bool = False  # whether there is one (AMX)
     few_above: tuple[int, int] = (NEVER, NEVER)  # with more, it takes packed tiles (amx.py)
     accumulators: int = 0  # sums that hide `dot`'s latency when `bench` takes its peak; 0: none
@@ -60,12 +61,12 @@ _VBMI512 = (*_VNNI512, "avx512vbmi")
 PATHS = [
     Path("amx512", (*_VBMI512, "amx-tile", "amx-int8"), kernels="amx", dense=True, columns=64,
          matrix_unit=True, few_above=(2, 4), accumulators=4),
-    Path("vbmi512", _VBMI512, dense=True, bytes_above=16, accumulators=20),
+    Path("vbmi512", _VBMI512, dense=True, bytes_above=16, fetch_all=False, accumulators=20),
     Path("vnni512", _VNNI512, bytes_above=16, accumulators=20),
     # More accumulators would not fit the 16 registers of the next two.
     Path("vnni256", ("avx2", "avxvnni"), width=32, panel=(1, 4), accumulators=13),
     Path("avx2", ("avx2",), dot="vpmaddubsw", width=32, pairs=True, signed_bytes=True,
-         panel=(1, 4), unpack_above=7, bytes_above=NEVER, accumulators=12),
+         panel=(1, 4), unpack_above=7, bytes_above=NEVER, fetch_all=False, accumulators=12),
     Path("dotprod", ("dotprod",), dot="sdot", width=16, signed_bytes=True, panel=(1, 6),
          accumulators=16),
     Path("plain", (), kernels="plain", panel=(1, 4), bytes_above=NEVER),

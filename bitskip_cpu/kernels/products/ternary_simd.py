@@ -186,14 +186,14 @@ def over_lines(builder: ir.IRBuilder, tile: ir.Value, units: ir.Value, tail: ir.
     with loop(builder, units) as index:
         at = builder.add(tile, builder.mul(index, LONG(UNIT_LINES * LINE)))
         for i in range(UNIT_LINES):
-            fetch_ahead(builder, at, LONG(i * LINE))
+            fetch_ahead(builder, at, i * LINE)
         stored = [load_line(builder, at, i * LINE) for i in range(UNIT_LINES)]
         do(unit_lines(builder, stored), builder.mul(index, LONG(UNIT_COLUMNS)))
     rest = builder.add(tile, builder.mul(units, LONG(UNIT_LINES * LINE)))
     first = builder.mul(units, LONG(UNIT_COLUMNS))
     with loop(builder, tail) as index:
         at = builder.add(rest, builder.mul(index, LONG(LINE)))
-        fetch_ahead(builder, at, LONG(0))
+        fetch_ahead(builder, at)
         column = builder.add(first, builder.mul(index, LONG(LINE_COLUMNS)))
         do([load_line(builder, at, 0)], column)
 

@@ -20,7 +20,7 @@ from bitskip_cpu.kernels.products.dot import (
     Kernel,
     constant,
     dot,
-    fetch_ahead,
+    fetch_unit,
     load,
     starts,
 )
@@ -65,10 +65,8 @@ def vocab_tile(bits: int, tokens: int, chains: int) -> Kernel:
         sums = Sums(builder, tokens, REGISTERS, chains)
         with loop(builder, units) as index:
             at = builder.add(tile, builder.mul(index, LONG(VOCAB_LINES[bits] * LINE)))
-            lines = []
-            for i in range(VOCAB_LINES[bits]):
-                fetch_ahead(builder, at, LONG(i * LINE))
-                lines.append(load_line(builder, at, i * LINE))
+            fetch_unit(builder, at, VOCAB_LINES[bits])
+            lines = [load_line(builder, at, i * LINE) for i in range(VOCAB_LINES[bits])]
             weights = [planes(builder, bits, lines, h) for h in range(REGISTERS)]
             first = builder.mul(index, LONG(VOCAB_COLUMNS))
             for p in range(4):
