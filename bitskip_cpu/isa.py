@@ -62,7 +62,7 @@ PATHS = [
     Path("amx512", (*_VBMI512, "amx-tile", "amx-int8"), kernels="amx", dense=True, columns=64,
          matrix_unit=True, few_above=(2, 4), accumulators=4),
     Path("vbmi512", _VBMI512, dense=True, bytes_above=16, fetch_all=False, accumulators=20),
-    Path("vnni512", _VNNI512, bytes_above=16, accumulators=20),
+    Path("vnni512", _VNNI512, bytes_above=16, fetch_all=False, accumulators=20),
     # More accumulators would not fit the 16 registers of the next two.
     Path("vnni256", ("avx2", "avxvnni"), width=32, panel=(1, 4), accumulators=13),
     Path("avx2", ("avx2",), dot="vpmaddubsw", width=32, pairs=True, signed_bytes=True,
