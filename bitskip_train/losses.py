@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import Tensor
 from bitskip_ref.config import ConfigError
 from bitskip_train.fast import FastOps, ternary_codes
 from bitskip_train.settings import TrainConfig
+
+PIECE = 1 << 18  # logits of a piece: 1 MB in float32
 
 
 def exit_weights(train: TrainConfig, layers: int) -> dict[int, float]:
@@ -50,9 +53,38 @@ def exit_subset(weights: dict[int, float], count: int, step: int) -> dict[int, f
     return {n: weights[n] * len(exits) / count for n in sorted(chosen)}
 
 
+class _CrossEntropy(torch.autograd.Function):
+    """The loss and, at once, its gradient, in pieces that stay in the processor's cache."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        rows, vocabulary = logits.shape
+        if logits.device.type == "cpu":
+            rows = max(1, PIECE // vocabulary)
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(logits) if wanted else None
+        total = torch.zeros((), device=logits.device)
+        for first in range(0, len(logits), rows):
+            piece = slice(first, first + rows)
+            logs = F.log_softmax(logits[piece].float(), -1)
+            named = targets[piece, None]
+            total -= logs.gather(1, named).sum()
+            if gradient is not None:
+                gradient[piece] = logs.exp_().scatter_add_(
+                    1, named, logs.new_full((1, 1), -1.0).expand_as(named)
+                )
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        gradient, ctx.gradient = ctx.gradient, None  # once: it is scaled where it lies
+        return gradient.mul_(grads[0]), None
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed next-token loss in nats. logits [N, V], targets int64 [N]; computed in float32."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return _CrossEntropy.apply(logits, targets)
 
 
 def distillation(logits: Tensor, teacher: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bitskip_ref.config import ConfigError
 from bitskip_train import losses
@@ -75,6 +76,26 @@ def test_cross_entropy_and_distillation() -> None:
     loss.backward()
     assert teacher.grad is None
     assert student.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_in_pieces_is_the_library_s(dtype: torch.dtype) -> None:
+    rows, vocabulary = 7, losses.PIECE // 3  # three rows in a piece
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, vocabulary, generator=draw).to(dtype)
+    targets = torch.randint(vocabulary, (rows,), generator=draw)
+    found = []
+    for loss in (losses.cross_entropy, lambda z, t: F.cross_entropy(z.float(), t, reduction="sum")):
+        leaf = logits.clone().requires_grad_()
+        value = loss(leaf, targets)
+        (0.25 * value).backward()
+        found.append((value.detach(), leaf.grad))
+    (value, gradient), (want, wanted) = found
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(
+        gradient, wanted, atol=1e-9, rtol=1e-5 if dtype.itemsize == 4 else 2**-7
+    )
+    assert losses.cross_entropy(logits, targets) == value  # and without a gradient
 
 
 def test_route_loss_by_hand() -> None:

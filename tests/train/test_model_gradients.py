@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from bitskip_ref.arithmetic.hadamard import fwht
-from bitskip_train.attention import grouped_attention
+from bitskip_train.attention import ROWS, grouped_attention
 from bitskip_train.fast import FastOps
 from bitskip_train.functions import PassThrough
 from bitskip_train.layers import Block
@@ -85,6 +86,27 @@ def test_causal_attention(tokens: int, positions: int) -> None:
         return grouped_attention(*qkv, tokens, True)[0]
 
     assert torch.autograd.gradcheck(output, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("tokens", "positions"), [(ROWS, ROWS), (2 * ROWS + 3, 2 * ROWS + 8)])
+def test_attention_in_parts_is_the_library_s(tokens: int, positions: int, causal: bool) -> None:
+    """Queries of two heads of one group, [B, T, H, E], over more tokens than are taken at once."""
+    shapes = [(2, tokens, 2, 4), (2, positions, 1, 4), (2, positions, 1, 4)]
+    q, keys, values = (seeded(*s, seed=i).double().requires_grad_() for i, s in enumerate(shapes))
+    rows = q.reshape(2, tokens * 2, 4)
+    plain = [x.transpose(1, 2) for x in (q, keys, values)]
+    mask = torch.ones(tokens, positions, dtype=torch.bool).tril(positions - tokens)
+    want = scaled_dot_product_attention(
+        *plain, attn_mask=mask if causal else None, scale=1.0, enable_gqa=True
+    ).transpose(1, 2)
+    found = grouped_attention(rows, keys[:, :, 0], values[:, :, 0], tokens, causal)[0]
+    torch.testing.assert_close(found.view_as(want), want)
+    probe = seeded(*want.shape, seed=9).double()
+    leaves = (q, keys, values)
+    gradients = torch.autograd.grad(found.view_as(want), leaves, probe)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(want, leaves, probe), strict=True):
+        torch.testing.assert_close(gradient, wanted)
 
 
 @pytest.mark.parametrize("ffn", ["swiglu", "relu2", "gated_relu2"])
