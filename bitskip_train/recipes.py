@@ -45,11 +45,10 @@ _WT2_EXITS: dict[str, Any] = {
 # the norm and head they share learn from the last layer alone (docs/EXITS.md). Gates are fitted
 # afterwards (`fit-gates`).
 _STORIES = TrainConfig(
-    data=("tinystories",), tokenizer="bpe:4096", context=512, batch=8, steps=2900, lr=3e-3,
-    min_lr=1e-5, warmup=150, schedule="wsd", decay=0.276, weight_decay=0.1, seed=1,
-    **{**_PHASE2, "exit_lambda": 2.0, "exit_weights": "uniform"}, exit_layers=(6, 12, 18),
-    exit_detach=True,
-    eval_every=400, eval_tokens=50_000, eval_exits=(6, 12, 18), save_every=100, log_every=20,
+    data=("tinystories",), tokenizer="bpe:4096", context=512, batch=4, steps=4800, lr=3e-3,
+    min_lr=1e-5, warmup=200, schedule="wsd", decay=0.25, weight_decay=0.1, seed=1,
+    **{**_PHASE2, "exit_lambda": 3.0}, exit_layers=(6, 12, 18), exit_detach=True,
+    eval_every=500, eval_tokens=50_000, eval_exits=(6, 12, 18), save_every=100, log_every=20,
     dtype="bfloat16", threads=1, compile=True,
 )  # fmt: skip
 _TINY = TrainConfig(
