@@ -161,7 +161,7 @@ class Engine(contract.Engine):
     ) -> tuple[np.ndarray, int]:
         if type(rule) is not GateExit or trace is not None or not self.config.gates:
             return super()._look(run, rule, looks, deepest, trace)
-        space, actions = self._space, EMBED | BLOCKS | LOOK | FILL
+        space, actions = self._space, EMBED | LOOK
         space.set_tokens(run.ids, run.cache, run.first)
         if space.set_looks(looks, deepest, rule.threshold):
             exit_ = space.set_contenders(deepest, space.logits_at, 0, run.contenders)

@@ -89,8 +89,7 @@ class GenerationOptions:
             raise ValueError(
                 f"speculate {self.speculate!r}: must be a number of drafts, auto or lookup"
             )
-        drafts = self.speculate not in (None, "lookup")
-        if not drafts and (self.draft_exit, self.draft_vocab) != (None, None):
+        if not self.drafts and (self.draft_exit, self.draft_vocab) != (None, None):
             raise ValueError("a draft exit or vocabulary needs speculate, a number or auto")
         _ = self.sampler  # which checks its part
 
@@ -109,8 +108,16 @@ class GenerationOptions:
         return dataclasses.replace(self, **changes)
 
     @property
+    def drafts(self) -> bool:
+        """Whether the model drafts (SPEC 11.1). Texts with drafts tell no log probabilities."""
+        return self.speculate not in (None, "lookup")
+
+    @property
     def sampler(self) -> Sampler:
-        """How tokens are chosen, without a folder's recommendations."""
+        """How tokens are chosen, without a folder's recommendations.
+
+        A Sampler has a value for each of its numbers; these options may leave one to a folder.
+        """
         said = {n: v for n in SAMPLING if (v := getattr(self, n)) is not None}
         return Sampler(**said, seed=self.seed, logit_bias=self.logit_bias)
 

@@ -3,7 +3,8 @@
 Up to CHUNK rows go through the blocks together, and leave at their exits: fixed ones where they
 end, others where their rule says so at a look. Those that have left write the keys and values of
 the blocks that they skip (SPEC 8.6) just before the others run these, which may belong to the same
-sequence: so a known text runs under any rule as a prompt does, many of its tokens at a time.
+sequence: so a known text runs under any rule as a prompt does, many of its tokens at a time. Where
+all ask their gates alike, one call of the kernels does all of it (`kernels.forward.look`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from bitskip_cpu.kernels.layout import BLOCKS, CHUNK, DRAFT, EMBED, EXIT, FILL, GATE
+from bitskip_cpu.kernels.layout import (
+    BLOCKS,
+    CHUNK,
+    DRAFT,
+    EMBED,
+    EXIT,
+    FILL,
+    GATE,
+    LOOK,
+)
 from bitskip_cpu.workspace import at_most
 from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.exits import GateExit
@@ -82,13 +92,16 @@ class _Pass:
         """Rows as they lie in the workspace: those on their way, then those that have left."""
         self.live = len(rows)  # on their way
         self.depths = np.zeros(len(rows), np.int64)  # of those that have left; else 0
-        self.looking = self.looks()
-        self.kinds = {
-            kind: np.array([type(row.rule) is kind for row in rows])
-            for kind in {type(row.rule): None for row in rows}
-        }
         self.logits: dict[int, np.ndarray] = {}  # f32 [V] of some rows, at the depth reached
         self.gates: dict[int, np.float32] = {}  # of some rows on their way
+
+    @cached_property
+    def kinds(self) -> dict[type, np.ndarray]:
+        """Kind of rule -> which rows have one, bool [rows]."""
+        return {
+            kind: np.array([type(row.rule) is kind for row in self.rows])
+            for kind in {type(row.rule): None for row in self.rows}
+        }
 
     def looks(self) -> dict[int, np.ndarray]:
         """Which rows are asked after n blocks, bool [rows]."""
@@ -101,11 +114,46 @@ class _Pass:
 
     def run(self) -> list[Result]:
         """Results in the order of the rows."""
-        actions, done, nobody = EMBED, 0, np.zeros(len(self.rows), bool)
         self.space.set_rows([self.rows[i].run for i in self.order.tolist()])
-        for n in sorted({*self.looking, *self.deepest.tolist()}):
+        if gate := self.one_gate():
+            self.look(gate)
+        else:
+            self.walk()
+        self.exits()
+        return [
+            (self.logits[i] if row.wanted else None, n)
+            for i, (row, n) in enumerate(zip(self.rows, self.depths.tolist(), strict=True))
+        ]
+
+    def one_gate(self) -> Planned | None:
+        """A row, where the gates of all are asked alike; then one call takes them to their ends."""
+        first, *others = self.rows
+        if type(first.rule) is not GateExit or not self.engine.config.gates:
+            return None
+        for row in others:
+            if row.rule is not first.rule and (
+                type(row.rule) is not GateExit or row.rule.threshold != first.rule.threshold
+                or (row.looks, row.deepest) != (first.looks, first.deepest)
+            ):  # fmt: skip
+                return None
+        return first
+
+    def look(self, one: Planned) -> None:
+        """Run all rows to where their gates stop them; they are asked as `one` is."""
+        assert isinstance(one.rule, GateExit)
+        self.space.set_looks(one.looks, one.deepest, one.rule.threshold)
+        self.call(0, self.live, EMBED | LOOK, 0, one.deepest)
+        self.order = self.order[self.space.looked[: self.live]]
+        self.depths[self.order] = self.space.depths[: self.live]
+        self.live = 0
+
+    def walk(self) -> None:
+        """Run all rows to their ends, from look to look."""
+        actions, done, nobody = EMBED, 0, np.zeros(len(self.rows), bool)
+        looking = self.looks()
+        for n in sorted({*looking, *self.deepest.tolist()}):
             live = self.order[: self.live]
-            asked = live[self.looking.get(n, nobody)[live]]
+            asked = live[looking.get(n, nobody)[live]]
             ended = live[self.deepest[live] == n]
             if not (len(asked) or len(ended) or self.live < len(self.rows)):
                 continue
@@ -119,11 +167,6 @@ class _Pass:
             self.leave(n, [*self.stopped(asked, n), ended])
             self.logits = {i: z for i, z in self.logits.items() if self.depths[i]}
             self.gates.clear()
-        self.exits()
-        return [
-            (self.logits[i] if row.wanted else None, n)
-            for i, (row, n) in enumerate(zip(self.rows, self.depths.tolist(), strict=True))
-        ]
 
     def call(self, at: int, count: int, actions: int, first: int = 0, last: int = 0) -> None:
         """Have the kernels run `count` rows, from place `at` of the order on."""
@@ -158,7 +201,7 @@ class _Pass:
 
     @cached_property
     def thresholds(self) -> np.ndarray:
-        """f32 [rows], as `kernels.forward.stops` compares them; of other rules than gates 0."""
+        """f32 [rows], as `kernels.forward.leave` compares them; of other rules than gates 0."""
         rules = {id(row.rule): row.rule for row in self.rows}
         least = {key: at_most(r.threshold) for key, r in rules.items() if type(r) is GateExit}
         return np.array([least.get(id(row.rule), 0) for row in self.rows], np.float32)

@@ -85,9 +85,9 @@ CONTENDERS, CONTENDERS_AT = _row("contender_count", "contender_temperature", "co
 LOGITS, LOGITS_AT = _row("logits", "exit_from")
 ROWS, ROWS_AT = _row("tokens", "from_row")
 DRAFT_ROW, DRAFT_AT = _row("draft_vocab", "least_lead")
-TOKENS, FOUND, GATE, STOPPED = (
+TOKENS, FOUND, GATE = (
     STATE.fields[name][1] // 8  # type: ignore[index]
-    for name in ("tokens", "contenders_found", "gate", "stopped")
+    for name in ("tokens", "contenders_found", "gate")
 )
 
 
@@ -180,6 +180,7 @@ class Workspace:
         self.positions, self.caches = (aligned((CHUNK,), np.int64) for _ in range(2))
         self.gates = aligned((CHUNK,), np.float32)
         self.draft_counts, self.draft_of = (aligned((CHUNK,), np.int64) for _ in range(2))
+        self.looked, self.depths = (aligned((CHUNK,), np.int64) for _ in range(2))
         self.x, self.mid, self.y = (floats(c.hidden_size) for _ in range(3))
         self.qkv, self.attended = floats(int(p["rows"][QKV])), floats(c.attention_size)
         self.up, self.act = floats(int(p["rows"][UP])), floats(c.intermediate_size)
@@ -191,6 +192,7 @@ class Workspace:
         for name, array in {
             "ids": self.ids, "positions": self.positions, "caches": self.caches,
             "gates": self.gates, "draft_counts": self.draft_counts, "draft_of": self.draft_of,
+            "order": self.looked, "depths": self.depths,
             "x": self.x, "mid": self.mid, "y": self.y, "qkv": self.qkv,
             "attended": self.attended, "up": self.up, "act": self.act, "input": self.input,
             "codes": codes, "steps": aligned((CHUNK,), np.float32),
@@ -368,7 +370,7 @@ class Workspace:
         self._words[GATE] = self.weights.gate_at(n)
 
     def set_looks(self, looks: tuple[int, ...], deepest: int, threshold: float) -> bool:
-        """After which blocks the one token at hand is to stop if its gate exceeds a threshold.
+        """After which blocks a token at hand is to stop if its gate exceeds a threshold.
 
         Returns whether logits are the same function after each of them and after the deepest.
         """
@@ -383,8 +385,8 @@ class Workspace:
 
     @property
     def stopped(self) -> int:
-        """Blocks that were run, up to the look that stopped."""
-        return self._words[STOPPED]
+        """Blocks that the first token ran, up to the look that stopped it."""
+        return int(self.depths[0])
 
     # ---- what a call has left behind (bitskip_ref.engine.Trace) -----------------------
 

@@ -94,8 +94,11 @@ class Answer:
     # ---- parts --------------------------------------------------------------------------
 
     def _prompt(self, index: int) -> str:
-        prompts = self._asked.prompts
-        return self._tokenizer.decode(prompts[index * len(prompts) // len(self._said)])
+        return self._tokenizer.decode(self._prompt_ids(index))
+
+    def _prompt_ids(self, index: int) -> list[int]:
+        """A text's prompt."""
+        return self._asked.prompts[index // len(self._asked.options)]
 
     def _chunk(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._asked.chat else self._kind
@@ -133,7 +136,7 @@ class Answer:
             ]}  # fmt: skip
         tokens, values, tops, offsets = list[str](), list[Any](), list[Any](), list[int]()
         if self._asked.echo:  # nothing predicts the first
-            first = self._asked.prompts[index * len(self._asked.prompts) // len(self._said)][0]
+            first = self._prompt_ids(index)[0]
             tokens, values, tops, offsets = [self._text(first)], [None], [None], [0]
             self._at[index] = len(tokens[0])
         for x in found:

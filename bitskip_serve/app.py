@@ -77,7 +77,7 @@ class Service:
         routes: list[Route] = []
 
         def route(path: str, handler: Handler, method: str = "GET") -> None:
-            paths = [path] if path.startswith("/v1") is False else [path, path[3:]]
+            paths = {path, path.removeprefix("/v1")}
             routes.extend(Route(p, partial(self._answer, handler), methods=[method]) for p in paths)
 
         for path, (content, kind) in page_files().items():
@@ -102,7 +102,7 @@ class Service:
         thread = threading.Thread(target=self.scheduler.run, name="bitskip engine", daemon=True)
         thread.start()
         yield
-        self.scheduler.stop()
+        self.scheduler.stop()  # `http_server` did so before; other servers of the app do not
         self.break_off()
         await run_sync(thread.join)
 

@@ -62,13 +62,13 @@ class Asked:
 
     @property
     def texts(self) -> int:
-        """How many."""
+        """How many texts: n of each prompt."""
         return len(self.prompts) * len(self.options)
 
     @property
     def looked_at(self) -> int | None:
-        """Alternatives that a text must tell of."""
-        if not self.details or self.options[0].speculate is not None:
+        """Alternatives of each token that a text must tell of; None: it tells of none."""
+        if not self.details or self.options[0].drafts:
             return self.alternatives
         return max(SHOWN, self.alternatives or 0)
 
@@ -130,7 +130,7 @@ def read(body: dict[str, Any], model: Model, name: str, chat: bool) -> Asked:
     )  # fmt: skip
     if asked.echo and stream and asked.alternatives is not None:
         raise Refusal("an echo with logprobs is not streamed: leave one of the three out", "echo")
-    if asked.alternatives is not None and options.speculate is not None:
+    if asked.alternatives is not None and options.drafts:
         raise Refusal("a text that is speculated has no logprobs: leave one out", "logprobs")
     return asked
 
@@ -283,12 +283,12 @@ def _messages(given: Mapping[str, Any], model: Model) -> list[list[int]]:
     messages = given.get("messages")
     if not isinstance(messages, list) or not messages:
         raise Refusal("messages: must be a list of at least one message", "messages")
-    read_ = [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
+    checked = [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
     form = model.folder.chat
     if form is None:
-        plain = "\n".join(m["content"] for m in read_)
+        plain = "\n".join(m["content"] for m in checked)
         return [_ids(lambda: model.prompt_ids(plain), "messages")]
-    return [_ids(lambda: chat_ids(model.tokenizer, form, read_), "messages")]
+    return [_ids(lambda: chat_ids(model.tokenizer, form, checked), "messages")]
 
 
 def _message(value: Any, where: str) -> dict[str, str]:

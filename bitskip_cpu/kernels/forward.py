@@ -212,21 +212,77 @@ def draft(s, products, last):
 
 
 @kernel
-def stops(s, layer):
-    """Whether LOOK looks after the block, and its gate stops the one token at hand (SPEC 8.3)."""
-    s.gate = int64s(s.looks, layer + 1)[layer]
-    if s.gate == 0:
-        return False
+def look(s, products, first, last):
+    """Blocks first..last-1 of tokens that leave where their gate says so (SPEC 8.3).
+
+    Those that have left lie behind the others, and leave keys and values in a block just before the
+    others run it, which may attend to them (SPEC 8.6).
+    """
+    tokens, x, positions, caches = s.tokens, s.x, s.positions, s.caches
+    order, depths, looks = int64s(s.order, tokens), int64s(s.depths, tokens), int64s(s.looks, last)
+    for t in range(tokens):
+        order[t], depths[t] = t, last
+    live = tokens
+    for layer in range(first, last):
+        if live < tokens:
+            s.tokens, s.x = tokens - live, x + live * 4 * s.hidden
+            s.positions, s.caches = positions + live * 8, caches + live * 8
+            skipped(s, products, layer)
+            s.tokens, s.x, s.positions, s.caches = live, x, positions, caches
+        if live:
+            block(s, products, layer)
+            s.gate = looks[layer]
+            if s.gate:
+                live = leave(s, layer + 1)
+    s.tokens = tokens
+
+
+@kernel
+def leave(s, ran):
+    """Put tokens whose gate stops them, after `ran` blocks, behind the others; how many go on."""
     measure(s.measure, s, s.scratch, GATES)
-    return floats(s.gates, 1)[0] > s.threshold
+    live, gates, depths = s.tokens, floats(s.gates, s.tokens), int64s(s.depths, s.tokens)
+    t = 0
+    while t < live:
+        if gates[t] > s.threshold:
+            live -= 1
+            depths[live], gates[t] = ran, gates[live]
+            if t < live:
+                swap(s, t, live)
+        else:
+            t += 1
+    s.tokens = live
+    return live
+
+
+@kernel
+def swap(s, a, b):
+    """Tokens a and b change places."""
+    n = s.hidden
+    x_a, x_b = s.x + a * 4 * n, s.x + b * 4 * n
+    copy(x_a, s.scratch, n)
+    copy(x_b, x_a, n)
+    copy(s.scratch, x_b, n)
+    positions, caches = int64s(s.positions, b + 1), int64s(s.caches, b + 1)
+    order = int64s(s.order, b + 1)
+    positions[a], positions[b] = positions[b], positions[a]
+    caches[a], caches[b] = caches[b], caches[a]
+    order[a], order[b] = order[b], order[a]
+
+
+@kernel
+def skipped(s, products, layer):
+    """Keys and values of a block that the tokens at hand skip (SPEC 8.6)."""
+    s.layer = layer
+    keys_values(s, products, s.attention // TILE_ROWS * TILE_ROWS)
 
 
 def run(state_at, products_at, actions, first, last):
     """Do `actions` (`layout`) on a state and its products; BLOCKS and FILL: blocks first..last-1.
 
-    DRAFT: through blocks 0..first-1. LOOK: BLOCKS ends where a gate says so, and FILL begins there.
-    HELP: live as helper thread `first`. Tokens count from `from_row` on, but for GATE's results and
-    logits. No argument is checked: `bitskip_cpu.engine` does.
+    DRAFT: through blocks 0..first-1. LOOK: as BLOCKS, to where gates say, and FILL from there.
+    HELP: live as helper thread `first`. Tokens count from `from_row` on, but for GATE's results,
+    logits, and what LOOK says of them. No argument is checked: `bitskip_cpu.engine` does.
     """
     s, products = state_structs(state_at, 1)[0], product_structs(products_at, PRODUCTS)
     if actions & HELP:
@@ -243,15 +299,11 @@ def run(state_at, products_at, actions, first, last):
     if actions & BLOCKS:
         for layer in range(first, last):
             block(s, products, layer)
-            s.stopped = layer + 1
-            if actions & LOOK and stops(s, layer):
-                break
     if actions & LOOK:
-        first = s.stopped
-    if actions & FILL:  # SPEC 8.6
+        look(s, products, first, last)
+    if actions & FILL:
         for layer in range(first, last):
-            s.layer = layer
-            keys_values(s, products, s.attention // TILE_ROWS * TILE_ROWS)
+            skipped(s, products, layer)
     if actions & EXIT:
         exit_logits(s, products)
     if actions & CONTEND:

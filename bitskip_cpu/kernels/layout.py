@@ -27,7 +27,7 @@ _STATE = """
 
     positions caches gates tokens from_row logits exit_from draft_vocab least_lead
     draft_counts draft_of draft
-    looks threshold stopped
+    looks threshold order depths
     confidence_max confidence_margin confidence_entropy
     contender_count contender_temperature contender_reach
     code_norms least_contenders contenders_found
@@ -56,8 +56,9 @@ Exit blocks are numbered behind the blocks: `exit_layer` is the number of that o
 The call is about `tokens` of them, from `from_row` on. `gates`: f32 [T]. `draft_counts`, int64 [T]:
 drafts after each, at most; `draft_of`, int64 [T]: behind which of them each token stands then;
 `draft`: the one that a lead decides, -1: none.
-`gate`: the routing gate at hand, as `Weights.gate` lays it out; `looks`: int64 [L], where those of
-the blocks are that LOOK looks after, else 0; `stopped`: blocks that it ran.
+`gate`: the routing gate at hand, as `Weights.gate_at` lays it out; `looks`: int64 [L], where those
+of the blocks are that LOOK looks after, else 0. It leaves tokens in another order: `order`, int64
+[T], their numbers; `depths`, int64 [T], blocks that each ran.
 `codes` of rows of floats are what `float_simd.order` makes of a token's input.
 It is argument and scratch: `forward` changes `tokens`, `x`, `positions` and the like for a while
 and puts them back."""
@@ -128,7 +129,7 @@ def float_room(width: int) -> int:
 
 
 # What `kernels.forward.run` does, added up; in this order.
-EMBED, DRAFT, BLOCKS, FILL, EXIT, CONTEND, MEASURE, GATE, HELP, LOOK = (1 << i for i in range(10))
+EMBED, DRAFT, BLOCKS, LOOK, FILL, EXIT, CONTEND, MEASURE, GATE, HELP = (1 << i for i in range(10))
 
 SYNC_STAGE, SYNC_PENDING, SYNC_STOP, SYNC_RANGES = 0, 64, 128, 192
 """Bytes from `sync` to what threads share (`kernels.share`)."""

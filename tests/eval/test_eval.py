@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -259,3 +261,35 @@ def test_lm_eval_itself_knows_the_model(model: Model, tasks: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "|cats-choose|" in done.stdout
+
+
+@pytest.mark.slow  # as above
+def test_local_completions_of_lm_eval(model: Model, tasks: Path, tmp_path: Path) -> None:
+    """lm-eval's own client of a server, as docs/SERVING.md has it: the engine's choices."""
+    pytest.importorskip("aiohttp")
+    pytest.importorskip("uvicorn")
+    from tests.serve.test_process import end, start
+
+    assert model.folder.tokenizer is not None
+    shutil.copy(model.folder.tokenizer, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    process, address = start(model.folder.path, "--threads", 1, "--kv-cache", "float32")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions",
+             "--model_args", f"base_url={address}/v1/completions,model=m@2,tokenizer={tmp_path}",
+             "--tasks", "cats-choose,cats-say", "--include_path", str(tasks),
+             "--output_path", str(tmp_path / "found.json")],
+            capture_output=True, text=True, timeout=300,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        end(process)
+    finally:
+        process.kill()
+    [path] = tmp_path.glob("found*.json")
+    results = json.loads(path.read_text())["results"]
+    direct = json.loads(verb(model, tasks, "--tasks", "cats-choose,cats-say", "--exit-layer", "2",
+                             "--json").stdout)["exits"][0]["results"]  # fmt: skip
+    for task, name in (("cats-choose", "acc,none"), ("cats-say", "exact_match,none")):
+        assert results[task][name] == direct[task][name]

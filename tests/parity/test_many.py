@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,6 +142,52 @@ def test_an_error_in_a_rule_leaves_all_sequences() -> None:
         assert [cache.length for cache in caches] == [1, 1, 1]
     for cache in caches:
         assert engine.extend([2, 3], cache).tobytes() == alone[1:].tobytes()
+
+
+GATES = (GateExit(0.5), GateExit(0.5, last=3), GateExit(0.45, layers=(2,)))
+
+
+def asked_alike(rule: GateExit, threads: int, kind: str) -> set[int]:
+    """Calls in which all rows, of three sequences, have equal gate rules; returns the depths."""
+    draw, depths = random.Random(7), set[int]()
+    reference = ReferenceModel(CONFIG, TENSORS, kind)
+    engine = Engine(CONFIG, TENSORS, threads, kind, share_from=0)
+    sequences = [Sequence(reference, engine, rule) for _ in range(3)]
+    for count in (1, 9, 2):
+        rows, expected = [], []
+        for sequence in sequences:
+            for _ in range(count):
+                row = Row(draw.randrange(97), sequence.mixed, replace(rule), draw.random() < 0.7)
+                z, n = reference.step(row.token_id, sequence.alone, rule)
+                rows.append(row)
+                expected.append((z if row.wanted else None, n))
+        found = engine.step_many(rows)
+        same(found, expected)
+        depths.update(n for _, n in found)
+    for sequence in sequences:
+        sequence.check()
+    return depths
+
+
+@pytest.mark.parametrize("rule", GATES, ids=str)
+def test_gates_asked_alike_are_one_call(rule: GateExit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(bitskip_cpu.rows._Pass, "walk")
+    for threads, kind in zip((1, 2, 1), KV_CACHES, strict=True):
+        assert len(asked_alike(rule, threads, kind)) > 1
+
+
+def test_a_lost_order_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = bitskip_cpu.rows._Pass.look
+
+    def unmoved(self: Any, one: Any) -> None:
+        """Planted: rows are taken to lie where they lay."""
+        order = self.order
+        look(self, one)
+        self.order = order
+
+    monkeypatch.setattr(bitskip_cpu.rows._Pass, "look", unmoved)
+    with pytest.raises(AssertionError):
+        asked_alike(GATES[0], 1, "float32")
 
 
 def _keep_order(self: Any, order: list[int]) -> None:

@@ -119,6 +119,15 @@ def test_log_probabilities_of_an_echoed_prompt(client: TestClient, model: Model)
     assert found["text_offset"] == [sum(map(len, found["tokens"][:i])) for i in range(6)]
 
 
+def test_log_probabilities_where_drafts_are_looked_up(client: TestClient) -> None:
+    body = {"prompt": "the cat sat", "max_tokens": 5, "logprobs": 2}
+    plain, looked_up = (
+        client.post("/v1/completions", json={**body, **how}).json()["choices"]
+        for how in ({}, {"speculate": "lookup"})
+    )
+    assert looked_up == plain and len(plain[0]["logprobs"]["tokens"]) == 5
+
+
 def test_an_echo_that_ends_at_once_has_the_end_as_its_last(model: Model) -> None:
     """lm-eval takes token_logprobs[n:-1]: without it the prompt's last token would be lost."""
     ids, end = [5, 6, 7], model.folder.end_ids[0]

@@ -52,7 +52,7 @@ def test_a_text_depends_on_its_request_alone(model: Model) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("threads", "kv_cache"), [(1, "float32"), (2, "float32"), (2, "float16")])
+@pytest.mark.parametrize(("threads", "kv_cache"), [(1, "float32"), (2, "int8"), (2, "float16")])
 def test_two_thousand_requests(tmp_path: Path, threads: int, kv_cache: str) -> None:
     folder = write_model(tmp_path / "model")
     some(bitskip_cpu.load(folder, threads=threads, kv_cache=kv_cache), 700, threads)

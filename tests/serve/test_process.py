@@ -1,4 +1,4 @@
-"""The server as a process of its own: clients that go, signals, the openai client."""
+"""The server as a process of its own: clients that go, signals, curl, the openai client."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from bitskip_cpu.model import Model
 from tests.cli.conftest import write_model
 
 ROOT = Path(__file__).parents[2]
+SERVING = (ROOT / "docs/SERVING.md").read_text("utf-8")
 LONG = {"prompt": "Once upon a time", "max_tokens": 400, "temperature": 1.0, "stream": True}
 
 
@@ -126,6 +128,21 @@ def test_the_openai_client(address: str) -> None:
         wrong = OpenAI(base_url=address, api_key="no", max_retries=0, http_client=inner)
         with pytest.raises(AuthenticationError):
             wrong.models.list()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
+def test_curl(address: str) -> None:
+    """The command of docs/SERVING.md, with a key."""
+    [written] = re.findall(r"^curl localhost:8080(/\S+) -d '(.*)'$", SERVING, re.MULTILINE)
+    path, body = written
+    done = subprocess.run(
+        ["curl", "-s", "-H", "Authorization: Bearer key", f"{address}{path}", "-d", body],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    model = bitskip_cpu.load(_stories(), threads=1, usual_cache="int8")
+    how = json.loads(body)
+    alone = model.generate(how.pop("prompt"), **how)
+    assert json.loads(done.stdout)["choices"][0]["text"] == alone.text
 
 
 def test_no_step_for_a_client_that_has_gone(address: str) -> None:

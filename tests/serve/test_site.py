@@ -114,10 +114,13 @@ def test_ids_are_those_of_generate(seen: Seen, model: Model, exit_layer: int) ->
             alone = model.generate(**request)
             assert found["ids"] == alone.token_ids, request
             assert found["text"] == alone.text, request
-        gaps = [gap for t in told for gap in map(sub, t["times"][1:], t["times"])]
-        print(
-            f"exit {exit_layer}: {1e3 / fmean(gaps):.0f} tokens/s, median {1e3 / median(gaps):.0f}"
-        )
+        tell_speed(f"exit {exit_layer}", told)
+
+
+def tell_speed(what: str, told: list[dict[str, Any]]) -> None:
+    """For `pytest -s`."""
+    gaps = [gap for t in told for gap in map(sub, t["times"][1:], t["times"])]
+    print(f"{what}: {1e3 / fmean(gaps):.0f} tokens/s, median {1e3 / median(gaps):.0f}")
 
 
 @pytest.mark.parametrize("kv_cache", ["float16", "int8"])
@@ -130,14 +133,16 @@ def test_caches_are_those_that_the_folder_recommends(
     (folder / GENERATION).write_text(json.dumps({**said, "kv_cache": kv_cache}))
     model = bitskip_cpu.load(folder, threads=1)
     assert model.kv_cache == kv_cache
-    how = {"temperature": 0, "seed": 0, "exit_layer": 12, "max_tokens": 24}
-    with hosted(folder, tmp_path / "site", (12,)) as address:
+    with hosted(folder, tmp_path / "site", EXITS) as address:
         seen = Seen(browser, address, "light")
         seen.page.set_default_timeout(300_000)
-        told = seen.page.evaluate(WRITE, [{"prompt": p, **how} for p in PROMPTS])
+        for n in EXITS:
+            how = {"temperature": 0, "seed": 0, "exit_layer": n, "max_tokens": 24}
+            told = seen.page.evaluate(WRITE, [{"prompt": p, **how} for p in PROMPTS])
+            tell_speed(f"{kv_cache} caches, exit {n}", told)
+            for prompt, found in zip(PROMPTS, told, strict=True):
+                assert found["ids"] == model.generate(prompt, **how).token_ids, prompt
         seen.page.context.close()
-    for prompt, found in zip(PROMPTS, told, strict=True):
-        assert found["ids"] == model.generate(prompt, **how).token_ids, prompt
 
 
 def test_ids_of_texts(seen: Seen, model: Model) -> None:
