@@ -10,13 +10,17 @@ from torch import Tensor, nn
 
 from bitskip_ref.config import ModelConfig
 from bitskip_train.evaluate import LOGIT_BUDGET
-from bitskip_train.losses import distillation
+from bitskip_train.losses import cross_entropy, distillation
 from bitskip_train.model import BitskipModel
 
 States = Mapping[int, np.ndarray]
 """n -> hidden states f32 [N, D] of the same N tokens after n blocks; L among them."""
 
 TOGETHER = 512  # tokens of a step
+TEXT = 0.1
+"""Weight of the text's next token beside full depth's prediction: with more of it the exit's loss
+is nearer full depth's, with less it names full depth's choice, which drafts live on, more often
+(docs/EXITS.md)."""
 
 
 def with_exit_blocks(
@@ -67,15 +71,22 @@ def parameters(model: BitskipModel, n: int) -> dict[str, nn.Parameter]:
     return {f"{at}.{name}": p for name, p in model.get_submodule(at).named_parameters()}
 
 
-def divergence(model: BitskipModel, n: int, states: States, learn: bool = False) -> float:
-    """Mean KL(full depth || exit n) in nats over tokens; learn: with its gradient, added up."""
+def loss_of_exit(
+    model: BitskipModel, n: int, states: States, targets: np.ndarray, learn: bool = False
+) -> float:
+    """Mean over tokens, in nats, of KL(full depth || exit n) + TEXT * the exit's cross-entropy.
+
+    targets: int64 [N], the token after each of `states`. learn: with its gradient, added up.
+    """
     depth, total, count = model.config.num_hidden_layers, 0.0, len(states[n])
     rows = max(1, LOGIT_BUDGET // model.config.vocab_size)
     for start in range(0, count, rows):
         hidden, last = (torch.from_numpy(states[i][start : start + rows]) for i in (n, depth))
         with torch.set_grad_enabled(learn):
             teacher = model.logits(last, depth)
-            loss = distillation(model.logits(hidden, n), teacher) / count
+            logits, wanted = model.logits(hidden, n), targets[start : start + rows]
+            named = cross_entropy(logits, torch.from_numpy(wanted))
+            loss = (distillation(logits, teacher) + TEXT * named) / count
             if learn:
                 loss.backward()
         total += loss.item()
@@ -85,20 +96,21 @@ def divergence(model: BitskipModel, n: int, states: States, learn: bool = False)
 def fit_exit_blocks(
     model: BitskipModel,
     exits: Sequence[int],
-    states: States,
-    held_back: States,
+    learned: tuple[States, np.ndarray],
+    held_back: tuple[States, np.ndarray],
     *,
     steps: int,
     seed: int,
     lr: float = 1e-2,
     report: Callable[[int, dict[int, float]], None] = lambda step, found: None,
 ) -> dict[int, dict[str, np.ndarray]]:
-    """Fit the blocks of some exits to what full depth says; each by itself.
+    """Fit the blocks of some exits to what full depth says, and to the text; each by itself.
 
-    states: those of the tokens to learn from; a step takes TOGETHER of them, drawn from `seed`.
-    held_back: those of tokens that choose: at first and after every tenth of the steps each exit's
-    `divergence` on them is measured and told to `report` with the steps made, and the block with
-    the least is taken. Returns for each exit name -> f32 parameter.
+    learned: the states of tokens to learn from, and the token after each, int64 [N]; a step takes
+    TOGETHER of them, drawn from `seed`. held_back: those that choose: at first and after every
+    tenth of the steps each exit's loss on them (`loss_of_exit`) is measured and told to `report`
+    with the steps made, and the block with the least is taken. Returns for each exit name -> f32
+    parameter.
     """
     fitted = {n: parameters(model, n) for n in exits}
     optimizer = torch.optim.AdamW(
@@ -109,7 +121,7 @@ def fit_exit_blocks(
     chosen: dict[int, dict[str, np.ndarray]] = {}
 
     def judge(step: int) -> None:
-        found = {n: divergence(model, n, held_back) for n in exits}
+        found = {n: loss_of_exit(model, n, *held_back) for n in exits}
         for n in exits:
             if found[n] < best[n]:
                 best[n] = found[n]
@@ -119,16 +131,16 @@ def fit_exit_blocks(
 
     judge(0)
     generator = np.random.default_rng(seed)
-    count = len(next(iter(states.values())))
+    states, targets = learned
     warmup, every = max(1, steps // 20), max(1, steps // 10)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / warmup) * (1 - step / steps)
-        drawn = generator.integers(count, size=TOGETHER)
+        drawn = generator.integers(len(targets), size=TOGETHER)
         some = {n: values[drawn] for n, values in states.items()}
         optimizer.zero_grad()
         for n in exits:
-            divergence(model, n, some, learn=True)
+            loss_of_exit(model, n, some, targets[drawn], learn=True)
         optimizer.step()
         if (step + 1) % every == 0 or step + 1 == steps:
             judge(step + 1)

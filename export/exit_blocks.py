@@ -44,14 +44,16 @@ def fit_exits(
 ) -> None:  # fmt: skip
     """Give early exits of MODEL, a folder, a feed-forward block each; nothing else of it changes.
 
-    The blocks learn to say what the last layer says, at each of the text's tokens. Every verb runs
-    the new model, with early exits and drafts that the old one was never trained for.
+    At each of the text's tokens the blocks learn to say what the last layer says, and a little of
+    what the text says next. Every verb runs the new model, with early exits and drafts that the old
+    one was never trained for.
     """
     import torch
 
     from bitskip_cpu.cli.loading import load_model
     from bitskip_cpu.heldout.text import read_text as read_tokens
     from bitskip_export.pack import check_target
+    from bitskip_train.exit_blocks import TEXT
 
     check_target(out, force)
     loaded = load_model(model, threads)
@@ -66,16 +68,17 @@ def fit_exits(
 
     def report(step: int, found: dict[int, float]) -> None:
         measured.append(found)
-        parts = [f"step {step}/{steps}", *(f"exit {n} {kl:.4f}" for n, kl in found.items())]
+        parts = [f"step {step}/{steps}", *(f"exit {n} {loss:.4f}" for n, loss in found.items())]
         click.echo(" | ".join(parts), err=True)
 
-    click.echo("KL of full depth's prediction and the exit's on text held back, in nats", err=True)
+    said = f"KL of full depth's prediction and the exit's, plus {TEXT} of the exit's loss"
+    click.echo(f"{said}, on text held back, in nats", err=True)
     blocks = fit(loaded, tokens, exits, steps=steps, context=context, seed=seed, report=report)
     write_exit_blocks(folder, out, blocks)
     click.echo(out)
     for n in exits:
-        found = [kl[n] for kl in measured]
-        click.echo(f"exit {n}: KL {found[0]:.4f} at first, {min(found):.4f} fitted")
+        losses = [found[n] for found in measured]
+        click.echo(f"exit {n}: {losses[0]:.4f} at first, {min(losses):.4f} fitted")
     if folder.auto_exit is not None:
         click.echo("dropped: the calibrated exit; calibrate again")
 
@@ -112,13 +115,13 @@ def fit(
     size = min(HELD_BACK, len(tokens) // 10)
     windows = Windows(tokens[size:], context, seed)
     wanted = *exits, config.num_hidden_layers
-    held_back = [tokens[i : min(i + context, size)] for i in range(0, size, context)]
+    held_back = [tokens[i : min(i + context, size) + 1] for i in range(0, size, context)]
     room = max(1, KEPT // (config.hidden_size * len(wanted) * context))
-    texts = list(windows.batch(0, min(room, windows.per_epoch))[:, :-1])
+    texts = list(windows.batch(0, min(room, windows.per_epoch)))
     fitted = fit_exit_blocks(
         with_exit_blocks(config, model.folder.tensors, exits, seed), exits,
-        hidden_states(model, texts, wanted), hidden_states(model, held_back, wanted),
-        steps=steps, seed=seed, report=report,
+        with_targets(model, texts, wanted), with_targets(model, held_back, wanted), steps=steps,
+        seed=seed, report=report,
     )  # fmt: skip
     kinds = {name: kind for name, (kind, _) in expected_tensors(config).items()}
     tensors: dict[str, np.ndarray] = {}
@@ -126,6 +129,14 @@ def fit(
         for name, values in block.items():
             tensors |= packed(config, name, kinds[name], values)
     return tensors
+
+
+def with_targets(
+    model: Model, texts: Sequence[np.ndarray], exits: Sequence[int]
+) -> tuple[dict[int, np.ndarray], np.ndarray]:
+    """`hidden_states` of all tokens of some texts but their last ones, and the token after each."""
+    before = hidden_states(model, [ids[:-1] for ids in texts], exits)
+    return before, np.concatenate([ids[1:] for ids in texts])
 
 
 def hidden_states(

@@ -17,6 +17,7 @@ from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.exits import ConfidenceExit
 from bitskip_ref.folder import read_folder, write_auto_exit
 from bitskip_ref.heldout import log_probabilities
+from bitskip_train.exit_blocks import TEXT
 from tests.helpers import random_folder, random_tokens
 from tests.train.conftest import small_config, small_split
 
@@ -58,15 +59,16 @@ def test_blocks_learn_what_full_depth_says_and_nothing_else_moves(
         assert after.tensors[name].tobytes() == tensor.tobytes(), name
     assert len(measured) == 11
     least = {n: min(found[n] for found in measured) for n in (1, 3)}
-    assert all(least[n] < 0.8 * measured[0][n] for n in (1, 3)), measured
+    assert all(least[n] < 0.98 * measured[0][n] for n in (1, 3)), measured
     # Every engine says what was measured when fitting, but for the rounding of the head.
-    held = small_split(count=600).tokens[:60].astype(np.int64)
+    held = small_split(count=600).tokens[:61].astype(np.int64)
     for n in (1, 3):
         found = []
         for start in range(0, 60, CONTEXT):
-            ids = held[start : start + CONTEXT].tolist()
+            *ids, last = held[start : start + CONTEXT + 1].tolist()
             p, q = (log_probabilities(model.logits(ids, e)) for e in (4, n))
-            found.append((np.exp(p) * (p - q)).sum(1))
+            named = q[range(len(ids)), [*ids[1:], last]]
+            found.append((np.exp(p) * (p - q)).sum(1) - TEXT * named)
         assert np.concatenate(found).mean() == pytest.approx(least[n], rel=0.05)
 
 
@@ -117,8 +119,8 @@ def test_the_verb(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [*words, *options])
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0] == str(tmp_path / "out")
-    assert result.stdout.splitlines()[1].startswith("exit 6: KL 0.")
-    assert result.stderr.splitlines()[-1].startswith("step 2/2 | exit 6 0.")
+    assert result.stdout.splitlines()[1].startswith("exit 6: ")
+    assert result.stderr.splitlines()[-1].startswith("step 2/2 | exit 6 ")
     made, shipped = read_folder(tmp_path / "out"), read_folder(bitskip_cpu.load().folder.path)
     assert made.config.exit_blocks == (6, 12) and made.draft_vocab == shipped.draft_vocab
     said = CliRunner().invoke(main, ["generate", str(tmp_path / "out"), "-p", "Once", "-n", "4"])
