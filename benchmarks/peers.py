@@ -19,8 +19,11 @@ For --isa avx2, compare with a build made for AVX2: add -DGGML_NATIVE=OFF -DGGML
 -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF. On a CPU with AMX, Q4_0 and Q8_0 end
 with an illegal instruction if gcc has bug 114098 (12.2 has): take a newer one, or clang.
 
+ik_llama.cpp is a clone of github.com/ikawrakow/ik_llama.cpp, built the same way (targets
+llama-bench and llama-quantize); --ik-bench names its llama-bench.
+
 Runtimes (--runtimes, separated by commas): `bitskip`, with another head bitskip/HEAD
-(bitskip/int6); FORMAT/HEAD of llama.cpp (TQ2_0/Q6_K);
+(bitskip/int6); FORMAT/HEAD of llama.cpp (TQ2_0/Q6_K); IQ2_BN of ik_llama.cpp;
 `onnx`, our exported graph on ONNX Runtime; and, linear layers alone, `torch-f32`, `torch-bf16`,
 `torch-int8`, `ort-f32`, `ort-int8`, `ort-2bit`.
 """
@@ -38,7 +41,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.runtimes import Models, Runtime, bitskip, runtimes
+from benchmarks.runtimes import IK, Models, Runtime, bitskip, runtimes
 from benchmarks.tables import markdown
 from bitskip_cpu.machine import fingerprint
 from bitskip_ref.config import preset
@@ -118,6 +121,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--ik-bench", type=Path)
     parser.add_argument("--preset", default="bitskip-v1")
     parser.add_argument("--runtimes", default=USUAL, help=f"default: {USUAL}")
     parser.add_argument("-p", "--prompt", type=int, default=512)
@@ -130,10 +134,11 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("peer-models"), help="made if missing")
     parser.add_argument("-o", "--out", default="peers", metavar="NAME")
     options = parser.parse_args()
-    if options.llama_bench and not options.llama_bench.is_file():
-        parser.error(f"--llama-bench {options.llama_bench}: no such file")
+    for name in ("llama_bench", "ik_bench"):
+        if (path := getattr(options, name)) and not path.is_file():
+            parser.error(f"--{name.replace('_', '-')} {path}: no such file")
     names = options.runtimes.split(",")
-    made = {"llama_bench": options.llama_bench, "isa": options.isa}
+    made = {key: getattr(options, key) for key in ("llama_bench", "ik_bench", "isa")}
     try:
         threads = [int(word) for word in options.threads.split(",")]
         config = preset(options.preset)
@@ -145,7 +150,7 @@ def main() -> None:
         decoding = ["-p", "0", "-n", str(options.steps)]
         exit_layers = [int(word) for word in depths.split(",")]
         exits = bitskip(models.folder(), config, decoding, options.isa, exit_layers)
-        whole = [name for name in names if name == "bitskip" or "/" in name]
+        whole = [name for name in names if name in ("bitskip", IK) or "/" in name]
         loaded = runtimes(models, whole, prompt=0, steps=options.steps, **made)
         facts = {"machine": fingerprint(), "preset": options.preset, "layers": layers}
         results = Results(Path(f"{options.out}.json"), facts)

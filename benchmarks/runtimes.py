@@ -19,6 +19,7 @@ from bitskip_ref.config import ModelConfig
 from bitskip_ref.folder import write_folder
 
 LONGEST = 600  # seconds of one command
+IK = "IQ2_BN"  # its fastest format of two bits
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,11 @@ def llama_cpp(
     bench: Path, gguf: Path, name: str, config: ModelConfig | None, tests: Sequence[str]
 ) -> Runtime:
     """`llama-bench` on a GGUF file: of the shape `random_gguf.nearest(config)`, or any (None)."""
-    words = [str(bench), "-m", str(gguf), "-r", "1", "-o", "jsonl", *tests]
+    words = [str(bench), "-m", str(gguf), "-r", "1", "-o", "json", *tests]
 
     def read(text: str) -> tuple[list[dict[str, Any]], None]:
         rows = []
-        for line in text.splitlines():
-            row = json.loads(line)
+        for row in json.loads(text):
             kinds = (("pp", "n_prompt"), ("tg", "n_gen"))
             test = "+".join(f"{kind}{row[key]}" for kind, key in kinds if row[key])
             rows.append({"test": test, "exit_layer": None, "tokens_per_s": row["avg_ts"]})
@@ -139,13 +139,32 @@ class Models:
             part.replace(path)
         return path
 
+    def requantized(self, quantize: Path) -> Path:
+        """A GGUF file in the format IQ2_BN, head Q6_K, by ik_llama.cpp's `llama-quantize`.
+
+        Raises RuntimeError with its last words if that fails.
+        """
+        path = self.root / f"{self.preset}-{IK}.gguf"
+        if not path.exists():
+            part, kind = path.with_suffix(".part"), "q6_K"
+            words = ["--output-tensor-type", kind, "--token-embedding-type", kind]
+            words += [str(self.gguf("F16", "F16")), str(part), IK]
+            done = subprocess.run([str(quantize), *words], capture_output=True, text=True)
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise RuntimeError(f"{quantize}: exit code {done.returncode}: {last}")
+            part.replace(path)
+        return path
+
 
 def runtimes(
-    models: Models, names: Sequence[str], *, llama_bench: Path | None, prompt: int, steps: int,
-    isa: str | None,
+    models: Models, names: Sequence[str], *, llama_bench: Path | None, ik_bench: Path | None,
+    prompt: int, steps: int, isa: str | None,
 ) -> list[Runtime]:  # fmt: skip
-    """Runtimes by name: bitskip or bitskip/HEAD; FORMAT/HEAD of llama.cpp, as TQ2_0/Q6_K; onnx;
-    linear_layers'. Raises ValueError for an unknown name, or a GGUF format without `llama_bench`.
+    """Runtimes by name: bitskip or bitskip/HEAD; FORMAT/HEAD of llama.cpp, as TQ2_0/Q6_K; IQ2_BN,
+    ik_llama.cpp's; onnx; linear_layers'.
+
+    Raises ValueError for an unknown name, or a GGUF format without its llama-bench.
     """
     tests = ["-p", str(prompt), "-n", str(steps)]
     config, found = models.config, []
@@ -160,6 +179,12 @@ def runtimes(
         elif name in KINDS:
             label = f"linear layers alone: {KINDS[name]}"
             found.append(script(label, "linear_layers", [name, models.preset, *tests]))
+        elif name == IK:
+            if ik_bench is None:
+                raise ValueError(f"{name}: needs --ik-bench PATH")
+            gguf = models.requantized(ik_bench.with_name("llama-quantize"))
+            asked = [*tests, "-rtr", "1", "-fa", "1"]
+            found.append(llama_cpp(ik_bench, gguf, f"ik_llama.cpp {name}", config, asked))
         elif head:
             if llama_bench is None:
                 raise ValueError(f"{name}: needs --llama-bench PATH")
@@ -167,6 +192,6 @@ def runtimes(
             label = f"llama.cpp {linear}, head {head}"
             found.append(llama_cpp(llama_bench, gguf, label, config, tests))
         else:
-            known = ", ".join(["bitskip", "bitskip/HEAD", "FORMAT/HEAD", "onnx", *KINDS])
+            known = ", ".join(["bitskip", "bitskip/HEAD", "FORMAT/HEAD", IK, "onnx", *KINDS])
             raise ValueError(f"unknown runtime {name!r}: one of {known}")
     return found

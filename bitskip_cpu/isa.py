@@ -37,7 +37,8 @@ class Path:
     kernels: str = "simd"  # its module in `kernels/products`: which kernel serves how many tokens
     dot: str = "vpdpbusd"  # the function in `dot.py` that multiplies bytes
     width: int = 64  # bytes of a vector register
-    dense: bool = False  # ternary digits are looked up in a register: 1.69 bits a weight, not 2
+    dense: int = 0  # ternary digits are looked up by bytes (8: 1.69 bits a weight), by words (16:
+    # 1.78), or not at all (0: 2 bits)
     pairs: bool = False  # products are summed in 16 bits first: two of 127 * 127 must fit
     signed_bytes: bool = False  # the vocabulary's 8-bit rows are not stored with 128 added
     panel: tuple[int, int] = (4, 4)  # unpacked tiles x tokens whose sums fit the registers
@@ -59,10 +60,10 @@ _VNNI512 = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 _VBMI512 = (*_VNNI512, "avx512vbmi")
 
 PATHS = [
-    Path("amx512", (*_VBMI512, "amx-tile", "amx-int8"), kernels="amx", dense=True, columns=64,
+    Path("amx512", (*_VBMI512, "amx-tile", "amx-int8"), kernels="amx", dense=8, columns=64,
          matrix_unit=True, few_above=(2, 4), accumulators=4),
-    Path("vbmi512", _VBMI512, dense=True, bytes_above=16, fetch_all=False, accumulators=20),
-    Path("vnni512", _VNNI512, bytes_above=16, fetch_all=False, accumulators=20),
+    Path("vbmi512", _VBMI512, dense=8, bytes_above=16, fetch_all=False, accumulators=20),
+    Path("vnni512", _VNNI512, dense=16, bytes_above=16, fetch_all=False, accumulators=20),
     # More accumulators would not fit the 16 registers of the next two.
     Path("vnni256", ("avx2", "avxvnni"), width=32, panel=(1, 4), accumulators=13),
     Path("avx2", ("avx2",), dot="vpmaddubsw", width=32, pairs=True, signed_bytes=True,

@@ -34,13 +34,15 @@
 **Where weights lie.** Sixteen rows of a matrix are a tile, whose bytes follow each other:
 
     rows  0..15    | unit | unit | ... | tail |      unit: 4 lines that are read together; dense: 5
-    rows 16..31    | unit | unit | ... | tail |            lines that hold 8; tail: single lines
+    rows 16..31    | unit | unit | ... | tail |            that hold 8, or 2 that hold 3; tail:
+                                                           single lines
 
     a line         | row 0   | row 1   | ... | row 15  |        64 bytes, 4 of each row
                    | a b c d | a b c d | ... | a b c d |
 
     a byte         plane 3 | plane 2 | plane 1 | plane 0        2 bits each; dense: 3 planes as
-                                                                digits of a number to 26, in 5 bits
+                                                                digits of a number to 26, in 5 bits,
+                                                                of a byte or of a word (2 columns)
 
 Plane p of a line is columns 4p .. 4p + 3 of the line's 16 columns (dense: 12). Multiplied with the
 4 activation codes of these columns it adds to the sums of 16 rows, a lane each; nothing is ever

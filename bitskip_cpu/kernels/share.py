@@ -3,16 +3,16 @@
 `sync` (address of int64 [sync_words], one cache line each) holds
 
     STAGE     number of the stage: shared stages are counted
-    PENDING   parts not yet finished
+    PENDING   parts not yet finished, as far as threads have told
     STOP      not 0: helpers leave
     RANGES    for each thread: number of the stage << 32 | begin << 16 | end of its parts left
 
 The leader writes the stage into the state, then PENDING, the ranges and STAGE. Each thread takes
 parts from its own range upwards, so that it reads memory in order, and when that is empty from the
 ends of the others'. Whoever changes a range's word owns the part, and the state cannot change
-before PENDING is 0; the stage's number in the word keeps a helper that was away from mistaking a
-later stage for the one it saw. A helper that the operating system keeps waiting holds up at most
-the part in its hands.
+before PENDING is 0, which threads count down when they find no more to take; the stage's number in
+the word keeps a helper that was away from mistaking a later stage for the one it saw. A helper that
+the operating system keeps waiting holds up at most the part in its hands.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NAPS = 300  # then the helper goes back to Python, to sleep until it is called
 @kernel
 def take_parts(s, products, thread):
     """Run parts of the stage at hand until none is left to take."""
-    threads = s.helpers + 1
+    threads, done = s.helpers + 1, 0
     for i in range(threads):
         at = s.sync + SYNC_RANGES + 64 * ((thread + i) % threads)
         while True:
@@ -48,7 +48,9 @@ def take_parts(s, products, thread):
             part, rest = (begin, work + (1 << 16)) if i == 0 else (end - 1, work - 1)
             if exchange(at, work, rest):
                 run_part(s, products, thread, part)
-                atomic_add(s.sync + SYNC_PENDING, -1)
+                done += 1
+    if done:
+        atomic_add(s.sync + SYNC_PENDING, -done)
 
 
 @kernel

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from benchmarks import peers, tables
 from benchmarks.linear_layers import onnx_layers, speeds
 from benchmarks.random_gguf import nearest, write
-from benchmarks.runtimes import Runtime, bitskip, llama_cpp
+from benchmarks.runtimes import Models, Runtime, bitskip, llama_cpp, runtimes
 from bitskip.program import runtime as main
 from bitskip_cpu.bench import limits
 from bitskip_ref.config import ModelConfig, preset, small_twin
@@ -90,13 +90,13 @@ def test_ours_is_read_from_bench_itself(tmp_path: Path, monkeypatch: pytest.Monk
     assert found and found["read_bytes_per_s"] > 0
 
 
-def test_llama_bench_is_read_by_line() -> None:
+def test_what_llama_bench_says_is_read() -> None:
     config = preset("wt2-bitskip")
     runtime = llama_cpp(Path("b"), Path("m"), "peer", config, ["-p", "512", "-n", "64"])
     assert runtime.command(2)[-2:] == ["-t", "2"]
     lines = [{"n_prompt": 512, "n_gen": 0, "avg_ts": 80.5}, {"n_prompt": 0, "n_gen": 64}]
     lines[1]["avg_ts"] = 20.25
-    rows, found = runtime.read("\n".join(map(json.dumps, lines)))
+    rows, found = runtime.read(json.dumps(lines))
     assert found is None
     assert rows == [
         {"test": "pp512", "exit_layer": None, "tokens_per_s": 80.5},
@@ -104,6 +104,31 @@ def test_llama_bench_is_read_by_line() -> None:
     ]
     gated = 12 * (512 * (512 + 2 * 256) + 512 * 512 + 3 * 512 * 1280)  # its shape, not ours
     assert runtime.entropy_bytes == pytest.approx(gated * math.log2(3) / 8)
+
+
+def test_ik_llama_cpp_gets_a_model_of_its_own_format(tmp_path: Path) -> None:
+    made = Models(tmp_path, "small", SMALL)
+    made.gguf("F16", "F16")
+    bench, quantize = tmp_path / "bin" / "llama-bench", tmp_path / "bin" / "llama-quantize"
+    bench.parent.mkdir()
+    quantize.write_text(
+        '#!/bin/sh\nfor last; do out=$kind; kind=$last; done\necho "$kind" >"$out"\n'
+    )
+    quantize.chmod(0o755)
+    asked: dict[str, Any] = {"llama_bench": None, "prompt": 512, "steps": 64, "isa": None}
+    with pytest.raises(ValueError, match="IQ2_BN: needs --ik-bench PATH"):
+        runtimes(made, ["IQ2_BN"], ik_bench=None, **asked)
+    (runtime,) = runtimes(made, ["IQ2_BN"], ik_bench=bench, **asked)
+    gguf = tmp_path / "small-IQ2_BN.gguf"
+    assert runtime.name == "ik_llama.cpp IQ2_BN" and gguf.read_text() == "IQ2_BN\n"
+    words = runtime.command(2)
+    assert words[:3] == [str(bench), "-m", str(gguf)]
+    assert words[-6:] == ["-rtr", "1", "-fa", "1", "-t", "2"]
+    gguf.unlink()
+    quantize.write_text("#!/bin/sh\necho no such type >&2; exit 3\n")
+    with pytest.raises(RuntimeError, match="exit code 3: no such type"):
+        runtimes(made, ["IQ2_BN"], ik_bench=bench, **asked)
+    assert not gguf.exists()
 
 
 def test_linear_layers_run_all_of_them() -> None:

@@ -66,7 +66,7 @@ def check(values: np.ndarray, x: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
-@pytest.mark.parametrize("width", [1, 48, 60, 61, 96, 192, 257, 2048])
+@pytest.mark.parametrize("width", [1, 25, 36, 48, 60, 61, 96, 192, 257, 2048])
 def test_kernels_at_the_extremes(width: int, tokens: int) -> None:
     for w in ("random", "plus", "minus", "zero"):
         for x in ("random", "plus", "minus"):

@@ -63,9 +63,10 @@ def _structs(at: View, dtype: np.dtype) -> View:
 
 
 floats = _view(np.float32, ir.FloatType())
-float16s = _view(np.uint16, WORD)
 int8s = _view(np.int8)
 uint8s = _view(np.uint8)
+uint16s = _view(np.uint16, WORD)
+float16s = uint16s  # their bits
 int32s = _view(np.int32, INT)
 int64s = _view(np.int64, LONG)
 state_structs = _view(STATE)

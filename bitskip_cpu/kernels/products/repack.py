@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
-from bitskip_cpu.kernels.numba_inside.views import uint8s
+from bitskip_cpu.kernels.numba_inside.views import uint8s, uint16s
 from bitskip_cpu.kernels.products.ternary_layout import (
+    BY_BYTES,
+    BY_WORDS,
     COLUMNS,
-    DENSE,
     LINE,
     LINE_COLUMNS,
     PLANES,
@@ -38,9 +39,15 @@ def join_planes(planes_at, out_at):
     out = uint8s(out_at, LINE)
     a, b = uint8s(planes_at, LINE), uint8s(planes_at + LINE, LINE)
     c = uint8s(planes_at + 2 * LINE, LINE)
-    if DENSE:
+    if BY_BYTES:
         for i in range(LINE):
             out[i] = a[i] + 3 * b[i] + 9 * c[i]
+    elif BY_WORDS:
+        words = uint16s(out_at, LINE // 2)
+        for i in range(LINE // 2):
+            even = a[2 * i] + 3 * a[2 * i + 1] + 9 * c[2 * i]
+            odd = b[2 * i] + 3 * b[2 * i + 1] + 9 * c[2 * i + 1]
+            words[i] = even | odd << 5
     else:
         d = uint8s(planes_at + 3 * LINE, LINE)
         for i in range(LINE):
@@ -49,7 +56,14 @@ def join_planes(planes_at, out_at):
 
 @kernel
 def hide_lines(lines_at):
-    """Move lines 5, 6, 7 of a dense unit into the upper bits of lines 0 to 4."""
+    """Move what a dense unit has beyond its stored lines into the unused bits of these."""
+    if BY_WORDS:
+        first, second = uint16s(lines_at, LINE // 2), uint16s(lines_at + LINE, LINE // 2)
+        third = uint16s(lines_at + 2 * LINE, LINE // 2)
+        for i in range(LINE // 2):
+            first[i] |= (second[i] & 31) << 10
+            second[i] = second[i] >> 5 | third[i] << 5
+        return
     a, b = uint8s(lines_at, LINE), uint8s(lines_at + LINE, LINE)
     c, d = uint8s(lines_at + 2 * LINE, LINE), uint8s(lines_at + 3 * LINE, LINE)
     e, x = uint8s(lines_at + 4 * LINE, LINE), uint8s(lines_at + 5 * LINE, LINE)
@@ -91,7 +105,7 @@ def repack(rows_at, row_bytes, rows, units, tail, tiles_at, scratch_at):
             for i in range(UNIT_WORTH):
                 at = planes_at + (unit * UNIT_WORTH + i) * PLANES * LINE
                 join_planes(at, unit_at + i * LINE)
-            if DENSE:
+            if BY_BYTES or BY_WORDS:
                 hide_lines(unit_at)
             out, joined = uint8s(to, UNIT_LINES * LINE), uint8s(unit_at, UNIT_LINES * LINE)
             for i in range(UNIT_LINES * LINE):

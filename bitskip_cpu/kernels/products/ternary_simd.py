@@ -4,6 +4,9 @@ The 16 rows of a tile are lanes; a column's activation codes are broadcast. The 
 unsigned bytes 0, 1, 2 and the first operand of `dot`. On AVX2 pairs are summed in 16 bits first, of
 up to PAIRS planes: at most 64 * 2 * 2 * 127 = 32512.
 
+A shift costs as much as a product. So with one token codes may stay where they lie in a byte, two
+bits up: such sums count four times, and are divided in the end.
+
 Tokens above `last` repeat it, so that a border needs no code of its own; the int32 sums of a
 token's 16 rows lie side by side, the next token's `out stride` bytes further.
 """
@@ -33,8 +36,9 @@ from bitskip_cpu.kernels.products.dot import (
     sums_of_pairs,
 )
 from bitskip_cpu.kernels.products.ternary_layout import (
+    BY_BYTES,
+    BY_WORDS,
     COLUMNS,
-    DENSE,
     LINE,
     LINE_COLUMNS,
     PLANES,
@@ -44,8 +48,9 @@ from bitskip_cpu.kernels.products.ternary_layout import (
 
 REGISTERS = LINE // WIDTH  # of a line
 PAIRS = 64  # planes whose sums of pairs fit 16 bits
-QUARTERED = (1, 2)  # planes that `packed_tile` may multiply by four
-Line = list[ir.Value]
+QUARTERED = (0, 1) if BY_WORDS else (1, 2)  # planes that `packed_tile` may multiply by four
+Line = list[Any]
+"""Its registers; by words, what its two numbers look up, for its one register."""
 
 
 def load_line(builder: ir.IRBuilder, base: ir.Value, offset: int) -> Line:
@@ -68,7 +73,11 @@ def choose(builder: ir.IRBuilder, mask: int, x: ir.Value, y: ir.Value) -> ir.Val
 
 def unit_lines(builder: ir.IRBuilder, stored: list[Line]) -> list[Line]:
     """All lines of a unit, from those stored for it."""
-    if not DENSE:
+    if BY_WORDS:
+        words = [line[0] for line in stored]
+        numbers = [number(builder, word, i) for word in words for i in range(3)]
+        return [[look_up(builder, *numbers[i : i + 2])] for i in (0, 2, 4)]
+    if not BY_BYTES:
         return stored
     a, b, c, d, e = (line[0] for line in stored)
     more = (
@@ -80,9 +89,44 @@ def unit_lines(builder: ir.IRBuilder, stored: list[Line]) -> list[Line]:
     return stored + [[x] for x in more]
 
 
-def plane(builder: ir.IRBuilder, x: ir.Value, p: int) -> ir.Value:
+def tail_line(builder: ir.IRBuilder, line: Line) -> Line:
+    """A line of a tail, from how it is stored."""
+    if not BY_WORDS:
+        return line
+    return [look_up(builder, line[0], number(builder, line[0], 1))]
+
+
+def number(builder: ir.IRBuilder, word: ir.Value, i: int) -> ir.Value:
+    """Number i of every word, in its low 5 bits; there is garbage above them."""
+    return shifted(builder, word, 5 * i) if i else word
+
+
+def look_up(builder: ir.IRBuilder, even: ir.Value, odd: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The digits of a line's two numbers: codes of planes 0 and 1, two bits up; below them those
+    of plane 2, of the even columns with the first and of the odd ones with the second."""
+
+    def table(low: int, high: int) -> ir.Constant:
+        entries = []
+        for n in range(32):
+            first, second, third = n % 3, n // 3 % 3, min(n // 9, 2)
+            entries.append(4 * first + low * third | (4 * second + high * third) << 8)
+        return ir.Constant(WORDS, entries)
+
+    name = "llvm.x86.avx512.permvar.hi.512"  # which sees 5 bits of a word
+    both = ((table(1, 0), even), (table(0, 1), odd))
+    first, second = (
+        call(builder, name, WORDS, entries, builder.bitcast(numbers, WORDS))
+        for entries, numbers in both
+    )
+    return builder.bitcast(first, BYTES), builder.bitcast(second, BYTES)
+
+
+def plane(builder: ir.IRBuilder, x: Any, p: int) -> ir.Value:
     """The codes 0, 1, 2 of one plane of a line's register."""
-    if not DENSE:
+    if BY_WORDS:
+        moved = shifted(builder, x[p], 2) if p in QUARTERED else builder.or_(*x)
+        return builder.and_(moved, constant(BYTES, 3))
+    if not BY_BYTES:
         moved = shifted(builder, x, 2 * p) if p else x
         return builder.and_(moved, constant(BYTES, 3))
     # The lookup sees 6 bits; the sixth is garbage, hence every entry twice.
@@ -91,8 +135,10 @@ def plane(builder: ir.IRBuilder, x: ir.Value, p: int) -> ir.Value:
     return call(builder, "llvm.x86.avx512.permvar.qi.512", BYTES, table, x)
 
 
-def plane_times_4(builder: ir.IRBuilder, x: ir.Value, p: int) -> ir.Value:
-    """The codes 0, 4, 8 of one plane of two bits, 1 or 2."""
+def plane_times_4(builder: ir.IRBuilder, x: Any, p: int) -> ir.Value:
+    """The codes 0, 4, 8 of one plane that is QUARTERED."""
+    if BY_WORDS:
+        return builder.and_(x[p], constant(BYTES, 12))
     moved = shifted(builder, x, 2 * p - 2) if p > 1 else x
     return builder.and_(moved, constant(BYTES, 12))
 
@@ -144,8 +190,15 @@ class Sums:
         builder.store(dot(builder, builder.load(total), weights, codes), total)
 
     def add_quarters(self, fours: Sums) -> None:
-        """Add the 16-bit sums of `fours`, of products that count four times there."""
+        """Add the sums of `fours`, of products that count four times there: 16-bit ones, if the
+        path has them, else 32-bit ones."""
         builder = self.builder
+        if not PATH.pairs:
+            for t, registers in enumerate(self.totals):
+                for mine, total in zip(registers, fours.finished(t), strict=True):
+                    once = builder.ashr(total, constant(INTS, 2))  # exact
+                    builder.store(builder.add(builder.load(mine[0]), once), mine[0])
+            return
         for mine, others in zip(self.pairs, fours.pairs, strict=True):
             for pairs, other in zip(mine, others, strict=True):
                 once = builder.ashr(builder.load(other), constant(WORDS, 2))  # exact
@@ -195,15 +248,15 @@ def over_lines(builder: ir.IRBuilder, tile: ir.Value, units: ir.Value, tail: ir.
         at = builder.add(rest, builder.mul(index, LONG(LINE)))
         fetch_ahead(builder, at)
         column = builder.add(first, builder.mul(index, LONG(LINE_COLUMNS)))
-        do([load_line(builder, at, 0)], column)
+        do([tail_line(builder, load_line(builder, at, 0))], column)
 
 
 def packed_tile(tokens: int, chains: int) -> Kernel:
     """(tile, units, tail, codes, codes stride, last, out, out stride): 16 rows x tokens.
 
-    With one token AVX2 leaves planes 1 and 2 at bits 2 and 3, which saves a shift each.
+    With one token QUARTERED planes stay at bits 2 and 3, where that saves shifts.
     """
-    by_quarters = PATH.pairs and tokens == 1
+    by_quarters = tokens == 1 and (PATH.pairs or BY_WORDS)
 
     @intrinsic()
     def tile_sums(builder, tile, units, tail, codes, codes_stride, last, out, out_stride):
@@ -219,10 +272,13 @@ def packed_tile(tokens: int, chains: int) -> Kernel:
                     four = broadcast(builder, token_at[t], at)
                     for h in range(REGISTERS):
                         to.add(t, h, weights[h], four, chain)
-            sums.add_quarters(fours)
-            sums.flush()
+            if PATH.pairs:
+                sums.add_quarters(fours)
+                sums.flush()
 
         over_lines(builder, tile, units, tail, multiply)
+        if by_quarters and not PATH.pairs:
+            sums.add_quarters(fours)
         sums.store(out, out_stride)
 
     return tile_sums
