@@ -32,7 +32,7 @@ from bitskip_cpu.kernels.layout import (
 from bitskip_cpu.rows import run_rounds, run_rows
 from bitskip_cpu.threads import Team
 from bitskip_cpu.weights import Tensors, Weights, random_tensors
-from bitskip_cpu.workspace import SHARE_FROM, Workspace
+from bitskip_cpu.workspace import LOOKED_UP, SHARE_FROM, Workspace
 from bitskip_ref import engine as contract
 from bitskip_ref.checks import is_whole
 from bitskip_ref.config import ModelConfig
@@ -281,9 +281,24 @@ class Engine(contract.Engine):
             self._measures = True
         if self._team:
             self._team.wake()
+        if actions & EMBED and self._space.sparse is not None:
+            self._look_up()
+            actions -= EMBED
         self._run(*self._space.structs, actions, first, last)
+        if actions & DRAFT:
+            self._space.looked_up()
         if CHECK:
             check_canaries()
+
+    def _look_up(self) -> None:
+        """Embed the tokens at hand, few at a time, from a large embedding."""
+        space = self._space
+        first, count = space.from_row, space.tokens
+        for start in range(0, count, LOOKED_UP):
+            space.window(first + start, min(LOOKED_UP, count - start))
+            self._run(*space.structs, EMBED, 0, 0)
+            space.looked_up()
+        space.window(first, count)
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()

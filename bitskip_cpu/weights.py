@@ -270,22 +270,26 @@ class Weights:
         return tiles, self.tensors[f"{name}.scale"]
 
     def upper(self, name: str) -> Upper | None:
-        """A head in two parts; None: it has neither 8 nor 6 bits, is small, or has odd scales."""
+        """A head of 8 bits in two parts; None: it has other bits, is small, or has odd scales.
+
+        Of 6 bits the upper 4 are two thirds: what they save is less than the memory they take.
+        """
         if name not in self._uppers:
             self._uppers.setdefault(name, self._upper(name))
         return self._uppers[name]
 
     def _upper(self, name: str) -> Upper | None:
-        bits, scales = HEAD_BITS.get(self.config.head_format, 4), self.tensors.get(f"{name}.scale")
-        width = self.config.hidden_size
-        if bits == 4 or scales is None or width > WIDEST_UPPER or len(scales) * width < LEAST_UPPER:
+        scales, width = self.tensors.get(f"{name}.scale"), self.config.hidden_size
+        if self.config.head_format != "int8" or scales is None:
+            return None
+        if width > WIDEST_UPPER or len(scales) * width < LEAST_UPPER:
             return None
         if not (np.isfinite(scales).all() and (scales >= 0).all()):  # or bounds would not hold
             return None
         rows, norms = self.tensors[f"{name}.weight"], np.empty(len(scales), np.float32)
 
         def pack(part: np.ndarray, first: int, out: np.ndarray) -> None:
-            vocab_layout.pack_upper(part, bits, out, norms[first : first + len(part)])
+            vocab_layout.pack_upper(part, out, norms[first : first + len(part)])
 
         return Upper(_in_tiles(rows, 4, pack), norms, np.ascontiguousarray(rows), scales)
 

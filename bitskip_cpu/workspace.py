@@ -40,13 +40,14 @@ from bitskip_cpu.kernels.layout import (
     key_slots,
     sync_words,
 )
-from bitskip_cpu.weights import Weights
+from bitskip_cpu.weights import LARGE, Weights
 from bitskip_ref.config import HEAD_BITS, odd_part
 from bitskip_ref.decoding.contenders import Contenders
 from bitskip_ref.decoding.draft import MOST, Draft, bounded
 from bitskip_ref.hartley import hartley
 from bitskip_ref.rope import rope_table
 from bitskip_ref.rows import Run
+from bitskip_ref.safetensors_file import give_back
 
 FFN_KINDS = {"swiglu": SWIGLU, "gated_relu2": GATED_RELU2, "relu2": RELU2}
 LINEAR_KINDS = {"ternary": TERNARY, "int8": INT8_ROWS, "float32": FLOAT_ROWS}
@@ -56,7 +57,8 @@ VOCAB_KINDS = {
 }  # fmt: skip
 LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: no kernel of products.amx takes more
 REREAD = 4  # contenders do not pay if more than one of so many rows is one
-WHOLE, MOST_WHOLE = 15, 1023  # heads then read whole; twice as many each time in a row, at most
+WHOLE, MOST_WHOLE = 15, 1023  # heads then read whole; eight times as many each time, at most
+LOOKED_UP = 16  # rows of a large embedding that are mapped at a time
 SHARE_FROM = 1 << 16  # bytes of weights below which a stage is not worth sharing
 
 
@@ -85,9 +87,9 @@ CONTENDERS, CONTENDERS_AT = _row("contender_count", "contender_temperature", "co
 LOGITS, LOGITS_AT = _row("logits", "exit_from")
 ROWS, ROWS_AT = _row("tokens", "from_row")
 DRAFT_ROW, DRAFT_AT = _row("draft_vocab", "least_lead")
-TOKENS, FOUND, GATE = (
+TOKENS, FROM_ROW, FOUND, GATE = (
     STATE.fields[name][1] // 8  # type: ignore[index]
-    for name in ("tokens", "contenders_found", "gate")
+    for name in ("tokens", "from_row", "contenders_found", "gate")
 )
 
 
@@ -119,6 +121,9 @@ class Workspace:
         self._exits: dict[int, tuple[int, ...]] = {}  # what EXIT_ROW is for each
         self._uppers: dict[int, tuple[int, ...] | None] = {}  # UPPER_ROW; None: there is none
         self._vocab = weights.config.vocab_size
+        self.sparse: np.ndarray | None = None
+        """A large embedding, of which a few rows are read where it is mapped."""
+        self._looked_up = 0  # of its rows, since it was given back
         self._whole = 0  # calls that are to read whole heads before contenders are tried again
         self._next_whole = WHOLE  # how many it is the next time
         self._looks: tuple[tuple[int, ...], int, float] | None = None  # as set
@@ -156,8 +161,10 @@ class Workspace:
             s[name] = offset
         s["cos"], s["sin"] = (self._keep(table) for table in rope_table(w.config))
         s["key_slots"] = self._keep(key_slots(padded_keys(w.config.head_dim)))
-        s["embedding"] = self._keep(w.tensors["embed_tokens.weight"])
+        rows = w.tensors["embed_tokens.weight"]
+        s["embedding"] = self._keep(rows)
         if w.config.head_format in HEAD_BITS:
+            self.sparse = rows if rows.nbytes >= LARGE else None
             s["embedding_scale"] = self._keep(w.tensors["embed_tokens.scale"])
         if w.config.hadamard and w.config.linear == "int8":
             for p in self.products:
@@ -280,6 +287,11 @@ class Workspace:
         """How many tokens are at hand."""
         return self._words[TOKENS]
 
+    @property
+    def from_row(self) -> int:
+        """The number of the first of them."""
+        return self._words[FROM_ROW]
+
     def exit(self, n: int) -> tuple[int, ...]:
         """What EXIT_ROW is after n blocks: the same for all that share norm and head and have no
         block of their own."""
@@ -321,7 +333,7 @@ class Workspace:
         upper = self.upper(n) if contenders else None
         if self._words[FOUND] * REREAD > self._vocab:
             self._words[FOUND], self._whole = 0, self._next_whole
-            self._next_whole = min(2 * self._next_whole + 1, MOST_WHOLE)
+            self._next_whole = min(8 * self._next_whole + 7, MOST_WHOLE)
         elif self._words[FOUND]:
             self._next_whole = WHOLE
         if contenders is None or upper is None or self._whole:
@@ -382,6 +394,17 @@ class Workspace:
                 self._gates[n - 1] = self.weights.gate_at(n)
             self.state["threshold"] = at_most(threshold)
         return self._one_exit
+
+    def looked_up(self) -> None:
+        """The tokens at hand were looked up in `sparse`, which is given back from time to time.
+
+        With each row the system maps what lies around it, 1 or 2 MB: soon all of it would take
+        memory beside the head's tiles.
+        """
+        self._looked_up += self.tokens
+        if self.sparse is not None and self._looked_up >= LOOKED_UP:
+            self._looked_up = 0
+            give_back(self.sparse)
 
     @property
     def stopped(self) -> int:

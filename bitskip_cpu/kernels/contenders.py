@@ -1,9 +1,9 @@
 """Logits that may be chosen, from the upper bits of all rows and all bits of a few (SPEC 9.6).
 
-A row's code is c = 2^b u + l: u its upper 4 bits, l its b lower ones. With activation codes x,
-    2 sum(c x) = 2^(b+1) sum(u x) + (2^b - 1) sum(x) + sum((2 l - (2^b - 1)) x),
-and by Cauchy and Schwarz the last sum is at most |2 l - (2^b - 1)| |x|: two norms, of which the
-first is stored with the row. All else being exact, and f32 conversion and products with a scale
+A row's code is c = 16 u + l: u its upper 4 bits, l its lower ones. With activation codes x,
+    2 sum(c x) = 32 sum(u x) + 15 sum(x) + sum((2 l - 15) x),
+and by Cauchy and Schwarz the last sum is at most |2 l - 15| |x|: two norms, of which the first is
+stored with the row. All else being exact, and f32 conversion and products with a scale
 that is not negative rising with their argument, this bounds the logit of SPEC 4.4 itself. A row
 whose bound lies below what is known to be reached cannot be chosen.
 """
@@ -15,7 +15,7 @@ import math
 import numpy as np
 
 from bitskip_cpu.kernels.arithmetic.elementwise import INFINITY, first_of, two_largest
-from bitskip_cpu.kernels.layout import ACC_STRIDE, BAND, INT4, INT6
+from bitskip_cpu.kernels.layout import ACC_STRIDE, BAND, INT4
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s
 from bitskip_cpu.kernels.products.rows import fetch_row, row_sum, vocab_sums
@@ -43,8 +43,6 @@ def bound_rows(s, first, last, acc_at):
     """Upper bounds of logits first..last-1 over the temperature, in their places, per token."""
     steps, sums = floats(s.steps, s.tokens), int32s(s.sums, s.tokens)
     norms = floats(s.code_norms, s.tokens)
-    lower_bits = 2 if s.vocab_kind == INT6 else 4
-    shift, odd = i32(lower_bits + 1), i32((1 << lower_bits) - 1)
     size, units = TILE_ROWS * s.upper_row_bytes, -(-s.hidden // VOCAB_COLUMNS)
     for start in range(first, last, BAND):
         n = min(BAND, last - start)
@@ -53,11 +51,11 @@ def bound_rows(s, first, last, acc_at):
         scale, lower = floats(s.vocab_scale + 4 * start, n), floats(s.upper_norms + 4 * start, n)
         for t in range(s.tokens):
             step, norm = steps[t], norms[t]
-            total, middle = i32(OFFSET4 * sums[t]), i32(i32(odd * sums[t]) + 1)
+            total, middle = i32(OFFSET4 * sums[t]), i32(i32(i32(15) * sums[t]) + 1)
             z = floats(s.logits + 4 * (t * s.vocab + start), n)
             acc = int32s(acc_at + t * ACC_STRIDE, n)
             for i in range(n):
-                known = i32(i32(i32(acc[i] - total) << shift) + middle)
+                known = i32(i32(i32(acc[i] - total) << i32(5)) + middle)
                 z[i] = f32(i32(i32(known + i32(lower[i] * norm)) >> 1)) * (step * scale[i])
             if s.contender_temperature != ONE:
                 for i in range(n):

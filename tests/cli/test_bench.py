@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from bitskip.program import runtime as main
 from bitskip_cpu import isa
-from bitskip_cpu.bench import costs, limits, rows
+from bitskip_cpu.bench import costs, limits, loops, rows
 from bitskip_cpu.bench.energy import Energy
 from bitskip_cpu.bench.timing import Case, Sample, Task, measure, plan, tasks_of
 from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS, tile_bytes
@@ -239,7 +239,7 @@ def test_interrupted_after_a_round_it_prints_what_there_is(
 
 def test_the_read_loop_reads_everything() -> None:
     memory = np.random.default_rng(0).integers(0, 1 << 62, 1 << 12)
-    read = limits._reader()
+    read = loops.reader()
     assert read(memory.ctypes.data, memory.nbytes) == np.bitwise_xor.reduce(memory)
     assert read(memory.ctypes.data, 4096) == np.bitwise_xor.reduce(memory[:512])
 
@@ -261,7 +261,7 @@ def test_the_multiply_loop_does_every_product() -> None:
             else:
                 sums[i] = (sums[i] + products.reshape(-1, 4).sum(1)).astype(np.int32)
     expected = np.bitwise_xor.reduce(np.stack(sums)).view(np.int64)
-    assert limits._multiplier()(turns, seed) == np.bitwise_xor.reduce(expected)
+    assert loops.multiplier()(turns, seed) == np.bitwise_xor.reduce(expected)
 
 
 def test_the_path_plain_has_no_peak(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

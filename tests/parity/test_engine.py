@@ -7,10 +7,12 @@ import pytest
 
 import bitskip_ref.arithmetic.attention
 import bitskip_ref.model
+from bitskip_cpu import workspace
 from bitskip_cpu.engine import Engine
 from bitskip_ref.arithmetic.hadamard import rotate, rotate_unpadded
 from bitskip_ref.config import PRESETS
-from tests.helpers import OPTIONS, random_tensors, twin
+from bitskip_ref.model import ReferenceModel
+from tests.helpers import OPTIONS, random_tensors, random_tokens, twin
 from tests.parity.engine_check import SIZES, check, check_named, config_of, tensors_of
 
 # Presets that differ in size alone have the same twin.
@@ -28,6 +30,18 @@ SMALLER = [
 @pytest.mark.parametrize("name", [*NAMES, *SMALLER])
 def test_bits_equal_the_reference(name: str) -> None:
     assert check_named(name) == []
+
+
+def test_rows_of_a_large_embedding_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few at a time; what is computed stays the same."""
+    returned: list[np.ndarray] = []
+    monkeypatch.setattr(workspace, "LARGE", 1)
+    monkeypatch.setattr(workspace, "give_back", returned.append)
+    config, tensors = twin("bitskip-v1"), random_tensors(twin("bitskip-v1"))
+    ids = random_tokens(config, 40)
+    found = Engine(config, tensors, 1).logits(ids)
+    assert [r is tensors["embed_tokens.weight"] for r in returned] == [True, True]  # 16, 32
+    assert np.array_equal(found, ReferenceModel(config, tensors).logits(ids))
 
 
 def test_another_kind_of_cache_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

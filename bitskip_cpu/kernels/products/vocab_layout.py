@@ -35,15 +35,13 @@ def row_bytes(width: int, bits: int) -> int:
     return padded_width(width, bits) // VOCAB_COLUMNS * VOCAB_LINES[bits] * LINE // TILE_ROWS
 
 
-def pack_upper(codes: np.ndarray, bits: int, out: np.ndarray, norms: np.ndarray) -> None:
-    """The upper 4 of 8 or 6 bits as rows of 4, and the norms of what is left (SPEC 9.6).
+def pack_upper(codes: np.ndarray, out: np.ndarray, norms: np.ndarray) -> None:
+    """The upper 4 of 8 bits as rows of 4, and the norms of what is left (SPEC 9.6).
 
     int8 [V, D] -> uint8 [padded_rows(V), row_bytes(D, 4)], f32 [V].
     """
-    lower = bits - 4
-    pack(codes >> lower, 4, out)
-    odd = 2**lower - 1
-    left = ((codes & odd).view(np.uint8) * np.uint8(2)).view(np.int8) - np.int8(odd)
+    pack(codes >> 4, 4, out)
+    left = ((codes & 15).view(np.uint8) * np.uint8(2)).view(np.int8) - np.int8(15)
     squares = np.einsum("ij,ij->i", left, left, dtype=np.float64)
     norms[:] = np.sqrt(squares).astype(np.float32) * ROUND_UP
 
