@@ -1,13 +1,15 @@
 """The shipped model from its text: `python -m bitskip_experiments.stories DATA WORK OUT`.
 
 One recipe, one seed, nothing by hand: preset `stories-24` on all stories below DATA/tinystories but
-those held out for measuring and those held back for the gates, then gates, then the folder OUT.
-Stopped or killed, the same command goes on from WORK; what is done is not done again. Further
-words are settings of the trainer, `--set NAME=VALUE`, for smaller trials.
+those held out for measuring and those held back for the gates, then gates, then the folder OUT,
+which recommends a repetition penalty: without one greedy texts of so small a model loop. Stopped or
+killed, the same command goes on from WORK; what is done is not done again. Further words are
+settings of the trainer, `--set NAME=VALUE`, for smaller trials.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,12 +18,16 @@ from pathlib import Path
 from bitskip_experiments.errors import ExperimentError
 from bitskip_ref.documents import END_OF_TEXT, read_documents
 from bitskip_ref.files import replace_file
+from bitskip_ref.folder import GENERATION, stored_sampling
 
 TRAIN = ("tinystories_train.txt", "tinystories_more.txt", "tinystories_more_recased.txt")
 VALID = "tinystories_valid.txt"
 HELD_BACK = 300
 """Stories, the last of `TRAIN[0]`, that the gates are fitted on and nothing else: on text that a
 model was trained on its exits are worse beside full depth than on any other."""
+
+SAMPLING = {"repetition_penalty": 1.1}
+"""What the folder recommends (SPEC 9.7)."""
 
 
 def split(data: Path, work: Path) -> tuple[list[Path], Path]:
@@ -69,6 +75,15 @@ def main(data: str, work: str, out: str, *settings: str) -> None:
         code = subprocess.run([sys.executable, "-m", "bitskip", *words]).returncode
         if code:
             sys.exit(code)
+    recommend(Path(out))
+
+
+def recommend(folder: Path) -> None:
+    """Let a model folder recommend SAMPLING beside what it recommends already."""
+    path = folder / GENERATION
+    said = json.loads(path.read_text("utf-8")) | stored_sampling(SAMPLING)
+    with replace_file(path) as file:
+        file.write(f"{json.dumps(said, indent=2)}\n".encode())
 
 
 if __name__ == "__main__":

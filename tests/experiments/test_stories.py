@@ -13,6 +13,8 @@ from bitskip_experiments import shipped, stories
 from bitskip_experiments.errors import ExperimentError
 from bitskip_ref.documents import END_OF_TEXT, read_documents
 from bitskip_ref.folder import read_folder
+from tests.helpers import random_folder
+from tests.train.conftest import small_config
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -61,6 +63,13 @@ def test_what_is_done_is_not_done_again(data: Path, tmp_path: Path) -> None:
     assert verbs() == []
 
 
+def test_the_folder_recommends_a_repetition_penalty(tmp_path: Path) -> None:
+    folder = random_folder(tmp_path / "model", small_config())
+    stories.recommend(folder)
+    read = read_folder(folder)
+    assert read.sampling == stories.SAMPLING and read.eos_token_id == 0
+
+
 @pytest.mark.slow
 def test_the_recipe_makes_a_model(data: Path, tmp_path: Path) -> None:
     settings = [word for setting in TINY for word in ("--set", setting)]
@@ -69,7 +78,7 @@ def test_the_recipe_makes_a_model(data: Path, tmp_path: Path) -> None:
     subprocess.run(command, check=True, cwd=ROOT)
     folder = read_folder(tmp_path / "out")
     assert folder.config.gates and folder.config.num_hidden_layers == 3
-    assert folder.config.head_format == "int6"
+    assert folder.config.head_format == "int6" and folder.sampling == stories.SAMPLING
 
 
 def test_what_a_loop_is() -> None:
