@@ -15,7 +15,7 @@ import numpy as np
 
 from bitskip_cpu.aligned import CHECK, check_canaries
 from bitskip_cpu.cache import KVCache
-from bitskip_cpu.compiling import KERNELS, needed
+from bitskip_cpu.compiling import ATTEND, KERNELS, needed
 from bitskip_cpu.cores import default_threads
 from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.layout import (
@@ -79,6 +79,7 @@ class Engine(contract.Engine):
         if threads is not None and (not is_whole(threads) or threads < 1):
             raise ValueError(f"threads {threads}: must be a whole number, at least 1")
         KERNELS.prepare(needed(config, kv_cache))
+        KERNELS.piece(ATTEND[kv_cache])  # loaded now, not while a first token is waited for
         self.weights = tensors if isinstance(tensors, Weights) else Weights(config, tensors)
         if self.weights.config != config:
             raise ValueError("the weights are another model's: take its config, too")

@@ -21,6 +21,7 @@ from bitskip_ref.words import unknown
 from bitskip_serve.refusal import Refusal
 
 MOST_TEXTS = 128  # of one request: prompts times n
+MOST_STOPS, MOST_BIASES = 64, 1024  # each costs time at every token, which other texts wait for
 SHOWN = 5  # alternatives of a token in `details`
 SEEDS = 1 << 64
 LONGEST = 86400  # seconds of a request
@@ -109,6 +110,8 @@ def read(body: dict[str, Any], model: Model, name: str, chat: bool) -> Asked:
         changes["max_tokens"] = given["max_completion_tokens"]
     if isinstance(stop := changes.get("stop"), str):
         changes["stop"] = (stop,)
+    elif isinstance(stop, list) and len(stop) > MOST_STOPS:
+        raise Refusal(f"{len(stop)} stop strings: at most {MOST_STOPS}", "stop")
     if "logit_bias" in changes:
         changes["logit_bias"] = _bias(changes["logit_bias"], model.config.vocab_size)
     options = _options(changes)
@@ -244,6 +247,8 @@ def _timeout(given: Mapping[str, Any]) -> float | None:
 def _bias(value: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, dict):
         raise Refusal(f"logit_bias = {shown(value)}: must be an object", "logit_bias")
+    if len(value) > MOST_BIASES:
+        raise Refusal(f"logit_bias has {len(value)} ids: at most {MOST_BIASES}", "logit_bias")
     for token in value:
         if not (token.isascii() and token.isdigit() and len(token) < 9 and int(token) < vocab_size):
             raise Refusal(

@@ -99,11 +99,17 @@ class StopStrings:
             self.found = True
             piece, self._held = self._held[: min(places)], ""
             return piece
+        held = len(self._held)
         keep = max(
-            (n for s in self._strings for n in range(1, len(s)) if self._held.endswith(s[:n])),
+            (
+                n
+                for s in self._strings
+                for n in range(1, min(len(s), held + 1))  # a string may have millions
+                if self._held.endswith(s[:n])
+            ),
             default=0,
         )
-        cut = len(self._held) - keep
+        cut = held - keep
         piece, self._held = self._held[:cut], self._held[cut:]
         return piece
 

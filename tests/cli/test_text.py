@@ -113,6 +113,12 @@ def test_stop_strings_cut_where_the_first_one_is_complete(text: str, stops: list
     assert out + stop.finish() == expected
 
 
+def test_a_stop_string_of_millions_costs_what_is_held() -> None:
+    """A loop over all of its beginnings would take hours at every token."""
+    stop = StopStrings("ab" * 3_000_000)
+    assert stop.feed("xaba") == "x" and stop.feed("c") == "abac" and stop.finish() == ""
+
+
 def test_a_possible_stop_is_held_back() -> None:
     stop = StopStrings(["\n\nThe"])
     assert stop.feed("one\n\n") == "one"

@@ -250,6 +250,8 @@ def test_the_page(client: TestClient) -> None:
         ({"n": 0}, "n", "1..128"),
         ({"stream": 1}, "stream", "true or false"),
         ({"stop": ["", "a"]}, "stop", "empty"),
+        ({"stop": ["a"] * 65}, "stop", "at most 64"),
+        ({"logit_bias": {str(i): 0 for i in range(1025)}}, "logit_bias", "at most 1024"),
         ({"seed": -1}, "seed", "-1"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "id"),
         ({"logit_bias": {"3": 200}}, "logit_bias", "100"),
