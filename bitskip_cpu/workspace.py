@@ -40,7 +40,7 @@ from bitskip_cpu.kernels.layout import (
     key_slots,
     sync_words,
 )
-from bitskip_cpu.weights import LARGE, Weights
+from bitskip_cpu.weights import Weights
 from bitskip_ref.config import HEAD_BITS, odd_part
 from bitskip_ref.decoding.contenders import Contenders
 from bitskip_ref.decoding.draft import MOST, Draft, bounded
@@ -58,7 +58,8 @@ VOCAB_KINDS = {
 LEAST_ROOM = 1 << 15  # bytes for unpacked tiles: no kernel of products.amx takes more
 REREAD = 4  # contenders do not pay if more than one of so many rows is one
 WHOLE, MOST_WHOLE = 15, 1023  # heads then read whole; eight times as many each time, at most
-LOOKED_UP = 16  # rows of a large embedding that are mapped at a time
+SPARSE = 1 << 27  # bytes of an embedding from which most of it need not stay mapped
+LOOKED_UP = 16  # of its rows that are mapped at a time
 SHARE_FROM = 1 << 16  # bytes of weights below which a stage is not worth sharing
 
 
@@ -164,7 +165,7 @@ class Workspace:
         rows = w.tensors["embed_tokens.weight"]
         s["embedding"] = self._keep(rows)
         if w.config.head_format in HEAD_BITS:
-            self.sparse = rows if rows.nbytes >= LARGE else None
+            self.sparse = rows if rows.nbytes >= SPARSE else None
             s["embedding_scale"] = self._keep(w.tensors["embed_tokens.scale"])
         if w.config.hadamard and w.config.linear == "int8":
             for p in self.products:

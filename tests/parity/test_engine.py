@@ -35,7 +35,7 @@ def test_bits_equal_the_reference(name: str) -> None:
 def test_rows_of_a_large_embedding_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few at a time; what is computed stays the same."""
     returned: list[np.ndarray] = []
-    monkeypatch.setattr(workspace, "LARGE", 1)
+    monkeypatch.setattr(workspace, "SPARSE", 1)
     monkeypatch.setattr(workspace, "give_back", returned.append)
     config, tensors = twin("bitskip-v1"), random_tensors(twin("bitskip-v1"))
     ids = random_tokens(config, 40)
