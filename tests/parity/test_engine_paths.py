@@ -16,11 +16,12 @@ from tests.parity.added_path import ADDED as ADDED_PATHS
 
 ROOT = Path(__file__).parent.parent.parent
 
-# Environment that leads to a path, and what it runs. The first three compile for other CPUs.
+# Environment that leads to a path, and what it runs. The first two compile for other CPUs.
 X86 = {
     "avx2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""},
     "plain": {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""},
     "vnni256": {"BITSKIP_ISA": "vnni256"},
+    "vnni512": {"BITSKIP_ISA": "vnni512"},  # its weights lie as on no other path
 }
 COMPILED = ["extreme", "wide", "wide-hadamard", "wt2-bitskip", "bitskip-v2", "bitnet-2b4t",
             "layerskip", "float16-head", "bfloat16-head", "per-layer-exits", "smallest",
