@@ -17,6 +17,7 @@
                       block_out          + x
                     exit_logits          exit_in (final norm), rows (vocabulary)
                     contending_logits    a head in two parts (SPEC 9.6)    contenders.py
+                    look                 blocks of tokens that leave where gates say so (SPEC 8.3)
                     draft                SPEC 11.1
                     measure              gates, confidence, leads          measures.py
 
