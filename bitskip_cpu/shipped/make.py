@@ -3,8 +3,9 @@
     python -m bitskip_cpu.shipped.make && python -m build --wheel
 
 It needs Numba, and Linux on x86-64, whose LLVM writes the code for ARM, too; none of the CPUs that
-the code is for. A set is the code of one instruction-set path; without names all are made. Each is
-made in a process of its own, as a path is chosen before any kernel is declared.
+the code is for. A set is the code of one instruction-set path, tuned for a maker's CPUs
+(`isa.tuned`); without names all are made. Each is made in a process of its own, as a path is chosen
+before any kernel is declared.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ ALSO = ("f16c", "bmi", "bmi2", "lzcnt")
 ALSO_512 = (*ALSO, "avx512dq")
 
 SETS = {
-    shipped.set_name("aarch64" if "dotprod" in path.needs else "x86_64", path): path
+    shipped.set_name("aarch64" if "dotprod" in path.needs else "x86_64", tuned): tuned
     for path in isa.PATHS
     if path.compiled
+    for tuned in (path, isa.tuned(path, "znver"))
 }
 
 

@@ -62,6 +62,15 @@ def test_a_wish_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         isa.choose_path("sse9")
 
 
+def test_whether_every_line_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the CPU's maker, not by the path alone."""
+    fetches = {}
+    for name in ("znver5", "cascadelake"):
+        pretend(monkeypatch, name, "")
+        fetches[name] = isa.choose_path("vnni512").fetch_all
+    assert fetches == {"znver5": False, "cascadelake": True}
+
+
 @pytest.mark.parametrize(("name", "features", "converts"), [
     ("haswell", "", True), ("x86-64", "", False), ("x86-64", "+f16c", True),
     ("haswell", "-f16c", False), ("znver5", "", True),

@@ -90,6 +90,8 @@ def test_only_linux_has_any(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_every_compiled_path_has_a_set() -> None:
     """And what a set may use includes what its path needs."""
-    assert list(make.SETS.values()) == [path for path in isa.PATHS if path.compiled]
+    assert set(make.SETS.values()) == {
+        isa.tuned(path, cpu) for path in isa.PATHS if path.compiled for cpu in ("znver4", "icelake")
+    }
     for path in make.SETS.values():
         assert set(make.features(path)) >= set(path.needs)
