@@ -63,12 +63,14 @@ class Pages:
             return _rows(keys.swapaxes(2, 3)[..., order]), _rows(values[..., :head_dim])
         codes, steps = keys[..., : -4 * LANES], keys[..., -4 * LANES :].view(np.float32)
         codes = codes + np.uint8(OFFSET[8])  # once more: two are 256
-        codes = codes.view(np.int8).reshape(*part.shape[:2], -1, LANES, COLUMNS)
-        k = codes.transpose(0, 1, 3, 2, 4).reshape(*part.shape[:2], LANES, -1)[..., :head_dim]
+        shape = *part.shape[:2], self.padded // COLUMNS, LANES, COLUMNS
+        codes = codes.view(np.int8).reshape(shape).swapaxes(2, 3)
+        k = codes.reshape(*part.shape[:2], LANES, self.padded)[..., :head_dim]
         more = values[..., -4 * LANES :].view(np.float32)
         codes = values[..., : -4 * LANES].view(np.int8)
-        codes = codes.reshape(*part.shape[:2], LANES // COLUMNS, -1, COLUMNS).swapaxes(3, 4)
-        v = codes.reshape(*part.shape[:2], LANES, -1)[..., :head_dim]
+        shape = *part.shape[:2], LANES // COLUMNS, self.width, COLUMNS
+        codes = codes.reshape(shape).swapaxes(3, 4)
+        v = codes.reshape(*part.shape[:2], LANES, self.width)[..., :head_dim]
         return _rows(k), _rows(steps[..., None]), _rows(v), _rows(more[..., None])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import bitskip_cpu.engine
-from bitskip_ref.cache import CacheFill
+from bitskip_ref.cache import CacheFill, cached_arrays
 from bitskip_ref.config import small_twin
 from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.decoding.draft import Draft
@@ -43,6 +43,19 @@ def engine(request: pytest.FixtureRequest) -> Any:
 
 def equal(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def test_what_a_block_holds_has_its_shape(engine: Any) -> None:
+    """Also while it holds nothing yet, or nothing any more."""
+    cache = engine.new_cache()
+    for size in (0, 20, 17, 16, 1, 0):
+        if size == 20:
+            engine.extend(IDS[:20], cache)
+        cache.length = size
+        for i in range(CONFIG.num_hidden_layers):
+            found = [(x.dtype, x.shape) for x in cache.layer(i)]
+            kinds = cached_arrays(CONFIG, cache.kv_cache).values()
+            assert found == [(np.dtype(kind), (size, *shape)) for kind, shape in kinds]
 
 
 @pytest.mark.parametrize("how", COPIES)
