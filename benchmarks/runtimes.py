@@ -19,7 +19,7 @@ from bitskip_ref.config import ModelConfig
 from bitskip_ref.folder import write_folder
 
 LONGEST = 600  # seconds of one command
-IK = "IQ2_BN"  # its fastest format of two bits
+IK = "IQ2_BN"  # of ik_llama.cpp: its fastest format of two bits
 
 
 @dataclass(frozen=True)
