@@ -62,14 +62,22 @@ def test_blocks_learn_what_full_depth_says_and_nothing_else_moves(
     assert all(least[n] < 0.98 * measured[0][n] for n in (1, 3)), measured
     # Every engine says what was measured when fitting, but for the rounding of the head.
     held = small_split(count=600).tokens[:61].astype(np.int64)
+    texts = [held[start : start + CONTEXT + 1].tolist() for start in range(0, 60, CONTEXT)]
     for n in (1, 3):
-        found = []
-        for start in range(0, 60, CONTEXT):
-            *ids, last = held[start : start + CONTEXT + 1].tolist()
-            p, q = (log_probabilities(model.logits(ids, e)) for e in (4, n))
-            named = q[range(len(ids)), [*ids[1:], last]]
-            found.append((np.exp(p) * (p - q)).sum(1) - TEXT * named)
-        assert np.concatenate(found).mean() == pytest.approx(least[n], rel=0.05)
+        said, text = measures(model, n, texts)
+        assert said + TEXT * text == pytest.approx(least[n], rel=0.05)
+        unfitted, _ = measures(bitskip_cpu.load(base, 1), n, texts)
+        assert said < 0.95 * unfitted, n  # of what full depth says alone
+
+
+def measures(model: Model, n: int, texts: list[list[int]]) -> tuple[float, float]:
+    """Means over tokens, in nats: KL(full depth || exit n), and the exit's cross-entropy."""
+    said, text = [], []
+    for ids in texts:
+        p, q = (log_probabilities(model.logits(ids[:-1], e)) for e in (4, n))
+        said.append((np.exp(p) * (p - q)).sum(1))
+        text.append(-q[range(len(q)), ids[1:]])
+    return float(np.concatenate(said).mean()), float(np.concatenate(text).mean())
 
 
 def test_every_engine_runs_them(tmp_path: Path) -> None:
