@@ -156,3 +156,50 @@ def test_ctrl_c_in_a_verb_is_an_exception() -> None:
         assert signal.getsignal(signal.SIGINT) is interrupted
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+SLOW_FINALIZER = """
+import os, signal, sys, time
+from bitskip.errors import one_line_errors
+from bitskip.signals import ends_on_signals
+
+class Closed:
+    def __init__(self):
+        if sys.argv[1] == "made":
+            os.kill(os.getpid(), int(sys.argv[2]))
+            time.sleep(10)
+        self.open = True
+
+    def __del__(self):
+        if sys.argv[1] == "closed":
+            os.kill(os.getpid(), int(sys.argv[2]))
+            for _ in range(100):
+                time.sleep(0.01)
+        del self.open
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    with one_line_errors(), ends_on_signals():
+        Closed()
+        time.sleep(10)
+        print("it was not told")
+except BaseException as error:
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["made", "closed"])
+def test_a_signal_within_a_finalizer_or_before_one(when: str, number: signal.Signals) -> None:
+    """It is not lost in a finalizer; one of what was made in part prints no traceback."""
+    words = [sys.executable, "-c", SLOW_FINALIZER, when, str(int(number))]
+    done = subprocess.run(words, capture_output=True, text=True)
+    line = "interrupted\n" if number == signal.SIGINT else "ended\n"
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", line)
+
+
+def test_errors_of_finalizers_are_told_where_no_signal_was() -> None:
+    code = SLOW_FINALIZER.replace("        Closed()", "        Closed(), Closed().__del__()")
+    code = code.replace("time.sleep(10)", "raise ValueError('the end')")
+    done = subprocess.run([sys.executable, "-c", code, "-", "0"], capture_output=True, text=True)
+    assert "Exception ignored in" in done.stderr and "AttributeError" in done.stderr
