@@ -103,6 +103,11 @@ def log_mean_scale(figures: Figures) -> float:
     return math.log(float(look_up(figures, "weights.mean_scale")))
 
 
+def log_activations(figures: Figures) -> float:
+    """Logarithm of the standard deviation of the residual stream after the last of 24 blocks."""
+    return math.log(float(look_up(figures, "activations.24.std")))
+
+
 def exit_cost_as_trained(figures: Figures) -> float:
     """Loss at exit 18 less full depth's, each of the run's own task, in nats."""
     found = [look_up(figures, f"as_trained.{n}.loss") for n in (18, 24)]
@@ -142,4 +147,5 @@ DERIVED: dict[str, Callable[[Figures], float | str]] = {
     "log_speed_gain": log_speed_gain, "log_mean_scale": log_mean_scale,
     "exit_cost_as_trained": exit_cost_as_trained, "masked_over_unigram": masked_over_unigram,
     "kurtosis_down": kurtosis_down, "kurtosis_qkv": kurtosis_qkv,
+    "log_activations": log_activations,
 }  # fmt: skip

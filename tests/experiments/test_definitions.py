@@ -30,6 +30,7 @@ OURS = [
     "readings-v2",
     "rotation",
     "stories-pilots",
+    "v1-activations",
     "v2-length",
 ]
 PAPERS = [
