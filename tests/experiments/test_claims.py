@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,39 @@ def test_committed_pages_and_documents_are_what_the_results_say() -> None:
     for name in DOCUMENTS:
         text = (ROOT / name).read_text("utf-8")
         assert refresh(text, results) == text, f"python -m bitskip_experiments.documents {name}"
+
+
+def _untold(document: str) -> list[str]:
+    """Figures of three digits and more in a document's prose that are in no table of it.
+
+    A table has one if some figure of it rounds to the one told; the papers' are in the TOML files.
+    """
+    tables = re.findall(r"<!-- results: .*?<!-- end -->", document, re.DOTALL)
+    papers = [path.read_text("utf-8") for path in (ROOT / "bitskip_experiments").rglob("*.toml")]
+    known = [_value(told) for text in (*tables, *papers) for told in _FIGURE.findall(text)]
+    prose = re.sub(r"<!-- results: .*?<!-- end -->|`[^`]*`|\(\S*\)", "", document, flags=re.DOTALL)
+    told = [figure for figure in _FIGURE.findall(prose) if len(re.sub(r"\D", "", figure)) > 2]
+    places = {figure: len(figure.partition(".")[2]) for figure in told}
+    return [
+        figure
+        for figure in told
+        if all(abs(_value(figure) - x) > 0.5001 * 10.0 ** -places[figure] for x in known)
+    ]
+
+
+_FIGURE = re.compile(r"(?<![\w.])\d[\d,_]*(?:\.\d+)?(?!\w)")
+
+
+def _value(told: str) -> float:
+    return float(re.sub("[,_]", "", told))
+
+
+def test_figures_in_prose_are_in_the_tables() -> None:
+    text = (ROOT / "docs/FINDINGS.md").read_text("utf-8")
+    years = ["2025", "2026"]
+    assert _untold(text) == years
+    planted = text.replace("## Not settled", "V1 stood at 5,027 and at 1.0772.\n## Not settled")
+    assert planted != text and _untold(planted) == [*years, "5,027", "1.0772"]
 
 
 def test_documents_take_tables_from_results(tmp_path: Path) -> None:
