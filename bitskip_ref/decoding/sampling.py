@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from bitskip_ref.decoding.contenders import MOST_CONTENDERS, Contenders
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 LEAST = 1e-6  # what f32 logits are divided by, and stay finite
-LEAST_MIN_P = 2.0**-20  # weights from it on change every running sum (SPEC 9.6)
+LEAST_MIN_P = 2.0**-20  # so rounded weights and a reach of 9.6 agree on what is below
+UNIT = 2.0**-32  # of weights (SPEC 9.2)
 
 
 def splitmix64(state: int) -> int:
@@ -36,6 +38,32 @@ def pick(ids: np.ndarray, weights: np.ndarray, u: float) -> int:
     running = np.cumsum(weights)
     at = np.searchsorted(running, u * running[-1], side="right")
     return int(ids[min(int(at), len(ids) - 1)])
+
+
+def weights(d: np.ndarray) -> np.ndarray:
+    """SPEC 9.2: what logits f32, less the largest, weigh: binary64, sums exact in any order."""
+    return np.rint(exp(d) * np.float32(1 / UNIT)).astype(np.float64) * UNIT
+
+
+def leading(z: np.ndarray, most: int) -> Iterator[tuple[np.ndarray, float]]:
+    """Longer and longer beginnings of the first `most` ids in SPEC 9.2's order, the last one whole.
+
+    Each with a bound that the weights behind it are less than: whoever needs no more stops there,
+    so that a whole vocabulary is hardly ever sorted for a token.
+    """
+
+    def ordered(ids: np.ndarray) -> Any:
+        return ids[np.argsort(-z[ids], kind="stable")][:most]
+
+    d = z - z.max()
+    for within in (5.0, 12.0):
+        ids = np.flatnonzero(d >= np.float32(-within))
+        if len(ids) >= most or most == len(z):
+            yield ordered(ids), 1.001 * math.exp(-within)
+    if most < len(z):
+        yield ordered(np.flatnonzero(z >= np.partition(z, -most)[-most])), 0.0
+    else:
+        yield ordered(np.arange(len(z))), 0.0
 
 
 @dataclass(frozen=True)
@@ -102,8 +130,20 @@ class Sampler:
                 check_logits(z[best : best + 1], index)
             return best
         check_logits(logits.max(keepdims=True), index)
-        ids, weights = self.candidates(z)
-        return pick(ids, weights, uniform(self.seed, index))
+        u = uniform(self.seed, index)
+        if self.top_k == 0 and self.top_p == 1 and self.min_p == 0:
+            return self._draw(z, u)
+        return pick(*self.candidates(z), u)
+
+    def _draw(self, z: np.ndarray, u: float) -> int:
+        """The token for a draw u where no filter leaves anything out."""
+        z = z / np.float32(self.temperature)
+        goal = u * weights(z - z.max()).sum()
+        for ids, _ in leading(z, len(z)):
+            running = np.cumsum(weights(z[ids] - z[ids[0]]))
+            if running[-1] > goal:
+                break
+        return int(ids[np.searchsorted(running, goal, side="right")])
 
     def penalised(self, logits: np.ndarray, seen: Collection[int]) -> np.ndarray:
         """Logits after bias and repetition penalty, f32 [V]; the input is not changed."""
@@ -123,16 +163,16 @@ class Sampler:
     def candidates(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What top-k, top-p and min-p leave: (ids, weights binary64), best first."""
         z = z / np.float32(self.temperature)
-        ids = np.arange(len(z))
-        if 0 < self.top_k < len(z):
-            # Everything at or above the k-th largest; the stable sort below settles ties by id.
-            ids = np.flatnonzero(z >= np.partition(z, -self.top_k)[-self.top_k])
-        ids = ids[np.argsort(-z[ids], kind="stable")]
-        if self.top_k:
-            ids = ids[: self.top_k]
-        e = exp(z[ids] - z[ids[0]]).astype(np.float64)
-        running = np.cumsum(e)
-        kept = int(np.searchsorted(running, self.top_p * running[-1], side="left")) + 1
-        ids, e = ids[:kept], e[:kept]
-        likely = e >= self.min_p
-        return ids[likely], e[likely]
+        most = min(self.top_k, len(z)) or len(z)
+        # What top-k leaves is its own total; where top-p leaves all, none is needed.
+        total = None if self.top_k or self.top_p == 1 else weights(z - z.max()).sum()
+        for ids, behind in leading(z, most):
+            w = weights(z[ids] - z[ids[0]])
+            running = np.cumsum(w)
+            goal = self.top_p * (running[-1] if total is None else total)
+            if behind < self.min_p or len(ids) == most or (total and running[-1] >= goal):
+                break
+        kept = int(np.searchsorted(running, goal, side="left")) + 1
+        ids, w = ids[:kept], w[:kept]
+        likely = w >= self.min_p
+        return ids[likely], w[likely]
