@@ -65,7 +65,7 @@ from bitskip_cpu.kernels.stages import (
 f32 = np.float32
 
 PART_BYTES = 1 << 15  # of weights, about, in one part of a product
-SETTLE_BYTES = 64  # of a row, on average, where few are read
+SETTLE_BYTES = 16  # of a row, on average, where few are read
 
 
 @kernel

@@ -30,7 +30,7 @@ _STATE = """
     looks threshold order depths
     confidence_max confidence_margin confidence_entropy
     contender_count contender_temperature contender_reach
-    code_norms least_contenders contenders_found
+    code_norms band_bounds least_contenders contenders_found
 
     helpers share_from sync stage layer product first_row last_row part_rows
 """
