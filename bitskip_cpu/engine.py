@@ -28,6 +28,7 @@ from bitskip_cpu.kernels.layout import (
     GATE,
     LOOK,
     MEASURE,
+    STEPS,
 )
 from bitskip_cpu.rows import run_rounds, run_rows
 from bitskip_cpu.threads import Team
@@ -37,6 +38,7 @@ from bitskip_ref import engine as contract
 from bitskip_ref.checks import is_whole
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.decoding.greedy import Chosen
 from bitskip_ref.engine import Trace, Visit
 from bitskip_ref.exits import GateExit
 from bitskip_ref.folder import read_folder
@@ -156,6 +158,18 @@ class Engine(contract.Engine):
         exit_ = space.set_contenders(n, space.logits_at, 0, run.contenders)
         self._call(EMBED | BLOCKS | exit_, 0, n)
         return space.logits[0].copy()  # cheaper than asking a new array for its address
+
+    def _greedy(self, run: Run, n: int, count: int, chosen: Chosen) -> tuple[list[int], np.ndarray]:
+        space = self._space
+        if space.sparse is not None:  # what is looked up is given back between calls
+            count = min(count, LOOKED_UP - 1)
+        space.set_tokens(run.ids, run.cache, run.first)
+        space.set_greedy(count, chosen)
+        exit_ = space.set_contenders(n, space.logits_at, 0, run.contenders)
+        self._call(EMBED | BLOCKS | exit_ | STEPS, 0, n)
+        ids = space.followed
+        space.looked_up(len(ids))
+        return ids, space.logits[0].copy()
 
     def _look(
         self, run: Run, rule: ExitRule, looks: tuple[int, ...], deepest: int, trace: Trace | None
@@ -287,7 +301,7 @@ class Engine(contract.Engine):
             actions -= EMBED
         self._run(*self._space.structs, actions, first, last)
         if actions & DRAFT:
-            self._space.looked_up()
+            self._space.looked_up(self._space.tokens)
         if CHECK:
             check_canaries()
 
@@ -298,7 +312,7 @@ class Engine(contract.Engine):
         for start in range(0, count, LOOKED_UP):
             space.window(first + start, min(LOOKED_UP, count - start))
             self._run(*space.structs, EMBED, 0, 0)
-            space.looked_up()
+            space.looked_up(space.tokens)
         space.window(first, count)
 
 

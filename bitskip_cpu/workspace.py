@@ -44,6 +44,7 @@ from bitskip_cpu.weights import Weights
 from bitskip_ref.config import HEAD_BITS, odd_part
 from bitskip_ref.decoding.contenders import Contenders
 from bitskip_ref.decoding.draft import MOST, Draft, bounded
+from bitskip_ref.decoding.greedy import Chosen
 from bitskip_ref.hartley import hartley
 from bitskip_ref.rope import rope_table
 from bitskip_ref.rows import Run
@@ -87,10 +88,11 @@ UPPER_ROW, UPPER_AT = _row(
 CONTENDERS, CONTENDERS_AT = _row("contender_count", "contender_temperature", "contender_reach")
 LOGITS, LOGITS_AT = _row("logits", "exit_from")
 ROWS, ROWS_AT = _row("tokens", "from_row")
+GREEDY, GREEDY_AT = _row("followed", "most_followed", "seen_count", "end_count", "penalty")
 DRAFT_ROW, DRAFT_AT = _row("draft_vocab", "least_lead")
-TOKENS, FROM_ROW, FOUND, GATE = (
+TOKENS, FROM_ROW, FOUND, GATE, FOLLOWED = (
     STATE.fields[name][1] // 8  # type: ignore[index]
-    for name in ("tokens", "from_row", "contenders_found", "gate")
+    for name in ("tokens", "from_row", "contenders_found", "gate", "followed")
 )
 
 
@@ -100,10 +102,6 @@ def at_most(value: float) -> float:
     near = np.float32(value)
     below = np.nextafter(near, np.float32(-np.inf))
     return float(below) if float(near) > value else float(near)  # two float32 would compare equal
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 class Workspace:
@@ -189,6 +187,7 @@ class Workspace:
         self.gates = aligned((CHUNK,), np.float32)
         self.draft_counts, self.draft_of = (aligned((CHUNK,), np.int64) for _ in range(2))
         self.looked, self.depths = (aligned((CHUNK,), np.int64) for _ in range(2))
+        self.seen, self.ends = (aligned((c.vocab_size,), np.int32) for _ in range(2))
         self.x, self.mid, self.y = (floats(c.hidden_size) for _ in range(3))
         self.qkv, self.attended = floats(int(p["rows"][QKV])), floats(c.attention_size)
         self.up, self.act = floats(int(p["rows"][UP])), floats(c.intermediate_size)
@@ -200,13 +199,12 @@ class Workspace:
         for name, array in {
             "ids": self.ids, "positions": self.positions, "caches": self.caches,
             "gates": self.gates, "draft_counts": self.draft_counts, "draft_of": self.draft_of,
-            "order": self.looked, "depths": self.depths,
+            "order": self.looked, "depths": self.depths, "seen": self.seen, "ends": self.ends,
             "x": self.x, "mid": self.mid, "y": self.y, "qkv": self.qkv,
             "attended": self.attended, "up": self.up, "act": self.act, "input": self.input,
-            "codes": codes, "steps": aligned((CHUNK,), np.float32),
-            "sums": aligned((CHUNK,), np.int32),
+            "before": aligned((c.vocab_size,), np.float32, zeros=False), "codes": codes,
+            "steps": aligned((CHUNK,), np.float32), "sums": aligned((CHUNK,), np.int32),
             "code_norms": aligned((CHUNK,), np.float32),
-            "band_bounds": aligned((CHUNK, -(-c.vocab_size // BAND)), np.float32, zeros=False),
             "least_contenders": aligned((CHUNK,), np.float32),
         }.items():  # fmt: skip
             s[name] = self._keep(array)
@@ -224,8 +222,8 @@ class Workspace:
         partial = (LEVELS + 1) * (int(s["value_width"]) + LANES)
         longest = max(*p["width"], c.hidden_size, c.attention_size, c.intermediate_size)
         floats = max(
-            _power_of_two(c.vocab_size),  # confidence
-            _power_of_two(int(longest)),  # tree sums
+            1 << (c.vocab_size - 1).bit_length(),  # confidence
+            1 << (int(longest) - 1).bit_length(),  # tree sums
             QUERIES * (seen + LANES + padded + partial),  # attention
             -(-int8_scratch(seen, c.head_dim, int(s["value_width"])) // 4),
         )
@@ -375,6 +373,17 @@ class Workspace:
         self.ids[: len(order)] = self.ids[order]
         return of[order]
 
+    def set_greedy(self, count: int, chosen: Chosen) -> None:
+        """Go on with at most so many greedy tokens after the one at hand."""
+        ends, penalty, seen = chosen
+        self.seen[: len(seen)], self.ends[: len(ends)] = seen, ends
+        GREEDY.pack_into(self._bytes, GREEDY_AT, 0, count, len(seen), len(ends), penalty)
+
+    @property
+    def followed(self) -> list[int]:
+        """The tokens that STEPS went on with."""
+        return self.ids[1 : 1 + self._words[FOLLOWED]].tolist()
+
     def measures(self) -> None:
         """Have the piece `measure`."""
         self.state["measure"] = KERNELS.piece("measure")
@@ -397,13 +406,13 @@ class Workspace:
             self.state["threshold"] = at_most(threshold)
         return self._one_exit
 
-    def looked_up(self) -> None:
-        """The tokens at hand were looked up in `sparse`, which is given back from time to time.
+    def looked_up(self, count: int) -> None:
+        """So many tokens were looked up in `sparse`, which is given back from time to time.
 
         With each row the system maps what lies around it, 1 or 2 MB: soon all of it would take
         memory beside the head's tiles.
         """
-        self._looked_up += self.tokens
+        self._looked_up += count
         if self.sparse is not None and self._looked_up >= LOOKED_UP:
             self._looked_up = 0
             give_back(self.sparse)

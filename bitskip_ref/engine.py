@@ -2,9 +2,9 @@
 
 An engine runs rows (SPEC 12). It brings primitives: `_embed`, `_blocks`, `_fill`, `_exit`, `_gate`,
 `_confidence`. The verbs that everybody calls are written here, once over them, with every check:
-`extend`, `extend_exits`, `step`, `step_many`, `speculate`, `speculate_many`, `round`, `logits`. An
-engine overrides only what it does in one go (`_extend`, `_extend_exits`, `_one`, `_look`, `_many`,
-`_speculate`, `_speculate_many`), and `beside`.
+`extend`, `extend_exits`, `step`, `step_greedy`, `step_many`, `speculate`, `speculate_many`,
+`round`, `logits`. An engine overrides only what it does in one go (`_extend`, `_extend_exits`,
+`_one`, `_greedy`, `_look`, `_many`, `_speculate`, `_speculate_many`), and `beside`.
 
 The NumPy reference, PyTorch, Numba and ONNX Runtime each have one class of this kind. Stages are
 reported to a trace in forward order, under the same names, so that a difference can be located.
@@ -19,10 +19,17 @@ from typing import Any
 import numpy as np
 
 from bitskip_ref.cache import CacheFill, check_kv_cache
-from bitskip_ref.checks import check_exit_layer, check_exit_layers, check_input, check_token
+from bitskip_ref.checks import (
+    check_exit_layer,
+    check_exit_layers,
+    check_input,
+    check_room,
+    check_token,
+)
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.contenders import Contenders, check_contenders
 from bitskip_ref.decoding.draft import MOST, Draft, GreedyRound
+from bitskip_ref.decoding.greedy import Chosen, Greedy, check_greedy
 from bitskip_ref.decoding.round import Round
 from bitskip_ref.probe import Asked
 from bitskip_ref.rows import Planned, PlannedRound, Row, Run, asks, plan, plan_round
@@ -146,6 +153,34 @@ class Engine(ABC):
             z = self._one(run, n, trace)
         cache.advance(first, 1, deepest)
         return z, n
+
+    @in_turn
+    def step_greedy(
+        self,
+        token_id: int,
+        cache: Any,
+        count: int,
+        greedy: Greedy,
+        *,
+        exit_layer: int | None = None,
+        contenders: Contenders | None = None,
+    ) -> tuple[list[int], np.ndarray]:
+        """Run a token, then at most `count` that SPEC 9.1 chooses from the logits before each.
+
+        Returns those that were chosen and run, and the logits f32 [V] after the last of them, or
+        after the token. There are fewer where what follows ends the text or cannot be chosen
+        (SPEC 9.5), or where the engine takes fewer in one call. All run to `exit_layer` (None: L).
+        `contenders` as of `step`. Raises ValueError as `extend`, and for a count that is not 0..32.
+        """
+        n = check_exit_layer(exit_layer, self.config)
+        chosen = check_greedy(greedy, count, self.config)
+        first = cache.require(n)
+        token = check_token(token_id, first, self.config, cache.room)
+        check_room(first, 1 + count, cache.room)
+        run = Run((token,), cache, first, check_contenders(contenders))
+        ids, z = self._greedy(run, n, count, chosen)
+        cache.advance(first, 1 + len(ids), n)
+        return ids, z
 
     def step_many(self, rows: Sequence[Row]) -> list[tuple[np.ndarray | None, int]]:
         """Run rows of any sequences, in one call: `step` for each, in their order (SPEC 12.2).
@@ -293,6 +328,14 @@ class Engine(ABC):
     def _one(self, run: Run, n: int, trace: Trace | None) -> np.ndarray:
         """Logits f32 [V] of one row after n blocks."""
         return self._extend(run, n, 0, trace)[0]
+
+    def _greedy(self, run: Run, n: int, count: int, chosen: Chosen) -> tuple[list[int], np.ndarray]:
+        """One row after n blocks and at most `count` greedy ones after it: ids, logits f32 [V]."""
+        ids, z = list[int](), self._one(run, n, None)
+        while len(ids) < count and (token := chosen.next(z, ids)) is not None:
+            ids.append(token)
+            z = self._one(run._replace(ids=(token,), first=run.first + len(ids)), n, None)
+        return ids, z
 
     def _look(
         self, run: Run, rule: ExitRule, looks: tuple[int, ...], deepest: int, trace: Trace | None

@@ -12,9 +12,10 @@ import numpy as np
 from bitskip_cpu.bench.energy import Energy
 from bitskip_cpu.machine import peak_rss_bytes
 from bitskip_ref.checks import check_exit_layer
+from bitskip_ref.decoding import sampling
 from bitskip_ref.decoding.contenders import Contenders
+from bitskip_ref.decoding.generate import Choosing, Together
 from bitskip_ref.engine import Engine
-from bitskip_ref.exits.fixed import FixedExit
 
 Progress = Callable[[str], None]
 """Called before each run with what it is."""
@@ -22,7 +23,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Task:
-    """What is timed: a prompt in one call, then single steps, on a cache of `depth` tokens."""
+    """What is timed: a prompt in one call, then tokens decoded, on a cache of `depth` tokens."""
 
     prompt: int
     generated: int
@@ -60,7 +61,7 @@ class Sample:
 
     seconds: float
     first_s: float | None  # until the prompt's logits, None without a prompt
-    steps_s: list[float]  # of each decoding step
+    steps_s: list[float]  # of each token decoded; those of one call, alike
     joules: float | None = None  # of the whole machine; None: not counted
 
 
@@ -98,11 +99,14 @@ class Case:
     def run(self, cache: Any, token_ids: Sequence[int]) -> Sample:
         """Time the task once; the cache is cut back to the task's depth first.
 
-        Prompt and steps ask for what greedy decoding needs of logits (SPEC 9.6).
+        What is decoded is a token that is given, then greedy ones, as a text is made: of logits
+        only what they need is asked for (SPEC 9.6), of the prompt's, too.
         """
         cache.length = self.task.depth
-        prompt, rule, greedy = self.task.prompt, FixedExit(self.exit_layer), Contenders()
-        first, steps = None, []
+        prompt, generated, greedy = self.task.prompt, self.task.generated, Contenders()
+        first, steps, token = None, list[float](), token_ids[prompt] if generated else None
+        choosing = Choosing(sampling.Sampler(), generated, generated, None, ())
+        together = Together(self.engine, cache, self.exit_layer, greedy, choosing)
         start = before = time.perf_counter()
         if prompt:
             self.engine.extend(
@@ -111,10 +115,13 @@ class Case:
             )  # fmt: skip
             before = time.perf_counter()
             first = before - start
-        for token in token_ids[prompt:]:
-            self.engine.step(token, cache, rule, contenders=greedy)
-            now = time.perf_counter()
-            steps.append(now - before)
+        while token is not None and not choosing.over:
+            followed, z = together.run(token)
+            for token in followed:
+                choosing.took(token)
+            token = choosing.next(z)
+            now, count = time.perf_counter(), 1 + len(followed)
+            steps += [(now - before) / count] * count
             before = now
         return Sample(before - start, first, steps)
 

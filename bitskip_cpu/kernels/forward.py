@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitskip_cpu.kernels.arithmetic.elementwise import copy, rotate_unpadded
+from bitskip_cpu.kernels.arithmetic.elementwise import copy, largest_id, rotate_unpadded
 from bitskip_cpu.kernels.arithmetic.float16 import widen, widen_bfloat16
 from bitskip_cpu.kernels.layout import (
     BAND,
@@ -33,6 +33,7 @@ from bitskip_cpu.kernels.layout import (
     PRODUCTS,
     QKV,
     SETTLE,
+    STEPS,
     UP,
     VOCAB,
 )
@@ -47,7 +48,7 @@ from bitskip_cpu.kernels.numba_inside.views import (
     state_structs,
 )
 from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS
-from bitskip_cpu.kernels.share import help_out, run_stage
+from bitskip_cpu.kernels.share import help_out, next_weights, run_stage
 from bitskip_cpu.kernels.stages import (
     ATTEND,
     ATTENTION_IN,
@@ -63,9 +64,10 @@ from bitskip_cpu.kernels.stages import (
 )
 
 f32 = np.float32
+ZERO, ONE = f32(0.0), f32(1.0)
 
 PART_BYTES = 1 << 15  # of weights, about, in one part of a product
-SETTLE_BYTES = 16  # of a row, on average, where few are read
+SETTLE_BYTES = 64  # of a row, on average, where few are read
 
 
 @kernel
@@ -93,16 +95,38 @@ def embed(s, t):
 def product(s, products, index, first, last, row_bytes):
     """Rows first..last-1 of a product for all tokens."""
     s.product, s.first_row, s.last_row = index, first, last
-    bands = max(1, PART_BYTES // (row_bytes * BAND), (last - first) // (BAND * 60_000))
-    s.part_rows = bands * BAND
-    parts = (last - first + s.part_rows - 1) // s.part_rows
+    s.part_rows = rows_of_part(first, last, row_bytes)
+    parts = -(-(last - first) // s.part_rows)
     run_stage(s, products, ROWS, parts, (last - first) * row_bytes * ((s.tokens + 3) // 4))
+
+
+@kernel
+def rows_of_part(first, last, row_bytes):
+    """How many rows of a product are a part."""
+    bands = max(1, PART_BYTES // (row_bytes * BAND), (last - first) // (BAND * 60_000))
+    return bands * BAND
+
+
+@kernel
+def expect(s, weights_at, first, last, row_bytes):
+    """Have helpers ask for the weights of the next product while they wait for it."""
+    rows = rows_of_part(first, last, row_bytes)
+    next_weights(s, weights_at + first * row_bytes, -(-(last - first) // rows), rows * row_bytes)
+
+
+@kernel
+def expect_product(s, products, index, first):
+    """The same for one of the block's, from row `first` on."""
+    p = products[index]
+    weights_at = s.weights + s.layer * s.layer_bytes + p.weights
+    expect(s, weights_at, first, p.rows, p.row_bytes)
 
 
 @kernel
 def keys_values(s, products, first_row):
     """Run a block up to the cache; of q|k|v only the rows from `first_row` on."""
     p, tokens = products[QKV], s.tokens
+    expect_product(s, products, QKV, first_row)
     run_stage(s, products, ATTENTION_IN, tokens, tokens * s.input_stride)
     product(s, products, QKV, first_row, p.rows, p.row_bytes)
     run_stage(s, products, STORE, tokens, tokens * 8 * s.kv)
@@ -116,6 +140,7 @@ def block(s, products, layer):
     keys_values(s, products, 0)
     seen = 4 * (int64s(s.positions, tokens)[tokens - 1] + 1) * s.attention
     run_stage(s, products, ATTEND, tokens * s.kv_heads, tokens * seen)
+    expect_product(s, products, OUT, 0)
     run_stage(s, products, OUT_IN, tokens, cost)
     product(s, products, OUT, 0, products[OUT].rows, products[OUT].row_bytes)
     feed_forward(s, products)
@@ -125,24 +150,28 @@ def block(s, products, layer):
 def feed_forward(s, products):
     """The second half of a block, or an exit block."""
     tokens, cost = s.tokens, s.tokens * s.input_stride
+    expect_product(s, products, UP, 0)
     run_stage(s, products, FFN_IN, tokens, cost)
     product(s, products, UP, 0, products[UP].rows, products[UP].row_bytes)
+    expect_product(s, products, DOWN, 0)
     run_stage(s, products, DOWN_IN, tokens, cost)
     product(s, products, DOWN, 0, products[DOWN].rows, products[DOWN].row_bytes)
     run_stage(s, products, BLOCK_OUT, tokens, cost)
 
 
 @kernel
-def enter_exit(s, products):
+def enter_exit(s, products, rows_at, row_bytes):
     """The exit's own block, if any, and norm for tokens from `exit_from` on (SPEC 8.1, 8.8).
 
     From here on they are the tokens at hand, until the caller puts tokens, x and weights back.
+    Rows of the vocabulary are read next.
     """
     s.tokens, s.x = s.tokens - s.exit_from, s.x + s.exit_from * 4 * s.hidden
     if s.exit_layer:  # in `mid`: blocks may go on from x
         copy(s.x, s.mid, s.tokens * s.hidden)
         s.x, s.layer, s.weights = s.mid, s.exit_layer, s.exit_weights
         feed_forward(s, products)
+    expect(s, rows_at, 0, s.vocab, row_bytes)
     run_stage(s, products, EXIT_IN, s.tokens, s.tokens * s.input_stride)
 
 
@@ -150,7 +179,7 @@ def enter_exit(s, products):
 def exit_logits(s, products):
     """Logits of the tokens from `exit_from` on (SPEC 8.1)."""
     tokens, x, weights = s.tokens, s.x, s.weights
-    enter_exit(s, products)
+    enter_exit(s, products, s.vocab_weights, s.vocab_row_bytes)
     product(s, products, VOCAB, 0, s.vocab, s.vocab_row_bytes)
     s.tokens, s.x, s.weights = tokens, x, weights
 
@@ -159,7 +188,7 @@ def exit_logits(s, products):
 def contending_logits(s, products):
     """As `exit_logits`, with -inf in place of logits that cannot be chosen (SPEC 9.6)."""
     tokens, x, weights = s.tokens, s.x, s.weights
-    enter_exit(s, products)
+    enter_exit(s, products, s.upper_weights, s.upper_row_bytes)
     contend(s.contend, s, s.scratch, NORMS)
     product(s, products, BOUND, 0, s.vocab, s.upper_row_bytes)
     contend(s.contend, s, s.scratch, LEAST)
@@ -277,10 +306,51 @@ def skipped(s, products, layer):
     keys_values(s, products, s.attention // TILE_ROWS * TILE_ROWS)
 
 
+@kernel
+def greedy(s):
+    """The id to go on with after the logits at hand (SPEC 9.1, 9.2); -1: an end, or none (9.5)."""
+    z, seen, before = floats(s.logits, s.vocab), int32s(s.seen, s.vocab), floats(s.before, s.vocab)
+    penalised = s.seen_count if s.penalty != ONE else 0
+    for i in range(penalised):
+        value = z[seen[i]]
+        before[i] = value
+        z[seen[i]] = value / s.penalty if value > ZERO else value * s.penalty
+    token = largest_id(s.logits, s.vocab)
+    for i in range(penalised):
+        z[seen[i]] = before[i]
+    ends = int32s(s.ends, s.end_count)
+    for i in range(s.end_count):
+        if ends[i] == token:
+            token = -1
+    return token
+
+
+@kernel
+def go_on(s):
+    """Have the greedy token at hand that follows the one at hand; whether there is to be one."""
+    if s.followed == s.most_followed:
+        return False
+    token = greedy(s)
+    if token < 0:
+        return False
+    s.followed += 1
+    ids, positions, seen = int32s(s.ids, CHUNK), int64s(s.positions, 1), int32s(s.seen, s.vocab)
+    ids[0], ids[s.followed] = token, token
+    positions[0] += 1
+    known = False
+    for i in range(s.seen_count):
+        known = known or seen[i] == token
+    if not known:
+        seen[s.seen_count] = token
+        s.seen_count += 1
+    return True
+
+
 def run(state_at, products_at, actions, first, last):
     """Do `actions` (`layout`) on a state and its products; BLOCKS and FILL: blocks first..last-1.
 
     DRAFT: through blocks 0..first-1. LOOK: as BLOCKS, to where gates say, and FILL from there.
+    STEPS: all of it again for each greedy token that follows.
     HELP: live as helper thread `first`. Tokens count from `from_row` on, but for GATE's results,
     logits, and what LOOK says of them. No argument is checked: `bitskip_cpu.engine` does.
     """
@@ -291,23 +361,29 @@ def run(state_at, products_at, actions, first, last):
     x, ids, positions, caches = s.x, s.ids, s.positions, s.caches
     s.x, s.ids = x + s.from_row * 4 * s.hidden, ids + s.from_row * 4
     s.positions, s.caches = positions + s.from_row * 8, caches + s.from_row * 8
-    if actions & EMBED:
-        for t in range(s.tokens):
-            embed(s, t)
-    if actions & DRAFT:
-        draft(s, products, first)
-    if actions & BLOCKS:
-        for layer in range(first, last):
-            block(s, products, layer)
-    if actions & LOOK:
-        look(s, products, first, last)
-    if actions & FILL:
-        for layer in range(first, last):
-            skipped(s, products, layer)
-    if actions & EXIT:
-        exit_logits(s, products)
-    if actions & CONTEND:
-        contending_logits(s, products)
+    more = True
+    while more:
+        if actions & EMBED:
+            for t in range(s.tokens):
+                embed(s, t)
+        if actions & DRAFT:
+            draft(s, products, first)
+        if actions & BLOCKS:
+            for layer in range(first, last):
+                block(s, products, layer)
+        if actions & LOOK:
+            look(s, products, first, last)
+        if actions & FILL:
+            for layer in range(first, last):
+                skipped(s, products, layer)
+        if actions & EXIT:
+            exit_logits(s, products)
+        if actions & CONTEND:
+            contending_logits(s, products)
+        more = False
+        if actions & STEPS:
+            actions |= EMBED  # also where the first token was embedded before
+            more = go_on(s)
     if actions & MEASURE:
         measure(s.measure, s, s.scratch, CONFIDENCE)
     if actions & GATE:

@@ -28,16 +28,18 @@ _STATE = """
     positions caches gates tokens from_row logits exit_from draft_vocab least_lead
     draft_counts draft_of draft
     looks threshold order depths
+    followed most_followed seen_count end_count penalty seen ends before
     confidence_max confidence_margin confidence_entropy
     contender_count contender_temperature contender_reach
-    code_norms band_bounds least_contenders contenders_found
+    code_norms least_contenders contenders_found
 
     helpers share_from sync stage layer product first_row last_row part_rows
+    ahead ahead_parts ahead_bytes
 """
 _FLOATS = {
     "norm_eps", "largest_code", "confidence_max", "confidence_margin",
     "confidence_entropy", "least_lead", "threshold", "contender_temperature",
-    "contender_reach",
+    "contender_reach", "penalty",
 }  # fmt: skip
 
 STATE = np.dtype(
@@ -45,7 +47,8 @@ STATE = np.dtype(
 )
 """One model on one workspace. In order: shape and kind (SPEC 1); where its weights are; workspace
 of up to CHUNK tokens; the call at hand: int64 [T] the tokens' `positions`, and where their `caches`
-are, a CACHE each; the stage at hand, which threads share (`kernels.share`).
+are, a CACHE each; the stage at hand, which threads share (`kernels.share`), and what weights the
+next one reads: `ahead_parts` parts of `ahead_bytes` bytes from `ahead` on.
 
 `linear_rows`, `vocab_rows`, `contend`, `measure`: addresses of compiled pieces (`kernels.stages`,
 `contenders`, `measures`): those that this model needs, and the last two only once they are used.
@@ -59,6 +62,9 @@ drafts after each, at most; `draft_of`, int64 [T]: behind which of them each tok
 `gate`: the routing gate at hand, as `Weights.gate_at` lays it out; `looks`: int64 [L], where those
 of the blocks are that LOOK looks after, else 0. It leaves tokens in another order: `order`, int64
 [T], their numbers; `depths`, int64 [T], blocks that each ran.
+STEPS goes on with one token: `followed` more, `most_followed` at most, whose ids it leaves behind
+the first of `ids`, none of them one of `ends`, int32 [end_count]. `penalty` counts `seen`, int32
+[seen_count], each id once; `before`, f32 [V]: logits without it.
 `codes` of rows of floats are what `float_simd.order` makes of a token's input.
 It is argument and scratch: `forward` changes `tokens`, `x`, `positions` and the like for a while
 and puts them back."""
@@ -129,9 +135,11 @@ def float_room(width: int) -> int:
 
 
 # What `kernels.forward.run` does, added up; in this order.
-EMBED, DRAFT, BLOCKS, LOOK, FILL, EXIT, CONTEND, MEASURE, GATE, HELP = (1 << i for i in range(10))
+EMBED, DRAFT, BLOCKS, LOOK, FILL, EXIT, CONTEND, STEPS, MEASURE, GATE, HELP = (
+    1 << i for i in range(11)
+)
 
-SYNC_STAGE, SYNC_PENDING, SYNC_STOP, SYNC_RANGES = 0, 64, 128, 192
+SYNC_STAGE, SYNC_AHEAD, SYNC_PENDING, SYNC_STOP, SYNC_RANGES = 0, 8, 64, 128, 192
 """Bytes from `sync` to what threads share (`kernels.share`)."""
 
 

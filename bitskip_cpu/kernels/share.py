@@ -1,8 +1,9 @@
 """Sharing a stage's parts between the leader and helper threads.
 
-`sync` (address of int64 [sync_words], one cache line each) holds
+`sync` (address of int64 [sync_words], one cache line each, but for AHEAD behind STAGE) holds
 
     STAGE     number of the stage: shared stages are counted
+    AHEAD     number of the stage whose weights the state names, so that they can be asked for
     PENDING   parts not yet finished, as far as threads have told
     STOP      not 0: helpers leave
     RANGES    for each thread: number of the stage << 32 | begin << 16 | end of its parts left
@@ -17,13 +18,20 @@ the operating system keeps waiting holds up at most the part in its hands.
 
 from __future__ import annotations
 
-from bitskip_cpu.kernels.layout import SYNC_PENDING, SYNC_RANGES, SYNC_STAGE, SYNC_STOP
+from bitskip_cpu.kernels.layout import (
+    SYNC_AHEAD,
+    SYNC_PENDING,
+    SYNC_RANGES,
+    SYNC_STAGE,
+    SYNC_STOP,
+)
 from bitskip_cpu.kernels.numba_inside import atomics
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.stages import run_part
 
 atomic_read, atomic_write, atomic_add = atomics.read, atomics.write, atomics.add
 exchange, pause, sleep = atomics.exchange, atomics.pause, atomics.sleep
+fetch = atomics.fetch
 
 MOST_PARTS = 0xFFFF
 NUMBER = 0xFFFFFFFF
@@ -31,6 +39,32 @@ NUMBER = 0xFFFFFFFF
 SPINS = 2_000  # of some 40 ns: as long as the gaps within a token
 NAP = 100  # microseconds between looks after that
 NAPS = 300  # then the helper goes back to Python, to sleep until it is called
+
+AHEAD = 1 << 17  # bytes of its part of the next product that a helper asks for while it waits
+LINES = 16  # of them, 64 bytes each, between two looks whether that has begun
+
+
+@kernel
+def next_weights(s, at, parts, part_bytes):
+    """The next stage to be shared reads so many parts of weights: tell helpers, who wait now."""
+    if s.helpers:
+        s.ahead, s.ahead_parts, s.ahead_bytes = at, parts, part_bytes
+        atomic_write(s.sync + SYNC_AHEAD, (atomic_read(s.sync + SYNC_STAGE) + 1) & NUMBER)
+
+
+@kernel
+def fetch_ahead(s, thread, stage):
+    """Ask for the first of the weights that a helper will read, until `stage` is not the latest.
+
+    Memory would lie idle while the leader computes what one thread computes.
+    """
+    threads, parts = s.helpers + 1, s.ahead_parts
+    begin, end = thread * parts // threads, (thread + 1) * parts // threads
+    at = s.ahead + begin * s.ahead_bytes
+    stop = at + min((end - begin) * s.ahead_bytes, AHEAD)
+    while at < stop and atomic_read(s.sync + SYNC_STAGE) == stage:
+        fetch(at, LINES)
+        at += LINES * 64
 
 
 @kernel
@@ -82,13 +116,16 @@ def run_stage(s, products, stage, parts, cost):
 @kernel
 def help_out(s, products, thread):
     """Live as a helper: run parts while there are any, then wait, then leave."""
-    idle, seen = 0, -1
+    idle, seen, fetched = 0, -1, -1
     while atomic_read(s.sync + SYNC_STOP) == 0 and idle < SPINS + NAPS:
         number = atomic_read(s.sync + SYNC_STAGE)
         if number != seen:
             seen = number
             take_parts(s, products, thread)
             idle = 0
+        elif fetched != seen and atomic_read(s.sync + SYNC_AHEAD) == (seen + 1) & NUMBER:
+            fetched = seen
+            fetch_ahead(s, thread, seen)
         idle += 1
         if idle < SPINS:
             pause()

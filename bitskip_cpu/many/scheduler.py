@@ -133,7 +133,26 @@ class Scheduler:
         running = self._running
         if not running:
             return False
-        start, plan, rows = time.perf_counter(), list[tuple[Sequence, int, bool]](), list[Row]()
+        start = time.perf_counter()
+        if len(running) == 1 and running[0].runs_on:
+            batch = self._alone(running[0])
+        else:
+            batch = self._side_by_side(running)
+        self._drop()
+        self.figures.steps += 1
+        self.figures.batches[batch] += 1
+        self.figures.busy_s += time.perf_counter() - start
+        return True
+
+    def _alone(self, text: Sequence) -> int:
+        """Several tokens of the only text, in one call of the engine; texts in it."""
+        for ids, z in self._together(lambda _: [text.run_on()], [text], [text]) or []:
+            self._note(text, lambda ids=ids, z=z: text.take_on(ids, z))  # type: ignore[misc]
+        return 1
+
+    def _side_by_side(self, running: list[Sequence]) -> int:
+        """A row or a round of each text, and parts of prompts; texts in it."""
+        plan, rows = list[tuple[Sequence, int, bool]](), list[Row]()
         for text in running:
             row = text.next_row()
             if row is not None:
@@ -155,11 +174,7 @@ class Scheduler:
                 self.figures.prompt_tokens += count
             self._give(text, part, prompt, batch)
         self._speculate(rounds, batch)
-        self._drop()
-        self.figures.steps += 1
-        self.figures.batches[batch] += 1
-        self.figures.busy_s += time.perf_counter() - start
-        return True
+        return batch
 
     def _run(self, rows: list[Row]) -> list[tuple[np.ndarray | None, int]]:
         """What the engine finds. Of a text alone it is asked for what may be chosen (SPEC 9.6):

@@ -13,7 +13,7 @@ from bitskip_cpu.generate import Generation, Piece, Telling, check_prompt
 from bitskip_cpu.generation_options import GenerationOptions
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.draft import GreedyRound
-from bitskip_ref.decoding.generate import Choosing, Token
+from bitskip_ref.decoding.generate import Choosing, Together, Token
 from bitskip_ref.decoding.lookup import Lookup
 from bitskip_ref.decoding.speculate import Rounds
 from bitskip_ref.engine import Engine
@@ -123,6 +123,7 @@ class Sequence:
         self.reason = ""
         """Why it is over."""
         self._next: int | None = None  # the token to be run
+        self._together: Together | None = None  # of a text that may run several in a call
         self._rounds: Rounds | None = None  # of a speculated text
         self._echoed: list[Likely] = []
         self._last: Likely | None = None
@@ -132,6 +133,11 @@ class Sequence:
     def start(self, cache: Any) -> None:
         """Begin, after the positions that the cache holds."""
         self.cache, self.reused = cache, cache.length
+        free = self._choosing.greedy is not None and self.alternatives is None
+        if free and not self.rule.looks(self._engine.config):
+            self._together = Together(
+                self._engine, cache, self.depth, self.contenders, self._choosing
+            )
 
     @property
     def unread(self) -> int:
@@ -155,6 +161,16 @@ class Sequence:
         return None if self._next is None else Row(self._next, self.cache, self.rule)
 
     @property
+    def runs_on(self) -> bool:
+        """Whether `run_on` may be asked for its next tokens."""
+        return self._next is not None and self._together is not None
+
+    def run_on(self) -> tuple[list[int], np.ndarray]:
+        """Run the token chosen last, and greedy ones after it, in one call: for `take_on`."""
+        assert self._next is not None and self._together is not None
+        return self._together.run(self._next)
+
+    @property
     def kept_ids(self) -> list[int]:
         """Ids of the first positions that all blocks up to `depth` ran."""
         if self.rule.looks(self._engine.config):
@@ -172,6 +188,21 @@ class Sequence:
                 return self.take(z, self.depth, batch)
             self._echoed.append(self._likely(z, self.ids[i + 1]))
         return None
+
+    def take_on(self, ids: list[int], logits: np.ndarray) -> list[Token]:
+        """What `run_on` found: the tokens that the text says with it."""
+        assert self._together is not None
+        said = list[Token]()
+        for token in ids:
+            self._choosing.took(token)
+            said.append(Token(token, self.depth))
+            self._say(said[-1], None, 1)
+            if self._told.stopped:
+                self._together.keep(len(said) - 1)
+                self.end()
+                return said
+        last = self.take(logits, self.depth, 1)
+        return said if last is None else [*said, last]
 
     def take(self, logits: np.ndarray, depth: int, batch: int) -> Token | None:
         """Choose the token after logits f32 [V] that `depth` blocks gave; None: it has ended."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Generator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bitskip_ref.checks import is_whole
+from bitskip_ref.decoding.contenders import Contenders
+from bitskip_ref.decoding.greedy import MOST, Greedy
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.engine import Engine
 from bitskip_ref.rule import ExitRule, check_rule
+
+CALL_S = 0.03  # of a call for several tokens
+LEAST_S = 1e-6  # of a token: clocks may stand still
 
 
 class Token(NamedTuple):
@@ -68,6 +74,19 @@ class Choosing:
         """How many tokens may follow."""
         return self._left
 
+    @property
+    def greedy(self) -> Greedy | None:
+        """How an engine may go on after a token by itself; None: `next` has to choose each."""
+        sampler = self._sampler
+        if sampler.temperature != 0 or sampler.logit_bias:
+            return None
+        return Greedy(self._ends, sampler.repetition_penalty, self._seen)
+
+    def took(self, token: int) -> None:
+        """The text goes on with a token that an engine chose as `greedy` says."""
+        self._seen.add(token)
+        self._made, self._left = self._made + 1, self._left - 1
+
     def next(self, logits: np.ndarray) -> int | None:
         """The token after logits f32 [V]; None where the text ends (SPEC 9.4, 9.5: ValueError)."""
         if self.over:
@@ -76,9 +95,48 @@ class Choosing:
         if token in self._ends:
             self.end, self._left = token, 0
             return None
-        self._seen.add(token)
-        self._made, self._left = self._made + 1, self._left - 1
+        self.took(token)
         return token
+
+
+class Together:
+    """A text's greedy tokens under a fixed exit, several in one call of the engine.
+
+    Those of a call come at once: so many that it lasts CALL_S, about, and nobody who reads along or
+    breaks off waits longer.
+    """
+
+    def __init__(
+        self, engine: Engine, cache: Any, exit_layer: int, contenders: Contenders | None,
+        choosing: Choosing,
+    ) -> None:  # fmt: skip
+        self._engine, self._cache, self._choosing = engine, cache, choosing
+        self._exit_layer, self._contenders = exit_layer, contenders
+        self._count = 0  # nothing is known of its speed, and a second token is soon there
+        self._first = 0
+
+    def run(self, token_id: int) -> tuple[list[int], np.ndarray]:
+        """Run the token that `choosing` gave last: those that follow, and the logits after them.
+
+        `keep` says how many of them the text has taken.
+        """
+        greedy, cache = self._choosing.greedy, self._cache
+        assert greedy is not None
+        self._first = cache.length
+        count = min(self._count, self._choosing.left, cache.room - cache.length) - 1
+        start = time.perf_counter()
+        ids, z = self._engine.step_greedy(
+            token_id, cache, max(0, count), greedy, exit_layer=self._exit_layer,
+            contenders=self._contenders,
+        )  # fmt: skip
+        each = (time.perf_counter() - start) / (1 + len(ids))
+        self._count = int(min(1 + MOST, CALL_S / max(each, LEAST_S)))
+        return ids, z
+
+    def keep(self, count: int) -> None:
+        """The token and `count` of those that follow were run; the cache forgets the others."""
+        if self._first + 1 + count < self._cache.length:
+            self._cache.length = self._first + 1 + count
 
 
 def stream(
@@ -95,8 +153,9 @@ def stream(
     """Yield tokens until end-of-text (not yielded), `max_tokens`, or a full context.
 
     cache: goes on after what it holds, which `prompt` does not repeat (None: a new one). In the end
-    it holds the prompt and all tokens but the last, from which nothing was predicted. seen: ids
-    before the prompt that count for the repetition penalty (SPEC 9.2).
+    it holds the prompt and all tokens but the last, from which nothing was predicted; before that,
+    perhaps tokens that are yet to be yielded. seen: ids before the prompt that count for the
+    repetition penalty (SPEC 9.2).
     Raises ValueError, before any work, for an empty prompt, one longer than the context, or a rule
     that means nothing for the model.
     """
@@ -109,8 +168,22 @@ def stream(
     z = engine.extend(prompt, cache, exit_layer=depth, last_only=True, contenders=contenders)[0]
     room = engine.config.max_position_embeddings - cache.length
     choosing = Choosing(sampler, max_tokens, room, eos_token_id, {*seen, *prompt})
+    together = None
+    if choosing.greedy is not None and not rule.looks(engine.config):
+        together = Together(engine, cache, depth, contenders, choosing)
     while (token := choosing.next(z)) is not None:
         yield Token(token, depth)
         if choosing.over:
             return
-        z, depth = engine.step(token, cache, rule, contenders=contenders)
+        if together is None:
+            z, depth = engine.step(token, cache, rule, contenders=contenders)
+            continue
+        ids, z = together.run(token)
+        done = 0
+        try:
+            for token in ids:
+                choosing.took(token)
+                yield Token(token, depth)
+                done += 1
+        finally:  # also where the caller stops within a call
+            together.keep(done)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bitskip_ref.config import ModelConfig, small_twin
 from bitskip_ref.documents import END_OF_TEXT
+from bitskip_ref.exits.fixed import FixedExit
 from bitskip_ref.folder import write_folder
 from tests.helpers import random_tensors
 
@@ -62,8 +63,10 @@ class ScriptEngine:
         return [self]
 
     def new_cache(self) -> Any:
+        context = self.config.max_position_embeddings
+
         class Cache:
-            length = 0
+            length, room = 0, context
 
         return Cache()
 
@@ -82,6 +85,11 @@ class ScriptEngine:
         self.fed.append(token_id)
         depth = self.depths[len(self.fed) - 1] if self.depths else 1
         return self._say(len(self.fed)), depth
+
+    def step_greedy(
+        self, token_id: int, cache: Any, count: int, greedy: Any, *, exit_layer: int, **_: Any
+    ) -> Any:
+        return [], self.step(token_id, cache, FixedExit(exit_layer))[0]  # none more in a call
 
     def logits(self, token_ids: Any, exit_layer: int | None = None) -> np.ndarray:
         return np.stack([self._say(i) for i in range(len(token_ids))])

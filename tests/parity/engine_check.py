@@ -19,6 +19,7 @@ from bitskip_ref.cache import cached_arrays
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig, small_twin
 from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.decoding.greedy import Greedy
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.model import ReferenceModel
 from bitskip_ref.packing import pack_ternary
@@ -170,6 +171,9 @@ def check(
         steps = stepped(reference, prompt, rule, rest)
         for who, engine in engines.items():
             problems += compare(f"{who}{rule}", steps, stepped(engine, prompt, rule, rest))
+    greedy = greedy_of(reference, prompt)
+    for who, engine in engines.items():
+        problems += compare(f"{who}greedy", greedy, greedy_of(engine, prompt))
     if layers > 1:
         rounds = rounds_of(reference, prompt)
         for who, engine in engines.items():
@@ -197,6 +201,18 @@ def rounds_of(engine: Any, prompt: Sequence[int]) -> Stages:
         drafts, z = engine.speculate(count, cache, count, Draft(1))
         found |= {f"drafts {count}": np.array(drafts, np.int64), f"logits {count}": z}
         cache.length -= len(drafts)
+    return found
+
+
+def greedy_of(engine: Any, prompt: Sequence[int]) -> Stages:
+    """Greedy tokens that follow a prompt in one call, with a penalty and without, and logits."""
+    found: Stages = {}
+    for penalty in (1.0, 1.3):
+        cache = engine.new_cache()
+        engine.extend(prompt, cache)
+        count = min(5, cache.room - len(prompt) - 1)
+        ids, z = engine.step_greedy(0, cache, count, Greedy((), penalty, {0, *prompt}))
+        found |= {f"ids {penalty}": np.array(ids, np.int64), f"logits {penalty}": z}
     return found
 
 

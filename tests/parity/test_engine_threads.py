@@ -18,6 +18,7 @@ import pytest
 
 from bitskip_cpu.cores import default_threads
 from bitskip_cpu.engine import Engine, load, random_model
+from bitskip_cpu.kernels.layout import BLOCKS, DOWN, FILL, QKV
 from bitskip_cpu.weights import random_tensors
 from bitskip_ref.config import preset, small_twin
 from bitskip_ref.exits import ConfidenceExit, FixedExit
@@ -49,6 +50,28 @@ def test_threads_and_callers_do_not_change_a_bit() -> None:
         results = list(pool.map(text, engines * 4))
     for result in results:
         assert result.tobytes() == expected.tobytes()
+
+
+def test_helpers_are_told_of_the_weights_that_come_next() -> None:
+    """Where they lie and what a part of them is; that they are asked for changes no bit."""
+    engine = eager(2)
+    engine.step(1, engine.new_cache(), FixedExit())
+    s, products = engine._space.state, engine._space.products
+
+    def told(at: int, rows: int, row_bytes: int) -> bool:
+        short = int(s["ahead_parts"]) * int(s["ahead_bytes"]) - rows * row_bytes
+        return int(s["ahead"]) == at and 0 <= short < int(s["ahead_bytes"])
+
+    assert told(int(s["vocab_weights"]), CONFIG.vocab_size, int(s["vocab_row_bytes"]))
+    for i in range(CONFIG.num_hidden_layers):
+        block = engine.weights.linear.ctypes.data + i * engine.weights.layer_bytes
+        for action, index in ((BLOCKS, DOWN), (FILL, QKV)):
+            engine._call(action, i, i + 1)
+            p = products[index]
+            first = CONFIG.attention_size // 16 * 16 if action == FILL else 0  # keys, values alone
+            size, rows = int(p["row_bytes"]), int(p["rows"]) - first
+            assert told(block + int(p["weights"]) + first * size, rows, size)
+            assert not told(block, rows, size) or first == p["weights"] == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")

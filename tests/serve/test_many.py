@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bitskip_cpu.many.scheduler import Full, Scheduler
 from bitskip_cpu.many.sequence import Sequence
 from bitskip_cpu.model import Model
 from bitskip_cpu.pages import Pool
+from bitskip_ref.decoding import generate
 from bitskip_ref.decoding.contenders import Contenders
 from tests.cli.conftest import write_model
 from tests.serve.asked import Heard, check, random_request, run_all
@@ -56,6 +58,28 @@ def test_a_text_depends_on_its_request_alone(model: Model) -> None:
 def test_two_thousand_requests(tmp_path: Path, threads: int, kv_cache: str) -> None:
     folder = write_model(tmp_path / "model")
     some(bitskip_cpu.load(folder, threads=threads, kv_cache=kv_cache), 700, threads)
+
+
+def test_texts_one_after_the_other(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each alone, several greedy tokens in a call: stop strings within it, pages used again."""
+    monkeypatch.setattr(generate, "CALL_S", 1e9)
+    rng, counts = random.Random(5), Counter[int]()
+    run = model.engine.step_greedy
+
+    def note(token: int, cache: Any, count: int, *how: Any, **options: Any) -> Any:
+        found = run(token, cache, count, *how, **options)
+        counts[len(found[0])] += 1
+        return found
+
+    monkeypatch.setattr(model.engine, "step_greedy", note)
+    scheduler, heads = Scheduler(model), [[*range(1, 30)]]
+    for _ in range(60):
+        request = random_request(rng, model, heads)
+        request.arrives, request.gone_after = 0, None
+        run_all(scheduler, [request])
+        check(model, request)
+        heads.append([*request.ids, *request.tokens][:30])
+    assert max(counts) > 4 and scheduler.figures.ended["stop_string"]
 
 
 def test_a_text_of_another_depth_is_seen(model: Model) -> None:
@@ -116,19 +140,23 @@ def test_of_a_text_alone_only_logits_that_may_be_chosen_are_wanted(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SPEC 9.6, unless it tells of log probabilities."""
-    asked: list[Any] = []
-    step = model.engine.step
+    asked = set[Any]()
 
-    def note(*row: Any, contenders: Any) -> Any:
-        asked.append(contenders)
-        return step(*row, contenders=contenders)
+    def note(verb: Any) -> Any:
+        def call(*row: Any, contenders: Any, **options: Any) -> Any:
+            asked.add(contenders)
+            return verb(*row, contenders=contenders, **options)
 
-    monkeypatch.setattr(model.engine, "step", note)
-    how = GenerationOptions(max_tokens=6)
+        return call
+
+    for verb in ("step", "step_greedy"):
+        monkeypatch.setattr(model.engine, verb, note(getattr(model.engine, verb)))
+    how, seeded = GenerationOptions(max_tokens=6), GenerationOptions(temperature=1.0, top_k=9)
     for texts, expected in (
-        ([Heard([3, 4], how)], [Contenders()] * 5),
-        ([Heard([3, 4], how, alternatives=2)], [None] * 5),
-        ([Heard([3, 4], how), Heard([5, 6], how)], []),
+        ([Heard([3, 4], how)], {Contenders()}),
+        ([Heard([3, 4], seeded)], {Contenders(9, 1.0)}),
+        ([Heard([3, 4], how, alternatives=2)], {None}),
+        ([Heard([3, 4], how), Heard([5, 6], how)], set()),
     ):
         asked.clear()
         run_all(Scheduler(model), texts)

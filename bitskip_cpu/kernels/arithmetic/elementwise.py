@@ -32,7 +32,7 @@ ZERO = f32(0.0)
 SCALE_FLOOR = f32(constants.SCALE_FLOOR)
 L0, L1, L2, L3, L4, L5, L6, L7, L8 = map(f32, constants.LOG_COEFFICIENTS)
 ONE_HALF, SQRT_HALF = f32(0.5), f32(constants.SQRT_HALF)
-MAGNITUDE = i32(0x7FFFFFFF)
+MAGNITUDE, LOWEST = i32(0x7FFFFFFF), i32(-0x80000000)
 FRACTION, ONE_HALF_BITS = i32(0x007FFFFF), i32(0x3F000000)  # of a float; of 0.5
 LEAST_FLOAT = f32(np.finfo(np.float32).min)
 LARGEST_INT8 = f32(127.0)
@@ -328,6 +328,21 @@ def first_of(x_at, n, value):
     while i < n - 1 and x[i] != value:
         i += 1
     return i
+
+
+@kernel
+def largest_id(x_at, n):
+    """Number of the first of the largest of n floats; -1 if that is no finite number (SPEC 9.5)."""
+    bits = int32s(x_at, n)
+    top, magnitude = LOWEST, i32(0)
+    for i in range(n):
+        b = bits[i]
+        magnitude = max(magnitude, i32(b & MAGNITUDE))
+        top = max(top, i32(b ^ ((b >> 31) & MAGNITUDE)))  # as integers they order as floats
+    largest = i32(top ^ ((top >> 31) & MAGNITUDE)).view(f32)
+    if magnitude > INFINITY_BITS or abs(largest) == INFINITY:
+        return -1
+    return first_of(x_at, n, largest)
 
 
 @kernel

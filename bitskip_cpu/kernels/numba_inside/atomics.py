@@ -10,7 +10,7 @@ from llvmlite import ir
 
 from bitskip_cpu import isa
 from bitskip_cpu.kernels.numba_inside.decorators import intrinsic
-from bitskip_cpu.kernels.numba_inside.emit import INT, LONG, call, pointer
+from bitskip_cpu.kernels.numba_inside.emit import INT, LONG, call, loop, pointer, prefetch
 from bitskip_cpu.native import SLEEP, SLEEP_UNIT
 
 
@@ -47,6 +47,13 @@ def pause(builder):
         call(builder, "llvm.aarch64.hint", ir.VoidType(), INT(1))  # yield
     elif "x86_64" in llvm.get_process_triple():
         call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+
+
+@intrinsic()
+def fetch(builder, address, lines):
+    """Ask for cache lines from there on in the second cache; nothing else comes of it."""
+    with loop(builder, lines) as index:
+        prefetch(builder, builder.add(address, builder.shl(index, LONG(6))), 2)
 
 
 @intrinsic()
