@@ -12,6 +12,7 @@ import numpy as np
 from bitskip_ref.checks import is_number, is_whole
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.sampling import LEAST, Sampler
+from bitskip_ref.excerpt import shown
 
 MOST = 32  # tokens after the first that a call may run
 
@@ -50,15 +51,18 @@ def check_greedy(asked: Greedy, count: int, config: ModelConfig) -> Chosen:
     if not isinstance(asked, Greedy):
         raise ValueError(f"{asked!r} is not how greedy tokens are chosen: give a Greedy")
     if not is_whole(count) or not 0 <= count <= MOST:
-        raise ValueError(f"{count!r} tokens after the first: a call takes 0..{MOST}")
+        raise ValueError(f"{shown(count)} tokens after the first: a call takes 0..{MOST}")
     r = asked.repetition_penalty
     if not is_number(r) or not LEAST <= r <= 100:
-        raise ValueError(f"repetition penalty {r!r}: must be between {LEAST:g} and 100")
+        raise ValueError(f"repetition penalty {shown(r)}: must be between {LEAST:g} and 100")
     seen = _ids(asked.seen, config) if r != 1 else np.zeros(0, np.int64)
     return Chosen(_ids(asked.ends, config), float(r), seen)
 
 
 def _ids(ids: Collection[int], config: ModelConfig) -> np.ndarray:
     """int64, each once; those that no token of this model has are nowhere chosen or seen."""
-    found = np.unique(np.fromiter(ids, np.int64, len(ids)))
+    try:
+        found = np.unique(np.fromiter(ids, np.int64, len(ids)))
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"token ids {shown(ids)}: must be a collection of whole numbers") from None
     return found[(found >= 0) & (found < config.vocab_size)]

@@ -21,6 +21,7 @@ import numpy as np
 from bitskip_cpu.compiling import warmup
 from bitskip_cpu.engine import Engine
 from bitskip_ref.decoding.draft import Draft, GreedyRound
+from bitskip_ref.decoding.greedy import Greedy
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.model import ReferenceModel
 from bitskip_ref.rows import Row
@@ -143,6 +144,14 @@ any_draft = made(
     mostly(either(of(0.0), lambda draw: draw.uniform(0, 3)), any_float, odd),
 )  # fmt: skip
 any_count = mostly(whole(0, 16), whole(-2, 20), odd)
+any_more = mostly(whole(0, 8), whole(-2, 40), odd)
+any_greedy = mostly(
+    made(
+        Greedy, mostly(listed(a_token, 0, 3), any_tokens),
+        mostly(of(1.0, 1.1, 0.7), any_float, odd), mostly(listed(a_token, 0, 9), any_tokens),
+    ),
+    odd,
+)  # fmt: skip
 any_length = mostly(whole(0, 24), whole(-3, 99), odd)
 any_bool = of(False, True)
 
@@ -277,6 +286,14 @@ class Calls:
         token, how = any_token(self.draw), any_rule(self.draw)
         self._same(lambda e, c: e.step(token, c, how), self._group())
 
+    def step_greedy(self) -> None:
+        """Several tokens in a call."""
+        token, count, depth = (kind(self.draw) for kind in (any_token, any_more, any_depth))
+        how = any_greedy(self.draw)
+        self._same(
+            lambda e, c: e.step_greedy(token, c, count, how, exit_layer=depth), self._group()
+        )
+
     def step_many(self) -> None:
         """Tokens of two sequences, or of one."""
         one, two = any_token(self.draw), any_token(self.draw)
@@ -314,5 +331,5 @@ class Calls:
 
 ACTS: list[Callable[[Calls], None]] = [
     Calls.new_cache, Calls.copied, Calls.set_length, Calls.extend, Calls.extend_exits, Calls.step,
-    Calls.step_many, Calls.speculate, Calls.speculate_many, Calls.round,
+    Calls.step_greedy, Calls.step_many, Calls.speculate, Calls.speculate_many, Calls.round,
 ]  # fmt: skip
