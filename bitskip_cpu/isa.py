@@ -45,7 +45,7 @@ class Path:
     columns: int = 4  # unpacked rows are padded to a multiple of so many
     unpack_above: int = 16  # with more tokens, ternary tiles are unpacked before products
     bytes_above: int = 4  # with more tokens, the vocabulary's 8-bit rows count as unpacked tiles
-    fetch_all: bool = True  # every line of codes is asked for ahead, not one in a unit (dot.py)
+    fetch_all: bool = True  # every line of codes is asked for ahead, not one in eight (dot.py)
     amd_fetch_all: bool = True  # the same for AMD's CPUs (`tuned`)
     matrix_unit: bool = False  # whether there is one (AMX)
     few_above: tuple[int, int] = (NEVER, NEVER)  # with more, it takes packed tiles (amx.py)

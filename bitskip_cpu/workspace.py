@@ -205,6 +205,7 @@ class Workspace:
             "before": aligned((c.vocab_size,), np.float32, zeros=False), "codes": codes,
             "steps": aligned((CHUNK,), np.float32), "sums": aligned((CHUNK,), np.int32),
             "code_norms": aligned((CHUNK,), np.float32),
+            "band_bounds": aligned((CHUNK, -(-c.vocab_size // BAND)), np.float32, zeros=False),
             "least_contenders": aligned((CHUNK,), np.float32),
         }.items():  # fmt: skip
             s[name] = self._keep(array)

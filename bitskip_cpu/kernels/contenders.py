@@ -14,8 +14,9 @@ import math
 
 import numpy as np
 
-from bitskip_cpu.kernels.arithmetic.elementwise import INFINITY, first_of, two_largest
-from bitskip_cpu.kernels.layout import ACC_STRIDE, BAND, INT4
+from bitskip_cpu.kernels.arithmetic.elementwise import INFINITY, copy, first_of
+from bitskip_cpu.kernels.arithmetic.lanes import larger, largest
+from bitskip_cpu.kernels.layout import ACC_STRIDE, BAND, INT4, LANES
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s
 from bitskip_cpu.kernels.products.rows import fetch_row, row_sum, vocab_sums
@@ -25,6 +26,7 @@ from bitskip_cpu.kernels.products.vocab_layout import OFFSET, ROUND_UP, VOCAB_CO
 f32, i32 = np.float32, np.int32
 OFFSET4 = i32(OFFSET[4])
 ONE, SPARE = f32(1.0), f32(1e-6)
+AHEAD = 4  # rows that are asked for before they are wanted: each lies in a page of its own
 
 
 @kernel
@@ -40,13 +42,18 @@ def norms_of_codes(s):
 
 @kernel
 def bound_rows(s, first, last, acc_at):
-    """Upper bounds of logits first..last-1 over the temperature, in their places, per token."""
+    """Upper bounds of logits first..last-1 over the temperature, in their places, per token.
+
+    And the largest of each band. What lies beside the tiles is asked for a band ahead.
+    """
     steps, sums = floats(s.steps, s.tokens), int32s(s.sums, s.tokens)
     norms = floats(s.code_norms, s.tokens)
     size, units = TILE_ROWS * s.upper_row_bytes, -(-s.hidden // VOCAB_COLUMNS)
     for start in range(first, last, BAND):
         n = min(BAND, last - start)
         tiles_at, tiles = s.upper_weights + start * s.upper_row_bytes, -(-n // TILE_ROWS)
+        for array in (s.vocab_scale, s.upper_norms, s.logits):
+            fetch_row(array + 4 * (start + BAND), 4 * BAND)
         vocab_sums(INT4, s.tokens, tiles_at, tiles, size, units, s.codes, s.codes_stride, acc_at)
         scale, lower = floats(s.vocab_scale + 4 * start, n), floats(s.upper_norms + 4 * start, n)
         for t in range(s.tokens):
@@ -60,6 +67,42 @@ def bound_rows(s, first, last, acc_at):
             if s.contender_temperature != ONE:
                 for i in range(n):
                     z[i] = z[i] / s.contender_temperature
+            z_at = s.logits + 4 * (t * s.vocab + start)
+            largest_bounds = floats(s.band_bounds + 4 * t * bands(s), bands(s))
+            largest_bounds[start // BAND] = largest_of(z_at, n, acc_at + t * ACC_STRIDE)
+
+
+@kernel
+def bands(s):
+    """How many bands of rows there are."""
+    return (s.vocab + BAND - 1) // BAND
+
+
+@kernel
+def largest_of(x_at, n, room_at):
+    """The largest of n floats; `room`: LANES floats."""
+    x, whole, most = floats(x_at, n), n // LANES * LANES, -INFINITY
+    for i in range(whole, n):
+        most = max(most, x[i])
+    if whole:
+        copy(x_at, room_at, LANES)
+        for i in range(LANES, whole, LANES):
+            larger(room_at, x_at + 4 * i, room_at)
+        most = max(most, largest(room_at))
+    return most
+
+
+@kernel
+def row_of_largest(s, t):
+    """The row with token t's largest bound."""
+    count, band = bands(s), 0
+    largest_bounds = floats(s.band_bounds + 4 * t * count, count)
+    for b in range(count):
+        if largest_bounds[b] > largest_bounds[band]:
+            band = b
+    start = band * BAND
+    z_at, n = s.logits + 4 * (t * s.vocab + start), min(BAND, s.vocab - start)
+    return start + first_of(z_at, n, largest_bounds[band])
 
 
 @kernel
@@ -76,8 +119,7 @@ def find_least(s):
     for t in range(s.tokens):
         z_at, count = s.logits + 4 * t * s.vocab, min(s.contender_count, s.vocab)
         if count == 1:
-            lowest = logit(s, t, first_of(z_at, s.vocab, two_largest(z_at, s.vocab, s.scratch)[0]))
-            lowest = lowest / s.contender_temperature
+            lowest = logit(s, t, row_of_largest(s, t)) / s.contender_temperature
         else:
             lowest, rows = INFINITY, int32s(s.scratch, count)
             largest_rows(z_at, s.vocab, count, rows)
@@ -119,9 +161,11 @@ def settle_rows(s, first, last, scratch_at):
                     found += 0 if z[i] < least else 1
             for i in range(start, stop):
                 z[i] = -INFINITY
-        for j in range(found):
-            fetch_row(s.head_codes + rows[min(j + 1, found - 1)] * s.hidden, s.hidden)
-            z[rows[j]] = logit(s, t, rows[j])
+        for j in range(-AHEAD, found):
+            if j + AHEAD < found:
+                fetch_row(s.head_codes + rows[j + AHEAD] * s.hidden, s.hidden)
+            if j >= 0:
+                z[rows[j]] = logit(s, t, rows[j])
 
 
 @kernel

@@ -67,7 +67,7 @@ f32 = np.float32
 ZERO, ONE = f32(0.0), f32(1.0)
 
 PART_BYTES = 1 << 15  # of weights, about, in one part of a product
-SETTLE_BYTES = 64  # of a row, on average, where few are read
+SETTLE_BYTES = 16  # of a row, on average, where few are read
 
 
 @kernel

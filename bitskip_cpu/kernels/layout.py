@@ -31,7 +31,7 @@ _STATE = """
     followed most_followed seen_count end_count penalty seen ends before
     confidence_max confidence_margin confidence_entropy
     contender_count contender_temperature contender_reach
-    code_norms least_contenders contenders_found
+    code_norms band_bounds least_contenders contenders_found
 
     helpers share_from sync stage layer product first_row last_row part_rows
     ahead ahead_parts ahead_bytes

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitskip_cpu.kernels.layout import ACC_STRIDE, INT4, INT6, INT8
+from bitskip_cpu.kernels.contenders import largest_of
+from bitskip_cpu.kernels.layout import ACC_STRIDE, INT4, INT6, INT8, LANES
 from bitskip_cpu.kernels.products import plain, rows, vocab_layout
 from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS, padded_rows
 from tests.kernels.calling import call, same_bits
@@ -43,3 +44,12 @@ def test_products(path: Any, bits: int, width: int, kind: str) -> None:
              TILE_ROWS * row_bytes, units, codes, codes.strides[0], out)  # fmt: skip
         found = np.ascontiguousarray(out[:tokens, : len(codes_of_rows)])
         assert same_bits(exact[:tokens], found), tokens
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 33, 64])
+def test_the_largest_of_a_band(n: int) -> None:
+    room = np.zeros(LANES, np.float32)
+    for place in range(n):
+        x = np.arange(-n, 0, dtype=np.float32)
+        x[place] = 3
+        assert call(largest_of, x, n, room) == 3

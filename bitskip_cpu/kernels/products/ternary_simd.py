@@ -48,7 +48,7 @@ from bitskip_cpu.kernels.products.ternary_layout import (
 
 REGISTERS = LINE // WIDTH  # of a line
 PAIRS = 64  # planes whose sums of pairs fit 16 bits
-QUARTERED = (0, 1) if BY_WORDS else (1, 2)  # planes that `packed_tile` may multiply by four
+QUARTERED = (0, 1) if BY_WORDS else (1, 3)  # planes that `packed_tile` may multiply by four
 Line = list[Any]
 """Its registers; by words, what its two numbers look up, for its one register."""
 
@@ -139,7 +139,7 @@ def plane_times_4(builder: ir.IRBuilder, x: Any, p: int) -> ir.Value:
     """The codes 0, 4, 8 of one plane that is QUARTERED."""
     if BY_WORDS:
         return builder.and_(x[p], constant(BYTES, 12))
-    moved = shifted(builder, x, 2 * p - 2) if p > 1 else x
+    moved = shifted(builder, x, 2 * p - 2) if p > 1 else x  # which the plane before takes, too
     return builder.and_(moved, constant(BYTES, 12))
 
 

@@ -1,7 +1,8 @@
 """Kernels of the vocabulary's tiles of 8, 6 or 4 bits (`vocab_layout`), as LLVM IR (SPEC 4.4).
 
-They work as `ternary_simd.packed_tile` does. On AVX2 two planes are summed in 16 bits:
-2 * 2 * 63 * 127 = 32004; of 8 bits one, signs moved to the activations: 2 * 127 * 127 = 32258.
+They work as `ternary_simd.packed_tile` does. On AVX2 so many planes are summed in 16 bits as fit:
+of 4 bits four (4 * 2 * 15 * 127 = 15240), of 6 bits two (2 * 2 * 63 * 127 = 32004), of 8 bits one,
+signs moved to the activations (2 * 127 * 127 = 32258).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from bitskip_cpu.kernels.products.ternary_simd import (
     shifted,
 )
 from bitskip_cpu.kernels.products.vocab_layout import VOCAB_COLUMNS, VOCAB_LINES
+
+SUMMED = {4: 4, 6: 2, 8: 1}  # planes whose sums of pairs fit 16 bits
 
 
 def planes(builder: ir.IRBuilder, bits: int, lines: list[Line], h: int) -> list[ir.Value]:
@@ -78,7 +81,7 @@ def vocab_tile(bits: int, tokens: int, chains: int) -> Kernel:
                         if bits == 8 and PATH.pairs:
                             operands = unsigned(builder, *operands)
                         sums.add(t, h, *operands, p)
-                if p % 2 or bits == 8:
+                if (p + 1) % SUMMED[bits] == 0:
                     sums.flush()
         sums.store(out, out_stride)
 
@@ -119,9 +122,9 @@ def row_sum(row_at, codes_at, n):
 
 @intrinsic()
 def fetch_row(builder, row, n):
-    """Ask for n bytes, most of which will be there when they are wanted."""
+    """Ask for n bytes in the second cache: the first cannot wait for so many lines at once."""
     with loop(builder, builder.udiv(n, LONG(LINE))) as index:
-        prefetch(builder, builder.add(row, builder.mul(index, LONG(LINE))), 3)
+        prefetch(builder, builder.add(row, builder.mul(index, LONG(LINE))), 2)
 
 
 int4_1, int4_4 = vocab_tile(4, 1, 4), vocab_tile(4, 4, 4)
