@@ -34,7 +34,7 @@ class Piece:
     text: str
     token_id: int | None = None
     exit_layer: int | None = None  # blocks of the pass whose logits chose the token (SPEC 8.7)
-    seconds: float | None = None  # that were waited for it; tokens of one round come together
+    seconds: float | None = None  # that were waited for it; of those that came at once, a share
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Telling:
         self._depths: list[int] = []
         self._started: float | None = None
         self._asked = 0.0  # since when a token is waited for
+        self._coming, self._each = 0, 0.0  # tokens that came with the last one; seconds of each
         self._times: list[float] = []  # of the first and the latest token
         self.ended = False
         """Whether no token follows any more."""
@@ -103,8 +104,10 @@ class Telling:
         self._depths.append(token.depth)
         text = self._stop.feed(self._decoder.feed(token.id))
         self._text.append(text)
-        seconds, self._asked = now - self._asked, now
-        return Piece(text, token.id, token.depth, seconds)
+        if not self._coming:
+            self._coming, self._each = token.together, (now - self._asked) / token.together
+        self._coming, self._asked = self._coming - 1, now
+        return Piece(text, token.id, token.depth, self._each)
 
     @property
     def stopped(self) -> bool:

@@ -26,6 +26,7 @@ class LlamaCache:
         from transformers import DynamicCache
 
         self.inner = DynamicCache(config=config)
+        self.room = config.max_position_embeddings
         self._length = 0
 
     @property
@@ -93,12 +94,12 @@ class LlamaEngine:
         cache.length += len(token_ids)
         return out.logits[0].numpy()
 
-    def step(
-        self, token_id: int, cache: LlamaCache, rule: Any, contenders: Any = None
-    ) -> tuple[np.ndarray, int]:
-        """One token at a fixed exit: all logits [V], whichever are asked for, and the exit."""
-        n = rule.deepest(self.config)
-        return self.extend([token_id], cache, exit_layer=n, last_only=True)[0], n
+    def step_greedy(
+        self, token_id: int, cache: LlamaCache, count: int, greedy: Any, *, exit_layer: int,
+        contenders: Any = None,
+    ) -> tuple[list[int], np.ndarray]:  # fmt: skip
+        """As of an engine, one token a call: all its logits [V], whichever are asked for."""
+        return [], self.extend([token_id], cache, exit_layer=exit_layer, last_only=True)[0]
 
 
 def _name(ours: str) -> str:

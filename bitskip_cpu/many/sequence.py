@@ -195,17 +195,20 @@ class Sequence:
         said = list[Token]()
         for token in ids:
             self._choosing.took(token)
-            said.append(Token(token, self.depth))
+            said.append(Token(token, self.depth, len(ids) + 1))
             self._say(said[-1], None, 1)
             if self._told.stopped:
                 self._together.keep(len(said) - 1)
                 self.end()
                 return said
-        last = self.take(logits, self.depth, 1)
+        last = self.take(logits, self.depth, 1, len(ids) + 1)
         return said if last is None else [*said, last]
 
-    def take(self, logits: np.ndarray, depth: int, batch: int) -> Token | None:
-        """Choose the token after logits f32 [V] that `depth` blocks gave; None: it has ended."""
+    def take(self, logits: np.ndarray, depth: int, batch: int, together: int = 1) -> Token | None:
+        """Choose the token after logits f32 [V] that `depth` blocks gave; None: it has ended.
+
+        together: tokens that came at once.
+        """
         token = self._choosing.next(logits)
         self._next = None
         if token is None:
@@ -215,7 +218,7 @@ class Sequence:
             self.end()
             return None
         likely = None if self.alternatives is None else self._likely(logits, token)
-        said = Token(token, depth)
+        said = Token(token, depth, together)
         self._say(said, likely, batch)
         if self._choosing.over or self._told.stopped:
             self.end()
@@ -241,7 +244,7 @@ class Sequence:
             ended = token in self._ends
             if ended or self._told.stopped:
                 break
-            said.append(Token(token, self.depth))
+            said.append(Token(token, self.depth, len(tokens)))
             self._say(said[-1], None, batch)
         if tokens:
             self._rounds.keep(len(said) + ended)

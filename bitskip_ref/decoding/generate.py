@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Generator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -19,11 +20,14 @@ CALL_S = 0.03  # of a call for several tokens
 LEAST_S = 1e-6  # of a token: clocks may stand still
 
 
-class Token(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Token:
     """A generated token and the number of blocks whose logits chose it (SPEC 8.7)."""
 
     id: int
     depth: int
+    together: int = field(default=1, compare=False)
+    """How many tokens came with it at once, itself among them."""
 
 
 def check_max_tokens(max_tokens: int) -> None:
@@ -171,19 +175,20 @@ def stream(
     together = None
     if choosing.greedy is not None and not rule.looks(engine.config):
         together = Together(engine, cache, depth, contenders, choosing)
+    came = 1
     while (token := choosing.next(z)) is not None:
-        yield Token(token, depth)
+        yield Token(token, depth, came)
         if choosing.over:
             return
         if together is None:
             z, depth = engine.step(token, cache, rule, contenders=contenders)
             continue
         ids, z = together.run(token)
-        done = 0
+        done, came = 0, len(ids) + 1
         try:
             for token in ids:
                 choosing.took(token)
-                yield Token(token, depth)
+                yield Token(token, depth, came)
                 done += 1
         finally:  # also where the caller stops within a call
             together.keep(done)

@@ -91,7 +91,7 @@ def stream(
                 done += 1
                 if token in ends:
                     return
-                yield Token(token, depth)
+                yield Token(token, depth, len(tokens))
         finally:  # also where the caller stops within a round
             rounds.keep(done)
 

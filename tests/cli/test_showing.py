@@ -17,14 +17,16 @@ from bitskip.program import runtime as main
 from bitskip_cpu.cli.page import page
 from bitskip_cpu.cli.showing import counts
 from bitskip_cpu.colours import SCALE, depth_colour, ink, luminance, palette
-from bitskip_cpu.generate import Piece
+from bitskip_cpu.generate import Piece, Telling
 from bitskip_cpu.model import Model
+from bitskip_ref.decoding.generate import Token
 from bitskip_ref.folder import read_folder
 from tests.cli.conftest import CONFIG, ScriptEngine
 
 CODES = re.compile(r"\x1b\[[0-9;]*m")
 TRUE_COLOURS = {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm-256color"}
 PLAIN = {"FORCE_COLOR": None, "NO_COLOR": None}
+BY_TOKEN = ("--exit-layer", "max")  # a rule that decides for each token
 
 
 @pytest.fixture
@@ -95,26 +97,29 @@ def test_one_scale_of_depth() -> None:
 def test_no_codes_without_a_terminal(script: Any) -> None:
     script("the cat sat")
     plain = generate("-p", "Once")
-    shown = generate("-p", "Once", "--show-exits", env=PLAIN)
+    shown = generate("-p", "Once", "--show-exits", *BY_TOKEN, env=PLAIN)
     assert shown.stdout == plain.stdout and "\x1b" not in shown.output
     assert "tokens by exit layer  1: " in shown.stderr
     both = {**TRUE_COLOURS, "NO_COLOR": "1"}
-    assert "\x1b[38" not in generate("-p", "Once", "--show-exits", "-q", env=both).output
+    assert "\x1b[38" not in generate("-p", "Once", "--show-exits", *BY_TOKEN, "-q", env=both).output
 
 
 def test_colours(script: Any) -> None:
     script("the\tcat\r\n sat  on 😀")
     plain = generate("-p", "Once", "--quiet")
-    shown = generate("-p", "Once", "--quiet", "--show-exits", env=TRUE_COLOURS)
+    shown = generate("-p", "Once", "--quiet", "--show-exits", *BY_TOKEN, env=TRUE_COLOURS)
     said = CODES.sub("", shown.stdout_bytes.decode())
     assert said == plain.stdout_bytes.decode()  # tabs, carriage returns and all
     for depth in (1, 2, 3, 4):
         back, front = depth_colour(depth, 4), ink(depth_colour(depth, 4))
         codes = ";".join(map(str, (38, 2, *front, 48, 2, *back)))
         assert f"\x1b[{codes}m" in shown.stdout
-    legend = generate("-p", "Once", "--show-exits", env=TRUE_COLOURS).stderr.splitlines()[0]
+    colours = generate("-p", "Once", "--show-exits", *BY_TOKEN, env=TRUE_COLOURS)
+    legend = colours.stderr.splitlines()[0]
     found = dict(re.findall(r" (\d) : (\d+) \(", CODES.sub("", legend)))
-    ids = json.loads(generate("-p", "Once", "--json", "--show-exits").stdout)["exit_layers"]
+    ids = json.loads(generate("-p", "Once", "--json", "--show-exits", *BY_TOKEN).stdout)[
+        "exit_layers"
+    ]
     assert {int(k): int(v) for k, v in found.items()} == dict(counts(ids))
 
 
@@ -174,6 +179,18 @@ def test_a_page_that_cannot_be(script: Any, tmp_path: Path) -> None:
     assert result.exit_code == 1 and "no such folder" in result.stderr and not result.stdout
     result = generate("-p", "Once", "--html", tmp_path)
     assert result.exit_code == 2 and "is a directory" in result.stderr
+
+
+def test_tokens_that_came_at_once_share_the_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 1.0, 7.0, 7.0, 7.0, 9.0])
+    monkeypatch.setattr("bitskip_cpu.generate.time.perf_counter", lambda: next(clock))
+    tokenizer = bitskip_cpu.load(folder, threads=1).tokenizer
+    told = Telling(tokenizer, [1], stop=(), max_tokens=9, room=9)
+    told.begin()
+    times = [told.add(Token(5, 1, came)).seconds for came in (1, 3, 3, 3, 1)]
+    assert times == [1.0, 2.0, 2.0, 2.0, 2.0]
 
 
 def test_seconds_are_the_model_s(folder: Path) -> None:
