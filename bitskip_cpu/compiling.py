@@ -36,7 +36,8 @@ LINEAR = {"ternary": "packed_rows", "int8": "code_rows", "float32": "float_rows"
 """Kind of linear layers -> the piece that is rows of their products."""
 
 ARGUMENTS = {
-    "run": 5, "repack": 7, "measure": 3, "contend": 3, **dict.fromkeys(ATTEND.values(), 3),
+    "run": 5, "repack": 7, "measure": 3, "contend": 3, "choose": 3,
+    **dict.fromkeys(ATTEND.values(), 3),
     "float_rows": 4, "code_rows": 4, "packed_rows": 4,
 }  # fmt: skip
 """All compiled code (`kernels.object_code`), with the number of its arguments: what Python calls,

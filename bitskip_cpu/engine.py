@@ -20,6 +20,7 @@ from bitskip_cpu.cores import default_threads
 from bitskip_cpu.isa import INTERPRETED
 from bitskip_cpu.kernels.layout import (
     BLOCKS,
+    CHOOSE,
     CHUNK,
     DRAFT,
     EMBED,
@@ -37,8 +38,8 @@ from bitskip_cpu.workspace import LOOKED_UP, SHARE_FROM, Workspace
 from bitskip_ref import engine as contract
 from bitskip_ref.checks import is_whole
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.decoding.choice import Chosen
 from bitskip_ref.decoding.draft import Draft
-from bitskip_ref.decoding.greedy import Chosen
 from bitskip_ref.engine import Trace, Visit
 from bitskip_ref.exits import GateExit
 from bitskip_ref.folder import read_folder
@@ -159,17 +160,27 @@ class Engine(contract.Engine):
         self._call(EMBED | BLOCKS | exit_, 0, n)
         return space.logits[0].copy()  # cheaper than asking a new array for its address
 
-    def _greedy(self, run: Run, n: int, count: int, chosen: Chosen) -> tuple[list[int], np.ndarray]:
+    def _on(self, run: Run, n: int, count: int, chosen: Chosen) -> tuple[list[int], np.ndarray]:
         space = self._space
         if space.sparse is not None:  # what is looked up is given back between calls
             count = min(count, LOOKED_UP - 1)
         space.set_tokens(run.ids, run.cache, run.first)
-        space.set_greedy(count, chosen)
+        space.choices.set(count, chosen, self.config.vocab_size)
         exit_ = space.set_contenders(n, space.logits_at, 0, run.contenders)
         self._call(EMBED | BLOCKS | exit_ | STEPS, 0, n)
-        ids = space.followed
+        ids = space.choices.followed
         space.looked_up(len(ids))
         return ids, space.logits[0].copy()
+
+    def _choose(self, logits: np.ndarray, chosen: Chosen) -> int:
+        how, z = chosen.sampler, np.ascontiguousarray(logits)
+        if how.logit_bias or (how.temperature == 0 and not len(chosen.seen)):
+            return super()._choose(logits, chosen)
+        self._space.choices.set(0, chosen, len(z))
+        self._space.set_logits(z.ctypes.data)
+        self._call(CHOOSE)
+        token = self._space.choices.drawn
+        return super()._choose(logits, chosen) if token < 0 else token  # it says why there is none
 
     def _look(
         self, run: Run, rule: ExitRule, looks: tuple[int, ...], deepest: int, trace: Trace | None

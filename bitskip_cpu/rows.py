@@ -143,7 +143,7 @@ class _Pass:
         assert isinstance(one.rule, GateExit)
         self.space.set_looks(one.looks, one.deepest, one.rule.threshold)
         self.call(0, self.live, EMBED | LOOK, 0, one.deepest)
-        self.order = self.order[self.space.looked[: self.live]]
+        self.order = self.order[self.space.order[: self.live]]
         self.depths[self.order] = self.space.depths[: self.live]
         self.live = 0
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import numpy as np
 
 from bitskip_cpu.aligned import aligned
 from bitskip_cpu.cache import KVCache, padded_keys, padded_values
+from bitskip_cpu.choices import Choices
 from bitskip_cpu.compiling import KERNELS, rows_of
 from bitskip_cpu.kernels.layout import (
     BAND,
@@ -38,13 +38,13 @@ from bitskip_cpu.kernels.layout import (
     float_room,
     int8_scratch,
     key_slots,
+    row,
     sync_words,
 )
 from bitskip_cpu.weights import Weights
 from bitskip_ref.config import HEAD_BITS, odd_part
 from bitskip_ref.decoding.contenders import Contenders
 from bitskip_ref.decoding.draft import MOST, Draft, bounded
-from bitskip_ref.decoding.greedy import Chosen
 from bitskip_ref.hartley import hartley
 from bitskip_ref.rope import rope_table
 from bitskip_ref.rows import Run
@@ -64,35 +64,20 @@ LOOKED_UP = 16  # of its rows that are mapped at a time
 SHARE_FROM = 1 << 16  # bytes of weights below which a stage is not worth sharing
 
 
-def _row(*names: str) -> tuple[struct.Struct, int]:
-    """How to write fields of STATE that lie in a row, and where the first lies.
-
-    One by one they would take as long as some kernels.
-    """
-    kinds = {np.dtype(np.int64): "q", np.dtype(np.float32): "f"}
-    fields = [STATE.fields[name] for name in names]  # type: ignore[index]
-    at = fields[0][1]
-    for name, (kind, offset, *_) in zip(names, fields, strict=True):
-        assert offset == at, f"{name} does not lie behind the field before"
-        at += kind.itemsize
-    return struct.Struct("=" + "".join(kinds[kind] for kind, *_ in fields)), fields[0][1]
-
-
-EXIT_ROW, EXIT_AT = _row(
+EXIT_ROW, EXIT_AT = row(
     "final_norm", "vocab_scale", "exit_layer", "exit_weights", "vocab_weights", "vocab_row_bytes"
 )
-UPPER_ROW, UPPER_AT = _row(
+UPPER_ROW, UPPER_AT = row(
     "upper_weights", "upper_row_bytes", "upper_norms", "head_codes", "final_norm", "vocab_scale",
     "exit_layer", "exit_weights",
 )  # fmt: skip
-CONTENDERS, CONTENDERS_AT = _row("contender_count", "contender_temperature", "contender_reach")
-LOGITS, LOGITS_AT = _row("logits", "exit_from")
-ROWS, ROWS_AT = _row("tokens", "from_row")
-GREEDY, GREEDY_AT = _row("followed", "most_followed", "seen_count", "end_count", "penalty")
-DRAFT_ROW, DRAFT_AT = _row("draft_vocab", "least_lead")
-TOKENS, FROM_ROW, FOUND, GATE, FOLLOWED = (
+CONTENDERS, CONTENDERS_AT = row("contender_count", "contender_temperature", "contender_reach")
+LOGITS, LOGITS_AT = row("logits", "exit_from")
+ROWS, ROWS_AT = row("tokens", "from_row")
+DRAFT_ROW, DRAFT_AT = row("draft_vocab", "least_lead")
+TOKENS, FROM_ROW, FOUND, GATE = (
     STATE.fields[name][1] // 8  # type: ignore[index]
-    for name in ("tokens", "from_row", "contenders_found", "gate", "followed")
+    for name in ("tokens", "from_row", "contenders_found", "gate")
 )
 
 
@@ -132,6 +117,8 @@ class Workspace:
         self._weights()
         self._buffers()
         self._scratch(threads, share_from)
+        self.choices = Choices(self.state, self._bytes, self.ids, self._vocab)
+        """How tokens are chosen in a call."""
 
     def _shape(self) -> None:
         c, s = self.weights.config, self.state
@@ -186,8 +173,7 @@ class Workspace:
         self.positions, self.caches = (aligned((CHUNK,), np.int64) for _ in range(2))
         self.gates = aligned((CHUNK,), np.float32)
         self.draft_counts, self.draft_of = (aligned((CHUNK,), np.int64) for _ in range(2))
-        self.looked, self.depths = (aligned((CHUNK,), np.int64) for _ in range(2))
-        self.seen, self.ends = (aligned((c.vocab_size,), np.int32) for _ in range(2))
+        self.order, self.depths = (aligned((CHUNK,), np.int64) for _ in range(2))
         self.x, self.mid, self.y = (floats(c.hidden_size) for _ in range(3))
         self.qkv, self.attended = floats(int(p["rows"][QKV])), floats(c.attention_size)
         self.up, self.act = floats(int(p["rows"][UP])), floats(c.intermediate_size)
@@ -199,10 +185,10 @@ class Workspace:
         for name, array in {
             "ids": self.ids, "positions": self.positions, "caches": self.caches,
             "gates": self.gates, "draft_counts": self.draft_counts, "draft_of": self.draft_of,
-            "order": self.looked, "depths": self.depths, "seen": self.seen, "ends": self.ends,
+            "order": self.order, "depths": self.depths,
             "x": self.x, "mid": self.mid, "y": self.y, "qkv": self.qkv,
             "attended": self.attended, "up": self.up, "act": self.act, "input": self.input,
-            "before": aligned((c.vocab_size,), np.float32, zeros=False), "codes": codes,
+            "codes": codes,
             "steps": aligned((CHUNK,), np.float32), "sums": aligned((CHUNK,), np.int32),
             "code_norms": aligned((CHUNK,), np.float32),
             "band_bounds": aligned((CHUNK, -(-c.vocab_size // BAND)), np.float32, zeros=False),
@@ -373,17 +359,6 @@ class Workspace:
         self.arrange(order)
         self.ids[: len(order)] = self.ids[order]
         return of[order]
-
-    def set_greedy(self, count: int, chosen: Chosen) -> None:
-        """Go on with at most so many greedy tokens after the one at hand."""
-        ends, penalty, seen = chosen
-        self.seen[: len(seen)], self.ends[: len(ends)] = seen, ends
-        GREEDY.pack_into(self._bytes, GREEDY_AT, 0, count, len(seen), len(ends), penalty)
-
-    @property
-    def followed(self) -> list[int]:
-        """The tokens that STEPS went on with."""
-        return self.ids[1 : 1 + self._words[FOLLOWED]].tolist()
 
     def measures(self) -> None:
         """Have the piece `measure`."""

@@ -2,9 +2,9 @@
 
 An engine runs rows (SPEC 12). It brings primitives: `_embed`, `_blocks`, `_fill`, `_exit`, `_gate`,
 `_confidence`. The verbs that everybody calls are written here, once over them, with every check:
-`extend`, `extend_exits`, `step`, `step_greedy`, `step_many`, `speculate`, `speculate_many`,
+`extend`, `extend_exits`, `step`, `step_on`, `choose`, `step_many`, `speculate`, `speculate_many`,
 `round`, `logits`. An engine overrides only what it does in one go (`_extend`, `_extend_exits`,
-`_one`, `_greedy`, `_look`, `_many`, `_speculate`, `_speculate_many`), and `beside`.
+`_one`, `_on`, `_choose`, `_look`, `_many`, `_speculate`, `_speculate_many`), and `beside`.
 
 The NumPy reference, PyTorch, Numba and ONNX Runtime each have one class of this kind. Stages are
 reported to a trace in forward order, under the same names, so that a difference can be located.
@@ -13,7 +13,7 @@ reported to a trace in forward order, under the same names, so that a difference
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,11 @@ from bitskip_ref.checks import (
     check_token,
 )
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.decoding.choice import Choice, Chosen, check_choice, check_choosing
 from bitskip_ref.decoding.contenders import Contenders, check_contenders
 from bitskip_ref.decoding.draft import MOST, Draft, GreedyRound
-from bitskip_ref.decoding.greedy import Chosen, Greedy, check_greedy
 from bitskip_ref.decoding.round import Round
+from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.probe import Asked
 from bitskip_ref.rows import Planned, PlannedRound, Row, Run, asks, plan, plan_round
 from bitskip_ref.rule import ExitRule
@@ -155,17 +156,17 @@ class Engine(ABC):
         return z, n
 
     @in_turn
-    def step_greedy(
+    def step_on(
         self,
         token_id: int,
         cache: Any,
         count: int,
-        greedy: Greedy,
+        choice: Choice,
         *,
         exit_layer: int | None = None,
         contenders: Contenders | None = None,
     ) -> tuple[list[int], np.ndarray]:
-        """Run a token, then at most `count` that SPEC 9.1 chooses from the logits before each.
+        """Run a token, then at most `count` that SPEC 9 chooses from the logits before each.
 
         Returns those that were chosen and run, and the logits f32 [V] after the last of them, or
         after the token. There are fewer where what follows ends the text or cannot be chosen
@@ -173,14 +174,24 @@ class Engine(ABC):
         `contenders` as of `step`. Raises ValueError as `extend`, and for a count that is not 0..32.
         """
         n = check_exit_layer(exit_layer, self.config)
-        chosen = check_greedy(greedy, count, self.config)
+        chosen = check_choice(choice, count, self.config)
         first = cache.require(n)
         token = check_token(token_id, first, self.config, cache.room)
         check_room(first, 1 + count, cache.room)
         run = Run((token,), cache, first, check_contenders(contenders))
-        ids, z = self._greedy(run, n, count, chosen)
+        ids, z = self._on(run, n, count, chosen)
         cache.advance(first, 1 + len(ids), n)
         return ids, z
+
+    def choose(
+        self, logits: np.ndarray, sampler: Sampler, seen: Collection[int], index: int
+    ) -> int:
+        """`Sampler.choose`, as this engine does it, from logits f32 [V], or [V'] of a draft's.
+
+        Raises ValueError as that does, and for arguments of another kind.
+        """
+        chosen = check_choosing(logits, sampler, seen, index, self.config)
+        return in_turns(self, (), lambda: self._choose(logits, chosen))
 
     def step_many(self, rows: Sequence[Row]) -> list[tuple[np.ndarray | None, int]]:
         """Run rows of any sequences, in one call: `step` for each, in their order (SPEC 12.2).
@@ -329,8 +340,12 @@ class Engine(ABC):
         """Logits f32 [V] of one row after n blocks."""
         return self._extend(run, n, 0, trace)[0]
 
-    def _greedy(self, run: Run, n: int, count: int, chosen: Chosen) -> tuple[list[int], np.ndarray]:
-        """One row after n blocks and at most `count` greedy ones after it: ids, logits f32 [V]."""
+    def _choose(self, logits: np.ndarray, chosen: Chosen) -> int:
+        """The token for logits f32 [V], or [V'] of a draft's (SPEC 11.1)."""
+        return chosen.sampler.choose(logits, chosen.seen.tolist(), chosen.made)
+
+    def _on(self, run: Run, n: int, count: int, chosen: Chosen) -> tuple[list[int], np.ndarray]:
+        """One row after n blocks and at most `count` chosen ones after it: ids, logits f32 [V]."""
         ids, z = list[int](), self._one(run, n, None)
         while len(ids) < count and (token := chosen.next(z, ids)) is not None:
             ids.append(token)

@@ -105,7 +105,7 @@ class Case:
         cache.length = self.task.depth
         prompt, generated, greedy = self.task.prompt, self.task.generated, Contenders()
         first, steps, token = None, list[float](), token_ids[prompt] if generated else None
-        choosing = Choosing(sampling.Sampler(), generated, generated, None, ())
+        choosing = Choosing(self.engine, sampling.Sampler(), generated, generated, None, ())
         together = Together(self.engine, cache, self.exit_layer, greedy, choosing)
         start = before = time.perf_counter()
         if prompt:

@@ -18,7 +18,7 @@
                     exit_logits          exit_in (final norm), rows (vocabulary)
                     contending_logits    a head in two parts (SPEC 9.6)    contenders.py
                     look                 blocks of tokens that leave where gates say so (SPEC 8.3)
-                    go_on                another greedy token in the same call
+                    go_on                another token in the same call    choice.py
                     draft                SPEC 11.1
                     measure              gates, confidence, leads          measures.py
 

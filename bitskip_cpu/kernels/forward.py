@@ -6,11 +6,13 @@ import numpy as np
 
 from bitskip_cpu.kernels.arithmetic.elementwise import copy, largest_id, rotate_unpadded
 from bitskip_cpu.kernels.arithmetic.float16 import widen, widen_bfloat16
+from bitskip_cpu.kernels.choice import choose
 from bitskip_cpu.kernels.layout import (
     BAND,
     BFLOAT16,
     BLOCKS,
     BOUND,
+    CHOOSE,
     CHUNK,
     CONFIDENCE,
     CONTEND,
@@ -307,15 +309,19 @@ def skipped(s, products, layer):
 
 
 @kernel
-def greedy(s):
-    """The id to go on with after the logits at hand (SPEC 9.1, 9.2); -1: an end, or none (9.5)."""
-    z, seen, before = floats(s.logits, s.vocab), int32s(s.seen, s.vocab), floats(s.before, s.vocab)
+def chosen(s):
+    """The token after the logits at hand (SPEC 9.1, 9.2); -1: one that ends, or none (9.5)."""
+    n = s.choices
+    z, seen, before = floats(s.logits, n), int32s(s.seen, n), floats(s.before, n)
     penalised = s.seen_count if s.penalty != ONE else 0
     for i in range(penalised):
         value = z[seen[i]]
         before[i] = value
         z[seen[i]] = value / s.penalty if value > ZERO else value * s.penalty
-    token = largest_id(s.logits, s.vocab)
+    token = largest_id(s.logits, n)
+    if token >= 0 and s.temperature > ZERO:
+        choose(s.choose, s, s.scratch, token)
+        token = s.drawn
     for i in range(penalised):
         z[seen[i]] = before[i]
     ends = int32s(s.ends, s.end_count)
@@ -327,10 +333,10 @@ def greedy(s):
 
 @kernel
 def go_on(s):
-    """Have the greedy token at hand that follows the one at hand; whether there is to be one."""
+    """Have the token at hand that follows the one at hand; whether there is to be one."""
     if s.followed == s.most_followed:
         return False
-    token = greedy(s)
+    token = chosen(s)
     if token < 0:
         return False
     s.followed += 1
@@ -350,7 +356,7 @@ def run(state_at, products_at, actions, first, last):
     """Do `actions` (`layout`) on a state and its products; BLOCKS and FILL: blocks first..last-1.
 
     DRAFT: through blocks 0..first-1. LOOK: as BLOCKS, to where gates say, and FILL from there.
-    STEPS: all of it again for each greedy token that follows.
+    STEPS: all of it again for each token that follows. CHOOSE: one among given logits.
     HELP: live as helper thread `first`. Tokens count from `from_row` on, but for GATE's results,
     logits, and what LOOK says of them. No argument is checked: `bitskip_cpu.engine` does.
     """
@@ -384,6 +390,8 @@ def run(state_at, products_at, actions, first, last):
         if actions & STEPS:
             actions |= EMBED  # also where the first token was embedded before
             more = go_on(s)
+    if actions & CHOOSE:
+        s.drawn = chosen(s)
     if actions & MEASURE:
         measure(s.measure, s, s.scratch, CONFIDENCE)
     if actions & GATE:

@@ -7,6 +7,8 @@ Sizes count elements, `*_stride` and `*_bytes` bytes; a field that names an arra
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 
 _STATE = """
@@ -20,7 +22,7 @@ _STATE = """
     upper_weights upper_row_bytes upper_norms head_codes
     final_norm vocab_scale exit_layer exit_weights vocab_weights vocab_row_bytes
     head_odd head_table gate_width gate
-    linear_rows vocab_rows contend measure
+    linear_rows vocab_rows contend measure choose
 
     ids x mid qkv attended y up act input input_stride codes codes_stride steps sums
     scratch scratch_stride unpacked acc
@@ -28,7 +30,8 @@ _STATE = """
     positions caches gates tokens from_row logits exit_from draft_vocab least_lead
     draft_counts draft_of draft
     looks threshold order depths
-    followed most_followed seen_count end_count penalty seen ends before
+    followed most_followed seen_count end_count choices top_k penalty temperature reach
+    seen ends before filters draws choice_room drawn
     confidence_max confidence_margin confidence_entropy
     contender_count contender_temperature contender_reach
     code_norms band_bounds least_contenders contenders_found
@@ -39,7 +42,7 @@ _STATE = """
 _FLOATS = {
     "norm_eps", "largest_code", "confidence_max", "confidence_margin",
     "confidence_entropy", "least_lead", "threshold", "contender_temperature",
-    "contender_reach", "penalty",
+    "contender_reach", "penalty", "temperature", "reach",
 }  # fmt: skip
 
 STATE = np.dtype(
@@ -50,8 +53,9 @@ of up to CHUNK tokens; the call at hand: int64 [T] the tokens' `positions`, and 
 are, a CACHE each; the stage at hand, which threads share (`kernels.share`), and what weights the
 next one reads: `ahead_parts` parts of `ahead_bytes` bytes from `ahead` on.
 
-`linear_rows`, `vocab_rows`, `contend`, `measure`: addresses of compiled pieces (`kernels.stages`,
-`contenders`, `measures`): those that this model needs, and the last two only once they are used.
+`linear_rows`, `vocab_rows`, `contend`, `measure`, `choose`: addresses of compiled pieces
+(`kernels.stages`, `contenders`, `measures`, `choice`): those that this model needs, and the last
+three only once they are used.
 
 Exit blocks are numbered behind the blocks: `exit_layer` is the number of that of the exit at hand,
 0: it has none; `exit_weights` is to its products what `weights` is to a block's.
@@ -64,7 +68,9 @@ of the blocks are that LOOK looks after, else 0. It leaves tokens in another ord
 [T], their numbers; `depths`, int64 [T], blocks that each ran.
 STEPS goes on with one token: `followed` more, `most_followed` at most, whose ids it leaves behind
 the first of `ids`, none of them one of `ends`, int32 [end_count]. `penalty` counts `seen`, int32
-[seen_count], each id once; `before`, f32 [V]: logits without it.
+[seen_count], each id once; `before`, f32 [V]: logits without it. Tokens are chosen among the first
+`choices` logits, by SPEC 9.1 at temperature 0, else by 9.2 (`kernels.choice`): `filters`, f64 [2]:
+top_p and min_p; `draws`, f64: one for each that follows. CHOOSE leaves one in `drawn`.
 `codes` of rows of floats are what `float_simd.order` makes of a token's input.
 It is argument and scratch: `forward` changes `tokens`, `x`, `positions` and the like for a while
 and puts them back."""
@@ -135,8 +141,8 @@ def float_room(width: int) -> int:
 
 
 # What `kernels.forward.run` does, added up; in this order.
-EMBED, DRAFT, BLOCKS, LOOK, FILL, EXIT, CONTEND, STEPS, MEASURE, GATE, HELP = (
-    1 << i for i in range(11)
+EMBED, DRAFT, BLOCKS, LOOK, FILL, EXIT, CONTEND, STEPS, CHOOSE, MEASURE, GATE, HELP = (
+    1 << i for i in range(12)
 )
 
 SYNC_STAGE, SYNC_AHEAD, SYNC_PENDING, SYNC_STOP, SYNC_RANGES = 0, 8, 64, 128, 192
@@ -146,3 +152,17 @@ SYNC_STAGE, SYNC_AHEAD, SYNC_PENDING, SYNC_STOP, SYNC_RANGES = 0, 8, 64, 128, 19
 def sync_words(threads: int) -> int:
     """How many int64 numbers `sync` has."""
     return SYNC_RANGES // 8 + 8 * threads
+
+
+def row(*names: str) -> tuple[struct.Struct, int]:
+    """How to write fields of STATE that lie in a row, and where the first lies.
+
+    One by one they would take as long as some kernels.
+    """
+    kinds = {np.dtype(np.int64): "q", np.dtype(np.float32): "f"}
+    fields = [STATE.fields[name] for name in names]  # type: ignore[index]
+    at = fields[0][1]
+    for name, (kind, offset, *_) in zip(names, fields, strict=True):
+        assert offset == at, f"{name} does not lie behind the field before"
+        at += kind.itemsize
+    return struct.Struct("=" + "".join(kinds[kind] for kind, *_ in fields)), fields[0][1]

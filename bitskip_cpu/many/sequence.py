@@ -112,9 +112,9 @@ class Sequence:
         )  # fmt: skip
         most = min(options.max_tokens, room)
         free = config.max_position_embeddings - len(ids)
-        self._choosing = Choosing(options.sampler, most, free, folder.end_ids, ids)
-        self._sampler, self._ends, self._max_tokens = options.sampler, folder.end_ids, most
-        self._engine = model.engine
+        self._engine, ends = model.engine, folder.end_ids
+        self._choosing = Choosing(self._engine, options.sampler, most, free, ends, ids)
+        self._sampler, self._ends, self._max_tokens = options.sampler, ends, most
         self._told.begin()
         self.cache: Any = None
         self.reused = 0
@@ -133,7 +133,7 @@ class Sequence:
     def start(self, cache: Any) -> None:
         """Begin, after the positions that the cache holds."""
         self.cache, self.reused = cache, cache.length
-        free = self._choosing.greedy is not None and self.alternatives is None
+        free = self._choosing.choice is not None and self.alternatives is None
         if free and not self.rule.looks(self._engine.config):
             self._together = Together(
                 self._engine, cache, self.depth, self.contenders, self._choosing
@@ -166,7 +166,7 @@ class Sequence:
         return self._next is not None and self._together is not None
 
     def run_on(self) -> tuple[list[int], np.ndarray]:
-        """Run the token chosen last, and greedy ones after it, in one call: for `take_on`."""
+        """Run the token chosen last, and those after it, in one call: for `take_on`."""
         assert self._next is not None and self._together is not None
         return self._together.run(self._next)
 

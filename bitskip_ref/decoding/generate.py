@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from bitskip_ref.checks import is_whole
+from bitskip_ref.decoding.choice import MOST, Choice
 from bitskip_ref.decoding.contenders import Contenders
-from bitskip_ref.decoding.greedy import MOST, Greedy
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.engine import Engine
 from bitskip_ref.rule import ExitRule, check_rule
@@ -54,7 +54,7 @@ class Choosing:
     """
 
     def __init__(
-        self, sampler: Sampler, max_tokens: int, room: int, eos_token_id: EndIds,
+        self, engine: Engine, sampler: Sampler, max_tokens: int, room: int, eos_token_id: EndIds,
         seen: Collection[int],
     ) -> None:  # fmt: skip
         """room: positions free behind the prompt. seen: ids that the penalty counts (SPEC 9.2).
@@ -62,7 +62,8 @@ class Choosing:
         Raises ValueError for a wrong `max_tokens`.
         """
         check_max_tokens(max_tokens)
-        self._sampler, self._ends, self._seen = sampler, end_ids(eos_token_id), set(seen)
+        self._engine, self._sampler = engine, sampler
+        self._ends, self._seen = end_ids(eos_token_id), set(seen)
         self._left = min(max_tokens, room + 1)  # nothing is predicted from the last: no position
         self._made = 0
         self.end: int | None = None
@@ -79,15 +80,14 @@ class Choosing:
         return self._left
 
     @property
-    def greedy(self) -> Greedy | None:
+    def choice(self) -> Choice | None:
         """How an engine may go on after a token by itself; None: `next` has to choose each."""
-        sampler = self._sampler
-        if sampler.temperature != 0 or sampler.logit_bias:
+        if self._sampler.logit_bias:
             return None
-        return Greedy(self._ends, sampler.repetition_penalty, self._seen)
+        return Choice(self._sampler, self._ends, self._seen, self._made)
 
     def took(self, token: int) -> None:
-        """The text goes on with a token that an engine chose as `greedy` says."""
+        """The text goes on with a token that an engine chose as `choice` says."""
         self._seen.add(token)
         self._made, self._left = self._made + 1, self._left - 1
 
@@ -95,7 +95,7 @@ class Choosing:
         """The token after logits f32 [V]; None where the text ends (SPEC 9.4, 9.5: ValueError)."""
         if self.over:
             return None
-        token = self._sampler.choose(logits, self._seen, self._made)
+        token = self._engine.choose(logits, self._sampler, self._seen, self._made)
         if token in self._ends:
             self.end, self._left = token, 0
             return None
@@ -104,7 +104,7 @@ class Choosing:
 
 
 class Together:
-    """A text's greedy tokens under a fixed exit, several in one call of the engine.
+    """A text's tokens under a fixed exit, several in one call of the engine.
 
     Those of a call come at once: so many that it lasts CALL_S, about, and nobody who reads along or
     breaks off waits longer.
@@ -124,13 +124,13 @@ class Together:
 
         `keep` says how many of them the text has taken.
         """
-        greedy, cache = self._choosing.greedy, self._cache
-        assert greedy is not None
+        choice, cache = self._choosing.choice, self._cache
+        assert choice is not None
         self._first = cache.length
         count = min(self._count, self._choosing.left, cache.room - cache.length) - 1
         start = time.perf_counter()
-        ids, z = self._engine.step_greedy(
-            token_id, cache, max(0, count), greedy, exit_layer=self._exit_layer,
+        ids, z = self._engine.step_on(
+            token_id, cache, max(0, count), choice, exit_layer=self._exit_layer,
             contenders=self._contenders,
         )  # fmt: skip
         each = (time.perf_counter() - start) / (1 + len(ids))
@@ -171,9 +171,9 @@ def stream(
     contenders = sampler.contenders
     z = engine.extend(prompt, cache, exit_layer=depth, last_only=True, contenders=contenders)[0]
     room = engine.config.max_position_embeddings - cache.length
-    choosing = Choosing(sampler, max_tokens, room, eos_token_id, {*seen, *prompt})
+    choosing = Choosing(engine, sampler, max_tokens, room, eos_token_id, {*seen, *prompt})
     together = None
-    if choosing.greedy is not None and not rule.looks(engine.config):
+    if choosing.choice is not None and not rule.looks(engine.config):
         together = Together(engine, cache, depth, contenders, choosing)
     came = 1
     while (token := choosing.next(z)) is not None:

@@ -87,7 +87,7 @@ def stream(
     )  # fmt: skip
     start, drafts = cache.length - 1, list[int]()
     room = engine.config.max_position_embeddings - cache.length
-    choosing = Choosing(sampler, max_tokens, room, eos_token_id, {*seen, *prompt})
+    choosing = Choosing(engine, sampler, max_tokens, room, eos_token_id, {*seen, *prompt})
     lookup.add(prompt)
     while True:
         done = 0

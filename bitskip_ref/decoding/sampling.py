@@ -123,21 +123,19 @@ class Sampler:
         `seen`: ids of prompt and text so far; `index`: how many tokens were generated before.
         Raises ValueError for logits that choose none (SPEC 9.5).
         """
-        z = self.penalised(logits, seen)
         if self.temperature == 0:
+            z = self.penalised(logits, seen)
             best = int(np.argmax(z))  # a NaN, if there is one
             if not math.isfinite(z[best]):
                 check_logits(z[best : best + 1], index)
             return best
-        check_logits(logits.max(keepdims=True), index)
-        u = uniform(self.seed, index)
+        z, u = self.tempered(logits, seen, index), uniform(self.seed, index)
         if self.top_k == 0 and self.top_p == 1 and self.min_p == 0:
             return self._draw(z, u)
         return pick(*self.candidates(z), u)
 
     def _draw(self, z: np.ndarray, u: float) -> int:
         """The token for a draw u where no filter leaves anything out."""
-        z = z / np.float32(self.temperature)
         goal = u * weights(z - z.max()).sum()
         for ids, _ in leading(z, len(z)):
             running = np.cumsum(weights(z[ids] - z[ids[0]]))
@@ -160,9 +158,14 @@ class Sampler:
         z[ids] = np.where(z[ids] > 0, z[ids] / r, z[ids] * r)
         return z
 
+    def tempered(self, logits: np.ndarray, seen: Collection[int], index: int) -> np.ndarray:
+        """`penalised` logits over the temperature, f32 [V]. Raises ValueError as `choose`."""
+        z = self.penalised(logits, seen) / np.float32(self.temperature)
+        check_logits(z.max(keepdims=True), index)
+        return z
+
     def candidates(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What top-k, top-p and min-p leave: (ids, weights binary64), best first."""
-        z = z / np.float32(self.temperature)
+        """What top-k, top-p and min-p leave of `tempered`: (ids, weights binary64), best first."""
         most = min(self.top_k, len(z)) or len(z)
         # What top-k leaves is its own total; where top-p leaves all, none is needed.
         total = None if self.top_k or self.top_p == 1 else weights(z - z.max()).sum()

@@ -207,7 +207,7 @@ class Verifier:
         token, go_on = token_id, True
         while go_on:
             q = round_.draft(token)
-            token = sampler.choose(q, seen, self._made + len(proposed))
+            token = self._engine.choose(q, sampler, seen, self._made + len(proposed))
             go_on = len(proposed) < count and how.draft.sure(q)
             seen.add(token)
             proposed.append((token, q))
@@ -231,12 +231,11 @@ def settle(
     """
     if sampler.temperature == 0:
         return sampler.choose(p, seen, index)
-    check_logits(p.max(keepdims=True), index)
-    ids, weights = sampler.candidates(sampler.penalised(p, seen))
-    wanted = weights / np.cumsum(weights)[-1]
-    q_ids, q_weights = sampler.candidates(sampler.penalised(q, seen))
+    ids, weights = sampler.candidates(sampler.tempered(p, seen, index))
+    wanted = weights / weights.sum()
+    q_ids, q_weights = sampler.candidates(sampler.tempered(q, seen, index))
     drafted = np.zeros(len(p))
-    drafted[q_ids] = q_weights / np.cumsum(q_weights)[-1]
+    drafted[q_ids] = q_weights / q_weights.sum()
     u = uniform(splitmix64(sampler.seed ^ ACCEPT), index)
     if u * drafted[draft] < wanted[ids == draft].sum():  # of one value, or none
         return draft

@@ -86,8 +86,11 @@ class ScriptEngine:
         depth = self.depths[len(self.fed) - 1] if self.depths else 1
         return self._say(len(self.fed)), depth
 
-    def step_greedy(
-        self, token_id: int, cache: Any, count: int, greedy: Any, *, exit_layer: int, **_: Any
+    def choose(self, logits: Any, sampler: Any, seen: Any, index: int) -> int:
+        return int(sampler.choose(logits, seen, index))
+
+    def step_on(
+        self, token_id: int, cache: Any, count: int, choice: Any, *, exit_layer: int, **_: Any
     ) -> Any:
         return [], self.step(token_id, cache, FixedExit(exit_layer))[0]  # none more in a call
 

@@ -20,8 +20,9 @@ import numpy as np
 
 from bitskip_cpu.compiling import warmup
 from bitskip_cpu.engine import Engine
+from bitskip_ref.decoding.choice import Choice
 from bitskip_ref.decoding.draft import Draft, GreedyRound
-from bitskip_ref.decoding.greedy import Greedy
+from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.model import ReferenceModel
 from bitskip_ref.rows import Row
@@ -145,13 +146,32 @@ any_draft = made(
 )  # fmt: skip
 any_count = mostly(whole(0, 16), whole(-2, 20), odd)
 any_more = mostly(whole(0, 8), whole(-2, 40), odd)
-any_greedy = mostly(
-    made(
-        Greedy, mostly(listed(a_token, 0, 3), any_tokens),
-        mostly(of(1.0, 1.1, 0.7), any_float, odd), mostly(listed(a_token, 0, 9), any_tokens),
+any_sampler = mostly(
+    of(
+        Sampler(), Sampler(repetition_penalty=1.1), Sampler(0.8, seed=3), Sampler(1.0, min_p=0.1),
+        Sampler(0.9, top_k=5, top_p=0.8, repetition_penalty=0.7), Sampler(logit_bias=((1, 9.0),)),
     ),
     odd,
 )  # fmt: skip
+any_seen = mostly(listed(a_token, 0, 9), any_tokens)
+any_choice = mostly(
+    made(
+        Choice, any_sampler, mostly(listed(a_token, 0, 3), any_tokens), any_seen,
+        mostly(whole(0, 9), odd),
+    ),
+    odd,
+)  # fmt: skip
+
+
+def any_logits(draw: random.Random) -> np.ndarray:
+    """Mostly float32, and as many as there are ids."""
+    z = np.array([draw.gauss(0, 3) for _ in range(mostly(of(V, 7), of(0, V + 1))(draw))])
+    if draw.random() < 0.1:
+        z[: draw.randrange(V)] = any_float(draw)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return z.astype(mostly(of(np.float32), of(np.float64, np.int32))(draw))
+
+
 any_length = mostly(whole(0, 24), whole(-3, 99), odd)
 any_bool = of(False, True)
 
@@ -286,13 +306,18 @@ class Calls:
         token, how = any_token(self.draw), any_rule(self.draw)
         self._same(lambda e, c: e.step(token, c, how), self._group())
 
-    def step_greedy(self) -> None:
+    def choose(self) -> None:
+        """A token from logits."""
+        z, how, seen, made = (
+            kind(self.draw) for kind in (mostly(any_logits, odd), any_sampler, any_seen, any_more)
+        )
+        self._same(lambda e, c: e.choose(z, how, seen, made), self._group())
+
+    def step_on(self) -> None:
         """Several tokens in a call."""
         token, count, depth = (kind(self.draw) for kind in (any_token, any_more, any_depth))
-        how = any_greedy(self.draw)
-        self._same(
-            lambda e, c: e.step_greedy(token, c, count, how, exit_layer=depth), self._group()
-        )
+        how = any_choice(self.draw)
+        self._same(lambda e, c: e.step_on(token, c, count, how, exit_layer=depth), self._group())
 
     def step_many(self) -> None:
         """Tokens of two sequences, or of one."""
@@ -331,5 +356,6 @@ class Calls:
 
 ACTS: list[Callable[[Calls], None]] = [
     Calls.new_cache, Calls.copied, Calls.set_length, Calls.extend, Calls.extend_exits, Calls.step,
-    Calls.step_greedy, Calls.step_many, Calls.speculate, Calls.speculate_many, Calls.round,
+    Calls.step_on, Calls.choose, Calls.step_many, Calls.speculate, Calls.speculate_many,
+    Calls.round,
 ]  # fmt: skip

@@ -53,4 +53,5 @@ def test_an_engine_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Engine, "_one", wrong)
     with pytest.raises(AssertionError):
-        test_both_engines_refuse_and_give_the_same()
+        for number in range(200):  # some have no step of one token
+            sequence(Random(number), "float32", 25)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bitskip_cpu.kernels import forward, stages
-from bitskip_cpu.workspace import _row
+from bitskip_cpu.kernels.layout import row
 
 STAGES = {"ATTENTION_IN": "attention_in", "ROWS": "rows", "STORE": "store", "ATTEND": "attend_part",
           "OUT_IN": "out_in", "FFN_IN": "ffn_in", "DOWN_IN": "down_in", "BLOCK_OUT": "block_out",
@@ -57,6 +57,6 @@ def test_the_functions_stand_in_the_order_of_the_schedule() -> None:
     "apart", [("tokens", "logits"), ("logits", "from_row"), ("draft_vocab", "confidence_max")]
 )
 def test_fields_written_at_once_must_lie_in_a_row(apart: tuple[str, str]) -> None:
-    assert _row("tokens", "from_row")[0].size == 16
+    assert row("tokens", "from_row")[0].size == 16
     with pytest.raises(AssertionError, match="does not lie behind"):
-        _row(*apart)
+        row(*apart)

@@ -18,8 +18,9 @@ from bitskip_cpu.engine import Engine
 from bitskip_ref.cache import cached_arrays
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig, small_twin
+from bitskip_ref.decoding.choice import Choice
 from bitskip_ref.decoding.draft import Draft
-from bitskip_ref.decoding.greedy import Greedy
+from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.exits import ConfidenceExit, FixedExit, GateExit
 from bitskip_ref.model import ReferenceModel
 from bitskip_ref.packing import pack_ternary
@@ -171,9 +172,9 @@ def check(
         steps = stepped(reference, prompt, rule, rest)
         for who, engine in engines.items():
             problems += compare(f"{who}{rule}", steps, stepped(engine, prompt, rule, rest))
-    greedy = greedy_of(reference, prompt)
+    chosen = chosen_of(reference, prompt)
     for who, engine in engines.items():
-        problems += compare(f"{who}greedy", greedy, greedy_of(engine, prompt))
+        problems += compare(f"{who}chosen", chosen, chosen_of(engine, prompt))
     if layers > 1:
         rounds = rounds_of(reference, prompt)
         for who, engine in engines.items():
@@ -204,15 +205,18 @@ def rounds_of(engine: Any, prompt: Sequence[int]) -> Stages:
     return found
 
 
-def greedy_of(engine: Any, prompt: Sequence[int]) -> Stages:
-    """Greedy tokens that follow a prompt in one call, with a penalty and without, and logits."""
+def chosen_of(engine: Any, prompt: Sequence[int]) -> Stages:
+    """Tokens that follow a prompt in one call, greedy and drawn, and logits."""
     found: Stages = {}
-    for penalty in (1.0, 1.3):
+    for name, sampler in {
+        "greedy": Sampler(), "penalty": Sampler(repetition_penalty=1.3), "drawn": Sampler(0.9),
+        "top": Sampler(0.8, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.3, seed=5),
+    }.items():  # fmt: skip
         cache = engine.new_cache()
         engine.extend(prompt, cache)
         count = min(5, cache.room - len(prompt) - 1)
-        ids, z = engine.step_greedy(0, cache, count, Greedy((), penalty, {0, *prompt}))
-        found |= {f"ids {penalty}": np.array(ids, np.int64), f"logits {penalty}": z}
+        ids, z = engine.step_on(0, cache, count, Choice(sampler, (), {0, *prompt}))
+        found |= {f"ids {name}": np.array(ids, np.int64), f"logits {name}": z}
     return found
 
 

@@ -65,7 +65,8 @@ def test_choices_are_as_defined(sampler: Sampler) -> None:
     for case in range(70):
         z, u = logits(case), uniform(sampler.seed, case)
         left, chosen = defined(sampler, z, u)
-        assert sampler.candidates(z)[0].tolist() == left
+        tempered = sampler.tempered(z, (), case)
+        assert sampler.candidates(tempered)[0].tolist() == left
         assert sampler.choose(z, (), case) == chosen
 
 

@@ -167,7 +167,7 @@ def distribution(sampler: Sampler, prompt: int, length: int) -> np.ndarray:
     """Exact probabilities [4] * length of texts after a prompt, by SPEC 9.2 on the full table."""
 
     def follow(last: int, seen: frozenset[int], left: int) -> np.ndarray:
-        ids, weights = sampler.candidates(sampler.penalised(FULL[last].astype(np.float32), seen))
+        ids, weights = sampler.candidates(sampler.tempered(FULL[last].astype(np.float32), seen, 0))
         p = np.zeros(4)
         p[ids] = weights / weights.sum()
         if left == 1:

@@ -61,17 +61,17 @@ def test_two_thousand_requests(tmp_path: Path, threads: int, kv_cache: str) -> N
 
 
 def test_texts_one_after_the_other(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each alone, several greedy tokens in a call: stop strings within it, pages used again."""
+    """Each alone, several tokens in a call: stop strings within it, pages used again."""
     monkeypatch.setattr(generate, "CALL_S", 1e9)
     rng, counts = random.Random(5), Counter[int]()
-    run = model.engine.step_greedy
+    run = model.engine.step_on
 
     def note(token: int, cache: Any, count: int, *how: Any, **options: Any) -> Any:
         found = run(token, cache, count, *how, **options)
         counts[len(found[0])] += 1
         return found
 
-    monkeypatch.setattr(model.engine, "step_greedy", note)
+    monkeypatch.setattr(model.engine, "step_on", note)
     scheduler, heads = Scheduler(model), [[*range(1, 30)]]
     for _ in range(60):
         request = random_request(rng, model, heads)
@@ -149,7 +149,7 @@ def test_of_a_text_alone_only_logits_that_may_be_chosen_are_wanted(
 
         return call
 
-    for verb in ("step", "step_greedy"):
+    for verb in ("step", "step_on"):
         monkeypatch.setattr(model.engine, verb, note(getattr(model.engine, verb)))
     how, seeded = GenerationOptions(max_tokens=6), GenerationOptions(temperature=1.0, top_k=9)
     for texts, expected in (

@@ -63,6 +63,7 @@ def _structs(at: View, dtype: np.dtype) -> View:
 
 
 floats = _view(np.float32, ir.FloatType())
+float64s = _view(np.float64, ir.DoubleType())
 int8s = _view(np.int8)
 uint8s = _view(np.uint8)
 uint16s = _view(np.uint16, WORD)

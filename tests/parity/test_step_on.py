@@ -1,9 +1,10 @@
-"""Greedy tokens within one call of an engine: those of token by token, and nothing else is left."""
+"""Tokens chosen within one call of an engine: those of token by token, and nothing else is left."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from bitskip_cpu import weights, workspace
 from bitskip_cpu.engine import Engine
 from bitskip_ref.config import ModelConfig, small_twin
 from bitskip_ref.decoding import generate
+from bitskip_ref.decoding.choice import MOST, Choice
 from bitskip_ref.decoding.contenders import Contenders
 from bitskip_ref.decoding.generate import Choosing, Together, stream
-from bitskip_ref.decoding.greedy import MOST, Greedy
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.exits import FixedExit
 from bitskip_ref.model import ReferenceModel
@@ -28,6 +29,8 @@ PROMPT = random_tokens(CONFIG, 5)
 SAMPLERS = {
     "plain": Sampler(), "penalty": Sampler(repetition_penalty=1.3),
     "reward": Sampler(repetition_penalty=0.7), "bias": Sampler(logit_bias=((3, 2.0),)),
+    "drawn": Sampler(0.5, seed=4), "least": Sampler(0.9, min_p=0.05, seed=1 << 63),
+    "top": Sampler(0.8, top_k=6, top_p=0.9, repetition_penalty=1.3),
 }  # fmt: skip
 
 
@@ -98,7 +101,7 @@ def test_kinds_of_models_and_caches(monkeypatch: pytest.MonkeyPatch, name: str, 
     reference = ReferenceModel(config, tensors, kind)
     for threads, depth in itertools.product((1, 2), (1, config.num_hidden_layers)):
         engine = Engine(config, tensors, threads, kind, share_from=0)
-        for sampler in (SAMPLERS["plain"], SAMPLERS["penalty"]):
+        for sampler in map(SAMPLERS.get, ("plain", "penalty", "top", "least")):
             expected = one_by_one(reference, sampler, 12, depth)
             assert same(expected, streamed(engine, sampler, 12, depth), depth)
 
@@ -110,8 +113,12 @@ def test_each_call_gives_what_it_says(engine: Any) -> None:
         cache, expected = engine.new_cache(), engine.new_cache()
         engine.extend(PROMPT[:-1], cache)
         engine.extend(PROMPT[:-1], expected)
-        ids, z = engine.step_greedy(
-            PROMPT[-1], cache, count, Greedy((), r, seen), contenders=Contenders()
+        ids, z = engine.step_on(
+            PROMPT[-1],
+            cache,
+            count,
+            Choice(Sampler(repetition_penalty=r), (), seen),
+            contenders=Contenders(),
         )
         assert len(ids) == count and seen == set(PROMPT)
         text, sampler = [PROMPT[-1]], Sampler(repetition_penalty=r)
@@ -145,8 +152,8 @@ def test_the_context_is_filled_and_no_more(engine: Any) -> None:
     assert len(ids) == 5 and cache.length == most
     cache.length = most - 3
     with pytest.raises(ValueError, match="positions exceed the context"):
-        engine.step_greedy(1, cache, 3, Greedy())
-    ids, _ = engine.step_greedy(1, cache, 2, Greedy())
+        engine.step_on(1, cache, 3, Choice())
+    ids, _ = engine.step_on(1, cache, 2, Choice())
     assert len(ids) == 2 and cache.length == most
 
 
@@ -156,9 +163,9 @@ def test_equal_logits_go_to_the_lowest_id() -> None:
         if name in tensors:
             tensors[name][:] = tensors[name][0]
     for engine in (ReferenceModel(CONFIG, tensors), Engine(CONFIG, tensors, 1)):
-        ids, _ = engine.step_greedy(9, engine.new_cache(), 3, Greedy())
+        ids, _ = engine.step_on(9, engine.new_cache(), 3, Choice())
         assert ids == [0, 0, 0]
-        ids, _ = engine.step_greedy(9, engine.new_cache(), 3, Greedy({0}))
+        ids, _ = engine.step_on(9, engine.new_cache(), 3, Choice(ends={0}))
         assert ids == []
 
 
@@ -180,15 +187,15 @@ def test_logits_that_choose_nothing_end_a_call() -> None:
 def found(engine: Engine, z: np.ndarray) -> int | None:
     """What a kernel takes for the greedy token after logits."""
     from bitskip_cpu.kernels.layout import STEPS
-    from bitskip_ref.decoding.greedy import check_greedy
+    from bitskip_ref.decoding.choice import check_choice
 
-    space, chosen = engine._space, check_greedy(Greedy(), 1, CONFIG)
+    space, chosen = engine._space, check_choice(Choice(), 1, CONFIG)
     space.set_tokens([1], engine.new_cache(), 0)
-    space.set_greedy(1, chosen)
+    space.choices.set(1, chosen, len(z))
     space.logits[0] = z
     space.set_logits(space.logits_at)
     engine._call(STEPS)
-    ids = space.followed
+    ids = space.choices.followed
     assert (ids[0] if ids else None) == chosen.next(z, [])
     return ids[0] if ids else None
 
@@ -196,15 +203,16 @@ def found(engine: Engine, z: np.ndarray) -> int | None:
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda e, c: e.step_greedy(1, c, MOST + 1, Greedy()), "0..32"),
-        (lambda e, c: e.step_greedy(1, c, -1, Greedy()), "0..32"),
-        (lambda e, c: e.step_greedy(1, c, 2.0, Greedy()), "0..32"),
-        (lambda e, c: e.step_greedy(1, c, 1, Sampler()), "give a Greedy"),
-        (lambda e, c: e.step_greedy(1, c, 1, Greedy((), 0.0)), "between 1e-06 and 100"),
-        (lambda e, c: e.step_greedy(1, c, 1, Greedy((), "1")), "between 1e-06 and 100"),
-        (lambda e, c: e.step_greedy(CONFIG.vocab_size, c, 1, Greedy()), "token ids"),
-        (lambda e, c: e.step_greedy(1, c, 1, Greedy(), exit_layer=5), "choose 1..4"),
-        (lambda e, c: e.step_greedy(1, c, 1, Greedy(), contenders=3), "give Contenders"),
+        (lambda e, c: e.step_on(1, c, MOST + 1, Choice()), "0..32"),
+        (lambda e, c: e.step_on(1, c, -1, Choice()), "0..32"),
+        (lambda e, c: e.step_on(1, c, 2.0, Choice()), "0..32"),
+        (lambda e, c: e.step_on(1, c, 1, Sampler()), "give a Choice"),
+        (lambda e, c: e.step_on(1, c, 1, Choice(None)), "give a Sampler"),
+        (lambda e, c: e.step_on(1, c, 1, Choice(made=-1)), "0 or more"),
+        (lambda e, c: e.step_on(1, c, 1, Choice(SAMPLERS["bias"])), "a logit bias"),
+        (lambda e, c: e.step_on(CONFIG.vocab_size, c, 1, Choice()), "token ids"),
+        (lambda e, c: e.step_on(1, c, 1, Choice(), exit_layer=5), "choose 1..4"),
+        (lambda e, c: e.step_on(1, c, 1, Choice(), contenders=3), "give Contenders"),
     ],
 )
 def test_refused(engine: Any, call: Callable[[Any, Any], Any], says: str) -> None:
@@ -215,9 +223,9 @@ def test_refused(engine: Any, call: Callable[[Any, Any], Any], says: str) -> Non
 
 
 def test_ids_that_no_token_has_change_nothing(engine: Any) -> None:
-    ids, z = engine.step_greedy(2, engine.new_cache(), 4, Greedy((), 1.3, {2}))
-    odd = Greedy((-1, 1 << 40), 1.3, [2, 2, -7, CONFIG.vocab_size, 1 << 40])
-    again, same_z = engine.step_greedy(2, engine.new_cache(), 4, odd)
+    ids, z = engine.step_on(2, engine.new_cache(), 4, Choice(SAMPLERS["penalty"], (), {2}))
+    odd = Choice(SAMPLERS["penalty"], (-1, 1 << 40), [2, 2, -7, CONFIG.vocab_size, 1 << 40])
+    again, same_z = engine.step_on(2, engine.new_cache(), 4, odd)
     assert again == ids and z.tobytes() == same_z.tobytes()
 
 
@@ -227,13 +235,13 @@ def test_calls_are_as_long_as_one_waits(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(generate.time, "perf_counter", lambda: next(clock))
     engine = ReferenceModel(CONFIG, TENSORS)
     counts: list[int] = []
-    run = engine.step_greedy
+    run = engine.step_on
 
     def noted(token: int, cache: Any, count: int, *a: Any, **k: Any) -> Any:
         counts.append(count)
         return run(token, cache, count, *a, **k)
 
-    monkeypatch.setattr(engine, "step_greedy", noted)
+    monkeypatch.setattr(engine, "step_on", noted)
     for call_s, expected in ((4.5, [0, 3, 17, MOST]), (0.5, [0, 0, 0])):
         monkeypatch.setattr(generate, "CALL_S", call_s)
         counts.clear()
@@ -248,7 +256,7 @@ def changed(config: ModelConfig, plant: Callable[[Engine, pytest.MonkeyPatch], N
     """Whether the comparison sees what is planted in an engine."""
     tensors = random_tensors(config)
     engine, depth = Engine(config, tensors, 1), config.num_hidden_layers
-    sampler = SAMPLERS["penalty"]
+    sampler = SAMPLERS["top"]
     expected = one_by_one(Engine(config, tensors, 1), sampler, 30, depth)
     with pytest.MonkeyPatch.context() as patch:
         plant(engine, patch)
@@ -261,13 +269,26 @@ def no_mistake(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 
 def unseen(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     """The prompt is not counted by the penalty."""
-    put = engine._space.set_greedy
-    patch.setattr(engine._space, "set_greedy", lambda n, c: put(n, c._replace(seen=c.seen[:0])))
+    replaced(engine, patch, lambda c: c._replace(seen=c.seen[:0]))
 
 
 def no_penalty(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    put = engine._space.set_greedy
-    patch.setattr(engine._space, "set_greedy", lambda n, c: put(n, c._replace(penalty=1.0)))
+    replaced(engine, patch, lambda c: c._replace(sampler=replace(c.sampler, repetition_penalty=1)))
+
+
+def no_top_p(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    replaced(engine, patch, lambda c: c._replace(sampler=replace(c.sampler, top_p=1)))
+
+
+def same_draw(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    """A call begins with the first draw again."""
+    replaced(engine, patch, lambda c: c._replace(made=0))
+
+
+def replaced(engine: Engine, patch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
+    """What the workspace is told to choose by, changed."""
+    put = engine._space.choices.set
+    patch.setattr(engine._space.choices, "set", lambda n, c, v: put(n, change(c), v))
 
 
 def kept_too_long(engine: Engine, patch: pytest.MonkeyPatch) -> None:
@@ -280,7 +301,7 @@ def not_taken(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Choosing, "took", lambda self, token: setattr(self, "_left", self._left - 1))
 
 
-@pytest.mark.parametrize("plant", [unseen, no_penalty, not_taken])
+@pytest.mark.parametrize("plant", [unseen, no_penalty, not_taken, no_top_p, same_draw])
 def test_planted(plant: Callable[[Engine, pytest.MonkeyPatch], None]) -> None:
     assert not changed(CONFIG, no_mistake)
     assert changed(CONFIG, plant)
