@@ -67,7 +67,7 @@ class Timed:
     def __init__(self, engine: Any) -> None:
         self.config, self.new_cache, self.step = engine.config, engine.new_cache, engine.step
         self.speculate, self._extend = engine.speculate, engine.extend
-        self.step_greedy = engine.step_greedy
+        self.step_on, self.choose = engine.step_on, engine.choose
         self.started = 0.0
 
     def extend(self, *arguments: Any, **options: Any) -> np.ndarray:

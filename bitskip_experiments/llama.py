@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.decoding.sampling import Sampler
 
 NAMES = {
     "embed_tokens": "model.embed_tokens", "final_norm": "model.norm",
@@ -94,8 +95,14 @@ class LlamaEngine:
         cache.length += len(token_ids)
         return out.logits[0].numpy()
 
-    def step_greedy(
-        self, token_id: int, cache: LlamaCache, count: int, greedy: Any, *, exit_layer: int,
+    def choose(
+        self, logits: np.ndarray, sampler: Sampler, seen: Collection[int], index: int
+    ) -> int:
+        """As of an engine."""
+        return sampler.choose(logits, seen, index)
+
+    def step_on(
+        self, token_id: int, cache: LlamaCache, count: int, choice: Any, *, exit_layer: int,
         contenders: Any = None,
     ) -> tuple[list[int], np.ndarray]:  # fmt: skip
         """As of an engine, one token a call: all its logits [V], whichever are asked for."""

@@ -59,9 +59,9 @@ def wrong_depth(step: Any, token: int, cache: Any, rule: Any, **asked: Any) -> A
     return z, depth + (not isinstance(rule, FixedExit))
 
 
-def wrong_sample(step: Any, token: int, cache: Any, rule: Any, **asked: Any) -> Any:
-    z, depth = step(token, cache, rule, **asked)
-    return (-z if getattr(rule, "layer", None) == 4 or not hasattr(rule, "threshold") else z), depth
+def wrong_sample(step_on: Any, *arguments: Any, **asked: Any) -> Any:
+    ids, z = step_on(*arguments, **asked)
+    return ids, -z
 
 
 def wrong_round(speculate: Any, *arguments: Any, **options: Any) -> Any:
@@ -91,7 +91,7 @@ def test_the_reference_equals_itself(reference: Any) -> None:
         ({"logits": wrong_exit}, "exit 2", "logits: 1 of"),
         ({"extend": wrong_single}, "token by token", "logits: 12 of"),
         ({"step": wrong_depth}, "max >", "exit layers: 6 of 6"),
-        ({"step": wrong_sample}, "sampled tokens", "expected"),
+        ({"step_on": wrong_sample}, "sampled tokens", "expected"),
         ({"speculate": wrong_round}, "a round of speculation", "after drafts: 1 of"),
     ],
 )

@@ -13,7 +13,7 @@ from bitskip_experiments import speed
 from bitskip_experiments.definitions import load
 from bitskip_experiments.llama import LlamaEngine
 from bitskip_ref.config import small_twin
-from bitskip_ref.decoding.greedy import Greedy
+from bitskip_ref.decoding.choice import Choice
 from bitskip_ref.exits.fixed import FixedExit
 from tests.helpers import random_tensors, random_tokens
 
@@ -29,7 +29,7 @@ def test_transformers_llama_computes_the_same_at_every_exit() -> None:
             mine.length = cache.length = first
             for token in ids[first:]:
                 wanted, _ = ours.step(token, mine, FixedExit(n))
-                followed, found = theirs.step_greedy(token, cache, 3, Greedy(), exit_layer=n)
+                followed, found = theirs.step_on(token, cache, 3, Choice(), exit_layer=n)
                 assert not followed and cache.length == mine.length
                 assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
 

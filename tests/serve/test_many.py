@@ -196,14 +196,14 @@ def test_limits(model: Model) -> None:
 
 def test_an_error_concerns_one_text(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = (Heard([n, 2], GenerationOptions(max_tokens=5)) for n in (7, 8))
-    choose = type(good.options.sampler).choose
+    choose = model.engine.choose
 
-    def fail(sampler: Any, z: Any, seen: Any, index: int) -> int:
+    def fail(z: Any, sampler: Any, seen: Any, index: int) -> int:
         if index == 2 and 8 in seen:
             raise ValueError("planted")
-        return choose(sampler, z, seen, index)
+        return choose(z, sampler, seen, index)
 
-    monkeypatch.setattr(type(good.options.sampler), "choose", fail)
+    monkeypatch.setattr(model.engine, "choose", fail)
     run_all(Scheduler(model), [good, bad])
     assert bad.end is not None and bad.end.error == "planted"
     check(model, good)
