@@ -1,15 +1,16 @@
-"""The tables of docs/EXITS.md, from results/exits/pilots.json.
+"""The tables of docs/EXITS.md, from results/exits/pilots.json and recipe.json.
 
 `python -m bitskip_experiments.pilots` writes results/exits/table.md.
 Rows are settings, columns exits; means over seeds. What is changed in `three-detach` is a
 difference at equal seeds with the standard error, at the last layer with the 95 % interval and
-Holm's p.
+Holm's p. Then the run of recipe `stories-24` at the shipped width, step by step, and its end.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from bitskip_experiments.statistics import Mean, contrast, holm, mean
 from bitskip_ref.files import replace_file
@@ -55,9 +56,9 @@ def difference(losses: Losses, plus: str, minus: str, exit_layer: str) -> Mean:
     return contrast([one], [other])
 
 
-def page(path: Path) -> str:
+def page(folder: Path) -> str:
     """results/exits/table.md."""
-    losses, settings = read(path)
+    losses, settings = read(folder / "pilots.json")
     lines = [
         "# What makes early exits good", "",
         "| name | settings | seeds | " + " | ".join(f"exit {n}" for n in EXITS) + " |",
@@ -79,12 +80,29 @@ def page(path: Path) -> str:
             cells = [_change(difference(losses, plus, minus, n)) for n in EXITS]
             low, high = found.interval or (found.value, found.value)
             lines.append(f"| {text} | {' | '.join(cells)} | {low:+.3f} to {high:+.3f} | {p:.2g} |")
+    lines += _recipe(json.loads((folder / "recipe.json").read_text("utf-8")))
     lines += [
         "", "- Loss in nats a token, ± the standard error over seeds; differences at equal seed. "
         "p: two-sided t test of the difference at exit 24 against 0, Holm over the rows of its "
         "table.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _recipe(found: dict[str, Any]) -> list[str]:
+    """Two tables: held-out loss as training went, and bits a byte of the exported model."""
+    exits = EXITS[1:]
+    heads = " | ".join(f"exit {n}" for n in exits)
+    rule = "---:|" * len(exits)
+    lines = ["", f"| step | {heads} | training loss |", f"|---:|{rule}---:|"]
+    for at in found["evaluations"]:
+        losses = " | ".join(f"{at['loss'][n]:.3f}" for n in exits)
+        lines.append(f"| {at['step']:,} | {losses} | {at['training_loss']:.2f} |")
+    lines += ["", f"| bits a byte | {heads} |", f"|---|{rule}"]
+    for text in ("held out", "training text"):
+        bits = " | ".join(f"{found[text][n]['bits_per_byte']:.4f}" for n in exits)
+        lines.append(f"| {text} | {bits} |")
+    return lines
 
 
 def _level(found: Mean) -> str:
@@ -98,4 +116,4 @@ def _change(found: Mean) -> str:
 if __name__ == "__main__":
     folder = Path(__file__).parent.parent / "results/exits"
     with replace_file(folder / "table.md") as file:
-        file.write(page(folder / "pilots.json").encode())
+        file.write(page(folder).encode())

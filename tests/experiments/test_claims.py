@@ -180,4 +180,4 @@ def test_first_gradients_are_those_of_the_committed_page() -> None:
 
 def test_pilots_are_those_of_the_committed_page() -> None:
     folder = ROOT / "results/exits"
-    assert (folder / "table.md").read_text("utf-8") == pilots.page(folder / "pilots.json")
+    assert (folder / "table.md").read_text("utf-8") == pilots.page(folder)
