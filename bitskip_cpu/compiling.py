@@ -62,6 +62,7 @@ def needed(config: ModelConfig, kv_cache: str) -> list[str]:
     return [*CALLED, *rows_of(config), *filter(None, [ATTEND.get(kv_cache)])]
 
 
+LONGEST = 300  # characters of a library's message; Numba's tell the cause after a few
 DIGEST = 32  # bytes of the checksum before the code
 
 
@@ -253,8 +254,9 @@ def _go_plain(error: Exception) -> None:
 
     print(
         f"Numba {numba.__version__} with llvmlite {llvmlite.__version__} is not the Numba that "
-        f"bitskip knows ({type(error).__name__}): kernels are compiled by its plain njit in "
-        "every process, which takes minutes; the results are the same",
+        f"bitskip knows ({type(error).__name__}: {' '.join(str(error).split())[:LONGEST]}): "
+        "kernels are compiled by its plain njit in every process, which takes minutes; the results "
+        "are the same",
         file=sys.stderr,
     )
     numba_inside.plain = True
