@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 
 from bitskip.errors import one_line_errors
 from bitskip.signals import ends_on_signals
-from bitskip.terminal import open_streams
+from bitskip.terminal import drop_unwritten, open_streams
 from bitskip_ref.words import unknown
 
 Sections = Mapping[str, Mapping[str, tuple[str, str]]]
@@ -72,6 +72,13 @@ class Verbs(click.Group):
             if name.startswith(incomplete)
         ]
         return verbs + click.Command.shell_complete(self, ctx, incomplete)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As click's; what standard output could not take is not tried again when Python ends."""
+        try:
+            return super().main(*args, **kwargs)
+        finally:
+            drop_unwritten()
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """As click's, with our error lines."""

@@ -28,6 +28,16 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
+def drop_unwritten() -> None:
+    """Drop what standard output cannot take: Python's own end would fail on it (exit code 120)."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def animated(file: IO[str]) -> bool:
     """Whether a line may be overwritten: a terminal that is not a dumb one."""
     return file.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")

@@ -55,7 +55,10 @@ def codes(
     report, errors = tmp_path / "codes", tmp_path / "errors"
     script = f'"$@" {redirected.format(errors=errors)}'
     probe = [sys.executable, "-W", "ignore", "-c", PROBE, str(report), json.dumps(words)]
-    subprocess.run(["bash", "-c", script, "bash", *probe], cwd=ROOT, check=True, timeout=600)
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    subprocess.run(
+        ["bash", "-c", script, "bash", *probe], cwd=ROOT, check=True, timeout=600, env=buffered
+    )
     found = map(int, report.read_text().split())
     said = errors.read_text() if errors.exists() else ""
     return dict(zip(verbs, found, strict=True)), said
@@ -91,6 +94,21 @@ def test_c5_a_server_without_streams_serves(place: Path) -> None:
         assert server.wait(60) in (0, 128 + signal.SIGTERM)
     finally:
         server.kill()
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "generate --help", "inspect stories-24"])
+def test_c5_a_full_disk_is_one_line_and_one_exit_code(words: str) -> None:
+    """Whoever buffers: Python's own end tries no more."""
+    for environment in ({}, {"PYTHONUNBUFFERED": "1"}):
+        kept = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "bitskip", *words.split()], cwd=ROOT, stdout=full,
+                stderr=subprocess.PIPE, text=True, env=kept | environment,
+            )  # fmt: skip
+        assert (done.returncode, done.stderr) == (
+            1, "error: [Errno 28] No space left on device\n",
+        )  # fmt: skip
 
 
 @every
