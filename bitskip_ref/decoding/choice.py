@@ -87,7 +87,8 @@ def _checked(asked: Choice, config: ModelConfig) -> Chosen:
 def _ids(ids: Collection[int], config: ModelConfig) -> np.ndarray:
     """int64, each once; those that no token of this model has are nowhere chosen or seen."""
     try:
-        found = np.unique(np.fromiter(ids, np.int64, len(ids)))
+        found = np.sort(np.fromiter(ids, np.int64, len(ids)))
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"token ids {shown(ids)}: must be a collection of whole numbers") from None
-    return found[(found >= 0) & (found < config.vocab_size)]
+    found = found[(found >= 0) & (found < config.vocab_size)]
+    return np.asarray(found[np.diff(found, prepend=-1) > 0])  # np.unique imports much at first

@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import traceback
 from dataclasses import dataclass, field
@@ -79,6 +80,7 @@ def _apart(work: Any) -> None:
     if child == 0:
         code = 1
         try:
+            _alone()
             work()
             code = 0
         except BaseException:
@@ -87,6 +89,12 @@ def _apart(work: Any) -> None:
             os._exit(code)
     if os.waitpid(child, 0)[1]:
         raise RuntimeError("the undamaged files could not be made")
+
+
+def _alone() -> None:
+    """In a forked child: PyTorch does not wait for threads that an earlier test left behind."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 class _Worker:
@@ -109,6 +117,7 @@ class _Worker:
         if self.child == 0:
             code = 1
             try:
+                _alone()
                 os.close(read)
                 with os.fdopen(write, "w", buffering=1) as out:
                     self._run(out)
