@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from bitskip_cpu.aligned import aligned
@@ -17,7 +15,6 @@ CHOICE, CHOICE_AT = row(
     "temperature", "reach",
 )  # fmt: skip
 FOLLOWED, DRAWN = (STATE.fields[name][1] // 8 for name in ("followed", "drawn"))  # type: ignore[index]
-SPARE = 1e-3  # nats: weights further than that below min_p are less than it (SPEC 9.6)
 
 
 class Choices:
@@ -44,17 +41,15 @@ class Choices:
         """
         how, seen = chosen.sampler, chosen.seen[chosen.seen < choices]
         self._seen[: len(seen)], self._ends[: len(chosen.ends)] = seen, chosen.ends
-        reach = -math.inf
         if how.temperature:
             if not self._state["choose"]:
                 self._room()
             self._filters[:] = how.top_p, how.min_p
             for i in range(max(1, count)):
                 self._draws[i] = uniform(how.seed, chosen.made + i)
-            reach = math.log(how.min_p) - SPARE if how.min_p else reach
         CHOICE.pack_into(
             self._memory, CHOICE_AT, 0, count, len(seen), len(chosen.ends), choices,
-            min(how.top_k, choices), how.repetition_penalty, how.temperature, reach,
+            min(how.top_k, choices), how.repetition_penalty, how.temperature, -how.reach,
         )  # fmt: skip
 
     def _room(self) -> None:

@@ -87,6 +87,8 @@ def _checked(asked: Choice, config: ModelConfig) -> Chosen:
 def _ids(ids: Collection[int], config: ModelConfig) -> np.ndarray:
     """int64, each once; those that no token of this model has are nowhere chosen or seen."""
     try:
+        if not len(ids):  # as of most tokens that are chosen one by one
+            return np.zeros(0, np.int64)
         found = np.sort(np.fromiter(ids, np.int64, len(ids)))
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"token ids {shown(ids)}: must be a collection of whole numbers") from None

@@ -114,8 +114,13 @@ class Sampler:
         if 0 < self.top_k <= MOST_CONTENDERS:
             return Contenders(self.top_k, self.temperature)
         if self.top_k == 0 and self.top_p == 1 and self.min_p >= LEAST_MIN_P:
-            return Contenders(1, self.temperature, 1e-3 - math.log(self.min_p))
+            return Contenders(1, self.temperature, self.reach)
         return None
+
+    @property
+    def reach(self) -> float:
+        """How far below the largest, over the temperature, min-p leaves a logit at most (9.6)."""
+        return 1e-3 - math.log(self.min_p) if self.min_p else math.inf
 
     def choose(self, logits: np.ndarray, seen: Collection[int], index: int) -> int:
         """The token id for logits f32 [V] (SPEC 9.1, 9.2).
