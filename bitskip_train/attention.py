@@ -70,7 +70,7 @@ def grouped_attention_backward(
     """Gradients of q, keys and values for the output's gradient [N, T * G, E]."""
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     wide = torch.promote_types(keys.dtype, torch.float32)  # the sums over the parts
-    grad_keys, grad_values = torch.zeros_like(keys, dtype=wide), torch.zeros_like(keys, dtype=wide)
+    grad_keys, grad_values = (x.new_zeros(x.shape, dtype=wide) for x in (keys, values))
     parts = _parts(q, keys, tokens, len(weights) > 1)
     for (rows, end), part in zip(parts, weights, strict=True):
         grad_values[:, :end] += part.transpose(1, 2) @ grad[:, rows]

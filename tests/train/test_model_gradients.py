@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bitskip_ref.arithmetic.hadamard import fwht
-from bitskip_train.attention import ROWS, grouped_attention
+from bitskip_train.attention import ROWS, grouped_attention, grouped_attention_backward
 from bitskip_train.fast import FastOps
 from bitskip_train.functions import PassThrough
 from bitskip_train.layers import Block
@@ -86,6 +86,20 @@ def test_causal_attention(tokens: int, positions: int) -> None:
         return grouped_attention(*qkv, tokens, True)[0]
 
     assert torch.autograd.gradcheck(output, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_compiled_code_is_told_what_the_attention_returns(dtype: torch.dtype, causal: bool) -> None:
+    """Heads of one sample lie apart in memory: a batch of 1, or all others skipped."""
+    q, keys, values = (
+        seeded(tokens, 3, 4, seed=tokens).to(dtype).transpose(0, 1) for tokens in (10, 5, 5)
+    )
+    inputs = q, keys, values, 5, causal
+    torch.library.opcheck(grouped_attention, inputs, test_utils="test_faketensor")
+    weights = grouped_attention(*inputs)[1:]
+    inputs = torch.ones_like(q), q, keys, values, weights, 5
+    torch.library.opcheck(grouped_attention_backward, inputs, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("causal", [True, False])
