@@ -35,6 +35,10 @@ MAKE: Sections = {
         "evaluate": ("bitskip_train.cli:evaluate", "Held-out loss of a checkpoint, per exit."),
         "average": ("bitskip_train.cli:average", "The mean of several checkpoints' weights."),
         "fit-gates": ("bitskip_train.cli:fit_gates", "Give a checkpoint routing gates."),
+        "soft-targets": (
+            "bitskip_export.soft_targets:soft_targets",
+            "What a teacher thinks of a text.",
+        ),
         "fit-exits": ("bitskip_export.exit_blocks:fit_exits", "Give a model's exits a block each."),
         "export": ("bitskip_export.cli:export", "To a model folder, ONNX or Hugging Face."),
         "import": ("bitskip_export.foreign.verbs:bring", "A model of another program."),

@@ -29,7 +29,7 @@ from bitskip.options import (
 from bitskip.places import user_cache
 from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.documents import END_OF_TEXT, read_text
-from bitskip_ref.folder import read_folder
+from bitskip_ref.folder import Folder, read_folder
 from bitskip_train.errors import CheckpointError
 from bitskip_train.recipes import (
     RECIPES,
@@ -44,6 +44,9 @@ from bitskip_train.recipes import (
 from bitskip_train.settings import TrainConfig, check_settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bitskip_text.tokenizer import Tokenizer
     from bitskip_train.checkpoint import Checkpoint
     from bitskip_train.trainer import Trainer
 
@@ -81,6 +84,11 @@ _out_option = click.option("--out", "-o", required=True, type=NEW_FILE, help="Ch
     help="TOML file with [model] and [train]: all settings, or changes to the preset.",
 )  # fmt: skip
 @click.option(
+    "--from", "source", type=FOLDER,
+    help="In place of a preset: a model folder, whose weights the run begins with. Its tokenizer, "
+    "too, unless --set names another: then tokens that both know keep their rows.",
+)  # fmt: skip
+@click.option(
     "--set", "overrides", multiple=True, type=_Setting(), metavar="KEY=VALUE",
     help="One setting, for example model.hidden_size=192 or lr=3e-4. Repeatable; last word.",
 )  # fmt: skip
@@ -96,7 +104,7 @@ _out_option = click.option("--out", "-o", required=True, type=NEW_FILE, help="Ch
 @click.option("--tensorboard/--no-tensorboard", default=None, help="Default: if it is installed.")
 @_cache_option
 def train(
-    preset: str | None, config_file: Path | None, overrides: tuple[str, ...],
+    preset: str | None, config_file: Path | None, source: Path | None, overrides: tuple[str, ...],
     data: tuple[str, ...], valid: tuple[str, ...], out: Path | None, resume: bool,
     accept_changes: bool, print_config: bool, tensorboard: bool | None, token_cache: Path,
 ) -> None:  # fmt: skip
@@ -111,10 +119,13 @@ def train(
             changes["train"][name] = list(places)
     if out is None and (resume or not print_config):
         raise ConfigError("--out is missing: the folder of the run")
+    if source is not None and (preset or resume):
+        raise ConfigError(f"--from: not beside {'--preset' if preset else '--resume'}")
+    begun = None if source is None else read_folder(source)
     if print_config:
         from bitskip_train.described import to_toml
 
-        model, settings, _ = _settings(preset, config_file, changes, out if resume else None)
+        model, settings, _ = _settings(preset, config_file, changes, out if resume else None, begun)
         click.echo(to_toml(model, settings), nl=False)
         return
     from bitskip_train.run_folder import locked
@@ -127,10 +138,10 @@ def train(
                 f"{out / 'last.pt'} exists: add --resume to go on, or choose another --out"
             )
         model, settings, checkpoint = _settings(
-            preset, config_file, changes, out if resume else None
+            preset, config_file, changes, out if resume else None, begun
         )
         stopped_by = _run(
-            model, settings, out, checkpoint, tensorboard, token_cache, accept_changes
+            model, settings, out, checkpoint, tensorboard, token_cache, accept_changes, begun
         )
     if stopped_by is not None:
         click.echo(f"stopped; go on with: bitskip train --resume --out {out}", err=True)
@@ -138,9 +149,10 @@ def train(
 
 
 def _settings(
-    preset: str | None, config_file: Path | None, changes: Tables, resumed: Path | None
-) -> tuple[ModelConfig, TrainConfig, Checkpoint | None]:
-    """The settings of a run, and the checkpoint it goes on from."""
+    preset: str | None, config_file: Path | None, changes: Tables, resumed: Path | None,
+    begun: Folder | None,
+) -> tuple[ModelConfig, TrainConfig, Checkpoint | None]:  # fmt: skip
+    """The settings of a run, and the checkpoint it goes on from. begun: the folder of --from."""
     checkpoint: Checkpoint | None = None
     tables = read_toml(config_file) if config_file else {}
     if resumed is not None:
@@ -150,13 +162,23 @@ def _settings(
             raise ConfigError("--resume: takes its settings from OUT/last.pt; change them by --set")
         checkpoint = load_checkpoint(resumed / "last.pt")
         base = (checkpoint.config, TrainConfig.from_dict(checkpoint.train))
+    elif begun is not None:
+        settings = TrainConfig()
+        if begun.tokenizer is not None:
+            settings = settings.replace(tokenizer=str(begun.tokenizer))
+        base = apply((begun.config, settings), tables)
     elif preset is not None:
         base = apply(recipe(preset), tables)
     elif config_file is not None:
         base = whole(tables, config_file)
     else:
-        raise ConfigError(f"--preset or --config is missing; presets: {', '.join(RECIPES)}")
+        known = ", ".join(RECIPES)
+        raise ConfigError(f"--preset, --config or --from is missing; presets: {known}")
     model, settings = apply(base, changes)
+    if begun is not None:
+        from bitskip_train.warm_start import check_config
+
+        check_config(model, begun.config)
     if checkpoint is not None and model != checkpoint.config:
         raise ConfigError("--resume: the model's settings cannot change")
     check_settings(model, settings)
@@ -165,7 +187,7 @@ def _settings(
 
 def _run(
     model: ModelConfig, settings: TrainConfig, out: Path, checkpoint: Checkpoint | None,
-    tensorboard: bool | None, cache: Path, accept_changes: bool,
+    tensorboard: bool | None, cache: Path, accept_changes: bool, begun: Folder | None,
 ) -> int | None:  # fmt: skip
     """Load the data and train; the signal that stopped it, None at the end."""
     from bitskip_train.data import TextSource, load_split
@@ -184,6 +206,9 @@ def _run(
         if text is None and world.main:
             text = make_tokenizer(settings.tokenizer, source.documents()).json
         tokenizer = parse_tokenizer(world.share(text), "the tokenizer")
+        first = None
+        if begun is not None:
+            model, first = _begin(model, begun, tokenizer)
         if tokenizer.size > model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.size} tokens, the model "
@@ -199,7 +224,7 @@ def _run(
             held_out = held_out and held_out.padded(settings.context, end)
         trainer = Trainer(
             model, settings, split, held_out, tokenizer.json, out, checkpoint, world,
-            accept_changes,
+            accept_changes, first,
         )  # fmt: skip
         if world.main:
             parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -213,6 +238,22 @@ def _run(
         return trainer.stopped_by
     finally:
         world.close()
+
+
+def _begin(
+    model: ModelConfig, begun: Folder, tokenizer: Tokenizer
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Settings and first weights of a run that begins with a folder's; a vocabulary that no
+    setting changed is the tokenizer's where that is another."""
+    from bitskip_train.tokenizer import parse_tokenizer
+    from bitskip_train.warm_start import first_weights
+
+    if begun.tokenizer is None:
+        raise ConfigError(f"{begun.path}: has no tokenizer, which says what its rows are")
+    old = parse_tokenizer(read_text(begun.tokenizer), str(begun.tokenizer))
+    if tokenizer.json != old.json and model.vocab_size == begun.config.vocab_size:
+        model = model.replace(vocab_size=tokenizer.size)
+    return model, first_weights(model, begun, tokenizer, old)
 
 
 def _threads(trainer: Trainer) -> str:

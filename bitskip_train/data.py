@@ -202,8 +202,8 @@ class Windows:
         self._offset = 0
         self._order = np.zeros(0, np.int64)
 
-    def window(self, position: int) -> np.ndarray:
-        """Window number `position`, counted over all epochs: int64 [context + 1]."""
+    def start(self, position: int) -> int:
+        """Where window number `position`, counted over all epochs, begins among the tokens."""
         epoch, index = divmod(position, self.per_epoch)
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
@@ -211,9 +211,13 @@ class Windows:
             self._offset = int(rng.integers(min(self.context, free)))
             self._order = rng.permutation(self.per_epoch)
             self._epoch = epoch
-        start = self._offset + int(self._order[index]) * self.context
-        return self.tokens[start : start + self.context + 1].astype(np.int64)
+        return self._offset + int(self._order[index]) * self.context
+
+    def starts(self, position: int, size: int) -> list[int]:
+        """Where windows position .. position + size - 1 begin."""
+        return [self.start(position + i) for i in range(size)]
 
     def batch(self, position: int, size: int) -> np.ndarray:
         """Windows position .. position + size - 1: int64 [size, context + 1]."""
-        return np.stack([self.window(position + i) for i in range(size)])
+        cut = [self.tokens[a : a + self.context + 1] for a in self.starts(position, size)]
+        return np.stack(cut).astype(np.int64)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bitskip_ref.config import ModelConfig
 from bitskip_train.evaluate import LOGIT_BUDGET
+from bitskip_train.loaded import parameter_values
 from bitskip_train.losses import cross_entropy, distillation
 from bitskip_train.model import BitskipModel
 
@@ -38,7 +39,8 @@ def with_exit_blocks(
         norm, head = config.exit_names(n)
         for name in (f"{norm}.weight", f"{norm}.bias", f"{head}.weight"):
             if name in tensors:
-                _put(model, name, torch.from_numpy(_values(config, tensors, name)), False)
+                values = torch.from_numpy(parameter_values(config, tensors, name))
+                _put(model, name, values, False)
     generator = torch.Generator().manual_seed(seed)
     for n in exits:
         at = f"exits.{n}.block"
@@ -51,13 +53,6 @@ def with_exit_blocks(
             if config.norm == "layer":
                 _put(model, f"{at}.{name}.bias", torch.zeros(width), True)
     return model
-
-
-def _values(config: ModelConfig, tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """A norm's or head's numbers as f32 (SPEC 4.4)."""
-    values = tensors[name].astype(np.float32)
-    scale = tensors.get(name.removesuffix("weight") + "scale")
-    return values if scale is None else values * scale[:, None]
 
 
 def _put(model: nn.Module, name: str, values: Tensor, fitted: bool) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.engine import Engine, Trace
-from bitskip_ref.floats import BFLOAT16
+from bitskip_ref.floats import BFLOAT16, widened
 from bitskip_ref.folder import read_folder
 from bitskip_ref.packing import unpack_ternary
 from bitskip_ref.rows import Run
+from bitskip_ref.tensors import linear_layers
 from bitskip_train.exact import confidence
 from bitskip_train.layers import Cache, TensorTrace
 from bitskip_train.model import BitskipModel
@@ -24,6 +25,18 @@ def load_exported(path: str | os.PathLike[str], kv_cache: str = "float32") -> To
     """Load a model folder. Raises `bitskip_ref.FormatError` if it is not a whole one."""
     folder = read_folder(path)
     return TorchEngine(folder.config, folder.tensors, kv_cache)
+
+
+def parameter_values(
+    config: ModelConfig, tensors: Mapping[str, np.ndarray], name: str
+) -> np.ndarray:
+    """The numbers that a folder's tensors (FORMAT 3) stand for, of a parameter of some name: a new
+    f32 array (SPEC 4.1, 4.4, 4.5, 4.8)."""
+    values, owner = tensors[name], name.removesuffix(".weight")
+    if values.dtype == np.uint8:
+        values = unpack_ternary(values, linear_layers(config)[owner][1])
+    numbers, scale = widened(values), tensors.get(f"{owner}.scale")
+    return numbers if scale is None else numbers * scale[:, None]
 
 
 class TorchEngine(Engine):

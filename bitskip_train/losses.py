@@ -12,6 +12,7 @@ from torch import Tensor
 from bitskip_ref.config import ConfigError
 from bitskip_train.fast import FastOps, ternary_codes
 from bitskip_train.settings import TrainConfig
+from bitskip_train.soft_targets import Soft
 
 PIECE = 1 << 18  # logits of a piece: 1 MB in float32
 
@@ -57,7 +58,7 @@ class _CrossEntropy(torch.autograd.Function):
     """The loss and, at once, its gradient, in pieces that stay in the processor's cache."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, soft: Soft | None) -> Tensor:
         rows, vocabulary = logits.shape
         if logits.device.type == "cpu":
             rows = max(1, PIECE // vocabulary)
@@ -68,23 +69,29 @@ class _CrossEntropy(torch.autograd.Function):
             piece = slice(first, first + rows)
             logs = F.log_softmax(logits[piece].float(), -1)
             named = targets[piece, None]
-            total -= logs.gather(1, named).sum()
+            weights = logs.new_ones(1, 1).expand_as(named)
+            if soft is not None:
+                weights = 1 - soft.probabilities[piece].sum(1, keepdim=True)
+                named = torch.cat((named, soft.ids[piece]), 1)
+                weights = torch.cat((weights, soft.probabilities[piece]), 1)
+            total -= (logs.gather(1, named) * weights).sum()
             if gradient is not None:
-                gradient[piece] = logs.exp_().scatter_add_(
-                    1, named, logs.new_full((1, 1), -1.0).expand_as(named)
-                )
+                gradient[piece] = logs.exp_().scatter_add_(1, named, -weights)
         ctx.gradient = gradient
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None  # once: it is scaled where it lies
-        return gradient.mul_(grads[0]), None
+        return gradient.mul_(grads[0]), None, None
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed next-token loss in nats. logits [N, V], targets int64 [N]; computed in float32."""
-    return _CrossEntropy.apply(logits, targets)
+def cross_entropy(logits: Tensor, targets: Tensor, soft: Soft | None = None) -> Tensor:
+    """Summed next-token loss in nats. logits [N, V], targets int64 [N]; computed in float32.
+
+    soft: a teacher's part of the targets; the text's token has what its rows leave of 1.
+    """
+    return _CrossEntropy.apply(logits, targets, soft)
 
 
 def distillation(logits: Tensor, teacher: Tensor) -> Tensor:

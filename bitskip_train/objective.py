@@ -12,6 +12,7 @@ from bitskip_train.model import BitskipModel
 from bitskip_train.readings import shifted
 from bitskip_train.schedule import dropout_probabilities, ramp
 from bitskip_train.settings import TrainConfig
+from bitskip_train.soft_targets import Soft
 
 
 class Objective:
@@ -31,11 +32,14 @@ class Objective:
         if train.exit_lambda:
             self.exits = losses.exit_weights(train, self.depth)
 
-    def backward(self, ids: Tensor, step: int, draws: Draws) -> dict[str, Tensor]:
+    def backward(
+        self, ids: Tensor, step: int, draws: Draws, soft: Soft | None = None
+    ) -> dict[str, Tensor]:
         """Add the gradient of the mean loss over ids [B, T + 1] to the parameters'.
 
-        Exits rotate with `step`; `draws`, of the B samples, decide layer dropout and gates. The
-        gradient is divided by `accumulation`; the terms returned, detached, are not: `loss` of the
+        Exits rotate with `step`; `draws`, of the B samples, decide layer dropout and gates. soft:
+        a teacher's part of the B * T targets, of the last layer and of the exits. The gradient is
+        divided by `accumulation`; the terms returned, detached, are not: `loss` of the
         last layer, and where they are on `exit_loss`, the weighted mean of the step's exits, and
         `route_loss`.
         """
@@ -47,7 +51,7 @@ class Objective:
             hidden = self.model(ids[:, :-1], keep=keep, collect=collect)
         leaves = {n: hidden[n].detach().requires_grad_() for n in sorted(collect)}
         terms = self._head_losses(
-            leaves, ids, exits, train.exit_lambda * ramp(train.exit_ramp, step)
+            leaves, ids, exits, train.exit_lambda * ramp(train.exit_ramp, step), soft
         )
         if train.route_lambda:
             with self.autocast():
@@ -62,8 +66,9 @@ class Objective:
         return {name: term.detach() for name, term in terms.items()}
 
     def _head_losses(
-        self, leaves: dict[int, Tensor], ids: Tensor, exits: dict[int, float], exit_lambda: float
-    ) -> dict[str, Tensor]:
+        self, leaves: dict[int, Tensor], ids: Tensor, exits: dict[int, float], exit_lambda: float,
+        soft: Soft | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Loss of the last layer and of the exits, with their gradients left in the leaves."""
         train, depth = self.train, self.depth
         flat = {n: leaf.flatten(0, 1) for n, leaf in leaves.items()}  # [B * T, D]
@@ -74,14 +79,15 @@ class Objective:
         rows = max(1, LOGIT_BUDGET // self.model.config.vocab_size)
         for start in range(0, len(targets), rows):
             piece = slice(start, start + rows)
+            said = soft and Soft(*(part[piece] for part in soft))
             logits = self._logits(flat[depth][piece], depth)
-            loss = losses.cross_entropy(logits, targets[piece])
+            loss = losses.cross_entropy(logits, targets[piece], said)
             (loss * scale).backward()
             main = main + loss.detach()
             teacher = logits.detach()
             for n, weight in exits.items():
                 logits = self._logits(flat[n][piece], n, normed=not train.exit_raw)
-                loss = losses.cross_entropy(logits, exit_targets[piece])
+                loss = losses.cross_entropy(logits, exit_targets[piece], said)
                 if train.exit_distill:
                     loss = loss + train.exit_distill * losses.distillation(logits, teacher)
                 (exit_lambda * weight * scale * loss).backward(inputs=self._receivers(n, leaves[n]))

@@ -37,6 +37,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "beta1": (0.0, 0.999999),
     "beta2": (0.0, 0.999999),
     "clip": (1e-9, 1e9),
+    "soft_share": (0.0, 1.0),
     "seed": (0, (1 << 32) - 1),
     "exit_first": (1, 1 << 16),
     "exit_last": (-(1 << 16), 1 << 16),
@@ -95,6 +96,13 @@ class TrainConfig:
     """AdamW's decay of the mean squared gradient."""
     clip: float = 1.0
     """Largest norm of the whole gradient; a longer one is scaled down to it."""
+    # Teacher (docs/EXITS.md)
+    soft_targets: str = ""
+    """A file of `bitskip soft-targets` for this data and tokenizer: what another model, the
+    teacher, thinks of each token. The last layer and the exits learn it. Empty: no teacher."""
+    soft_share: float = 1.0
+    """What the teacher's probabilities are multiplied by; the rest of each target, with all that
+    the file leaves out, is the text's own token."""
     # Early-exit loss (SPEC 10 row 11)
     exit_lambda: float = 0.0
     """Weight of the early-exit loss beside the last layer's (v1 Eq. 5, v2 Eq. 7: 0.3). 0: none."""
@@ -257,6 +265,17 @@ def check_settings(config: ModelConfig, train: TrainConfig) -> None:
         )
     if train.linear_form != "definition":
         _check_public(config, train)
+    if train.soft_targets:
+        if "same" in (train.targets, train.exit_targets) or train.pad_documents:
+            raise ConfigError(
+                "soft_targets: a teacher names the next token of the text as it is; needs targets "
+                "and exit_targets = 'next', pad_documents = false"
+            )
+        if config.vocab_size > 1 << 16:
+            raise ConfigError(
+                f"soft_targets: their files hold ids of at most {1 << 16:,} tokens, "
+                f"and model.vocab_size = {config.vocab_size:,}"
+            )
     if train.quant_lambda and config.linear != "ternary":
         raise ConfigError("quant_lambda above 0: needs model.linear = 'ternary'")
 

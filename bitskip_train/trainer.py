@@ -7,7 +7,7 @@ import math
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from bitskip_train.readings import public_init
 from bitskip_train.run_folder import CONFIG, write_config
 from bitskip_train.schedule import learning_rate
 from bitskip_train.settings import TrainConfig, check_settings
+from bitskip_train.soft_targets import Soft, SoftTargets, read_soft_targets
 from bitskip_train.threads import time_threads
 from bitskip_train.world import World
 
@@ -53,9 +54,11 @@ class Trainer:
         resume: Checkpoint | None = None,
         world: World = World(),  # noqa: B008 (frozen)
         accept_changes: bool = False,
+        first: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Build model and optimizer, from a checkpoint if one is given; choose the threads.
 
+        first: weights to begin with, name -> f32 parameter (None: drawn from the seed).
         accept_changes: resume although the run is not the checkpoint's (`fingerprint`). Raises
         ConfigError where settings do not fit each other, CheckpointError where the checkpoint
         cannot be resumed.
@@ -67,10 +70,16 @@ class Trainer:
         self.tokenizer_json, self.world = tokenizer_json, world
         self.device = pick_device(train.device, world.local_rank)
         self.windows = Windows(data.tokens, train.context, train.seed)
+        self.soft: SoftTargets | None = None
+        if train.soft_targets:
+            path = Path(train.soft_targets)
+            self.soft = read_soft_targets(path, data.tokens, config.vocab_size)
         torch.manual_seed(train.seed)
         self.model = BitskipModel(config)
         if train.init == "public":
             public_init(self.model, config.hadamard)
+        if first is not None:
+            self.model.load_state_dict(first)
         self.model.reading = train
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, train)
@@ -134,8 +143,9 @@ class Trainer:
             ids = torch.from_numpy(self.windows.batch(first, train.batch)).to(self.device)
             self.position += world.size * train.batch
             draws = Draws(train.seed, first, train.batch)
+            soft = self._soft_rows(first)
             with self._separate_pass():
-                terms = self.objective.backward(ids, self.step, draws)
+                terms = self.objective.backward(ids, self.step, draws, soft)
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0) + value / train.accumulation
         world.average([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -157,6 +167,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return values
+
+    def _soft_rows(self, first: int) -> Soft | None:
+        """The teacher's part of the targets of a pass whose windows are numbered from `first`."""
+        if self.soft is None:
+            return None
+        train = self.train
+        starts = [start + 1 for start in self.windows.starts(first, train.batch)]
+        rows = self.soft.rows(starts, train.context, train.soft_share)
+        return Soft(*(part.to(self.device) for part in rows))
 
     @contextmanager
     def _separate_pass(self) -> Iterator[None]:

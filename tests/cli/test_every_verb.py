@@ -72,6 +72,7 @@ def fine(verb: str, place: Path) -> list[str]:
         "fit-exits": [
             model, *held, "--layers", 1, "-o", out, "--steps", 1, "--context", 8,
         ],
+        "soft-targets": [model, "--data", text, "-o", place / "soft", *cache],
         "export": [checkpoint, "-o", out],
         "verify": [model, "--engines", "ref", "--tokens", 2, "--exit-layer", 1],
         "import": [place / "hf", "-o", out],
@@ -160,7 +161,7 @@ def test_an_unknown_option_names_the_likeliest(verb: str, place: Path) -> None:
 def test_a_verb_without_arguments_works_or_says_what_it_needs(verb: str) -> None:
     needs = {
         "perplexity": "--text", "exits": "--text", "calibrate": "--text", "train": "--out",
-        "fit-exits": "--text",
+        "fit-exits": "--text", "soft-targets": "--data",
         "evaluate": "CHECKPOINT", "average": "CHECKPOINT", "fit-gates": "CHECKPOINT",
         "export": "MODEL", "import": "SOURCE", "eval": "--tasks",
     }  # fmt: skip
@@ -232,7 +233,11 @@ def test_what_is_no_text_is_one_line(verb: str, name: str, place: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "--preset or --config is missing"),
+        ([], "--preset, --config or --from is missing"),
+        (["--from", "{}/model", "--preset", "tiny"], "--from: not beside --preset"),
+        (["--from", "{}/model", "--resume"], "--from: not beside --resume"),
+        (["--from", "{}/folder"], "config.json"),
+        (["--from", "{}/model", "--set", "hidden_size=32"], "--from it must stay"),
         (["--preset", "tinny"], "did you mean tiny?"),
         (["--preset", "tiny", "--config", "{}/text.txt"], "not TOML"),
         (["--preset", "tiny", "--config", "{}/binary"], "UTF-8"),
@@ -259,7 +264,9 @@ def test_training_mistakes(words: list[str], said: str, place: Path) -> None:
     assert not (place / "run").exists()
 
 
-@pytest.mark.parametrize("verb", ["train", "average", "fit-gates", "fit-exits", "export"])
+@pytest.mark.parametrize(
+    "verb", ["train", "average", "fit-gates", "fit-exits", "soft-targets", "export"]
+)
 def test_where_nothing_can_be_written(verb: str, place: Path) -> None:
     words = fine(verb, place)
     option = "--out" if "--out" in words else "-o"
@@ -347,8 +354,8 @@ def with_extras(place: Path) -> dict[str, list[str]]:
 
 
 TRAINING = {
-    "train", "train --tensorboard", "evaluate", "average", "fit-gates", "fit-exits", "export",
-    "export --to onnx", "verify torch",
+    "train", "train --tensorboard", "evaluate", "average", "fit-gates", "fit-exits",
+    "soft-targets", "export", "export --to onnx", "verify torch",
 }  # fmt: skip
 NEEDS = {  # module -> what cannot go without it
     "torch": TRAINING,

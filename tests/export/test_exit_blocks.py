@@ -42,10 +42,10 @@ def fitted(
     [
         small_config("wt2-bitskip", exit_norm="per_layer"),
         small_config("llama3", linear="int8", hadamard=True, head_format="int8"),
-        pytest.param(small_config(head_format="float32"), marks=pytest.mark.slow),
+        small_config(head_format="bfloat16"),
         pytest.param(small_config("llama3", tie_word_embeddings=True), marks=pytest.mark.slow),
     ],
-    ids=["hadamard, post-norm", "int8", "ternary", "float32, tied"],
+    ids=["hadamard, post-norm", "int8", "ternary, bfloat16", "float32, tied"],
 )
 def test_blocks_learn_what_full_depth_says_and_nothing_else_moves(
     config: ModelConfig, tmp_path: Path

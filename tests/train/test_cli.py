@@ -115,7 +115,7 @@ def test_mistakes_are_one_line(text: Path, tmp_path: Path, sets: list[str], mess
 
 def test_missing_arguments(text: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "run")
-    assert "--preset or --config is missing" in run("train", "--out", out).stderr
+    assert "--preset, --config or --from is missing" in run("train", "--out", out).stderr
     assert "no such file" in run("train", "--out", out, "--resume").stderr
     assert "hub names" in run("train", "--preset", "tiny", "--data", "x", "--out", out).stderr
     assert "does not exist" in run("evaluate", tmp_path / "a.pt", "--text", text).stderr
