@@ -27,6 +27,7 @@ from bitskip_cpu.kernels.layout import (
     GATE,
     GATES,
     HELP,
+    LANES,
     LEAST,
     LOOK,
     MEASURE,
@@ -40,6 +41,7 @@ from bitskip_cpu.kernels.layout import (
     VOCAB,
 )
 from bitskip_cpu.kernels.measures import measure
+from bitskip_cpu.kernels.numba_inside import atomics
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import (
     floats,
@@ -63,9 +65,11 @@ from bitskip_cpu.kernels.stages import (
     STORE,
     contend,
     norm,
+    params,
 )
 
 f32 = np.float32
+fetch = atomics.fetch
 ZERO, ONE = f32(0.0), f32(1.0)
 
 PART_BYTES = 1 << 15  # of weights, about, in one part of a product
@@ -97,23 +101,28 @@ def embed(s, t):
 def product(s, products, index, first, last, row_bytes):
     """Rows first..last-1 of a product for all tokens."""
     s.product, s.first_row, s.last_row = index, first, last
-    s.part_rows = rows_of_part(first, last, row_bytes)
+    s.part_rows = rows_of_part(s, index, first, last, row_bytes)
     parts = -(-(last - first) // s.part_rows)
     run_stage(s, products, ROWS, parts, (last - first) * row_bytes * ((s.tokens + 3) // 4))
 
 
 @kernel
-def rows_of_part(first, last, row_bytes):
-    """How many rows of a product are a part."""
+def rows_of_part(s, index, first, last, row_bytes):
+    """How many rows of a product are a part: half a band of a block's long ones for one token.
+
+    So threads end together; several tokens, and bounds of a vocabulary (SPEC 9.6), need bands.
+    """
+    if s.tokens == 1 and index < VOCAB and row_bytes * BAND > 2 * PART_BYTES:
+        return BAND // 2
     bands = max(1, PART_BYTES // (row_bytes * BAND), (last - first) // (BAND * 60_000))
     return bands * BAND
 
 
 @kernel
-def expect(s, weights_at, first, last, row_bytes):
-    """Have helpers ask for the weights of the next product while they wait for it."""
-    rows = rows_of_part(first, last, row_bytes)
-    next_weights(s, weights_at + first * row_bytes, -(-(last - first) // rows), rows * row_bytes)
+def expect(s, index, weights_at, first, last, row_bytes):
+    """Have helpers read the weights of the next product while they wait for it."""
+    rows = rows_of_part(s, index, first, last, row_bytes)
+    next_weights(s, weights_at + first * row_bytes, (last - first) * row_bytes, rows * row_bytes)
 
 
 @kernel
@@ -121,7 +130,13 @@ def expect_product(s, products, index, first):
     """The same for one of the block's, from row `first` on."""
     p = products[index]
     weights_at = s.weights + s.layer * s.layer_bytes + p.weights
-    expect(s, weights_at, first, p.rows, p.row_bytes)
+    expect(s, index, weights_at, first, p.rows, p.row_bytes)
+
+
+@kernel
+def ask_for_norm(s, weight_at):
+    """Ask for a norm's weight, which memory would be waited for after the product at hand."""
+    fetch(weight_at, (s.hidden + LANES - 1) // LANES)
 
 
 @kernel
@@ -131,6 +146,8 @@ def keys_values(s, products, first_row):
     expect_product(s, products, QKV, first_row)
     run_stage(s, products, ATTENTION_IN, tokens, tokens * s.input_stride)
     product(s, products, QKV, first_row, p.rows, p.row_bytes)
+    if first_row == 0:
+        expect_product(s, products, OUT, 0)
     run_stage(s, products, STORE, tokens, tokens * 8 * s.kv)
 
 
@@ -141,9 +158,11 @@ def block(s, products, layer):
     tokens, cost = s.tokens, s.tokens * s.input_stride
     keys_values(s, products, 0)
     seen = 4 * (int64s(s.positions, tokens)[tokens - 1] + 1) * s.attention
-    run_stage(s, products, ATTEND, tokens * s.kv_heads, tokens * seen)
+    # Little attention is the leader's alone: that helpers read o's weights meanwhile is worth more.
+    run_stage(s, products, ATTEND, tokens * s.kv_heads, tokens * seen // 4)
     expect_product(s, products, OUT, 0)
     run_stage(s, products, OUT_IN, tokens, cost)
+    ask_for_norm(s, params(s) + s.ffn_norm)
     product(s, products, OUT, 0, products[OUT].rows, products[OUT].row_bytes)
     feed_forward(s, products)
 
@@ -157,6 +176,8 @@ def feed_forward(s, products):
     product(s, products, UP, 0, products[UP].rows, products[UP].row_bytes)
     expect_product(s, products, DOWN, 0)
     run_stage(s, products, DOWN_IN, tokens, cost)
+    if s.layer + 1 < s.layers:
+        ask_for_norm(s, params(s) + s.params_stride + s.attn_norm)
     product(s, products, DOWN, 0, products[DOWN].rows, products[DOWN].row_bytes)
     run_stage(s, products, BLOCK_OUT, tokens, cost)
 
@@ -173,7 +194,7 @@ def enter_exit(s, products, rows_at, row_bytes):
         copy(s.x, s.mid, s.tokens * s.hidden)
         s.x, s.layer, s.weights = s.mid, s.exit_layer, s.exit_weights
         feed_forward(s, products)
-    expect(s, rows_at, 0, s.vocab, row_bytes)
+    expect(s, VOCAB, rows_at, 0, s.vocab, row_bytes)
     run_stage(s, products, EXIT_IN, s.tokens, s.tokens * s.input_stride)
 
 

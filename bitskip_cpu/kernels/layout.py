@@ -37,7 +37,6 @@ _STATE = """
     code_norms band_bounds least_contenders contenders_found
 
     helpers share_from sync stage layer product first_row last_row part_rows
-    ahead ahead_parts ahead_bytes
 """
 _FLOATS = {
     "norm_eps", "largest_code", "confidence_max", "confidence_margin",
@@ -50,8 +49,7 @@ STATE = np.dtype(
 )
 """One model on one workspace. In order: shape and kind (SPEC 1); where its weights are; workspace
 of up to CHUNK tokens; the call at hand: int64 [T] the tokens' `positions`, and where their `caches`
-are, a CACHE each; the stage at hand, which threads share (`kernels.share`), and what weights the
-next one reads: `ahead_parts` parts of `ahead_bytes` bytes from `ahead` on.
+are, a CACHE each; the stage at hand, which threads share (`kernels.share`).
 
 `linear_rows`, `vocab_rows`, `contend`, `measure`, `choose`: addresses of compiled pieces
 (`kernels.stages`, `contenders`, `measures`, `choice`): those that this model needs, and the last
@@ -145,7 +143,8 @@ EMBED, DRAFT, BLOCKS, LOOK, FILL, EXIT, CONTEND, STEPS, CHOOSE, MEASURE, GATE, H
     1 << i for i in range(12)
 )
 
-SYNC_STAGE, SYNC_AHEAD, SYNC_PENDING, SYNC_STOP, SYNC_RANGES = 0, 8, 64, 128, 192
+SYNC_STAGE, SYNC_AHEAD, SYNC_AHEAD_AT, SYNC_AHEAD_END, SYNC_AHEAD_PART = 0, 8, 16, 24, 32
+SYNC_PENDING, SYNC_STOP, SYNC_RANGES = 64, 128, 192
 """Bytes from `sync` to what threads share (`kernels.share`)."""
 
 

@@ -1,25 +1,32 @@
 """Sharing a stage's parts between the leader and helper threads.
 
-`sync` (address of int64 [sync_words], one cache line each, but for AHEAD behind STAGE) holds
+`sync` (address of int64 [sync_words], one cache line each, but for what follows AHEAD) holds
 
-    STAGE     number of the stage: shared stages are counted
-    AHEAD     number of the stage whose weights the state names, so that they can be asked for
+    STAGE     number of the latest stage that was shared; the leader's own
+    AHEAD     number of the stage whose weights are known, so that they can be read before it
+    ...AT, ...END, ...PART   where they begin and end, and bytes of a part
     PENDING   parts not yet finished, as far as threads have told
     STOP      not 0: helpers leave
     RANGES    for each thread: number of the stage << 32 | begin << 16 | end of its parts left
 
-The leader writes the stage into the state, then PENDING, the ranges and STAGE. Each thread takes
-parts from its own range upwards, so that it reads memory in order, and when that is empty from the
-ends of the others'. Whoever changes a range's word owns the part, and the state cannot change
-before PENDING is 0, which threads count down when they find no more to take; the stage's number in
-the word keeps a helper that was away from mistaking a later stage for the one it saw. A helper that
-the operating system keeps waiting holds up at most the part in its hands.
+The leader writes the stage into the state, then PENDING and the ranges; a helper looks at its own.
+Each thread takes parts from its own range upwards, so that it reads memory in order, and when that
+is empty from the ends of the others'. Whoever changes a range's word owns the part, and the state
+cannot change before PENDING is 0, which threads count down when they find no more to take; the
+stage's number in the word keeps a helper that was away from mistaking a later stage for the one it
+saw. A helper that the operating system keeps waiting holds up at most the part in its hands.
+
+What follows AHEAD is overwritten only after the stage of that number was shared: who finds an older
+one in its range has read what belongs together.
 """
 
 from __future__ import annotations
 
 from bitskip_cpu.kernels.layout import (
     SYNC_AHEAD,
+    SYNC_AHEAD_AT,
+    SYNC_AHEAD_END,
+    SYNC_AHEAD_PART,
     SYNC_PENDING,
     SYNC_RANGES,
     SYNC_STAGE,
@@ -27,11 +34,12 @@ from bitskip_cpu.kernels.layout import (
 )
 from bitskip_cpu.kernels.numba_inside import atomics
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
+from bitskip_cpu.kernels.products.ternary_layout import LINE
 from bitskip_cpu.kernels.stages import run_part
 
 atomic_read, atomic_write, atomic_add = atomics.read, atomics.write, atomics.add
 exchange, pause, sleep = atomics.exchange, atomics.pause, atomics.sleep
-fetch = atomics.fetch
+touch = atomics.touch
 
 MOST_PARTS = 0xFFFF
 NUMBER = 0xFFFFFFFF
@@ -40,37 +48,47 @@ SPINS = 2_000  # of some 40 ns: as long as the gaps within a token
 NAP = 100  # microseconds between looks after that
 NAPS = 300  # then the helper goes back to Python, to sleep until it is called
 
-AHEAD = 1 << 17  # bytes of its part of the next product that a helper asks for while it waits
-LINES = 16  # of them, 64 bytes each, between two looks whether that has begun
+AHEAD = 1 << 18  # bytes of its part of the next product that a helper reads while it waits
+LINES = 16  # of LINE bytes, between two looks whether that has begun
 
 
 @kernel
-def next_weights(s, at, parts, part_bytes):
-    """The next stage to be shared reads so many parts of weights: tell helpers, who wait now."""
+def next_weights(s, at, size, part_bytes):
+    """The next stage to be shared reads so many bytes of weights: tell helpers, who wait now."""
     if s.helpers:
-        s.ahead, s.ahead_parts, s.ahead_bytes = at, parts, part_bytes
+        atomic_write(s.sync + SYNC_AHEAD_AT, at)
+        atomic_write(s.sync + SYNC_AHEAD_END, at + size)
+        atomic_write(s.sync + SYNC_AHEAD_PART, part_bytes)
         atomic_write(s.sync + SYNC_AHEAD, (atomic_read(s.sync + SYNC_STAGE) + 1) & NUMBER)
 
 
 @kernel
-def fetch_ahead(s, thread, stage):
-    """Ask for the first of the weights that a helper will read, until `stage` is not the latest.
-
-    Memory would lie idle while the leader computes what one thread computes.
-    """
-    threads, parts = s.helpers + 1, s.ahead_parts
-    begin, end = thread * parts // threads, (thread + 1) * parts // threads
-    at = s.ahead + begin * s.ahead_bytes
-    stop = at + min((end - begin) * s.ahead_bytes, AHEAD)
-    while at < stop and atomic_read(s.sync + SYNC_STAGE) == stage:
-        fetch(at, LINES)
-        at += LINES * 64
+def seen_stage(s, thread):
+    """The number of the latest stage that a thread's range is of."""
+    return (atomic_read(s.sync + SYNC_RANGES + 64 * thread) >> 32) & NUMBER
 
 
 @kernel
-def take_parts(s, products, thread):
-    """Run parts of the stage at hand until none is left to take."""
-    threads, done = s.helpers + 1, 0
+def read_ahead(s, thread, stage):
+    """Read the first of the weights that a helper needs next, until `stage` is not the latest.
+
+    Memory would lie idle while the leader computes what one thread computes.
+    """
+    first, last = atomic_read(s.sync + SYNC_AHEAD_AT), atomic_read(s.sync + SYNC_AHEAD_END)
+    part_bytes, threads = atomic_read(s.sync + SYNC_AHEAD_PART), s.helpers + 1
+    parts = (last - first + part_bytes - 1) // part_bytes
+    at = first + thread * parts // threads * part_bytes
+    stop = min(first + (thread + 1) * parts // threads * part_bytes, last, at + AHEAD)
+    at = at // LINE * LINE
+    while at < stop and seen_stage(s, thread) == stage:
+        touch(at, min(LINES, (stop - at + LINE - 1) // LINE))
+        at += LINES * LINE
+
+
+@kernel
+def take_parts(s, products, thread, done):
+    """Run parts of the stage at hand until none is left to take; `done`: those it has run."""
+    threads = s.helpers + 1
     for i in range(threads):
         at = s.sync + SYNC_RANGES + 64 * ((thread + i) % threads)
         while True:
@@ -100,11 +118,15 @@ def run_stage(s, products, stage, parts, cost):
         return
     atomic_write(s.sync + SYNC_PENDING, parts)
     threads, number = s.helpers + 1, (atomic_read(s.sync + SYNC_STAGE) + 1) & NUMBER
+    atomic_write(s.sync + SYNC_STAGE, number)
+    first = min(1, parts // threads)  # the leader's own, if it has one, is not asked for
     for i in range(threads):
         begin, end = i * parts // threads, (i + 1) * parts // threads
+        begin = begin if i else first
         atomic_write(s.sync + SYNC_RANGES + 64 * i, number << 32 | begin << 16 | end)
-    atomic_write(s.sync + SYNC_STAGE, number)
-    take_parts(s, products, 0)
+    if first:
+        run_part(s, products, 0, 0)
+    take_parts(s, products, 0, first)
     spins = 0
     while atomic_read(s.sync + SYNC_PENDING):
         pause()
@@ -116,16 +138,16 @@ def run_stage(s, products, stage, parts, cost):
 @kernel
 def help_out(s, products, thread):
     """Live as a helper: run parts while there are any, then wait, then leave."""
-    idle, seen, fetched = 0, -1, -1
+    idle, seen, read = 0, -1, -1
     while atomic_read(s.sync + SYNC_STOP) == 0 and idle < SPINS + NAPS:
-        number = atomic_read(s.sync + SYNC_STAGE)
+        number = seen_stage(s, thread)
         if number != seen:
             seen = number
-            take_parts(s, products, thread)
+            take_parts(s, products, thread, 0)
             idle = 0
-        elif fetched != seen and atomic_read(s.sync + SYNC_AHEAD) == (seen + 1) & NUMBER:
-            fetched = seen
-            fetch_ahead(s, thread, seen)
+        elif read != seen and atomic_read(s.sync + SYNC_AHEAD) == (seen + 1) & NUMBER:
+            read = seen
+            read_ahead(s, thread, seen)
         idle += 1
         if idle < SPINS:
             pause()

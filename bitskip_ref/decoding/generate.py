@@ -16,7 +16,7 @@ from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.engine import Engine
 from bitskip_ref.rule import ExitRule, check_rule
 
-CALL_S = 0.03  # of a call for several tokens
+CALL_S = 0.05  # of a call for several tokens
 LEAST_S = 1e-6  # of a token: clocks may stand still
 
 

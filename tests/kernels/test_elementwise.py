@@ -9,10 +9,12 @@ from bitskip_cpu.kernels import layout
 from bitskip_cpu.kernels.arithmetic import elementwise as kernels
 from bitskip_ref.arithmetic.confidence import confidence
 from bitskip_ref.arithmetic.functions import exp, log, relu2, sigmoid, silu
-from bitskip_ref.arithmetic.hadamard import fwht
+from bitskip_ref.arithmetic.hadamard import fwht, rotate_unpadded
 from bitskip_ref.arithmetic.norms import layer_norm, rms_norm
 from bitskip_ref.arithmetic.quant import quantize_activations
 from bitskip_ref.arithmetic.sums import feature_sum
+from bitskip_ref.config import odd_part
+from bitskip_ref.hartley import hartley
 from tests.kernels.calling import call, compiled, same_bits
 
 f32 = np.float32
@@ -95,12 +97,20 @@ def test_norms(n: int) -> None:
     assert same_bits(y, in_place)
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 8, 16, 32, 64, 1024])
+@pytest.mark.parametrize("n", [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
 def test_fwht(n: int) -> None:
     x = random(n)
     y = x.copy()
     call(kernels.fwht, y, n)
     assert same_bits(fwht(x), y)
+
+
+@pytest.mark.parametrize("n", [1, 3, 10, 24, 48, 64, 96, 192, 576, 640, 768, 1536, 3 * 1024])
+def test_rotate_unpadded(n: int) -> None:
+    m, x, scratch = odd_part(n), random(n), np.full(4096, 7, f32)
+    y = x.copy()
+    call(kernels.rotate_unpadded, y, n, m, hartley(m), scratch)
+    assert same_bits(rotate_unpadded(x), y)
 
 
 def quantize(x: np.ndarray, bits: int, padded: int) -> tuple[np.ndarray, np.float32, int]:

@@ -18,7 +18,15 @@ import pytest
 
 from bitskip_cpu.cores import default_threads
 from bitskip_cpu.engine import Engine, load, random_model
-from bitskip_cpu.kernels.layout import BLOCKS, DOWN, FILL, QKV
+from bitskip_cpu.kernels.layout import (
+    BLOCKS,
+    DOWN,
+    FILL,
+    QKV,
+    SYNC_AHEAD_AT,
+    SYNC_AHEAD_END,
+    SYNC_AHEAD_PART,
+)
 from bitskip_cpu.weights import random_tensors
 from bitskip_ref.config import preset, small_twin
 from bitskip_ref.exits import ConfidenceExit, FixedExit
@@ -28,6 +36,7 @@ from tests.helpers import random_folder, random_tokens
 
 CONFIG = small_twin("wt2-bitskip")
 IDS = random_tokens(CONFIG, 20)
+WEIGHTS_AHEAD = SYNC_AHEAD_AT, SYNC_AHEAD_END, SYNC_AHEAD_PART
 
 
 def eager(threads: int, seed: int = 0) -> Engine:
@@ -56,11 +65,11 @@ def test_helpers_are_told_of_the_weights_that_come_next() -> None:
     """Where they lie and what a part of them is; that they are asked for changes no bit."""
     engine = eager(2)
     engine.step(1, engine.new_cache(), FixedExit())
-    s, products = engine._space.state, engine._space.products
+    s, products, sync = engine._space.state, engine._space.products, engine._space.sync
 
     def told(at: int, rows: int, row_bytes: int) -> bool:
-        short = int(s["ahead_parts"]) * int(s["ahead_bytes"]) - rows * row_bytes
-        return int(s["ahead"]) == at and 0 <= short < int(s["ahead_bytes"])
+        begin, end, part = (int(sync[i // 8]) for i in WEIGHTS_AHEAD)
+        return begin == at and end == at + rows * row_bytes and part % row_bytes == 0 < part
 
     assert told(int(s["vocab_weights"]), CONFIG.vocab_size, int(s["vocab_row_bytes"]))
     for i in range(CONFIG.num_hidden_layers):

@@ -20,7 +20,15 @@ from bitskip_cpu.kernels.arithmetic.exponential import (
     exp,
     silu_products,
 )
-from bitskip_cpu.kernels.arithmetic.lanes import add, butterflies, halved
+from bitskip_cpu.kernels.arithmetic.lanes import (
+    RUN,
+    add,
+    butterfly_lanes,
+    butterfly_run,
+    halved,
+    two_steps,
+    weighted_run,
+)
 from bitskip_cpu.kernels.layout import LANES, RELU2, SWIGLU
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s
@@ -191,30 +199,37 @@ def layer_norm(x_at, weight_at, y_at, n, eps, scratch_at):
 @kernel
 def fwht(at, n):
     """Transform in place (SPEC 5.2), n a power of two."""
-    butterfly(at, n)
+    butterfly(at, at, n)
     multiply(at, f32(1.0 / math.sqrt(float(n))), n)
 
 
 @kernel
 def rotate_unpadded(at, n, m, table_at, scratch_at):
     """SPEC 5.3 in place; m: the odd part of n; table: `hartley(m)`; scratch: n floats."""
-    width = n // m
+    width, factor = n // m, f32(1.0 / math.sqrt(float(n)))
+    if m == 1:
+        fwht(at, n)
+        return
     for j in range(m):
-        butterfly(at + 4 * j * width, width)
-    if m > 1:
-        copy(at, scratch_at, n)
-        table, first = floats(table_at, m * m), floats(scratch_at, width)
+        butterfly(at + 4 * j * width, scratch_at + 4 * j * width, width)
+    if width % RUN == 0:
         for i in range(m):
-            out = floats(at + 4 * i * width, width)
-            c = table[i * m]
+            for k in range(0, width, RUN):
+                to = at + 4 * (i * width + k)
+                weighted_run(table_at + 4 * i * m, m, scratch_at + 4 * k, 4 * width, factor, to)
+        return
+    table, first = floats(table_at, m * m), floats(scratch_at, width)
+    for i in range(m):
+        out = floats(at + 4 * i * width, width)
+        c = table[i * m]
+        for k in range(width):
+            out[k] = c * first[k]
+        for j in range(1, m):
+            x = floats(scratch_at + 4 * j * width, width)
+            c = table[i * m + j]
             for k in range(width):
-                out[k] = c * first[k]
-            for j in range(1, m):
-                x = floats(scratch_at + 4 * j * width, width)
-                c = table[i * m + j]
-                for k in range(width):
-                    out[k] = out[k] + c * x[k]
-    multiply(at, f32(1.0 / math.sqrt(float(n))), n)
+                out[k] = out[k] + c * x[k]
+    multiply(at, factor, n)
 
 
 @kernel
@@ -226,21 +241,31 @@ def multiply(at, factor, n):
 
 
 @kernel
-def butterfly(at, n):
-    """SPEC 5.2 without its scale, in place."""
-    h = n >> 1
-    shortest = LANES if n >= LANES else 1
-    while h >= shortest:
+def butterfly(at, out_at, n):
+    """SPEC 5.2 without its scale; the input is used up, the result may lie in its place."""
+    h = n  # as far apart as values have yet to meet
+    while h >= 4 * RUN:
+        for start in range(0, n, h):
+            for i in range(start, start + (h >> 2), LANES):
+                two_steps(at + 4 * i, h)
+        h >>= 2
+    most = RUN if n >= RUN else (LANES if n >= LANES else 1)  # what registers do at once
+    while h > most:
+        h >>= 1
         for start in range(0, n, 2 * h):
             a, b = floats(at + 4 * start, h), floats(at + 4 * (start + h), h)
             for i in range(h):
                 low, high = a[i], b[i]
                 a[i] = low + high
                 b[i] = low - high
-        h >>= 1
-    if n >= LANES:
+    if most == RUN:
+        for start in range(0, n, RUN):
+            butterfly_run(at + 4 * start, out_at + 4 * start)
+    elif most == LANES:
         for start in range(0, n, LANES):
-            butterflies(at + 4 * start)
+            butterfly_lanes(at + 4 * start, out_at + 4 * start)
+    elif out_at != at:
+        copy(at, out_at, n)
 
 
 @kernel

@@ -15,7 +15,7 @@ from llvmlite import ir
 
 from bitskip_cpu.kernels.layout import LANES, key_slots
 from bitskip_cpu.kernels.numba_inside.decorators import intrinsic
-from bitskip_cpu.kernels.numba_inside.emit import INT, pointer
+from bitskip_cpu.kernels.numba_inside.emit import INT, LONG, loop, pointer, variable
 from bitskip_cpu.kernels.numba_inside.views import floats, int32s
 
 Add = Callable[[Any, Any], Any]
@@ -93,15 +93,6 @@ def _scaled_sums(acc_at: int, total: Any, x: Any, out_at: int) -> None:
     floats(out_at, LANES)[:] = exact.astype(np.float32) * x
 
 
-def _butterflies(at: int) -> None:
-    x = floats(at, LANES)
-    h = LANES // 2
-    while h:
-        a, b = x.reshape(-1, 2, h).transpose(1, 0, 2)
-        x[:] = np.stack([a + b, a - b], axis=1).reshape(-1)
-        h //= 2
-
-
 @intrinsic(_add)
 def add(builder, a_at, b_at, out_at):
     """out = a + b."""
@@ -166,15 +157,83 @@ def scaled_sums(builder, acc_at, total, x, out_at):
     store_lanes(builder, scaled, out_at)
 
 
-@intrinsic(_butterflies)
-def butterflies(builder, at):
-    """The last steps of SPEC 5.2, within LANES neighbours, in place."""
-    x = load_lanes(builder, at)
-    h = LANES // 2
-    while h:
-        # Lane i meets lane i ^ h; the upper one of a pair becomes other - itself.
-        other = swapped(builder, x, h)
-        signs = ir.Constant(LANE_FLOATS, [-1.0 if i & h else 1.0 for i in range(LANES)])
-        x = builder.fadd(other, builder.fmul(x, signs))
-        h //= 2
-    store_lanes(builder, x, at)
+def _butterfly(count: int) -> Callable[..., None]:
+    """(x, out): SPEC 5.2 without its scale, of `count` vectors side by side."""
+
+    def twin(at: int, out_at: int) -> None:
+        n = count * LANES
+        x, h = floats(at, n).copy(), n // 2
+        while h:
+            a, b = x.reshape(-1, 2, h).transpose(1, 0, 2)
+            x = np.stack([a + b, a - b], axis=1).reshape(-1)
+            h //= 2
+        floats(out_at, n)[:] = x
+
+    @intrinsic(twin)
+    def butterfly(builder, at, out_at):
+        x = [load_lanes(builder, builder.add(at, LONG(i * LANE_BYTES))) for i in range(count)]
+        h = count // 2
+        while h:
+            met = [(x[i ^ h], x[i]) if i & h else (x[i], x[i ^ h]) for i in range(count)]
+            x = [builder.fsub(*p) if i & h else builder.fadd(*p) for i, p in enumerate(met)]
+            h //= 2
+        h = LANES // 2
+        while h:
+            # Lane i meets lane i ^ h; the upper one of a pair becomes other - itself.
+            signs = ir.Constant(LANE_FLOATS, [-1.0 if i & h else 1.0 for i in range(LANES)])
+            x = [builder.fadd(swapped(builder, v, h), builder.fmul(v, signs)) for v in x]
+            h //= 2
+        for i, v in enumerate(x):
+            store_lanes(builder, v, builder.add(out_at, LONG(i * LANE_BYTES)))
+
+    return butterfly
+
+
+VECTORS = 4  # whose butterflies take turns
+RUN = VECTORS * LANES
+butterfly_lanes, butterfly_run = _butterfly(1), _butterfly(VECTORS)
+
+
+def _two_steps(at: int, distance: int) -> None:
+    a, b, c, d = (floats(at + i * distance, LANES) for i in range(4))
+    e, f, g, h = a + c, b + d, a - c, b - d
+    a[:], b[:], c[:], d[:] = e + f, e - f, g + h, g - h
+
+
+@intrinsic(_two_steps)
+def two_steps(builder, at, distance):
+    """Two steps of SPEC 5.2 on four vectors that lie so many bytes apart, in place."""
+    places = [builder.add(at, builder.mul(distance, LONG(i))) for i in range(4)]
+    a, b, c, d = (load_lanes(builder, place) for place in places)
+    e, f = builder.fadd(a, c), builder.fadd(b, d)
+    g, h = builder.fsub(a, c), builder.fsub(b, d)
+    results = builder.fadd(e, f), builder.fsub(e, f), builder.fadd(g, h), builder.fsub(g, h)
+    for place, result in zip(places, results, strict=True):
+        store_lanes(builder, result, place)
+
+
+def _weighted_run(weights: int, count: int, x: int, stride: int, factor: Any, out: int) -> None:
+    total = floats(weights, count)[0] * floats(x, RUN)
+    for j in range(1, count):
+        total = total + floats(weights, count)[j] * floats(x + j * stride, RUN)
+    floats(out, RUN)[:] = total * factor
+
+
+@intrinsic(_weighted_run, factor="float32")
+def weighted_run(builder, weights_at, count, x_at, stride, factor, out_at):
+    """out = factor * (weights[0] * x[0] + ...), one after the other; x[j], RUN floats, lies j times
+    `stride` bytes behind x."""
+
+    def products(j):
+        weight = load_splat(builder, builder.add(weights_at, builder.shl(j, LONG(2))))
+        at = builder.add(x_at, builder.mul(j, stride))
+        places = (builder.add(at, LONG(i * LANE_BYTES)) for i in range(VECTORS))
+        return [builder.fmul(weight, load_lanes(builder, place)) for place in places]
+
+    totals = [variable(builder, product) for product in products(LONG(0))]
+    with loop(builder, builder.sub(count, LONG(1))) as index:
+        for total, product in zip(totals, products(builder.add(index, LONG(1))), strict=True):
+            builder.store(builder.fadd(builder.load(total), product), total)
+    for i, total in enumerate(totals):
+        scaled = builder.fmul(builder.load(total), splat(builder, factor))
+        store_lanes(builder, scaled, builder.add(out_at, LONG(i * LANE_BYTES)))

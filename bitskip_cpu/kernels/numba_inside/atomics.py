@@ -1,6 +1,6 @@
-"""Atomics and waiting, for the threads that share a stage (compiled runs only).
+"""Atomics and waiting, for the threads that share a stage (compiled runs only), and prefetch.
 
-Addresses are of int64. Everything is sequentially consistent: a stage costs a handful of these.
+Addresses are of int64. What a thread wrote before `write` or `exchange` is seen by who reads that.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from bitskip_cpu.native import SLEEP, SLEEP_UNIT
 @intrinsic(returns="int64")
 def read(builder, address):
     """The value there."""
-    return builder.load_atomic(pointer(builder, address, LONG), "seq_cst", 8)
+    return builder.load_atomic(pointer(builder, address, LONG), "acquire", 8)
 
 
 @intrinsic()
 def write(builder, address, value):
-    """Put a value there."""
-    builder.store_atomic(value, pointer(builder, address, LONG), "seq_cst", 8)
+    """Put a value there; nobody waits until others see it."""
+    builder.store_atomic(value, pointer(builder, address, LONG), "release", 8)
 
 
 @intrinsic(returns="int64")
@@ -49,11 +49,23 @@ def pause(builder):
         call(builder, "llvm.x86.sse2.pause", ir.VoidType())
 
 
-@intrinsic()
+def _nothing(address: int, lines: int) -> None:
+    """What `fetch` is without JIT."""
+
+
+@intrinsic(_nothing)
 def fetch(builder, address, lines):
     """Ask for cache lines from there on in the second cache; nothing else comes of it."""
     with loop(builder, lines) as index:
         prefetch(builder, builder.add(address, builder.shl(index, LONG(6))), 2)
+
+
+@intrinsic()
+def touch(builder, address, lines):
+    """Read cache lines from there on: a CPU that is late leaves out some that are asked for."""
+    with loop(builder, lines) as index:
+        at = builder.add(address, builder.shl(index, LONG(6)))
+        builder.load_atomic(pointer(builder, at, LONG), "monotonic", 8)
 
 
 @intrinsic()
