@@ -21,7 +21,6 @@ from bitskip_cpu.kernels.layout import (
     LANES,
     WIDENED,
 )
-from bitskip_cpu.kernels.numba_inside import atomics
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int32s
 from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS
@@ -32,7 +31,6 @@ ternary_sums, vocab_sums = path.ternary_sums, path.vocab_sums
 float_sums, order = path.float_sums, path.order
 single = import_module(f"{__package__}.{'vocab_simd' if PATH.compiled else 'plain'}")
 row_sum, fetch_row = single.row_sum, single.fetch_row
-fetch = atomics.fetch
 
 OFFSET4, OFFSET6, OFFSET8 = (np.int32(OFFSET[bits]) for bits in (4, 6, 8))
 
@@ -138,7 +136,6 @@ def integer_rows(
     size, units = TILE_ROWS * row_bytes, (width + VOCAB_COLUMNS - 1) // VOCAB_COLUMNS
     for start in range(first, last, BAND):
         n = min(BAND, last - start)
-        fetch(scales_at + 4 * start, (n + LANES - 1) // LANES)
         tiles_at, tiles = weights_at + start * row_bytes, -(-n // TILE_ROWS)
         vocab_sums(kind, s.tokens, tiles_at, tiles, size, units, s.codes, s.codes_stride, acc_at)
         scale = floats(scales_at + 4 * start, n)
