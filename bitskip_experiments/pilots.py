@@ -1,9 +1,10 @@
-"""The tables of docs/EXITS.md, from results/exits/pilots.json and recipe.json.
+"""The tables of docs/EXITS.md, from results/exits/{pilots,recipe,teacher}.json.
 
 `python -m bitskip_experiments.pilots` writes results/exits/table.md.
 Rows are settings, columns exits; means over seeds. What is changed in `three-detach` is a
 difference at equal seeds with the standard error, at the last layer with the 95 % interval and
-Holm's p. Then the run of recipe `stories-24` at the shipped width, step by step, and its end.
+Holm's p. Then the run of recipe `stories-24` at the shipped width, step by step, and its end; and a
+twin with a teacher.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ def page(folder: Path) -> str:
             low, high = found.interval or (found.value, found.value)
             lines.append(f"| {text} | {' | '.join(cells)} | {low:+.3f} to {high:+.3f} | {p:.2g} |")
     lines += _recipe(json.loads((folder / "recipe.json").read_text("utf-8")))
+    lines += _teacher(json.loads((folder / "teacher.json").read_text("utf-8")))
     lines += [
         "", "- Loss in nats a token, ± the standard error over seeds; differences at equal seed. "
         "p: two-sided t test of the difference at exit 24 against 0, Holm over the rows of its "
@@ -102,6 +104,20 @@ def _recipe(found: dict[str, Any]) -> list[str]:
     for text in ("held out", "training text"):
         bits = " | ".join(f"{found[text][n]['bits_per_byte']:.4f}" for n in exits)
         lines.append(f"| {text} | {bits} |")
+    return lines
+
+
+def _teacher(found: dict[str, Any]) -> list[str]:
+    """Held-out loss of a small twin, with a teacher and without: at full depth as training went,
+    and at its end what exits add to it."""
+    steps = [at["step"] for at in found["runs"][0]["evaluations"]]
+    heads = [*(f"step {n:,}" for n in steps), *(f"exit {n}" for n in (18, 12, 6))]
+    lines = ["", f"| twin | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for run in found["runs"]:
+        ends = [at["loss"] for at in run["evaluations"]]
+        cells = [f"{loss['24']:.3f}" for loss in ends]
+        cells += [f"{ends[-1][n] - ends[-1]['24']:+.3f}" for n in ("18", "12", "6")]
+        lines.append(f"| {run['name']} | {' | '.join(cells)} |")
     return lines
 
 

@@ -6,18 +6,19 @@ measuring and those held back for the gates, and from a published model, SmolLM2
 
 - the teacher: that model with a vocabulary of 4,096 tokens, tuned on one sixth of the stories;
 - its soft targets for each token of all of them;
-- the student, preset `stories-24`, which learns from them;
+- the student, preset `stories-24`: `TRUNK` from the text alone, then `TAUGHT` from them;
 - gates, then the folder OUT, which recommends a repetition penalty: without one greedy texts of so
   small a model loop.
 
 Stopped or killed, the same command goes on from WORK; what is done is not done again. Further words
-are settings of the student's training, `--set NAME=VALUE`, for smaller trials; `--teacher FOLDER`
+are settings of the student's trainings, `--set NAME=VALUE`, for smaller trials; `--teacher FOLDER`
 before them takes another model folder in SmolLM2's place.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from pathlib import Path
 from bitskip_experiments.errors import ExperimentError
 from bitskip_experiments.subjects import smollm2_file
 from bitskip_ref.documents import END_OF_TEXT, read_documents
-from bitskip_ref.files import replace_file
+from bitskip_ref.files import replace_file, replace_folder
 from bitskip_ref.folder import GENERATION, stored_sampling
 
 TRAIN = ("tinystories_train.txt", "tinystories_more.txt", "tinystories_more_recased.txt")
@@ -62,6 +63,12 @@ TUNING = (
 """The teacher's training: 450,560 tokens, each once, so that it cannot know the text by heart."""
 
 
+TRUNK = ("steps=5291", "decay=0.0")
+"""Of the student, while its rate stands."""
+TAUGHT = ("steps=12500", "decay=0.335", "exit_weights=uniform", "exit_lambda=4.5")
+"""And from there to the end."""
+
+
 def commands(
     data: Path, work: Path, out: Path, source: Path, settings: tuple[str, ...] = ()
 ) -> Iterator[list[str]]:
@@ -70,7 +77,9 @@ def commands(
     source: the folder of the published model, or the file that it is imported from.
     """
     texts, held_back = split(data, work)
-    run, gated, teacher, soft = (work / n for n in ("run", "gated.pt", "teacher", "soft"))
+    trunk, run, gated, teacher, soft = (
+        work / n for n in ("trunk", "run", "gated.pt", "teacher", "soft")
+    )
     tokens = ["--token-cache", str(work / "tokens")]
     words = [word for text in texts for word in ("--data", str(text))]
     valid = ["--valid", str(data / "tinystories" / VALID)]
@@ -79,13 +88,17 @@ def commands(
     if not soft.exists():
         yield ["soft-targets", str(teacher), *words, "-o", str(soft), *tokens]
     if not gated.exists():
-        if (run / "last.pt").exists():  # a run that was at its end ends at once
-            yield ["train", "--resume", "--out", str(run), *tokens, *settings]
-        else:
-            taught = [f"tokenizer={teacher / 'tokenizer.json'}", f"soft_targets={soft}"]
-            sets = [word for value in taught for word in ("--set", value)]
-            words += [*valid, "--out", str(run), *tokens, *sets, *settings]
-            yield ["train", "--preset", "stories-24", *words]
+        taught = sets(*TAUGHT, f"soft_targets={soft}")
+        if not (run / "last.pt").exists():
+            own = sets(f"tokenizer={teacher / 'tokenizer.json'}", *TRUNK)
+            if (trunk / "last.pt").exists():  # a run that was at its end ends at once
+                yield ["train", "--resume", "--out", str(trunk), *tokens]
+            else:
+                given = ["--preset", "stories-24", *words, *valid, *tokens]
+                yield ["train", *given, "--out", str(trunk), *own, *settings]
+            with replace_folder(run, ("*",)) as made:
+                shutil.copytree(trunk, made, dirs_exist_ok=True)
+        yield ["train", "--resume", "--out", str(run), *tokens, *taught, *settings]
         yield [
             "fit-gates", str(run / "last.pt"), "-o", str(gated), "--data", str(held_back),
             "--scale", "0.5", *tokens,
@@ -108,10 +121,14 @@ def _teacher(source: Path, work: Path, words: list[str]) -> Iterator[list[str]]:
         if (run / "last.pt").exists():
             yield ["train", "--resume", "--out", str(run), *words[words.index("--token-cache") :]]
         else:
-            sets = [word for value in TUNING for word in ("--set", value)]
-            yield ["train", "--from", str(source), *words, "--out", str(run), *sets]
+            yield ["train", "--from", str(source), *words, "--out", str(run), *sets(*TUNING)]
         yield ["export", str(run / "last.pt"), "--to", "hf", "-o", str(whole)]
     yield ["import", str(whole), "-o", str(work / "teacher")]  # int8 rows, several times faster
+
+
+def sets(*values: str) -> list[str]:
+    """Words that give a training these settings."""
+    return [word for value in values for word in ("--set", value)]
 
 
 def main(data: str, work: str, out: str, *words: str) -> None:

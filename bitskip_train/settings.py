@@ -103,8 +103,6 @@ class TrainConfig:
     soft_share: float = 1.0
     """What the teacher's probabilities are multiplied by; the rest of each target, with all that
     the file leaves out, is the text's own token."""
-    soft_from: int = 0
-    """Steps in which the text alone is learned, before the teacher is listened to."""
     # Early-exit loss (SPEC 10 row 11)
     exit_lambda: float = 0.0
     """Weight of the early-exit loss beside the last layer's (v1 Eq. 5, v2 Eq. 7: 0.3). 0: none."""

@@ -170,7 +170,7 @@ class Trainer:
 
     def _soft_rows(self, first: int) -> Soft | None:
         """The teacher's part of the targets of a pass whose windows are numbered from `first`."""
-        if self.soft is None or self.step < self.train.soft_from:
+        if self.soft is None:
             return None
         train = self.train
         starts = [start + 1 for start in self.windows.starts(first, train.batch)]

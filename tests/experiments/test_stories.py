@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from bitskip_experiments import shipped, stories
 from bitskip_experiments.errors import ExperimentError
 from bitskip_ref.documents import END_OF_TEXT, read_documents
 from bitskip_ref.folder import read_folder
+from bitskip_train.checkpoint import load_checkpoint
 from bitskip_train.tokenizer import make_tokenizer
 from tests.helpers import random_folder
 from tests.train.conftest import small_config
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 TINY = (
     "num_hidden_layers=3", "hidden_size=16", "num_attention_heads=2", "num_key_value_heads=1",
     "head_dim=8", "intermediate_size=32", "max_position_embeddings=32", "context=32", "batch=2",
-    "steps=4", "warmup=1", "exit_layers=1,2", "eval_exits=1", "compile=false", "save_every=2",
+    "warmup=1", "exit_layers=1,2", "eval_exits=1", "compile=false", "save_every=2",
 )  # fmt: skip
 
 
@@ -48,6 +47,7 @@ def test_stories_are_held_back_from_training(data: Path, tmp_path: Path) -> None
 
 def test_what_is_done_is_not_done_again(data: Path, tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "out"
+    (work / "trunk").mkdir(parents=True)
 
     def verbs(source: Path = tmp_path / "smol.gguf") -> list[str]:
         return [" ".join(words[:2]) for words in stories.commands(data, work, out, source)]
@@ -56,7 +56,7 @@ def test_what_is_done_is_not_done_again(data: Path, tmp_path: Path) -> None:
     tune, teach = "train --from", f"soft-targets {work / 'teacher'}"
     whole, given = f"export {run / 'last.pt'}", f"import {work / 'teacher-hf'}"
     gates, export = f"fit-gates {work / 'run/last.pt'}", f"export {work / 'gated.pt'}"
-    student = ["train --preset", gates, export]
+    student = ["train --preset", "train --resume", gates, export]
     assert verbs() == [smol, tune, whole, given, teach, *student]
     assert verbs(tmp_path) == [tune, whole, given, teach, *student]
     (work / "published").mkdir()
@@ -70,8 +70,9 @@ def test_what_is_done_is_not_done_again(data: Path, tmp_path: Path) -> None:
     assert verbs() == [teach, *student]
     (work / "soft").touch()
     assert verbs() == student
-    (work / "run").mkdir()
-    (work / "run/last.pt").touch()
+    (work / "trunk/last.pt").write_text("trunk")
+    assert verbs() == ["train --resume", "train --resume", gates, export]
+    assert (work / "run/last.pt").read_text() == "trunk"
     assert verbs() == ["train --resume", gates, export]
     (work / "gated.pt").touch()
     assert verbs() == [export]
@@ -87,19 +88,24 @@ def test_the_folder_recommends_a_repetition_penalty(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_recipe_makes_a_model(data: Path, tmp_path: Path) -> None:
-    settings = [word for setting in TINY for word in ("--set", setting)]
+def test_the_recipe_makes_a_model(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stories, "TUNING", (*stories.TUNING, "steps=3", "compile=false"))
+    monkeypatch.setattr(stories, "TRUNK", ("steps=2", "decay=0.0"))
+    monkeypatch.setattr(stories, "TAUGHT", ("steps=4", *stories.TAUGHT[1:]))
     config = small_config("llama3", max_position_embeddings=512, vocab_size=4096)
     teacher = random_folder(tmp_path / "smol", config)
     own = make_tokenizer("bpe:4096", [(data / "tinystories" / stories.VALID).read_text()])
     (teacher / "tokenizer.json").write_text(own.json)
-    words = [*map(str, (data, tmp_path / "work", tmp_path / "out")), "--teacher", str(teacher)]
-    words += settings
-    command = [sys.executable, "-m", "bitskip_experiments.stories", *words]
-    subprocess.run(command, check=True, cwd=ROOT)
+    places = [str(path) for path in (data, tmp_path / "work", tmp_path / "out")]
+    stories.main(*places, "--teacher", str(teacher), *stories.sets(*TINY))
     folder = read_folder(tmp_path / "out")
     assert folder.config.gates and folder.config.num_hidden_layers == 3
     assert folder.config.head_format == "int6" and folder.sampling == stories.SAMPLING
+    student = load_checkpoint(tmp_path / "work/run/last.pt")
+    assert student.step == 4 and student.train["soft_targets"] == str(tmp_path / "work/soft")
+    assert student.train["exit_weights"] == "uniform"
 
 
 def test_what_a_loop_is() -> None:

@@ -137,16 +137,6 @@ def test_a_student_learns_what_the_teacher_says_and_not_the_text(tmp_path: Path)
     assert small_train(soft_targets="x").soft_share == 1.0
 
 
-def test_the_teacher_comes_in_at_its_step(tmp_path: Path) -> None:
-    path = str(written(tmp_path / "soft", small_split().tokens))
-    alone = small_trainer(tmp_path / "alone")
-    taught = small_trainer(tmp_path / "taught", soft_targets=path)
-    later = small_trainer(tmp_path / "later", soft_targets=path, soft_from=2)
-    losses_of = [[t.train_step()["loss"] for _ in range(4)] for t in (alone, taught, later)]
-    assert losses_of[0][:2] == losses_of[2][:2]
-    assert losses_of[0][0] != losses_of[1][0] and losses_of[0][2] != losses_of[2][2]
-
-
 @pytest.mark.parametrize(
     "changes", [{"targets": "same"}, {"exit_targets": "same"}, {"pad_documents": True}]
 )
