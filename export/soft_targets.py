@@ -17,6 +17,7 @@ from bitskip.places import user_cache
 from bitskip.terminal import progress_bar
 from bitskip_ref.config import ConfigError
 from bitskip_ref.engine import Engine
+from bitskip_ref.files import lock
 from bitskip_ref.folder import CONFIG
 from bitskip_ref.heldout import windows
 
@@ -96,7 +97,7 @@ def soft_targets(
             rows.append(*found)
             advance(len(found[0]))
         write_soft_targets(out, tokens, top, rows.halves(len(tokens)))
-    partial.unlink()
+    partial.unlink(missing_ok=True)
     click.echo(f"{out}: {len(tokens):,} tokens, {top} ids each")
 
 
@@ -141,12 +142,20 @@ class Rows:
     """Rows of the file to be, in one of their own until it is whole: ids, then probabilities."""
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        """Open those that were made with these settings, or begin anew. `close` it."""
+        """Open those that were made with these settings, or begin anew. `close` it.
+
+        Raises DataError while another process has them.
+        """
+        from bitskip_train.errors import DataError
+
         self.top: int = about["top"]
         head = json.dumps(about).encode() + b"\n"
         self.head = len(head)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")  # noqa: SIM115
+        if lock(self.file.fileno()) is False:
+            self.file.close()
+            raise DataError(f"{path}: another process writes there; wait, or choose another --out")
         self.file.seek(0)
         if self.file.read(len(head)) != head:
             self.file.truncate(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,14 @@ def test_stopped_it_goes_on_and_gives_the_same_bytes(
     partial.write_bytes(b'{"text": "another"}\n' + b"\0" * 1000)
     assert run(*words(place, "other")).exit_code == 0
     assert asked[2] == asked[0] and (place / "other").read_bytes() == whole
+
+
+def test_one_process_at_a_time(place: Path) -> None:
+    about = {"text": "", "model": "", "top": 4, "context": 16}
+    with closing(soft_targets.Rows(place / "soft.partial", about)):
+        said = run(*words(place))
+        assert said.exit_code == 1 and "another process writes there" in said.stderr
+    assert run(*words(place)).exit_code == 0
 
 
 def test_parts_cover_every_token_once() -> None:
