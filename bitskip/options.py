@@ -15,6 +15,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from bitskip.places import user_cache
 from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.words import unknown
 
@@ -177,6 +178,10 @@ def kv_cache_or(usual: str) -> Decorator:
     )  # fmt: skip
 
 
+TOKEN_CACHE = click.option(
+    "--token-cache", type=FOLDER, default=lambda: user_cache() / "tokens",
+    show_default="the user's cache folder", help="Folder for tokenized text.",
+)  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 

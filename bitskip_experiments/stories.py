@@ -84,7 +84,7 @@ def commands(
     words = [word for text in texts for word in ("--data", str(text))]
     valid = ["--valid", str(data / "tinystories" / VALID)]
     if not teacher.exists():
-        yield from _teacher(source, work, [*words, *valid, *tokens])
+        yield from _teacher(source, work, [*words, *valid], tokens)
     if not soft.exists():
         yield ["soft-targets", str(teacher), *words, "-o", str(soft), *tokens]
     if not gated.exists():
@@ -109,8 +109,8 @@ def commands(
         ]  # fmt: skip
 
 
-def _teacher(source: Path, work: Path, words: list[str]) -> Iterator[list[str]]:
-    """The teacher from a published model; words: text and places of its training."""
+def _teacher(source: Path, work: Path, texts: list[str], tokens: list[str]) -> Iterator[list[str]]:
+    """The teacher from a published model; words for the texts of its training, and their cache."""
     run, whole = work / "teacher-run", work / "teacher-hf"
     if not source.is_dir():
         floats = work / "published"
@@ -119,9 +119,10 @@ def _teacher(source: Path, work: Path, words: list[str]) -> Iterator[list[str]]:
         source = floats
     if not whole.exists():
         if (run / "last.pt").exists():
-            yield ["train", "--resume", "--out", str(run), *words[words.index("--token-cache") :]]
+            yield ["train", "--resume", "--out", str(run), *tokens]
         else:
-            yield ["train", "--from", str(source), *words, "--out", str(run), *sets(*TUNING)]
+            given = ["--from", str(source), *texts, *tokens]
+            yield ["train", *given, "--out", str(run), *sets(*TUNING)]
         yield ["export", str(run / "last.pt"), "--to", "hf", "-o", str(whole)]
     yield ["import", str(whole), "-o", str(work / "teacher")]  # int8 rows, several times faster
 

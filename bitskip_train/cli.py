@@ -20,13 +20,13 @@ from bitskip.options import (
     FOLDER,
     JSON,
     NEW_FILE,
+    TOKEN_CACHE,
     WHOLE,
     Finite,
     Listed,
     Word,
     exit_layer,
 )
-from bitskip.places import user_cache
 from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.documents import END_OF_TEXT, read_text
 from bitskip_ref.folder import Folder, read_folder
@@ -51,10 +51,6 @@ if TYPE_CHECKING:
     from bitskip_train.trainer import Trainer
 
 
-def _tokens_folder() -> Path:
-    return user_cache() / "tokens"
-
-
 class _Setting(click.ParamType):
     """KEY=VALUE; `parse_overrides` reads it."""
 
@@ -66,10 +62,6 @@ class _Setting(click.ParamType):
         return [CompletionItem(f"{name}=") for name in found]
 
 
-_cache_option = click.option(
-    "--token-cache", type=FOLDER, default=_tokens_folder, show_default="the user's cache folder",
-    help="Folder for tokenized text.",
-)  # fmt: skip
 _device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
 )
@@ -102,7 +94,7 @@ _out_option = click.option("--out", "-o", required=True, type=NEW_FILE, help="Ch
 )  # fmt: skip
 @click.option("--print-config", is_flag=True, help="Print all settings as TOML; do not train.")
 @click.option("--tensorboard/--no-tensorboard", default=None, help="Default: if it is installed.")
-@_cache_option
+@TOKEN_CACHE
 def train(
     preset: str | None, config_file: Path | None, source: Path | None, overrides: tuple[str, ...],
     data: tuple[str, ...], valid: tuple[str, ...], out: Path | None, resume: bool,
@@ -280,7 +272,7 @@ def _threads(trainer: Trainer) -> str:
 @click.option("--batch", type=COUNT, default=8, show_default=True)
 @_device_option
 @JSON
-@_cache_option
+@TOKEN_CACHE
 def evaluate(
     checkpoint: Path, text: tuple[str, ...], exits: list[int] | None, bypass: str,
     context: int | None, batch: int, device: str, as_json: bool, token_cache: Path,
@@ -358,7 +350,7 @@ def average(checkpoints: tuple[Path, ...], out: Path) -> None:
 @click.option("--batch", type=COUNT, default=4, show_default=True, help="Windows side by side.")
 @click.option("--seed", type=WHOLE, default=0, show_default=True)
 @_device_option
-@_cache_option
+@TOKEN_CACHE
 def fit_gates(
     checkpoint: Path, out: Path, data: tuple[str, ...], layers: list[int] | None, scale: float,
     steps: int, batch: int, seed: int, device: str, token_cache: Path,

@@ -81,7 +81,7 @@ def write_soft_targets(
 
 
 def _pieces(tokens: np.ndarray, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    yield np.frombuffer(_digest(tokens), np.uint8)
+    yield np.frombuffer(text_digest(tokens), np.uint8)
     for part in parts:
         yield np.ascontiguousarray(part, "<u2").view(np.uint8)
 
@@ -97,7 +97,7 @@ def read_soft_targets(path: Path, tokens: np.ndarray, vocab_size: int) -> SoftTa
         ) from None
     except (OSError, FormatError, KeyError) as error:
         raise DataError(f"soft targets {path}: not such a file ({error})") from None
-    if digest.tobytes() != _digest(tokens):
+    if digest.tobytes() != text_digest(tokens):
         raise DataError(
             f"soft targets {path}: of other tokens than this run's; make them for its data and its "
             "tokenizer"
@@ -121,8 +121,8 @@ def read_soft_targets(path: Path, tokens: np.ndarray, vocab_size: int) -> SoftTa
     return SoftTargets(ids, probabilities)
 
 
-def _digest(tokens: np.ndarray) -> bytes:
-    """Of the ids, whatever type holds them."""
+def text_digest(tokens: np.ndarray) -> bytes:
+    """SHA-256 of a text's ids, whatever type holds them."""
     digest = hashlib.sha256()
     for first in range(0, len(tokens), 1 << 20):
         digest.update(np.ascontiguousarray(tokens[first : first + (1 << 20)], "<u4").data)

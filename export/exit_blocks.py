@@ -59,10 +59,8 @@ def fit_exits(
     loaded = load_model(model, threads)
     torch.set_num_threads(loaded.threads)
     folder, exits = loaded.folder, sorted(layers)
-    room = with_exits(folder.config, exits).max_position_embeddings
-    context = context or min(folder.trained_context or 512, room)
-    if context > room:
-        raise ConfigError(f"--context {context}: must be at most {room}, the model's positions")
+    with_exits(folder.config, exits)
+    context = window(folder, context)
     tokens = read_tokens(text, loaded).tokens
     measured: list[dict[int, float]] = []
 
@@ -81,6 +79,16 @@ def fit_exits(
         click.echo(f"exit {n}: {losses[0]:.4f} at first, {min(losses):.4f} fitted")
     if folder.auto_exit is not None:
         click.echo("dropped: the calibrated exit; calibrate again")
+
+
+def window(folder: Folder, context: int | None) -> int:
+    """Tokens of a window of a text: `context`, or as in training. Raises ConfigError for more than
+    the model's positions."""
+    room = folder.config.max_position_embeddings
+    context = context or min(folder.trained_context or 512, room)
+    if context > room:
+        raise ConfigError(f"--context {context}: must be at most {room}, the model's positions")
+    return context
 
 
 def with_exits(config: ModelConfig, exits: Sequence[int]) -> ModelConfig:

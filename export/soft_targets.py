@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-from bitskip.options import COUNT, FOLDER, MODEL, NEW_FILE, THREADS
-from bitskip.places import user_cache
+from bitskip.options import COUNT, MODEL, NEW_FILE, THREADS, TOKEN_CACHE
 from bitskip.terminal import progress_bar
+from bitskip_export.exit_blocks import window
 from bitskip_ref.config import ConfigError
 from bitskip_ref.engine import Engine
 from bitskip_ref.files import lock
@@ -44,10 +44,7 @@ class Part(NamedTuple):
 @click.option(
     "--context", type=COUNT, help="Most tokens that a prediction sees. Default: as trained, or 512."
 )
-@click.option(
-    "--token-cache", type=FOLDER, default=lambda: user_cache() / "tokens",
-    show_default="the user's cache folder", help="Folder for tokenized text.",
-)  # fmt: skip
+@TOKEN_CACHE
 @THREADS
 def soft_targets(
     model: str | None, data: tuple[str, ...], out: Path, top: int, context: int | None,
@@ -63,7 +60,7 @@ def soft_targets(
     from bitskip_cpu.heldout.text import end_of_text
     from bitskip_ref.documents import read_text
     from bitskip_train.data import TextSource, load_split
-    from bitskip_train.soft_targets import MOST_IDS, write_soft_targets
+    from bitskip_train.soft_targets import MOST_IDS, text_digest, write_soft_targets
     from bitskip_train.tokenizer import parse_tokenizer
 
     loaded = load_model(model, threads)
@@ -75,16 +72,13 @@ def soft_targets(
         )
     if folder.tokenizer is None:
         raise ConfigError(f"{folder.path}: has no tokenizer, so no text can be its")
-    room = config.max_position_embeddings
-    context = context or min(folder.trained_context or 512, room)
-    if context > room:
-        raise ConfigError(f"--context {context}: must be at most {room}, the model's positions")
+    context = window(folder, context)
     tokenizer = parse_tokenizer(read_text(folder.tokenizer), str(folder.tokenizer))
     tokens = load_split(TextSource(data, "train"), tokenizer, token_cache).tokens
     partial = out.with_name(f"{out.name}.partial")
     top = min(top, config.vocab_size)
     about = {
-        "text": hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest(),
+        "text": text_digest(tokens).hex(),
         "model": hashlib.sha256((folder.path / CONFIG).read_bytes()).hexdigest(),
         "top": top,
         "context": context,
