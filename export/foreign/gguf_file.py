@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from bitskip_export.foreign.source import Floats, RefusedError
+from bitskip_export.foreign.source import Floats, RefusedError, refuse_overlaps
 from bitskip_ref import rope
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.excerpt import shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-STRINGS = 1 << 21  # most strings of an array; a vocabulary's merges are the longest
+STRINGS = 1 << 21  # most strings of all arrays; a vocabulary's merges are the most
 TENSORS = 1 << 16
 KEYS = 1 << 12
 NUMBERS = {  # value type -> its NumPy type
@@ -108,14 +108,16 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if key in metadata:
             raise RefusedError(f"{path}: the key {shown(key)} is there twice")
         metadata[key] = reader.value(reader.number("<u4"))
-    if metadata.get("split.count", 1) != 1:
-        raise RefusedError(f"{path} is one of {metadata['split.count']} parts: merge them first")
+    parts = metadata.get("split.count", 1)
+    if type(parts) is not int or parts != 1:
+        raise RefusedError(f"{path} is one of {shown(parts)} parts: merge them first")
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment not in {1 << n for n in range(3, 17)}:
         raise RefusedError(f"{path}: alignment {shown(alignment)} is no power of two from 8 on")
     entries = [reader.tensor() for _ in range(tensor_count)]
     start = -(-reader.at // alignment) * alignment
     tensors: dict[str, Tensor] = {}
+    places: list[tuple[int, int, str]] = []
     for name, shape, number, offset in entries:
         if name in tensors:
             raise RefusedError(f"{path}: the tensor {shown(name)} is there twice")
@@ -132,6 +134,8 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         data = np.frombuffer(mapped, np.uint8, end - first, first).reshape(rows, row_bytes)
         scale = float(np.frombuffer(mapped, "<f4", 1, end)[0]) if behind else 1.0
         tensors[name] = Tensor(name, kind, shape, data, scale)
+        places.append((first, end + behind, name))
+    refuse_overlaps(path, places)
     return metadata, tensors
 
 
@@ -180,6 +184,7 @@ class _Reader:
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.at = data, path, 0
+        self.strings = STRINGS  # that arrays may still have
 
     def take(self, size: int) -> bytes:
         if size > len(self.data) - self.at:
@@ -216,7 +221,9 @@ class _Reader:
             return np.frombuffer(self.take(n * dtype.itemsize), dtype)
         if inner != STRING:
             raise RefusedError(f"{self.path}: an array of unknown type {inner}")
-        return [self.string() for _ in range(self.count("<u8", 8, STRINGS, "strings"))]
+        n = self.count("<u8", 8, self.strings, "strings")
+        self.strings -= n
+        return [self.string() for _ in range(n)]
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """(name, shape slowest first, type, offset) of one tensor."""

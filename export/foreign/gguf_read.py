@@ -53,6 +53,17 @@ def read_gguf(path: Path) -> Source:
     Raises RefusedError: for what is damaged, and for what bitskip could only run wrongly.
     """
     metadata, tensors = open_gguf(path)
+    try:
+        return _read(path, metadata, tensors)
+    except RefusedError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:  # any key may hold any type
+        reason = str(error) if isinstance(error, ConfigError) else "a key has a wrong type"
+        raise RefusedError(f"{path}: {reason}") from None
+
+
+def _read(path: Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Source:
+    """`read_gguf` of a file's parts, but for errors of keys of other types than they should be."""
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise RefusedError(
@@ -145,52 +156,67 @@ def _config(
             raise RefusedError(f"{path} lacks the key {a}.{name}")
         return value
 
-    if key("expert_count", 0):
-        raise RefusedError(f"{path}: the model needs experts, which bitskip has not")
     heads, width = key("attention.head_count"), key("embedding_length")
-    scaling = key("rope.scaling.type", "none")
-    factor = float(key("rope.scaling.factor", 1.0)) if scaling != "none" else 1.0
+    head, context = key("attention.key_length", width // heads), key("context_length")
+    for name, plain, what in (
+        ("expert_count", {0}, "experts"),
+        ("attention.value_length", {head}, "keys and values of different widths"),
+        ("rope.dimension_count", {head}, "RoPE over a part of each head"),
+        ("rope.scaling.attn_factor", {1.0}, "RoPE that makes queries and keys larger"),
+        ("attention.causal", {True}, "attention to later tokens"),
+        ("attention.scale", {0.0, np.float32(head**-0.5)}, "another scale of attention"),
+        ("attention.clamp_kqv", {0.0}, "bounds of queries, keys and values"),
+        ("attention.max_alibi_bias", {0.0}, "ALiBi"),
+        ("attn_logit_softcapping", {0.0}, "soft caps of attention"),
+        ("final_logit_softcapping", {0.0}, "soft caps of logits"),
+        ("logit_scale", {0.0, 1.0}, "scaled logits"),
+        ("embedding_scale", {0.0, 1.0}, "scaled embeddings"),
+        ("residual_scale", {0.0, 1.0}, "scaled residuals"),
+    ):
+        value = metadata.get(f"{a}.{name}")
+        if value is not None and key(name) not in plain:
+            raise RefusedError(
+                f"{path}: {a}.{name} = {shown(value)}: {what}, which bitskip has not"
+            )
+    if 0 < key("attention.sliding_window", 0) < context:
+        raise RefusedError(
+            f"{path}: the model needs sliding-window attention, which bitskip has not"
+        )
+    scaling, factor = key("rope.scaling.type", "linear"), 1.0  # as llama.cpp has it
+    if scaling != "none":
+        factor = float(key("rope.scaling.factor", key("rope.scale_linear", 0.0))) or 1.0
     if scaling not in ("none", "linear") and factor != 1.0:
         raise RefusedError(f"{path}: RoPE scaling of type {shown(scaling)}: not known")
-    embedding = named["embed_tokens.weight"]
-    try:
-        head = key("attention.key_length", width // heads)
-        if key("attention.value_length", head) != head:
-            raise RefusedError(f"{path}: keys and values of different widths")
-        if key("rope.dimension_count", head) != head:
-            raise RefusedError(f"{path}: RoPE over a part of each head")
-        return ModelConfig(
-            vocab_size=embedding.shape[0],
-            hidden_size=width,
-            num_hidden_layers=key("block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=key("attention.head_count_kv", heads),
-            head_dim=head,
-            intermediate_size=key("feed_forward_length"),
-            max_position_embeddings=key("context_length"),
-            linear="ternary" if ternary else "float32",
-            ffn=ARCHITECTURES[a][0],
-            norm_eps=float(np.float32(key("attention.layer_norm_rms_epsilon")).astype(str)),
-            rope_theta=float(np.float32(key("rope.freq_base", 10_000.0)).astype(str)),
-            rope_scaling="linear" if factor != 1.0 else "none",
-            rope_factor=factor,
-            biases=(
-                "qkvo"
-                if "layers.0.o_proj.bias" in named
-                else "qkv"
-                if "layers.0.q_proj.bias" in named
-                else "none"
-            ),
-            qk_norm="layers.0.q_norm.weight" in named,
-            sub_norm="layers.0.attn_sub_norm.weight" in named,
-            tie_word_embeddings="lm_head.weight" not in named,
-            head_format=_head_format(metadata, "int8" if ternary else "float32"),
-        )
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        if isinstance(error, RefusedError):
-            raise
-        reason = str(error) if isinstance(error, ConfigError) else "a key has a wrong type"
-        raise RefusedError(f"{path}: {reason}") from None
+    ffn, pairs = ARCHITECTURES[a]
+    if pairs and "layers.0.q_norm.weight" in named:
+        raise RefusedError(f"{path}: norms of each head in architecture {a}, which has none")
+    return ModelConfig(
+        vocab_size=named["embed_tokens.weight"].shape[0],
+        hidden_size=width,
+        num_hidden_layers=key("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=key("attention.head_count_kv", heads),
+        head_dim=head,
+        intermediate_size=key("feed_forward_length"),
+        max_position_embeddings=context,
+        linear="ternary" if ternary else "float32",
+        ffn=ffn,
+        norm_eps=float(np.float32(key("attention.layer_norm_rms_epsilon")).astype(str)),
+        rope_theta=float(np.float32(key("rope.freq_base", 10_000.0)).astype(str)),
+        rope_scaling="linear" if factor != 1.0 else "none",
+        rope_factor=factor,
+        biases=(
+            "qkvo"
+            if "layers.0.o_proj.bias" in named
+            else "qkv"
+            if "layers.0.q_proj.bias" in named
+            else "none"
+        ),
+        qk_norm="layers.0.q_norm.weight" in named,
+        sub_norm="layers.0.attn_sub_norm.weight" in named,
+        tie_word_embeddings="lm_head.weight" not in named,
+        head_format=_head_format(metadata, "int8" if ternary else "float32"),
+    )
 
 
 def _llama3(
@@ -204,13 +230,9 @@ def _llama3(
         "rope_factor": float(np.float32(factors.max(initial=1)).astype(str)), **USUAL_LLAMA3,
     }  # fmt: skip
     values |= {key: metadata[f"{OURS}.{key}"] for key in LLAMA3 if f"{OURS}.{key}" in metadata}
-    try:
-        values |= {k: float(np.float32(values[k]).astype(str)) for k in LLAMA3[:3]}
-        found = config.replace(rope_scaling="llama3", **values)
-        expected = frequency_factors(found)
-    except (TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, ConfigError) else "a wrong type"
-        raise RefusedError(f"{path}: scaling of RoPE: {reason}") from None
+    values |= {k: float(np.float32(values[k]).astype(str)) for k in LLAMA3[:3]}
+    found = config.replace(rope_scaling="llama3", **values)
+    expected = frequency_factors(found)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-5, atol=0):
         raise RefusedError(
             f"{path}: {ROPE_FACTORS} are not the factors of a Llama 3 model (rope_scaling llama3, "
@@ -240,17 +262,17 @@ def from_pairs(rows: int, head_dim: int) -> np.ndarray:
 def _ternary(path: Path, name: str, floats: Floats, scale: Tensor | None) -> Ternary:
     """A matrix of one value, its negative and 0. Raises RefusedError for any other."""
     rows, width = floats.shape
-    largest = np.float32(0)
+    value = np.float32(0)
     for first in range(0, rows, CHUNK):
         part = np.abs(floats.rows(first, min(first + CHUNK, rows)))
-        largest = max(largest, part.max())
-        others = part[(part != 0) & (part != largest)]
-        if others.size or (first and part.max(initial=0) not in (0, largest)):
+        value = value or part.max()  # the first that is not 0
+        others = part[(part != 0) & (part != value)]
+        if others.size:
             raise RefusedError(
-                f"{path}: {name} holds {others[0] if others.size else part.max():.6g} beside "
-                f"{largest:.6g}: bitskip has one scale a matrix, and no group scales"
+                f"{path}: {name} holds {others[0]:.6g} beside {value:.6g}: bitskip has one scale a "
+                "matrix, and no group scales"
             )
-    alpha = largest if largest > 0 else np.float32(1)
+    alpha = value or np.float32(1)
     if scale is not None:
         if scale.shape != (1,):
             raise RefusedError(f"{path}: {scale.name} holds {scale.shape[0]} scales")

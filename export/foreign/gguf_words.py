@@ -14,6 +14,8 @@ from bitskip_ref.excerpt import one_line, shown
 from bitskip_ref.folder import ChatForm, Folder
 
 CONTROL, USER, BYTE, UNKNOWN = 3, 4, 6, 2  # token_type
+LONGEST = 512  # characters of a token of SentencePiece's; 16 are its trainer's most
+MERGES = 64  # a token, on average; Llama 2's have two
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Names of ways to cut a text into words, `tokenizer.ggml.pre`, that are known here.
@@ -106,20 +108,27 @@ def _sentencepiece(
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(vocabulary):
         raise RefusedError(f"{path}: tokenizer.ggml.scores do not fit the tokens")
-    pairs = []
+    if np.isnan(scores).any():
+        raise RefusedError(f"{path}: tokenizer.ggml.scores hold what is no number")
+    tokens, pairs = list(vocabulary), list[tuple[float, int, int]]()
     for token, i in vocabulary.items():
         if kinds[i] in (CONTROL, USER, BYTE, UNKNOWN):
             continue
-        cuts = ((token[:n], token[n:]) for n in range(1, len(token)))
-        local = [(a, b) for a, b in cuts if a in vocabulary and b in vocabulary]
-        local.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-        pairs += [(-float(scores[i]), pair) for pair in local]
+        if len(token) > LONGEST:
+            raise RefusedError(f"{path}: the token {shown(token)} has {len(token)} characters")
+        cuts = [(token[:n], token[n:]) for n in range(1, len(token))]
+        local = [
+            (vocabulary[a], vocabulary[b]) for a, b in cuts if a in vocabulary and b in vocabulary
+        ]
+        pairs += [(-float(scores[i]), a, b) for a, b in sorted(local)]
+        if len(pairs) > MERGES * len(tokens):
+            raise RefusedError(f"{path}: its tokens are made of each other in too many ways")
     pairs.sort(key=lambda scored: scored[0])
     unknown = [t for t, i in vocabulary.items() if kinds[i] == UNKNOWN]
     made = Tokenizer(
         models.BPE(
-            vocabulary, [pair for _, pair in pairs], unk_token=unknown[0] if unknown else None,
-            fuse_unk=True, byte_fallback=True,
+            vocabulary, [(tokens[a], tokens[b]) for _, a, b in pairs],
+            unk_token=unknown[0] if unknown else None, fuse_unk=True, byte_fallback=True,
         )
     )  # fmt: skip
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bitskip_export.foreign.convert import Progress
     from bitskip_export.foreign.source import Source
 
-CONVERTER = "2"  # raised when what is imported changes: folders in users' caches are made anew
+CONVERTER = "3"  # raised when what is imported changes: folders in users' caches are made anew
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]  # and never a pickle or a program
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.excerpt import shown
 from bitskip_ref.folder import ChatForm
 
 
@@ -52,6 +53,18 @@ def lossless_head(weights: Mapping[str, Weight]) -> str:
     """The head_format that keeps embedding and head as they are: that of the files, or float32."""
     words = vocabulary_types(weights)
     return LOSSLESS.get(words[0], "float32") if len(words) == 1 else "float32"
+
+
+def refuse_overlaps(file: object, places: Iterable[tuple[int, int, str]]) -> None:
+    """Raise RefusedError if two tensors of a file share a byte: (first byte, one behind the last,
+    name) of each. A damaged offset shows so, and a small file cannot tell of much.
+    """
+    last, before = 0, ""
+    for first, end, name in sorted(places):
+        if first < min(last, end):
+            raise RefusedError(f"{file}: {shown(name)} lies where {shown(before)} does")
+        if end > last:
+            last, before = end, name
 
 
 @dataclass(frozen=True)
