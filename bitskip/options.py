@@ -161,7 +161,8 @@ MODEL_TYPE = _Model()
 MODEL = click.argument("model", required=False, type=MODEL_TYPE)
 THREADS = click.option(
     "--threads", "-t", type=COUNT,
-    help="Default: what suits model and machine, at most the physical cores.",
+    help="Threads to compute with. Default: what suits model and machine, at most the physical "
+    "cores.",
 )  # fmt: skip
 KV_CACHE = click.option(
     "--kv-cache", type=click.Choice(KV_CACHES), default="float32", show_default=True,

@@ -13,43 +13,64 @@ RUN: Sections = {
     "Run a model": {
         "generate": (f"{_CPU}.generate:generate", "Continue a prompt."),
         "chat": (f"{_CPU}.chat:chat", "Talk with a model that has a chat template."),
-        "serve": ("bitskip_serve.cli:serve", "An HTTP server with OpenAI's API, and a page."),
+        "serve": ("bitskip_serve.cli:serve", "Serve a model over HTTP: OpenAI's API, and a page."),
         "bench": (f"{_CPU}.bench:bench", "Measure tokens a second."),
-        "inspect": (f"{_CPU}.machine:inspect", "Shapes, sizes and statistics of a model."),
+        "inspect": (f"{_CPU}.machine:inspect", "Show shapes, sizes and statistics of a model."),
     },
     "Choose an exit": {
-        "perplexity": (f"{_CPU}.heldout:perplexity", "Held-out loss of a model, per exit."),
-        "exits": (f"{_CPU}.heldout:exits", "Loss and speed per exit and threshold."),
-        "calibrate": (f"{_CPU}.heldout:calibrate", "Find the exit within a budget of loss."),
-        "eval": ("bitskip_eval.cli:evaluate", "Tasks of the harness lm-eval, per exit."),
+        "perplexity": (
+            f"{_CPU}.heldout:perplexity",
+            "Measure held-out loss of a model at each exit.",
+        ),
+        "exits": (f"{_CPU}.heldout:exits", "Measure loss and speed at each exit and threshold."),
+        "calibrate": (
+            f"{_CPU}.heldout:calibrate",
+            "Find the fastest exit within a budget of loss.",
+        ),
+        "eval": ("bitskip_eval.cli:evaluate", "Run tasks of the harness lm-eval at each exit."),
     },
     "This machine": {
-        "selftest": (f"{_CPU}.machine:selftest", "The compiled engine against the reference."),
+        "selftest": (f"{_CPU}.machine:selftest", "Compare the compiled engine with the reference."),
         "warmup": (f"{_CPU}.machine:warmup", "Compile the kernels."),
-        "doctor": (f"{_CPU}.machine:doctor", "What this machine offers and lacks."),
+        "doctor": (f"{_CPU}.machine:doctor", "Show what this machine offers and lacks."),
     },
 }
 MAKE: Sections = {
     "Make a model": {
         "train": ("bitskip_train.cli:train", "Train a model."),
-        "evaluate": ("bitskip_train.cli:evaluate", "Held-out loss of a checkpoint, per exit."),
-        "average": ("bitskip_train.cli:average", "The mean of several checkpoints' weights."),
-        "fit-gates": ("bitskip_train.cli:fit_gates", "Give a checkpoint routing gates."),
+        "evaluate": (
+            "bitskip_train.cli:evaluate",
+            "Measure held-out loss of a checkpoint at each exit.",
+        ),
+        "average": ("bitskip_train.cli:average", "Write the mean of several checkpoints' weights."),
+        "fit-gates": (
+            "bitskip_train.cli:fit_gates",
+            "Give a checkpoint or model folder routing gates.",
+        ),
         "soft-targets": (
             "bitskip_export.soft_targets:soft_targets",
-            "What a teacher thinks of a text.",
+            "Write a teacher's predictions of a text, to train from.",
         ),
-        "fit-exits": ("bitskip_export.exit_blocks:fit_exits", "Give a model's exits a block each."),
-        "export": ("bitskip_export.cli:export", "To a model folder, ONNX or Hugging Face."),
-        "import": ("bitskip_export.foreign.verbs:bring", "A model of another program."),
+        "fit-exits": (
+            "bitskip_export.exit_blocks:fit_exits",
+            "Give early exits of a finished model a block each.",
+        ),
+        "export": (
+            "bitskip_export.cli:export",
+            "Write a model folder, ONNX, Hugging Face, GGUF or a site.",
+        ),
+        "import": ("bitskip_export.foreign.verbs:bring", "Convert a Hugging Face or GGUF model."),
         "verify": (
             "bitskip_export.cli:verify",
-            "Every engine against the reference, by bits.",
+            "Compare every engine with the reference, bit for bit.",
         ),
-        "reproduce": ("bitskip_experiments.cli:reproduce", "A table or figure of the papers."),
+        "reproduce": (
+            "bitskip_experiments.cli:reproduce",
+            "Reproduce a table or figure of the papers.",
+        ),
     },
 }
-INSPECT = ("bitskip.inspect:inspect", "Shapes, sizes and statistics of a model or checkpoint.")
+INSPECT = ("bitskip.inspect:inspect", "Show shapes, sizes and statistics of a model or checkpoint.")
 WHOLE: Sections = {**RUN, **MAKE, "Run a model": {**RUN["Run a model"], "inspect": INSPECT}}
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 

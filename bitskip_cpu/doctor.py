@@ -7,7 +7,7 @@ from typing import Any
 
 from bitskip.tables import size
 from bitskip_cpu import isa, models
-from bitskip_cpu.compiling import KERNELS, cache_refusal
+from bitskip_cpu.compiling import ARGUMENTS, KERNELS, cache_refusal
 from bitskip_cpu.cores import default_threads
 from bitskip_cpu.machine import fingerprint
 from bitskip_cpu.models import DEFAULT
@@ -19,12 +19,13 @@ from bitskip_text.tokenizer import read_tokenizer
 def doctor() -> dict[str, Any]:
     """Everything `bitskip-cpu doctor` prints.
 
-    Keys: machine, isa, threads, cache, memory_available_bytes, models, problems (one line each,
-    with the remedy; empty if all is well).
+    Keys: machine, isa, threads, cache, environment, memory_available_bytes, models, problems (one
+    line each, with the remedy; empty if all is well). cache.lacking: the kernels that are still to
+    be compiled, each when something needs it.
     """
     import psutil
 
-    problems = []
+    problems, lacking = [], KERNELS.lacking()
     if KERNELS.directory is None and not KERNELS.shipped:
         problems.append(
             f"kernels are compiled in every process: {cache_refusal()}: set BITSKIP_CACHE_DIR to a "
@@ -46,13 +47,24 @@ def doctor() -> dict[str, Any]:
         "cache": {
             "folder": str(KERNELS.directory) if KERNELS.directory else None,
             "writable": KERNELS.directory is not None,
-            "warm": not KERNELS.lacking(),
+            "warm": not lacking,
+            "lacking": lacking,
         },
         "environment": {k: v for k, v in sorted(os.environ.items()) if _concerns_us(k)},
         "memory_available_bytes": psutil.virtual_memory().available,
         "models": shipped,
         "problems": problems,
     }
+
+
+def _readiness(lacking: list[str]) -> str:
+    """How many kernels are compiled."""
+    if not lacking:
+        return "kernels are ready"
+    if len(lacking) == len(ARGUMENTS):
+        return "kernels are not compiled yet"
+    compiled = len(ARGUMENTS) - len(lacking)
+    return f"{compiled} of {len(ARGUMENTS)} kernels are compiled, others when first needed"
 
 
 def _concerns_us(variable: str) -> bool:
@@ -90,8 +102,7 @@ def describe(facts: dict[str, Any]) -> str:
         ("packages", packages),
         (
             "cache",
-            f"{cache['folder'] or 'none'} "
-            f"({'kernels are ready' if cache['warm'] else 'kernels are not compiled yet'})",
+            f"{cache['folder'] or 'none'} ({_readiness(cache['lacking'])})",
         ),
         *(("variable", f"{k}={v}") for k, v in facts["environment"].items()),
         *(("model", f"{m['name']}: {m['problem'] or 'intact'}") for m in facts["models"]),

@@ -63,8 +63,9 @@ class _Setting(click.ParamType):
 
 
 _device_option = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
-)
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+    help="Where to compute; auto: on a GPU if there is one.",
+)  # fmt: skip
 _checkpoint = click.argument("checkpoint", type=FILE)
 _out_option = click.option("--out", "-o", required=True, type=NEW_FILE, help="Checkpoint to write.")
 
@@ -269,7 +270,7 @@ def _threads(trainer: Trainer) -> str:
 @click.option(
     "--ctx", "--context", "context", type=click.IntRange(2), help="Default: as in training."
 )
-@click.option("--batch", type=COUNT, default=8, show_default=True)
+@click.option("--batch", type=COUNT, default=8, show_default=True, help="Windows side by side.")
 @_device_option
 @JSON
 @TOKEN_CACHE
@@ -346,9 +347,11 @@ def average(checkpoints: tuple[Path, ...], out: Path) -> None:
     "--scale", type=Finite(0, min_open=True), default=0.1, show_default=True,
     help="Nats. At threshold 0.5 a gate stops where that should cost less than about 0.7 of it.",
 )  # fmt: skip
-@click.option("--steps", type=COUNT, default=1500, show_default=True)
+@click.option("--steps", type=COUNT, default=1500, show_default=True, help="Of fitting.")
 @click.option("--batch", type=COUNT, default=4, show_default=True, help="Windows side by side.")
-@click.option("--seed", type=WHOLE, default=0, show_default=True)
+@click.option(
+    "--seed", type=WHOLE, default=0, show_default=True, help="Of first weights and order."
+)
 @_device_option
 @TOKEN_CACHE
 def fit_gates(

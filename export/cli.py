@@ -169,7 +169,7 @@ def _beside(model: str, path: Path, to: str) -> Path:
 @exit_layer("exits", Listed(COUNT), "Default: the first, the middle and the last.", "N,N,...")
 @click.option("--prompt", "-p", help="Text to run; needs the model's tokenizer.")
 @click.option("--tokens", type=COUNT, default=12, show_default=True, help="Random tokens to run.")
-@click.option("--seed", type=WHOLE, default=0, show_default=True)
+@click.option("--seed", type=WHOLE, default=0, show_default=True, help="Of the random tokens.")
 @click.option(
     "--threads", "-t", type=Listed(COUNT), default="1,2", show_default=True, metavar="N,N,...",
     help="Numbers of threads to run each engine with.",

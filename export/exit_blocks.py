@@ -35,7 +35,9 @@ KEPT = 1 << 27  # numbers of hidden states that are kept, about, four bytes each
     "--steps", type=COUNT, default=3000, show_default=True, help="Of 512 tokens of the text."
 )
 @click.option("--context", type=COUNT, help="Tokens in a window. Default: as in training, or 512.")
-@click.option("--seed", type=WHOLE, default=0, show_default=True)
+@click.option(
+    "--seed", type=WHOLE, default=0, show_default=True, help="Of first weights and order."
+)
 @THREADS
 @click.option("--force", is_flag=True, help="Write into a folder that holds other files.")
 def fit_exits(

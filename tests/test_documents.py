@@ -147,7 +147,7 @@ def split_at(words: list[str], signs: tuple[str, ...]) -> Iterator[list[str]]:
 
 
 def mistake(words: list[str]) -> str | None:
-    """Why a command cannot be read: its verb, an option or a value; None where all is well."""
+    """Why a command would not run: its verb, an option or a value; None where all is well."""
     verb, *arguments = words
     if not re.fullmatch(r"[a-z][a-z-]+", verb):  # `bitskip -h`, `bitskip VERB`
         return None
@@ -157,7 +157,7 @@ def mistake(words: list[str]) -> str | None:
         return f"no verb {verb}"
     context = click.Context(command, info_name=verb)
     try:
-        values, rest, _ = command.make_parser(context).parse_args(arguments)
+        values, rest, _ = command.make_parser(context).parse_args([*arguments])
         for parameter in command.params:
             value = values.get(parameter.name)
             on_disk = isinstance(parameter.type, click.Path | click.File)
@@ -165,7 +165,10 @@ def mistake(words: list[str]) -> str | None:
                 parameter.type_cast_value(context, value)
     except click.UsageError as error:
         return error.format_message()
-    return f"too many words: {rest}" if rest else None
+    if rest:
+        return f"too many words: {rest}"
+    lacking = [p.name for p in command.params if p.required and not values.get(p.name)]
+    return f"lacks {lacking[0]}" if lacking and arguments else None
 
 
 def plain(value: Any) -> bool:
@@ -192,11 +195,30 @@ def test_commands_can_be_read(path: Path) -> None:
         "say `python cli.py train --presets tiny --out x`",
         "```\nbitskip perplexity mine --text t.txt \\\n    --exits 3\n```",
         "```\nbitskip-cpu generate one two\n```",
+        "```\nbitskip fit-gates mean.pt -o gated.pt\n```",
     ],
 )
 def test_a_planted_mistake_in_a_command_is_seen(text: str) -> None:
     (words,) = commands(text)
     assert mistake(words)
+
+
+def silent(command: click.Command) -> list[str]:
+    """The options of a verb whose help says nothing."""
+    options = (p for p in command.params if isinstance(p, click.Option))
+    return [option.opts[0] for option in options if not option.help]
+
+
+@pytest.mark.parametrize("verb", main.list_commands(click.Context(main)))
+def test_every_option_says_what_it_is(verb: str) -> None:
+    command = main.get_command(click.Context(main), verb)
+    assert command is not None and command.help
+    assert silent(command) == []
+
+
+def test_a_silent_option_is_seen() -> None:
+    options = [click.Option(["--said"], help="Is."), click.Option(["-s", "--not-said"])]
+    assert silent(click.Command("planted", params=[*options])) == ["-s"]
 
 
 # ---- files and names --------------------------------------------------------------

@@ -22,15 +22,17 @@ from bitskip_ref.constants import KV_CACHES
 @click.option("-d", "depths", type=Listed(WHOLE), metavar="N,N,...", default="0", show_default=True,
               help="Tokens in the cache before the timed part.")  # fmt: skip
 @click.option("--threads", "-t", "threads", type=Listed(COUNT), metavar="N,N,...",
-              help="Default: what `generate` takes.")  # fmt: skip
+              help="Threads to compute with. Default: what `generate` takes.")  # fmt: skip
 @exit_layer("exits", Listed(COUNT), "Default: all blocks.", "N,N,...")
 @click.option("--kv-cache", "kv_caches", type=Listed(Word("KV cache", lambda: KV_CACHES)),
               metavar="WORD,...",
               help="Keys and values. Default: what the folder recommends, else int8.")  # fmt: skip
-@click.option("-r", "repetitions", type=COUNT, default=5, show_default=True)
+@click.option("-r", "repetitions", type=COUNT, default=5, show_default=True,
+              help="Samples of each test, in turns; shown are their medians.")  # fmt: skip
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md",
-              show_default=True)  # fmt: skip
-@click.option("--seed", type=WHOLE, default=0, show_default=True)
+              show_default=True, help="Form of the table.")  # fmt: skip
+@click.option("--seed", type=WHOLE, default=0, show_default=True,
+              help="Of the random prompts, and of the weights of --preset.")  # fmt: skip
 @click.pass_context
 def bench(
     click_context: click.Context, model: str | None, preset: str | None, prompts: list[int],

@@ -25,19 +25,19 @@ HELP = (
 @MODEL
 @click.option("--system", help="What the model is told before the first message.")
 @click.option("--max-tokens", "-n", type=WHOLE, default=1024, show_default=True,
-              help="Of an answer.")  # fmt: skip
+              help="Tokens of an answer, at most.")  # fmt: skip
 @exit_layer("exit_layer", EXIT, "As for generate; /exit changes it.", "N|WORD")
 @click.option(
     "--speculate", metavar="K|auto|lookup",
     type=NumberOr("speculation", lambda: ["auto", "lookup"]),
     help="As for generate.",
 )  # fmt: skip
-@click.option("--temperature", "--temp", type=float)
-@click.option("--top-k", type=WHOLE)
-@click.option("--top-p", type=float)
-@click.option("--min-p", type=float)
-@click.option("--repetition-penalty", type=float)
-@click.option("--seed", type=WHOLE, default=0, show_default=True)
+@click.option("--temperature", "--temp", type=float, help="As for generate.")
+@click.option("--top-k", type=WHOLE, help="As for generate.")
+@click.option("--top-p", type=float, help="As for generate.")
+@click.option("--min-p", type=float, help="As for generate.")
+@click.option("--repetition-penalty", type=float, help="As for generate.")
+@click.option("--seed", type=WHOLE, default=0, show_default=True, help="As for generate.")
 @kv_cache_or("float32")
 @THREADS
 @click.option("--show-exits", is_flag=True, help="Colour each token by its exit layer.")

@@ -62,7 +62,14 @@ STORY = "Once upon a time"  # the prompt of the models that come with the packag
     "--parallel", type=COUNT, default=8, show_default=True,
     help="Texts of --prompts that run side by side; no text depends on it.",
 )  # fmt: skip
-@click.option("--max-tokens", "-n", type=WHOLE, default=200, show_default=True)
+@click.option(
+    "--max-tokens",
+    "-n",
+    type=WHOLE,
+    default=200,
+    show_default=True,
+    help="Tokens to write, at most.",
+)
 @exit_layer(
     "exit_layer", EXIT, "Blocks to run, or what decides for each token: gate, max (probability), "
     "margin, entropy; auto: the model's calibrated setting. Default: the model's recommendation, "
@@ -95,13 +102,20 @@ STORY = "Once upon a time"  # the prompt of the models that come with the packag
 )  # fmt: skip
 @click.option(
     "--temperature", "--temp", type=float,
-    help="0 always takes the likeliest token; the next three then change nothing. Default of "
-    "these and the penalty: as the model recommends, else greedy.",
+    help="0 always takes the likeliest token (greedy); --top-k, --top-p and --min-p then change "
+    "nothing. Default of these and the penalty: as the model recommends, else greedy.",
 )  # fmt: skip
 @click.option("--top-k", type=WHOLE, help="Keep the k likeliest tokens; 0: all.")
-@click.option("--top-p", type=float, help="Keep the likeliest with this sum.")
-@click.option("--min-p", type=float, help="Drop below this share of the likeliest.")
-@click.option("--repetition-penalty", type=float)
+@click.option(
+    "--top-p", type=float, help="Keep the likeliest tokens whose probabilities add up to this."
+)
+@click.option(
+    "--min-p", type=float, help="Drop tokens less likely than this share of the likeliest."
+)
+@click.option(
+    "--repetition-penalty", type=float,
+    help="Above 1: tokens that stand in prompt or text become less likely. 1: off.",
+)  # fmt: skip
 @click.option("--seed", type=WHOLE, default=0, show_default=True, help="Same seed, same text.")
 @click.option(
     "--special", is_flag=True,

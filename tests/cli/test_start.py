@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from bitskip.program import runtime as main
 from bitskip_cpu import models
-from bitskip_cpu.compiling import KERNELS
+from bitskip_cpu.compiling import ARGUMENTS, KERNELS
 from tests.cli.conftest import command
 
 HEAVY = ("numpy", "numba", "torch", "tokenizers", "rich", "psutil", "matplotlib")
@@ -73,7 +73,9 @@ def test_without_a_cache_folder_it_still_runs(folder: Path, tmp_path: Path) -> N
     done = command("doctor", "--json", env=environment)
     facts = json.loads(done.stdout)
     shipped = KERNELS.shipped  # then there is nothing to keep
+    lacking = facts["cache"].pop("lacking")
     assert facts["cache"] == {"folder": None, "writable": False, "warm": shipped}
+    assert lacking == ([] if shipped else [*ARGUMENTS])
     assert any("BITSKIP_CACHE_DIR" in p for p in facts["problems"]) != shipped
     assert done.returncode == (0 if shipped else 1)
 
@@ -101,6 +103,17 @@ def test_doctor() -> None:
     plain = CliRunner().invoke(main, ["doctor"])
     assert plain.exit_code == result.exit_code
     assert facts["machine"]["cpu"] in plain.stdout
+
+
+@pytest.mark.parametrize(
+    ("lacking", "said"),
+    [(0, "kernels are ready"), (1, "others when first needed"), (None, "not compiled yet")],
+)
+def test_doctor_tells_which_kernels_are_compiled(
+    lacking: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KERNELS, "lacking", lambda: [*ARGUMENTS][:lacking])
+    assert said in CliRunner().invoke(main, ["doctor"]).stdout
 
 
 def test_doctor_finds_a_damaged_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
