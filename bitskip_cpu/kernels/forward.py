@@ -52,7 +52,7 @@ from bitskip_cpu.kernels.numba_inside.views import (
     state_structs,
 )
 from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS
-from bitskip_cpu.kernels.share import help_out, next_weights, run_stage
+from bitskip_cpu.kernels.share import help_out, run_stage, shared
 from bitskip_cpu.kernels.stages import (
     ATTEND,
     ATTENTION_IN,
@@ -103,7 +103,13 @@ def product(s, products, index, first, last, row_bytes):
     s.product, s.first_row, s.last_row = index, first, last
     s.part_rows = rows_of_part(s, index, first, last, row_bytes)
     parts = -(-(last - first) // s.part_rows)
-    run_stage(s, products, ROWS, parts, (last - first) * row_bytes * ((s.tokens + 3) // 4))
+    run_stage(s, products, ROWS, parts, cost_of(s, first, last, row_bytes))
+
+
+@kernel
+def cost_of(s, first, last, row_bytes):
+    """Bytes that a product reads, as `run_stage` counts them."""
+    return (last - first) * row_bytes * ((s.tokens + 3) // 4)
 
 
 @kernel
@@ -119,17 +125,26 @@ def rows_of_part(s, index, first, last, row_bytes):
 
 
 @kernel
-def expect(s, index, weights_at, first, last, row_bytes):
-    """Have helpers read the weights of the next product while they wait for it."""
-    rows = rows_of_part(s, index, first, last, row_bytes)
-    next_weights(s, weights_at + first * row_bytes, (last - first) * row_bytes, rows * row_bytes)
+def expect_nothing(s):
+    """What comes after the product at hand is not known yet, or not shared."""
+    s.ahead_bytes = 0
 
 
 @kernel
-def expect_product(s, products, index, first):
-    """The same for one of the block's, from row `first` on."""
+def expect(s, index, weights_at, first, last, row_bytes):
+    """A product comes after the stages at hand: who has to wait may read its weights meanwhile."""
+    rows = rows_of_part(s, index, first, last, row_bytes)
+    s.ahead, s.ahead_bytes = weights_at + first * row_bytes, (last - first) * row_bytes
+    s.ahead_part = rows * row_bytes
+    if not shared(s, -(-(last - first) // rows), cost_of(s, first, last, row_bytes)):
+        expect_nothing(s)
+
+
+@kernel
+def expect_product(s, products, index, layer, first):
+    """The same for one of a block's, from row `first` on."""
     p = products[index]
-    weights_at = s.weights + s.layer * s.layer_bytes + p.weights
+    weights_at = s.weights + layer * s.layer_bytes + p.weights
     expect(s, index, weights_at, first, p.rows, p.row_bytes)
 
 
@@ -143,41 +158,49 @@ def ask_for_norm(s, weight_at):
 def keys_values(s, products, first_row):
     """Run a block up to the cache; of q|k|v only the rows from `first_row` on."""
     p, tokens = products[QKV], s.tokens
-    expect_product(s, products, QKV, first_row)
+    expect_product(s, products, QKV, s.layer, first_row)
     run_stage(s, products, ATTENTION_IN, tokens, tokens * s.input_stride)
+    if first_row:
+        expect_nothing(s)
+    else:
+        expect_product(s, products, OUT, s.layer, 0)
     product(s, products, QKV, first_row, p.rows, p.row_bytes)
-    if first_row == 0:
-        expect_product(s, products, OUT, 0)
     run_stage(s, products, STORE, tokens, tokens * 8 * s.kv)
 
 
 @kernel
-def block(s, products, layer):
-    """Run one block on the tokens at hand: the stages of `stages.py` in order (SPEC 7.2, 7.3)."""
+def block(s, products, layer, more):
+    """Run one block on the tokens at hand: the stages of `stages.py` in order (SPEC 7.2, 7.3).
+
+    `more`: whether they run the block after it, too, next.
+    """
     s.layer = layer
     tokens, cost = s.tokens, s.tokens * s.input_stride
     keys_values(s, products, 0)
     seen = 4 * (int64s(s.positions, tokens)[tokens - 1] + 1) * s.attention
     # Little attention is the leader's alone: that helpers read o's weights meanwhile is worth more.
     run_stage(s, products, ATTEND, tokens * s.kv_heads, tokens * seen // 4)
-    expect_product(s, products, OUT, 0)
     run_stage(s, products, OUT_IN, tokens, cost)
+    expect_product(s, products, UP, layer, 0)
     ask_for_norm(s, params(s) + s.ffn_norm)
     product(s, products, OUT, 0, products[OUT].rows, products[OUT].row_bytes)
-    feed_forward(s, products)
+    feed_forward(s, products, more)
 
 
 @kernel
-def feed_forward(s, products):
+def feed_forward(s, products, more):
     """The second half of a block, or an exit block."""
     tokens, cost = s.tokens, s.tokens * s.input_stride
-    expect_product(s, products, UP, 0)
     run_stage(s, products, FFN_IN, tokens, cost)
+    expect_product(s, products, DOWN, s.layer, 0)
     product(s, products, UP, 0, products[UP].rows, products[UP].row_bytes)
-    expect_product(s, products, DOWN, 0)
     run_stage(s, products, DOWN_IN, tokens, cost)
     if s.layer + 1 < s.layers:
         ask_for_norm(s, params(s) + s.params_stride + s.attn_norm)
+    if more:
+        expect_product(s, products, QKV, s.layer + 1, 0)
+    else:
+        expect_nothing(s)
     product(s, products, DOWN, 0, products[DOWN].rows, products[DOWN].row_bytes)
     run_stage(s, products, BLOCK_OUT, tokens, cost)
 
@@ -193,9 +216,11 @@ def enter_exit(s, products, rows_at, row_bytes):
     if s.exit_layer:  # in `mid`: blocks may go on from x
         copy(s.x, s.mid, s.tokens * s.hidden)
         s.x, s.layer, s.weights = s.mid, s.exit_layer, s.exit_weights
-        feed_forward(s, products)
+        expect_product(s, products, UP, s.layer, 0)
+        feed_forward(s, products, False)
     expect(s, VOCAB, rows_at, 0, s.vocab, row_bytes)
     run_stage(s, products, EXIT_IN, s.tokens, s.tokens * s.input_stride)
+    expect_nothing(s)
 
 
 @kernel
@@ -239,7 +264,7 @@ def draft(s, products, last):
         for t in range(s.tokens):
             embed(s, t)
         for layer in range(last):
-            block(s, products, layer)
+            block(s, products, layer, layer + 1 < last)
         s.exit_from = 0
         while s.exit_from < s.tokens and counts[of[begin + s.exit_from]] <= step:
             s.exit_from += 1
@@ -282,7 +307,7 @@ def look(s, products, first, last):
             skipped(s, products, layer)
             s.tokens, s.x, s.positions, s.caches = live, x, positions, caches
         if live:
-            block(s, products, layer)
+            block(s, products, layer, False)
             s.gate = looks[layer]
             if s.gate:
                 live = leave(s, layer + 1)
@@ -397,7 +422,7 @@ def run(state_at, products_at, actions, first, last):
             draft(s, products, first)
         if actions & BLOCKS:
             for layer in range(first, last):
-                block(s, products, layer)
+                block(s, products, layer, layer + 1 < last)
         if actions & LOOK:
             look(s, products, first, last)
         if actions & FILL:

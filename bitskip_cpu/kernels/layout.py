@@ -37,6 +37,7 @@ _STATE = """
     code_norms band_bounds least_contenders contenders_found
 
     helpers share_from sync stage layer product first_row last_row part_rows
+    ahead ahead_bytes ahead_part
 """
 _FLOATS = {
     "norm_eps", "largest_code", "confidence_max", "confidence_margin",
@@ -54,6 +55,9 @@ are, a CACHE each; the stage at hand, which threads share (`kernels.share`).
 `linear_rows`, `vocab_rows`, `contend`, `measure`, `choose`: addresses of compiled pieces
 (`kernels.stages`, `contenders`, `measures`, `choice`): those that this model needs, and the last
 three only once they are used.
+
+`ahead`: the `ahead_bytes` of weights that the product after the one at hand reads, in parts of
+`ahead_part` bytes; 0 bytes: not known.
 
 Exit blocks are numbered behind the blocks: `exit_layer` is the number of that of the exit at hand,
 0: it has none; `exit_weights` is to its products what `weights` is to a block's.

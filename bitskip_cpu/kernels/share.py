@@ -16,8 +16,8 @@ cannot change before PENDING is 0, which threads count down when they find no mo
 stage's number in the word keeps a helper that was away from mistaking a later stage for the one it
 saw. A helper that the operating system keeps waiting holds up at most the part in its hands.
 
-What follows AHEAD is overwritten only after the stage of that number was shared: who finds an older
-one in its range has read what belongs together.
+What follows AHEAD is overwritten only after the stage of that number was shared, so of each number
+once: who finds an older one in its range has read what belongs together.
 """
 
 from __future__ import annotations
@@ -48,18 +48,25 @@ SPINS = 2_000  # of some 40 ns: as long as the gaps within a token
 NAP = 100  # microseconds between looks after that
 NAPS = 300  # then the helper goes back to Python, to sleep until it is called
 
-AHEAD = 1 << 18  # bytes of its part of the next product that a helper reads while it waits
+AHEAD = 1 << 18  # bytes of its part of the next product that a thread reads while it waits
 LINES = 16  # of LINE bytes, between two looks whether that has begun
 
 
 @kernel
-def next_weights(s, at, size, part_bytes):
-    """The next stage to be shared reads so many bytes of weights: tell helpers, who wait now."""
-    if s.helpers:
-        atomic_write(s.sync + SYNC_AHEAD_AT, at)
-        atomic_write(s.sync + SYNC_AHEAD_END, at + size)
-        atomic_write(s.sync + SYNC_AHEAD_PART, part_bytes)
-        atomic_write(s.sync + SYNC_AHEAD, (atomic_read(s.sync + SYNC_STAGE) + 1) & NUMBER)
+def shared(s, parts, cost):
+    """Whether a stage is: if not, sharing would cost more than it saves."""
+    return s.helpers > 0 and parts > 1 and cost >= s.share_from
+
+
+@kernel
+def tell_ahead(s):
+    """Tell helpers which weights the next stage to be shared reads, if they do not know."""
+    number = (atomic_read(s.sync + SYNC_STAGE) + 1) & NUMBER
+    if s.ahead_bytes and atomic_read(s.sync + SYNC_AHEAD) != number:
+        atomic_write(s.sync + SYNC_AHEAD_AT, s.ahead)
+        atomic_write(s.sync + SYNC_AHEAD_END, s.ahead + s.ahead_bytes)
+        atomic_write(s.sync + SYNC_AHEAD_PART, s.ahead_part)
+        atomic_write(s.sync + SYNC_AHEAD, number)
 
 
 @kernel
@@ -69,20 +76,32 @@ def seen_stage(s, thread):
 
 
 @kernel
-def read_ahead(s, thread, stage):
-    """Read the first of the weights that a helper needs next, until `stage` is not the latest.
+def waits(s, thread, stage):
+    """Whether a thread that found no more to take of a stage is still to wait."""
+    if thread:
+        return seen_stage(s, thread) == stage
+    return atomic_read(s.sync + SYNC_PENDING) != 0
 
-    Memory would lie idle while the leader computes what one thread computes.
+
+@kernel
+def read_ahead(s, thread, stage):
+    """Read the first of the weights that a thread needs after `stage`, as long as it waits.
+
+    Return whether they are known. Memory would lie idle while another ends the stage, or while the
+    leader computes what one thread computes.
     """
+    if atomic_read(s.sync + SYNC_AHEAD) != (stage + 1) & NUMBER:
+        return False
     first, last = atomic_read(s.sync + SYNC_AHEAD_AT), atomic_read(s.sync + SYNC_AHEAD_END)
     part_bytes, threads = atomic_read(s.sync + SYNC_AHEAD_PART), s.helpers + 1
     parts = (last - first + part_bytes - 1) // part_bytes
     at = first + thread * parts // threads * part_bytes
     stop = min(first + (thread + 1) * parts // threads * part_bytes, last, at + AHEAD)
     at = at // LINE * LINE
-    while at < stop and seen_stage(s, thread) == stage:
+    while at < stop and waits(s, thread, stage):
         touch(at, min(LINES, (stop - at + LINE - 1) // LINE))
         at += LINES * LINE
+    return True
 
 
 @kernel
@@ -107,12 +126,11 @@ def take_parts(s, products, thread, done):
 
 @kernel
 def run_stage(s, products, stage, parts, cost):
-    """Run a stage of `parts` <= MOST_PARTS; alone, if sharing would cost more than it saves.
-
-    `cost`: bytes read, roughly; sharing pays from `share_from` on.
-    """
+    """Run a stage of `parts` <= MOST_PARTS; `cost`: bytes read, roughly."""
     s.stage = stage
-    if s.helpers == 0 or parts == 1 or cost < s.share_from:
+    if not shared(s, parts, cost):
+        if s.helpers:
+            tell_ahead(s)
         for part in range(parts):
             run_part(s, products, 0, part)
         return
@@ -124,9 +142,11 @@ def run_stage(s, products, stage, parts, cost):
         begin, end = i * parts // threads, (i + 1) * parts // threads
         begin = begin if i else first
         atomic_write(s.sync + SYNC_RANGES + 64 * i, number << 32 | begin << 16 | end)
+    tell_ahead(s)
     if first:
         run_part(s, products, 0, 0)
     take_parts(s, products, 0, first)
+    read_ahead(s, 0, number)
     spins = 0
     while atomic_read(s.sync + SYNC_PENDING):
         pause()
@@ -145,9 +165,8 @@ def help_out(s, products, thread):
             seen = number
             take_parts(s, products, thread, 0)
             idle = 0
-        elif read != seen and atomic_read(s.sync + SYNC_AHEAD) == (seen + 1) & NUMBER:
+        elif read != seen and read_ahead(s, thread, seen):
             read = seen
-            read_ahead(s, thread, seen)
         idle += 1
         if idle < SPINS:
             pause()

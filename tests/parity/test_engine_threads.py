@@ -23,25 +23,30 @@ from bitskip_cpu.kernels.layout import (
     DOWN,
     FILL,
     QKV,
+    SYNC_AHEAD,
     SYNC_AHEAD_AT,
     SYNC_AHEAD_END,
     SYNC_AHEAD_PART,
+    SYNC_STAGE,
 )
 from bitskip_cpu.weights import random_tensors
-from bitskip_ref.config import preset, small_twin
+from bitskip_ref.config import ModelConfig, preset, small_twin
 from bitskip_ref.exits import ConfidenceExit, FixedExit
 from bitskip_ref.folder import read_folder
 from bitskip_ref.tensors import WEIGHTS
 from tests.helpers import random_folder, random_tokens
 
 CONFIG = small_twin("wt2-bitskip")
+WIDE = CONFIG.replace(
+    linear="int8", hidden_size=256, head_dim=64, intermediate_size=256, vocab_size=300
+)  # each of its products has two parts at least, so that threads share it
 IDS = random_tokens(CONFIG, 20)
 WEIGHTS_AHEAD = SYNC_AHEAD_AT, SYNC_AHEAD_END, SYNC_AHEAD_PART
 
 
-def eager(threads: int, seed: int = 0) -> Engine:
-    """An engine that shares even the smallest stage."""
-    return Engine(CONFIG, random_tensors(CONFIG, seed), threads, share_from=0)
+def eager(threads: int, config: ModelConfig = CONFIG) -> Engine:
+    """An engine that shares even the smallest stage of more than one part."""
+    return Engine(config, random_tensors(config, 0), threads, share_from=0)
 
 
 def text(engine: Engine) -> np.ndarray:
@@ -52,9 +57,10 @@ def text(engine: Engine) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def test_threads_and_callers_do_not_change_a_bit() -> None:
-    expected = text(eager(1))
-    engines = [eager(2), eager(2), eager(5)]  # together more threads than cores
+@pytest.mark.parametrize("config", [CONFIG, WIDE], ids=["narrow", "wide"])
+def test_threads_and_callers_do_not_change_a_bit(config: ModelConfig) -> None:
+    expected = text(eager(1, config))
+    engines = [eager(n, config) for n in (2, 2, 5)]  # together more threads than cores
     with ThreadPoolExecutor(6) as pool:
         results = list(pool.map(text, engines * 4))
     for result in results:
@@ -63,24 +69,36 @@ def test_threads_and_callers_do_not_change_a_bit() -> None:
 
 def test_helpers_are_told_of_the_weights_that_come_next() -> None:
     """Where they lie and what a part of them is; that they are asked for changes no bit."""
-    engine = eager(2)
-    engine.step(1, engine.new_cache(), FixedExit())
+    engine = eager(2, WIDE)
+    cache = engine.new_cache()  # kept, as the calls below write into it
+    engine.step(1, cache, FixedExit())
     s, products, sync = engine._space.state, engine._space.products, engine._space.sync
 
     def told(at: int, rows: int, row_bytes: int) -> bool:
         begin, end, part = (int(sync[i // 8]) for i in WEIGHTS_AHEAD)
         return begin == at and end == at + rows * row_bytes and part % row_bytes == 0 < part
 
-    assert told(int(s["vocab_weights"]), CONFIG.vocab_size, int(s["vocab_row_bytes"]))
-    for i in range(CONFIG.num_hidden_layers):
+    assert told(int(s["vocab_weights"]), WIDE.vocab_size, int(s["vocab_row_bytes"]))
+    for i in range(WIDE.num_hidden_layers):
         block = engine.weights.linear.ctypes.data + i * engine.weights.layer_bytes
         for action, index in ((BLOCKS, DOWN), (FILL, QKV)):
             engine._call(action, i, i + 1)
             p = products[index]
-            first = CONFIG.attention_size // 16 * 16 if action == FILL else 0  # keys, values alone
+            first = WIDE.attention_size // 16 * 16 if action == FILL else 0  # keys, values alone
             size, rows = int(p["row_bytes"]), int(p["rows"]) - first
             assert told(block + int(p["weights"]) + first * size, rows, size)
             assert not told(block, rows, size) or first == p["weights"] == 0
+    engine._call(BLOCKS, 0, 2)
+    assert int(sync[SYNC_AHEAD // 8]) == int(sync[SYNC_STAGE // 8])  # nothing follows the last
+
+
+def test_a_product_that_is_not_shared_is_not_told() -> None:
+    """Helpers would read what the leader alone needs."""
+    engine = eager(2)
+    cache = engine.new_cache()
+    engine.step(1, cache, FixedExit())
+    engine._call(BLOCKS, 0, 2)
+    assert not engine._space.state["ahead_bytes"] and not engine._space.sync[SYNC_AHEAD // 8]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
