@@ -6,7 +6,6 @@ is read or completed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -117,9 +116,11 @@ def _foreign(place: Path) -> bool:
     """Whether that is a model of another program: a GGUF file or a Hugging Face folder."""
     if place.suffix == ".gguf":
         return place.is_file()
+    from bitskip_ref.folder import CONFIG, read_json
+
     try:
-        kind = json.loads((place / "config.json").read_bytes())["model_type"]
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        kind = read_json(place / CONFIG).get("model_type")
+    except (OSError, ValueError):
         return False
     return isinstance(kind, str) and kind != "bitskip"
 

@@ -76,8 +76,13 @@ def replace_folder(path: Path, parts: Sequence[str]) -> Iterator[Path]:
             made.chmod(stat.S_IMODE(path.stat().st_mode))
         yield made
         if not existed:
-            made.rename(path)
-            return
+            try:
+                made.rename(path)
+            except OSError:
+                if not path.is_dir():  # else another process made it meanwhile
+                    raise
+            else:
+                return
         if beside:
             for entry in path.iterdir():
                 if not any(fnmatch(entry.name, part) for part in parts):

@@ -105,7 +105,7 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
     root = Path(path)
     if not root.is_dir():
         raise FormatError(f"no model folder at {root}")
-    stored = _read_json(root / CONFIG)
+    stored = read_json(root / CONFIG)
     if stored.pop("model_type", None) != "bitskip" or stored.pop("bitskip_format", None) != FORMAT:
         raise FormatError(f"{root / CONFIG}: not a bitskip model of format {FORMAT}")
     stored.pop("architectures", None)
@@ -145,7 +145,7 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
         )
     if problems:
         raise problems[0]
-    extra = _read_json(root / GENERATION) if (root / GENERATION).exists() else {}
+    extra = read_json(root / GENERATION) if (root / GENERATION).exists() else {}
     numbers = {}
     ends = extra.get("eos_token_id")
     if isinstance(ends, list):
@@ -270,7 +270,8 @@ def _auto_exit(path: Path, extra: dict[str, Any], config: ModelConfig) -> ExitRu
         ) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a regular file of at most LARGEST_JSON bytes. Raises FormatError."""
     if not path.exists():
         raise FormatError(f"{path.parent} lacks {path.name}: not a model folder")
     try:
@@ -334,14 +335,22 @@ def write_folder(
     generation |= stored_sampling(sampling or {})
     older = like_folder(Path(path), config, tokenizer_json)
     if older is not None and older.auto_exit is not None:
-        generation["auto_exit"] = _read_json(older.path / GENERATION)["auto_exit"]
+        generation["auto_exit"] = read_json(older.path / GENERATION)["auto_exit"]
+    said = json.dumps(generation, indent=2) + "\n"
+    for name, text in ((CHAT, chat.template if chat else ""), (GENERATION, said)):
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            raise FormatError(f"{path}: {name} would not be valid Unicode") from None
+        if size > LARGEST_JSON:
+            raise FormatError(f"{path}: {name} would have {size} bytes, more than {LARGEST_JSON}")
     with replace_folder(Path(path), PARTS) as root:
         digest = write_tensors(root / WEIGHTS, shapes, checked)
         if tokenizer_json is not None:
             _write_text(root / TOKENIZER, tokenizer_json)
         if chat is not None:
             _write_text(root / CHAT, chat.template)
-        _write_text(root / GENERATION, json.dumps(generation, indent=2) + "\n")
+        _write_text(root / GENERATION, said)
         stored = {
             "model_type": "bitskip",
             "architectures": ["BitskipForCausalLM"],
@@ -407,7 +416,7 @@ def write_auto_exit(folder: Folder, rule: ExitRule, found: Mapping[str, Any]) ->
     found: JSON values that say how it was found; they are kept with the setting.
     """
     path = folder.path / GENERATION
-    generation = _read_json(path) if path.exists() else {}
+    generation = read_json(path) if path.exists() else {}
     generation["auto_exit"] = {**describe_rule(rule, folder.config), **found}
     _write_text(path, json.dumps(generation, indent=2) + "\n")
 

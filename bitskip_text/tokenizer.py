@@ -7,13 +7,16 @@ text is off: truncation, padding, and dropout of merges. A text that spells a sp
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as Library
 
@@ -23,7 +26,10 @@ from bitskip_ref.tensors import FormatError
 from bitskip_text.decoders import Decoder, decoder_of
 
 LARGEST = 1 << 24  # ids, as of a ModelConfig
-REGEX = '"Regex"'  # in a file that has regular expressions of its own
+REGEX = '"Regex"'  # in a part that has regular expressions of its own
+EARLY = re.compile(r'"normalized"\s*:\s*true')  # such a token is normalized when it is read
+GROWTH = {"ByteLevel": 4, "Precompiled": 18}  # characters that a step may make of one, at most
+MOST_GROWTH = 1 << 14  # of all steps; those of known tokenizers come to some hundred
 RUNS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # of equal characters, to try these on
 PATIENCE = 1.0  # seconds that a run may take; a common expression takes less than a thousandth
 RANDOM = ("dropout", "alpha", "nbest_size")  # settings of a model that make ids a matter of chance
@@ -52,8 +58,14 @@ def read_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
 def parse_tokenizer(text: str, source: str, vocab_size: int | None = None) -> Tokenizer:
     """`read_tokenizer` of a text at hand; `source` names it in errors."""
     with _errors_of_the_library(f"{source}: not a tokenizer.json"), _panics_unprinted():
+        if "\\u00" in text or EARLY.search(text):
+            stored = json.loads(text)
+            _check_growth([stored.get(n) for n in ("normalizer", "pre_tokenizer")], source)
         library = Library.from_str(text)
-        if REGEX in text:
+        steps = (library.normalizer, library.pre_tokenizer, library.decoder)
+        states = [step.__getstate__().decode() for step in steps if step is not None]
+        _check_growth(map(json.loads, states), source)
+        if any(REGEX in state for state in states):
             _probe(library, source)
     return Tokenizer(library, source, vocab_size, text)
 
@@ -171,6 +183,28 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         """Token -> id, added tokens too."""
         return self._library.get_vocab(with_added_tokens=True)
+
+
+def _check_growth(steps: Iterable[Any], source: str) -> None:
+    """Raise TokenizerError for steps, as JSON has them, that make one character absurdly many."""
+    if math.prod(map(_growth, steps)) > MOST_GROWTH:
+        raise TokenizerError(
+            f"{source}: its steps make more than {MOST_GROWTH} characters of one: use a tokenizer "
+            "without repeated replacements"
+        )
+
+
+def _growth(step: Any) -> float:
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1
+    if isinstance(step.get("pattern"), dict):
+        short = step["pattern"].get("String")  # a regular expression may match between characters
+        made = len(step.get("content") or "")
+        return max(1.0, made / len(short) if short else 1.0 + made)
+    inner = (step.get(n) for n in ("normalizers", "pretokenizers", "decoders"))
+    return GROWTH.get(step.get("type", ""), 1) * math.prod(map(_growth, inner))
 
 
 def _probe(library: Library, source: str) -> None:

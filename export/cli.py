@@ -118,7 +118,11 @@ def export(
         from bitskip_cpu import models
 
         path = models.resolve(MODEL_TYPE.convert(model, None, None))
+    from bitskip_export.pack import check_apart
+
     out = out or _beside(model, path, to)
+    check_apart(Path(model), out)
+    check_apart(path, out)
     with TemporaryDirectory() as scratch:
         if checkpoint:
             from bitskip_export.pack import export_checkpoint
@@ -152,6 +156,8 @@ def _beside(model: str, path: Path, to: str) -> Path:
     from bitskip_cpu import models
 
     place = Path(model)
+    if place.name in ("", ".."):  # of the folder that one is in
+        place = place.resolve()
     if path.parent == models.HERE or not place.exists():
         raise click.UsageError(f"{model} comes with the package: say where to write with --out")
     if path.is_file() and not place.suffix:

@@ -13,6 +13,8 @@ import onnx
 
 from bitskip_export.onnx_builder import Weight, lay_out
 from bitskip_export.onnx_graph import CACHE_KEY, CONFIG_KEY, EXIT_KEY, ExitGraph
+from bitskip_ref.cache import check_kv_cache
+from bitskip_ref.checks import check_exit_layer
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.excerpt import one_line
 from bitskip_ref.files import replace_file
@@ -92,9 +94,13 @@ def find_graphs(path: Path) -> tuple[ModelConfig, str, dict[int, Path]]:
         metadata = {p.key: p.value for p in model.metadata_props}
         if not {CONFIG_KEY, EXIT_KEY} <= metadata.keys():
             raise FormatError(f"{file}: not written by this project's export")
-        graphs[int(metadata[EXIT_KEY])] = file
-        configs.add((metadata[CONFIG_KEY], metadata.get(CACHE_KEY, "float32")))
+        try:
+            config = ModelConfig.from_dict(json.loads(metadata[CONFIG_KEY]))
+            kv_cache = check_kv_cache(metadata.get(CACHE_KEY, "float32"), config)
+            graphs[check_exit_layer(int(metadata[EXIT_KEY]), config)] = file
+        except (ValueError, TypeError, RecursionError) as error:
+            raise FormatError(f"{file}: its metadata is damaged ({one_line(error)})") from None
+        configs.add((config, kv_cache))
     if len(configs) > 1:
         raise FormatError(f"{path}: holds graphs of different models or caches: give one file")
-    config, kv_cache = configs.pop()
-    return ModelConfig.from_dict(json.loads(config)), kv_cache, graphs
+    return *configs.pop(), graphs

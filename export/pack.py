@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,9 @@ from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.documents import END_OF_TEXT, read_documents
 from bitskip_ref.files import unfinished
 from bitskip_ref.floats import stored
-from bitskip_ref.folder import CONFIG, like_folder, write_folder
+from bitskip_ref.folder import CONFIG, like_folder, read_json, write_folder
 from bitskip_ref.packing import pack_ternary
-from bitskip_ref.tensors import expected_tensors, parameter_shapes
+from bitskip_ref.tensors import FormatError, expected_tensors, parameter_shapes
 
 if TYPE_CHECKING:
     from bitskip_train.checkpoint import Checkpoint
@@ -113,18 +112,33 @@ def _trained_exits(loaded: Checkpoint) -> list[int] | None:
     return sorted({*early, layers})
 
 
-def check_target(root: Path, force: bool = False) -> None:
-    """Raise ExportError if writing a model to `root` would mix it with something else."""
+def check_target(
+    root: Path,
+    force: bool = False,
+    ours: Callable[[dict[str, Any]], bool] = lambda config: config.get("model_type") == "bitskip",
+) -> None:
+    """Raise ExportError if writing a model to `root` would mix it with something else.
+
+    ours: whether a folder of some config.json is of the kind that is written there.
+    """
     if root.exists() and not root.is_dir():
         raise ExportError(f"{root} is a file: choose another folder with -o")
     if force or not root.exists() or all(unfinished(entry.name) for entry in root.iterdir()):
         return
     try:
-        known = json.loads((root / CONFIG).read_text("utf-8")).get("model_type") == "bitskip"
-    except (OSError, ValueError, AttributeError):
+        known = ours(read_json(root / CONFIG))
+    except FormatError:
         known = False
     if not known:
-        raise ExportError(f"{root} holds files and no model: choose another folder, or --force")
+        raise ExportError(
+            f"{root} holds files and no model of this kind: choose another folder, or --force"
+        )
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """Raise ExportError if what is only read would be written over."""
+    if source.exists() and out.exists() and source.samefile(out):
+        raise ExportError(f"{out} is what is read: choose another name with -o")
 
 
 def pack(

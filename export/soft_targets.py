@@ -20,6 +20,8 @@ from bitskip_ref.engine import Engine
 from bitskip_ref.files import lock
 from bitskip_ref.folder import CONFIG
 from bitskip_ref.heldout import windows
+from bitskip_ref.safetensors_file import read_tensors
+from bitskip_ref.tensors import FormatError
 
 
 class Part(NamedTuple):
@@ -63,6 +65,13 @@ def soft_targets(
     from bitskip_train.soft_targets import MOST_IDS, text_digest, write_soft_targets
     from bitskip_train.tokenizer import parse_tokenizer
 
+    if out.is_file():
+        try:
+            known = read_tensors(out, 3).keys() == {"text", "ids", "probabilities"}
+        except FormatError:
+            known = False
+        if not known:
+            raise ConfigError(f"{out} holds something else than soft targets: choose another --out")
     loaded = load_model(model, threads)
     folder, config = loaded.folder, loaded.config
     if config.vocab_size > MOST_IDS:

@@ -83,7 +83,7 @@ def write_site(
     parts = [
         *third_party,
         *((name, (files("bitskip_export") / "web" / name).read_bytes()) for name in OURS),
-        ("tokenizer.json", model.tokenizer.read_bytes()),
+        ("tokenizer.json", read_tokenizer(model.tokenizer).json.encode()),
         ("model.json", json.dumps(facts(model, exits, kv_cache, graphs, weights)).encode()),
         *((name, page_file(name)) for name in PAGE),
     ]
@@ -108,8 +108,8 @@ def check_model(model: Folder) -> None:
         )
     if model.tokenizer is None:
         raise ValueError(f"{where} has no tokenizer.json: the page could not read a prompt")
-    decoder = read_tokenizer(model.tokenizer, config.vocab_size).decoder
-    stored = json.loads(model.tokenizer.read_text("utf-8"))
+    tokenizer = read_tokenizer(model.tokenizer, config.vocab_size)
+    stored, decoder = json.loads(tokenizer.json), tokenizer.decoder
     if stored["model"]["type"] != "BPE" or not (decoder.utf8 and decoder.streams):
         raise ValueError(
             f"{where}: its tokenizer is not a byte-level BPE (as those of GPT-2 and Llama 3), the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from bitskip_export.foreign.source import (
     Source,
     Ternary,
     lossless_head,
+    pieces,
     vocabulary_types,
 )
 from bitskip_export.pack import check_target
@@ -28,7 +28,6 @@ from bitskip_ref.packing import pack_ternary, packed_width
 from bitskip_ref.tensors import expected_tensors
 from bitskip_text.tokenizer import parse_tokenizer
 
-PIECE = 1 << 19  # values that are converted at a time
 Progress = Callable[[int, int], None]
 """Called with (bytes written so far, bytes in all)."""
 
@@ -136,13 +135,6 @@ class Tensors(Mapping[str, np.ndarray]):
             except ValueError as error:
                 raise RefusedError(f"{name} {error}: choose another head format") from None
         return made
-
-
-def pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """(first, end) of rows of about PIECE values together: scratch does not grow with a model."""
-    step = max(1, PIECE // math.prod(shape[1:]))
-    for first in range(0, shape[0], step):
-        yield first, min(first + step, shape[0])
 
 
 def rotated(weight: Floats) -> Floats:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from bitskip_export.foreign.source import RefusedError
 from bitskip_ref.excerpt import one_line, shown
 from bitskip_ref.folder import ChatForm, Folder
+from bitskip_text.tokenizer import read_tokenizer
 
 CONTROL, USER, BYTE, UNKNOWN = 3, 4, 6, 2  # token_type
 LONGEST = 512  # characters of a token of SentencePiece's; 16 are its trainer's most
@@ -186,9 +187,11 @@ def words_of(folder: Folder, vocab_size: int) -> dict[str, Any]:
     """
     if folder.tokenizer is None:
         return {"tokenizer.ggml.model": "no_vocab"}
-    stored = json.loads(folder.tokenizer.read_text("utf-8"))
+    stored = json.loads(read_tokenizer(folder.tokenizer, vocab_size).json)
     model, pre = stored["model"], _name_of_split(stored)
-    if model.get("type") != "BPE" or pre is None:
+    plain = not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+    plain &= bool(model.get("ignore_merges")) == (pre == "llama-bpe")
+    if model.get("type") != "BPE" or pre is None or not plain:
         raise RefusedError(
             f"{folder.tokenizer}: words are cut in another way than "
             f"{', '.join([*PLAIN, *SPLITS])}, which llama.cpp has names for: not exported"

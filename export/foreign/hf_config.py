@@ -136,11 +136,15 @@ def _biases(kind: str, values: dict[str, Any]) -> str:
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:
     """RoPE's fields, from rope_theta and rope_scaling or from the newer rope_parameters."""
-    rope = {"rope_theta": values["rope_theta"]}
-    for field in ("rope_scaling", "rope_parameters"):
-        if not isinstance(values.get(field, {}), dict):
+    older, newer = values.get("rope_scaling", {}), values.get("rope_parameters", {})
+    for field, stored in (("rope_scaling", older), ("rope_parameters", newer)):
+        if not isinstance(stored, dict):
             raise RefusedError(f"config.json: {field} is no object")
-        rope |= values.get(field, {})
+        if any(isinstance(value, dict) for value in stored.values()):
+            raise RefusedError(f"{field} differs from layer to layer: {REMEDY}")
+    if odd := [key for key in older.keys() & newer.keys() if older[key] != newer[key]]:
+        raise RefusedError(f"config.json: rope_scaling and rope_parameters differ in {min(odd)}")
+    rope = {"rope_theta": values["rope_theta"], **older, **newer}
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if partial != 1.0:

@@ -17,6 +17,7 @@ from bitskip_export.foreign.source import (
     Ternary,
     Weight,
     lossless_head,
+    pieces,
 )
 from bitskip_export.foreign.words import added_first
 from bitskip_ref.config import ModelConfig
@@ -29,6 +30,7 @@ from bitskip_ref.folder import (
     recommended_sampling,
 )
 from bitskip_ref.tensors import parameter_shapes
+from bitskip_text.tokenizer import parse_tokenizer
 
 PACKED = 4  # rows in a byte of transformers' 2-bit matrices
 TOP_K = 50  # transformers', of a generation_config that names none
@@ -58,7 +60,12 @@ def read_huggingface(root: Path) -> Source:
     sub_norm = any(name.endswith("_sub_norm.weight") for name in named)
     config, quantization = read_config(raw, sub_norm)
     dropped = []
-    if config.tie_word_embeddings and named.pop("lm_head.weight", None) is not None:
+    if config.tie_word_embeddings and (head := named.pop("lm_head.weight", None)) is not None:
+        if not _same(head, named.get("embed_tokens.weight")):
+            raise RefusedError(
+                f"{root}: tie_word_embeddings is true, but lm_head.weight is another matrix than "
+                "the embedding: remove one of the two"
+            )
         dropped.append("lm_head.weight: the configuration ties the head to the embedding")
     if config.num_hidden_layers > len(named):  # before a table of them is made
         raise RefusedError(
@@ -116,6 +123,14 @@ def meaning(name: str) -> str:
         if part in name:
             return f": {what}, which bitskip cannot run"
     return " is in no model that bitskip knows"
+
+
+def _same(one: Stored, other: Stored | None) -> bool:
+    """Whether two matrices hold the same numbers."""
+    if other is None or one.shape != other.shape or not one.shape:
+        return False
+    a, b = one.floats(), other.floats()
+    return all(np.array_equal(a.rows(*p), b.rows(*p)) for p in pieces(one.shape))
 
 
 def _check_shape(tensor: Stored, shape: tuple[int, ...]) -> None:
@@ -222,11 +237,13 @@ def _bos(
     """The id that every prompt begins with: what the tokenizer puts there, if it does."""
     if tokenizer_json is None:
         return None
-    path = root / "tokenizer_config.json"
-    adds = read_json(path).get("add_bos_token") if path.is_file() else None
-    bos = added_first(tokenizer_json, f"{root / TOKENIZER}") if adds is None else None
-    if adds is True:
-        bos = raw.get("bos_token_id")
+    path, place = root / "tokenizer_config.json", str(root / TOKENIZER)
+    stored = read_json(path) if path.is_file() else {}
+    adds = stored.get("add_bos_token")
+    bos = added_first(tokenizer_json, place) if adds is None else None
+    if adds is True:  # the tokenizer's own, whatever id the model's configuration names
+        bos = parse_tokenizer(tokenizer_json, place).token_id(_word(stored, "bos_token"))
+        bos = raw.get("bos_token_id") if bos is None else bos
     if bos is not None and (type(bos) is not int or not 0 <= bos < config.vocab_size):
         raise RefusedError(f"bos_token_id {bos!r} is not in 0..{config.vocab_size - 1}")
     return bos
@@ -254,12 +271,14 @@ def _chat(root: Path) -> ChatForm | None:
         template = (root / CHAT).read_text("utf-8", errors="replace")
     if not isinstance(template, str):
         return None
-    words = []
-    for name in ("bos_token", "eos_token"):
-        word = stored.get(name)
-        word = word.get("content") if isinstance(word, dict) else word
-        words.append(word if isinstance(word, str) else "")
-    return ChatForm(template, *words)
+    return ChatForm(template, _word(stored, "bos_token"), _word(stored, "eos_token"))
+
+
+def _word(stored: dict[str, Any], name: str) -> str:
+    """A special token of tokenizer_config.json; an empty text for none."""
+    word = stored.get(name)
+    word = word.get("content") if isinstance(word, dict) else word
+    return word if isinstance(word, str) else ""
 
 
 def _number(values: Any, name: str, limit: int) -> int | None:

@@ -15,7 +15,9 @@ from bitskip_export.foreign.given import Given, at_exit
 from bitskip_export.foreign.hf_config import OURS, write_config
 from bitskip_export.foreign.hf_names import theirs
 from bitskip_export.foreign.source import RefusedError, Report
+from bitskip_export.foreign.words import with_first
 from bitskip_export.pack import check_target
+from bitskip_ref.documents import read_text
 from bitskip_ref.files import replace_file, replace_folder
 from bitskip_ref.floats import stored
 from bitskip_ref.folder import CHAT, CONFIG, GENERATION, TOKENIZER, Folder, stored_sampling
@@ -41,7 +43,7 @@ def write_huggingface(
     embedding and head become floats. Raises RefusedError, naming what transformers does not
     compute, before anything is written.
     """
-    check_target(out, force)
+    check_target(out, force, lambda config: isinstance(config.get(OURS), dict))
     model = at_exit(folder, exit_layer)
     end, begin = folder.eos_token_id, folder.bos_token_id
     config = write_config(model.config, eos=list(folder.end_ids), bos=begin)
@@ -53,10 +55,13 @@ def write_huggingface(
     if exit_layer is None:
         carried |= {"exit_layer": folder.exit_layer, "draft_vocab": folder.draft_vocab}
     config[OURS] = {key: value for key, value in carried.items() if value is not None}
+    text = ""
+    if folder.tokenizer is not None:  # transformers puts there what this file says, nothing else
+        place = str(folder.tokenizer)
+        text = with_first(read_text(folder.tokenizer), place, begin)
     with replace_folder(out, PARTS) as root:
         _write_weights(model, root / WEIGHTS, progress)
         if folder.tokenizer is not None:
-            text = folder.tokenizer.read_text("utf-8")
             _write(root / TOKENIZER, text)
             ids = parse_tokenizer(text, str(folder.tokenizer)).vocabulary()
             words = {i: word for word, i in ids.items()}

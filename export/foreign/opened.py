@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from bitskip_export.foreign.source import Source
 
 CONVERTER = "3"  # raised when what is imported changes: folders in users' caches are made anew
+NAME = re.compile("[0-9a-f]{24}")  # of a folder there
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]  # and never a pickle or a program
 
 
@@ -55,10 +58,10 @@ def cached(path: Path) -> Path:
 
     root = user_cache() / "models"
     files = sorted(_parts(path))
-    facts = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
+    facts = _facts(files)
     known = root / f"seen-{hashlib.sha256(repr((CONVERTER, facts)).encode()).hexdigest()[:24]}"
-    if known.is_file():
-        folder = root / known.read_text("ascii")
+    if known.is_file() and NAME.fullmatch(name := known.read_text("ascii", "replace")):
+        folder = root / name
         if (folder / "config.json").is_file():
             return folder
     digest = hashlib.sha256(CONVERTER.encode())
@@ -71,6 +74,9 @@ def cached(path: Path) -> Path:
         click.echo(f"{path}: converted once, kept in {folder}", err=True)
         with bar("converting") as progress:
             report = import_model(source, folder, linear=usual(source), progress=progress)
+        if _facts(files) != facts:  # what was written is not what was hashed
+            shutil.rmtree(folder, ignore_errors=True)
+            raise ValueError(f"{path}: changed while it was read: try again when it is whole")
         for line in report.lines():
             click.echo(line, err=True)
     with replace_file(known) as made:
@@ -84,7 +90,15 @@ def _parts(path: Path) -> Iterator[Path]:
         yield path
         return
     for pattern in HUB_FILES:
-        yield from path.glob(pattern)
+        yield from (file for file in path.glob(pattern) if file.is_file())
+
+
+def _facts(files: list[Path]) -> list[tuple[str, int, int, int, int]]:
+    """What the system says of files: other where their content is, whatever their dates say."""
+    return [
+        (str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+        for f in files
+    ]
 
 
 @contextmanager

@@ -6,13 +6,12 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bitskip_export.foreign.source import Floats, RefusedError
+from bitskip_export.foreign.source import Floats, RefusedError, refuse_overlaps
 from bitskip_ref.excerpt import shown
 from bitskip_ref.floats import BFLOAT16, widened
 
@@ -29,7 +28,7 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 class Stored:
-    """One tensor where it lies in a mapped file."""
+    """One tensor where it lies in a mapped file, maybe at no multiple of its type's size."""
 
     def __init__(self, name: str, file: Path, dtype: str, values: np.ndarray) -> None:
         self.name, self.file, self.dtype, self.values = name, file, dtype, values
@@ -83,7 +82,7 @@ def open_shards(root: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _open(path: Path) -> Iterator[Stored]:
+def _open(path: Path) -> list[Stored]:
     if not os.path.isfile(path):  # False, too, for a name that no system takes
         raise RefusedError(f"{path.parent} lacks {shown(path.name)}, which its index names")
     size = path.stat().st_size
@@ -97,6 +96,7 @@ def _open(path: Path) -> Iterator[Stored]:
     if not header:
         raise RefusedError(f"{path}: holds no tensor")
     data = np.memmap(path, np.uint8, mode="r")[8 + length :]
+    tensors, places = list[Stored](), list[tuple[int, int, str]]()
     for name, entry in header.items():
         place = f"{path}: {shown(name)}"
         try:
@@ -115,10 +115,11 @@ def _open(path: Path) -> Iterator[Stored]:
             raise RefusedError(
                 f"{path}: {shown(name)} does not lie where the header says, or is cut off"
             )
-        part = data[start:end]
-        if (8 + length + start) % size:
-            part = part.copy()  # a view would be unaligned
-        yield Stored(name, path, dtype, part.view(KINDS[dtype]).reshape(shape))
+        places.append((start, end, name))
+        part = data[start:end].view(KINDS[dtype])
+        tensors.append(Stored(name, path, dtype, part.reshape(shape)))
+    refuse_overlaps(path, places)
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:

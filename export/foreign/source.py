@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,8 +41,16 @@ class Ternary:
 
 
 Weight = Floats | Ternary
+PIECE = 1 << 19  # values that are converted at a time
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 LOSSLESS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # a file's word: head_format
+
+
+def pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(first, end) of rows of about PIECE values together: scratch does not grow with a model."""
+    step = max(1, PIECE // max(1, math.prod(shape[1:])))
+    for first in range(0, shape[0], step):
+        yield first, min(first + step, shape[0])
 
 
 def vocabulary_types(weights: Mapping[str, Weight]) -> list[str]:

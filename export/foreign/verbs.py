@@ -35,10 +35,12 @@ def bring(source: str, out: Path, linear: str | None, head: str | None, force: b
     not is refused by its name.
     """
     from bitskip_export.foreign.convert import chosen, import_model, usual
-    from bitskip_export.pack import check_target
+    from bitskip_export.pack import check_apart, check_target
 
     check_target(out, force)
-    opened = open_source(_local(source))
+    place = _local(source)
+    check_apart(place, out)
+    opened = open_source(place)
     linear = linear or usual(opened)
     with bar("importing") as progress:
         report = import_model(

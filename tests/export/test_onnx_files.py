@@ -12,7 +12,7 @@ import pytest
 from bitskip_export import load_onnx
 from bitskip_export.onnx_builder import GraphBuilder, value_info
 from bitskip_export.onnx_files import write_onnx
-from bitskip_export.onnx_graph import build_graph
+from bitskip_export.onnx_graph import CACHE_KEY, CONFIG_KEY, EXIT_KEY, build_graph
 from bitskip_export.onnx_ops import half
 from bitskip_ref.arithmetic import functions
 from bitskip_ref.compare import difference
@@ -156,4 +156,19 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         load_onnx(path)
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), path)
     with pytest.raises(FormatError, match="not written by this project"):
+        load_onnx(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(CONFIG_KEY, "[" * 100_000), (CONFIG_KEY, "5"), (EXIT_KEY, "x"), (EXIT_KEY, "99"),
+     (CACHE_KEY, "int3")],
+)  # fmt: skip
+def test_damaged_metadata_is_refused(key: str, value: str, model: Path, tmp_path: Path) -> None:
+    (path,) = write_onnx(model, tmp_path)
+    graph = onnx.load(path, load_external_data=False)
+    metadata = {entry.key: entry.value for entry in graph.metadata_props}
+    onnx.helper.set_model_props(graph, metadata | {key: value})
+    onnx.save(graph, path)
+    with pytest.raises(FormatError, match="metadata is damaged"):
         load_onnx(path)

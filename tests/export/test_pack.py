@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from bitskip.options import _foreign
 from bitskip.program import main
-from bitskip_export.pack import ExportError, export_checkpoint, pack
+from bitskip_export.pack import ExportError, check_target, export_checkpoint, pack
 from bitskip_export.report import summary
 from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig
@@ -258,3 +260,18 @@ def _exported(loaded: Checkpoint, place: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bitskip_train.checkpoint.load_checkpoint", lambda path: loaded)
         return export_checkpoint(place / "best.pt", place / "model")
+
+
+def test_a_place_with_an_odd_config_is_no_model(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    for make in (
+        lambda: os.mkfifo(config),
+        lambda: config.symlink_to("/dev/zero"),
+        lambda: config.write_text("[" * 200_000),
+        lambda: config.write_text("[]"),
+    ):
+        make()
+        with pytest.raises(ExportError, match="no model of this kind"):
+            check_target(tmp_path)
+        assert not _foreign(tmp_path)
+        config.unlink()

@@ -121,3 +121,11 @@ def test_what_cannot_be(place: Path) -> None:
     assert said.exit_code == 1 and "must be at most" in said.stderr
     (place / "model" / "tokenizer.json").unlink()
     assert run(*words(place)).exit_code == 1
+
+
+def test_another_file_is_not_written_over(place: Path) -> None:
+    text = (place / "text.txt").read_bytes()
+    said = run(*words(place, "text.txt"))
+    assert said.exit_code == 1 and "something else than soft targets" in said.stderr
+    assert (place / "text.txt").read_bytes() == text
+    assert run(*words(place)).exit_code == 0 and run(*words(place)).exit_code == 0

@@ -115,3 +115,18 @@ def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.Mo
     with replace_file(tmp_path / "x") as file:
         file.write(b"whole")
     assert {p.name for p in tmp_path.iterdir()} == {"x", ".x.01234567.tmp"}
+
+
+def test_two_that_make_one_folder_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with replace_folder(out, PARTS) as slower:
+        (slower / "a").write_text("slower")
+        write(out, a="faster", b1="2")
+        (out / "mine").write_text("kept")
+    assert content(out) == {"a": "slower", "mine": "kept"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    other = tmp_path / "file"
+    with pytest.raises(OSError), replace_folder(other, PARTS) as made:
+        (made / "a").write_text("1")
+        other.write_text("no folder")
+    assert other.read_text() == "no folder" and len(list(tmp_path.iterdir())) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from bitskip_ref.compare import difference
 from bitskip_ref.config import ModelConfig, small_twin
 from bitskip_ref.folder import read_folder
 from bitskip_ref.model import ReferenceModel
+from bitskip_text.tokenizer import TokenizerError
+from tests.cli.conftest import byte_level_bpe, write_model
 from tests.helpers import random_folder, twin
 from tests.interop.test_int8 import relative
 
@@ -230,3 +233,22 @@ def test_i2_s_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m.gguf").write_bytes(raw[:-64])
     with pytest.raises(RefusedError, match="cut off"):
         read_gguf(tmp_path / "m.gguf")
+
+
+def test_a_tokenizer_that_llama_cpp_would_run_otherwise(tmp_path: Path) -> None:
+    config = FLOAT.replace(vocab_size=320)
+    stored = json.loads(byte_level_bpe())
+
+    def written(**changes: object) -> Path:
+        made = {**stored, "model": stored["model"] | changes}
+        write_model(tmp_path / "m", config, tokenizer_json="\ufeff" + json.dumps(made))
+        write_gguf(read_folder(tmp_path / "m"), tmp_path / "m.gguf")
+        return tmp_path / "m.gguf"
+
+    read_gguf(written())  # a byte order mark is none of its words
+    for changes in ({"ignore_merges": True}, {"end_of_word_suffix": "</w>"}):
+        with pytest.raises(RefusedError, match="not exported"):
+            written(**changes)
+    write_model(tmp_path / "m", config.replace(vocab_size=299))
+    with pytest.raises(TokenizerError, match="belongs to another model"):
+        write_gguf(read_folder(tmp_path / "m"), tmp_path / "m.gguf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 
 from bitskip_export.foreign.hf_read import read_huggingface
+from bitskip_export.foreign.safetensors_shards import open_shards
 from bitskip_export.foreign.source import RefusedError
 from bitskip_ref.tensors import FormatError
-from bitskip_text.tokenizer import TokenizerError
+from bitskip_text.tokenizer import TokenizerError, parse_tokenizer
 from tests.interop.blocks import edit
 from tests.interop.test_huggingface import bring, ternary_model
+from tests.text.tokenizers_of_all_kinds import KINDS
 
 safetensors = pytest.importorskip("safetensors.numpy")
 
@@ -126,6 +129,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "norm inside each linear",
     ),
+    "large template": (
+        lambda p: (p / "chat_template.jinja").write_text("x" * ((1 << 20) + 1)),
+        "would have 1048577 bytes",
+    ),
+    "a template that is no Unicode": (
+        lambda p: (p / "tokenizer_config.json").write_text(r'{"chat_template": "\ud800"}'),
+        "would not be valid Unicode",
+    ),
     "tokenizer": (lambda p: (p / "tokenizer.json").write_text("{}"), "not a tokenizer"),
     "empty": (lambda p: cut(p, 0), "truncated"),
     "short header": (lambda p: cut(p, 100), "truncated"),
@@ -197,3 +208,85 @@ def test_every_changed_byte_of_a_header_is_an_error_or_harmless(tmp_path: Path) 
         file.write_bytes(changed)
         with suppress(RefusedError):
             bring(path, tmp_path / "out", force=True)
+
+
+# ---- what would cost much, or run wrongly -----------------------------------------------
+
+
+def test_parts_at_odd_places_are_not_copied(tmp_path: Path) -> None:
+    names = "abcdefgh"
+    header = {
+        n: {"dtype": "F32", "shape": [1 << 17], "data_offsets": [i << 19, (i + 1) << 19]}
+        for i, n in enumerate(names)
+    }
+    text = json.dumps(header).encode()
+    text += b" " * ((1 - len(text)) % 4)  # data from no multiple of four on
+    body = np.arange(8 << 17, dtype=np.float32).tobytes()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    tracemalloc.start()
+    tensors = open_shards(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert (tensors["b"].floats().rows(5, 7) == [(1 << 17) + 5, (1 << 17) + 6]).all()
+    change_header(tmp_path, lambda h: h["b"].update(data_offsets=h["a"]["data_offsets"]))
+    with pytest.raises(RefusedError, match="'b' lies where 'a' does"):
+        open_shards(tmp_path)
+
+
+def test_a_tied_head_of_its_own_is_refused(tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "Llama", "offline")
+    edit(path / "config.json", tie_word_embeddings=True)
+    change_tensors(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 1}))
+    assert "lm_head" in read_huggingface(path).report.dropped[0]
+    change_tensors(path, lambda t: t["lm_head.weight"].__setitem__((3, 3), 7))
+    with pytest.raises(RefusedError, match=r"lm_head\.weight is another matrix"):
+        read_huggingface(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "from layer to layer"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0},
+             "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, "differ in factor",
+        ),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic'"),
+        ({"partial_rotary_factor": 0.5}, "a part of each head"),
+        ({"use_sliding_window": True}, "sliding-window"),
+    ],
+)  # fmt: skip
+def test_rope_that_is_not_clear_is_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = ternary_model(tmp_path / "hf", "Llama", "offline")
+    edit(path / "config.json", **{"rope_parameters": None, "rope_theta": 10_000.0} | changes)
+    with pytest.raises(RefusedError, match=words):
+        read_huggingface(path)
+
+
+def test_templates_that_add_without_end_are_refused(tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "Llama", "offline")
+    stored = json.loads(KINDS["byte-level"]().to_str())
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    stored["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "Z", "type_id": 0}}] * 20_000 + [text],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"Z": {"id": "Z", "ids": [0] * 20_000, "tokens": ["a"] * 20_000}},
+    }
+    (path / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(RefusedError, match="adds 400000000 ids"):
+        read_huggingface(path)
+
+
+def test_the_first_token_is_the_tokenizers(tmp_path: Path) -> None:
+    path = ternary_model(tmp_path / "hf", "Llama", "offline")
+    (path / "tokenizer.json").write_text(KINDS["byte-level"]().to_str())
+    words = parse_tokenizer((path / "tokenizer.json").read_text(), "").vocabulary()
+    (path / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "b"}')
+    edit(path / "config.json", bos_token_id=words["c"])
+    assert read_huggingface(path).bos_token_id == words["b"]
+    (path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    assert read_huggingface(path).bos_token_id == words["c"]

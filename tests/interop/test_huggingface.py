@@ -18,6 +18,7 @@ from bitskip_ref.compare import difference
 from bitskip_ref.config import HEAD_BITS, ModelConfig, small_twin
 from bitskip_ref.folder import read_folder
 from bitskip_ref.tensors import expected_tensors
+from tests.cli.conftest import write_model
 from tests.helpers import random_folder
 from tests.interop.blocks import (
     assert_close,
@@ -349,3 +350,23 @@ def test_the_shipped_model_there_and_back(tmp_path: Path) -> None:
     assert np.concatenate(same).mean() >= 0.98
     means = np.concatenate(losses, axis=1).mean(1)
     assert abs(means[0] - means[1]) < 0.005
+
+
+def test_transformers_begins_texts_as_the_folder_says(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    config = small_twin("llama3").replace(vocab_size=320)
+    write_model(tmp_path / "m", config, bos_token_id=5)
+    write_huggingface(read_folder(tmp_path / "m"), tmp_path / "first")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "first")("the cat").input_ids
+    assert ids[0] == 5 and ids[1:] == bitskip_cpu.load(tmp_path / "m").tokenizer.encode("the cat")
+    again = read_folder(bring(tmp_path / "first", tmp_path / "again"))
+    assert again.bos_token_id == 5
+    # A folder that begins with none, whose tokenizer.json would.
+    words = (tmp_path / "first" / "tokenizer.json").read_text()
+    write_model(tmp_path / "m", config, tokenizer_json=words)
+    write_huggingface(read_folder(tmp_path / "m"), tmp_path / "none")
+    assert AutoTokenizer.from_pretrained(tmp_path / "none")("the cat").input_ids == ids[1:]
+    write_model(tmp_path / "m", config, bos_token_id=319)
+    with pytest.raises(RefusedError, match="no token of id 319"):
+        write_huggingface(read_folder(tmp_path / "m"), tmp_path / "no")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bitskip.program import main
-from bitskip_export.foreign import verbs
+from bitskip_export.foreign import convert, opened, verbs
 from bitskip_ref.compare import difference
 from bitskip_ref.folder import read_folder
 from tests.cli.conftest import write_model
@@ -90,3 +91,70 @@ def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert asked == [("someone/model", verbs.HUB_FILES)]
     assert not any(p.endswith((".bin", ".pt", ".py")) for p in verbs.HUB_FILES)
     assert np.isfinite(read_folder(tmp_path / "out").tensors["final_norm.weight"]).all()
+
+
+def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    assert run("export", model, "--to", "hf").exit_code == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    other = write_model(tmp_path / "other")
+    before |= {p: p.read_bytes() for p in other.iterdir()}
+    for arguments, words in [
+        (["export", model, "--to", "hf", "-o", model, "--force"], "is what is read"),
+        (["export", model, "--to", "hf", "-o", f"{tmp_path}/other/../m/"], "is what is read"),
+        (["export", model, "--to", "hf", "-o", other], "no model of this kind"),
+        (["import", tmp_path / "m-hf", "-o", tmp_path / "m-hf", "--force"], "is what is read"),
+    ]:
+        result = run(*arguments)
+        assert result.exit_code == 1 and words in result.stderr, (arguments, result.output)
+    assert {p: p.read_bytes() for p in before} == before
+    assert run("export", model, "--to", "hf").exit_code == 0  # over what it wrote itself
+
+
+def test_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_model(tmp_path / "m")
+    monkeypatch.chdir(model)
+    assert run("export", ".", "--to", "hf").exit_code == 0
+    (model / "deeper").mkdir()
+    monkeypatch.chdir(model / "deeper")
+    assert run("export", "..", "--to", "gguf").exit_code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m-hf", "m.gguf"]
+
+
+def test_another_model_of_the_same_dates_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path / "cache"))
+    assert run("export", write_model(tmp_path / "m"), "--to", "gguf").exit_code == 0
+    path = tmp_path / "m.gguf"
+    raw, about = path.read_bytes(), path.stat()
+    first = opened.cached(path)
+    name = b"output_norm.weight"
+    assert name in raw
+    path.write_bytes(raw[:-4] + b"\0\0\x80?")  # the last norm's last value becomes 1
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    second = opened.cached(path)
+    one, other = (read_folder(p).tensors["final_norm.weight"] for p in (first, second))
+    assert first != second and other[-1] == 1 and (one[:-1] == other[:-1]).all()
+    for seen in (tmp_path / "cache/models").glob("seen-*"):
+        seen.write_bytes(b"\xff\0/..")  # damaged: looked at anew
+    assert opened.cached(path) == second
+
+
+def test_a_model_that_changes_while_it_is_read_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path / "cache"))
+    assert run("export", write_model(tmp_path / "m"), "--to", "hf").exit_code == 0
+    os.mkfifo(tmp_path / "m-hf" / "extra.json")  # no part of a model, and not waited for
+    original = convert.import_model
+
+    def change(source: Any, *words: Any, **options: Any) -> Any:
+        report = original(source, *words, **options)
+        (tmp_path / "m-hf" / "generation_config.json").write_text("{}")
+        return report
+
+    monkeypatch.setattr(convert, "import_model", change)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        opened.cached(tmp_path / "m-hf")
+    assert not list((tmp_path / "cache/models").iterdir())

@@ -222,3 +222,44 @@ def test_expressions_in_use_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_module, "PATIENCE", -1.0)
     with pytest.raises(TokenizerError, match="regular expressions take"):
         parse_tokenizer(with_regex(COMMON), "tokenizer.json")
+
+
+def test_an_expression_spelled_in_escapes_is_tried(capfd: pytest.CaptureFixture[str]) -> None:
+    hidden = with_regex("(a+)+$").replace('"Regex"', '"R\\u0065gex"')
+    assert hidden != with_regex("(a+)+$")
+    with pytest.raises(TokenizerError):
+        parse_tokenizer(hidden, "tokenizer.json")
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+GROWING: dict[str, tuple[str, dict[str, Any]]] = {
+    "doubled": ("normalizer", {"type": "Sequence", "normalizers": [DOUBLE] * 40}),
+    "nested": (
+        "normalizer",
+        {
+            "type": "Sequence",
+            "normalizers": [{"type": "Sequence", "normalizers": [DOUBLE] * 20}] * 2,
+        },
+    ),
+    "everywhere": ("normalizer", {**DOUBLE, "pattern": {"Regex": ""}, "content": "a" * 20_000}),
+    "bytes": ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [BYTES] * 40}),
+    "decoded": ("decoder", {"type": "Sequence", "decoders": [DOUBLE] * 40}),
+}
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("name", GROWING)
+def test_steps_that_grow_without_end_are_refused(name: str, early: bool) -> None:
+    """early: whether a token is normalized while the library reads the file."""
+    part, step = GROWING[name]
+
+    def change(stored: dict[str, Any]) -> None:
+        stored[part] = step
+        if early:
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+            new = {"id": len(stored["model"]["vocab"]), "content": "a\u00e9", "normalized": True}
+            stored["added_tokens"] = [new | flags]
+
+    with pytest.raises(TokenizerError, match="characters of one"):
+        parse_tokenizer(edited("byte-level", change), "tokenizer.json")
