@@ -12,7 +12,7 @@ from bitskip_cpu.generate import TextStream
 from bitskip_cpu.generation_options import GenerationOptions
 from bitskip_cpu.model import Model
 from bitskip_ref.excerpt import one_line
-from bitskip_ref.folder import ChatForm
+from bitskip_ref.folder import ChatForm, Folder
 from bitskip_text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
@@ -76,20 +76,23 @@ def chat_ids(tokenizer: Tokenizer, form: ChatForm, messages: Sequence[Message]) 
     return ids
 
 
+def form_of(folder: Folder) -> ChatForm:
+    """How a folder's model chats. Raises ValueError for one without a chat template."""
+    if folder.chat is None:
+        raise ValueError(
+            f"{folder.path} has no chat_template.jinja: it continues texts, see bitskip generate"
+        )
+    import jinja2  # noqa: F401  # if it is missing, better said before the first message
+
+    return folder.chat
+
+
 class Chat:
     """A conversation with a model. What a new prompt shares with the last one is not run again."""
 
     def __init__(self, model: Model, system: str | None = None) -> None:
         """system: the first message. Raises ValueError for a model without a chat template."""
-        form = model.folder.chat
-        if form is None:
-            raise ValueError(
-                f"{model.folder.path} has no chat_template.jinja: it continues texts, "
-                "see bitskip generate"
-            )
-        import jinja2  # noqa: F401  # if it is missing, better said before the first message
-
-        self.model, self._form = model, form
+        self.model, self._form = model, form_of(model.folder)
         self.messages: list[Message] = []
         if system is not None:
             self.messages.append({"role": "system", "content": system})

@@ -31,6 +31,7 @@ class GenerationOptions:
     """
 
     max_tokens: int = 200
+    """Tokens to write, at most."""
     exit_layer: int | str | None = None
     """Blocks that every token runs, or what decides token by token: `gate`, `max`, `margin`,
     `entropy`. `auto`: the setting that `calibrate` wrote into the folder. None: the folder's
@@ -49,13 +50,18 @@ class GenerationOptions:
     draft_vocab: int | None = None
     """Draft among that many first ids. None: as the folder recommends, else all."""
     temperature: float | None = None
-    """0 is greedy; the next three then change nothing (SPEC 9.2). None, here and there: what the
-    folder recommends (SPEC 9.7), else what changes nothing."""
+    """0 is greedy: top_k, top_p and min_p then change nothing (SPEC 9.2). None, here and in the
+    next four: what the folder recommends (SPEC 9.7), else what changes nothing."""
     top_k: int | None = None
+    """Keep the k likeliest tokens; 0: all."""
     top_p: float | None = None
+    """Keep the likeliest tokens whose probabilities add up to this, above 0 and at most 1."""
     min_p: float | None = None
+    """Drop tokens less likely than this share of the likeliest, 0 to 1."""
     repetition_penalty: float | None = None
+    """Above 1: tokens that stand in prompt or text become less likely. 1: off."""
     seed: int = 0
+    """Of the random draws: the same seed, the same text (SPEC 9.2)."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Pairs of a token id and what is added to its logit, -100 to 100 (SPEC 9.2)."""
     stop: tuple[str, ...] = ()

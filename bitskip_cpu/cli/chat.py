@@ -51,13 +51,14 @@ def chat(
     Messages are read from standard input, answers go to standard output. Ctrl-C stops an answer,
     and what it said stays in the conversation.
     """
-    from bitskip_cpu.chat import Chat
+    from bitskip_cpu.chat import Chat, form_of
     from bitskip_cpu.generation_options import GenerationOptions
 
     chosen = GenerationOptions(**options)
-    loaded = load_model(model, threads, quiet, kv_cache)
+    loaded = load_model(
+        model, threads, quiet, kv_cache, check=lambda folder: (form_of(folder), chosen.rule(folder))
+    )
     talk = Chat(loaded, system)
-    chosen.rule(loaded.folder)
     if not quiet:
         click.echo("/help lists commands", err=True)
     while (text := _read(quiet)) is not None:

@@ -162,7 +162,7 @@ def generate(
     text = _prompt(model, prompts, prompt_file)
     if html is not None and not html.absolute().parent.is_dir():
         raise ValueError(f"{html}: no such folder")
-    loaded = load_model(model, threads, quiet, kv_cache)
+    loaded = load_model(model, threads, quiet, kv_cache, check=chosen.rule)
     stream = loaded.stream(text, chosen)
     if not quiet:
         _note_what_changes_nothing(click_context, chosen.recommended(loaded.folder))

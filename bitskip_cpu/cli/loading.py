@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import click
@@ -12,19 +12,22 @@ from bitskip.terminal import animated, progress_bar
 
 if TYPE_CHECKING:
     from bitskip_cpu.model import Model
+    from bitskip_ref.folder import Folder
 
 
 def load_model(
     model: str | None, threads: int | None, quiet: bool = False, kv_cache: str | None = None,
-    usual_cache: str = "float32",
+    usual_cache: str = "float32", check: Callable[[Folder], object] = lambda _: None,
 ) -> Model:  # fmt: skip
     """A MODEL argument, loaded. What is no model is refused before anything is compiled.
 
-    kv_cache, usual_cache: as in `bitskip_cpu.load`.
+    kv_cache, usual_cache: as in `bitskip_cpu.load`; check: raises for a model that the verb cannot
+    use, before anything is compiled, too.
     """
     from bitskip_cpu import models
 
     found = models.opened(model, kv_cache, usual_cache)
+    check(found.folder)
     from bitskip_cpu.compiling import needed
 
     prepare(quiet, needed(found.folder.config, found.kv_cache))

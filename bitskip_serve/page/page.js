@@ -33,7 +33,7 @@ function paint(element, depth) {
   element.style.color = ink;
 }
 
-// ---- the model's facts ---------------------------------------------------------------
+// ---- facts about the model ----------------------------------------------------------
 
 async function begin() {
   facts = await source.facts(key());
@@ -202,7 +202,7 @@ function about(token) {
   line.append(
     "“", make("b", "", said.text), "” after ", chip, ` of ${facts.blocks} blocks`,
     said.seconds == null ? "" : `, ${(said.seconds * 1e3).toFixed(2)} ms`,
-    said.batch ? `, ${said.batch} row${said.batch === 1 ? "" : "s"} in its step` : "",
+    said.batch ? `, ${said.batch} text${said.batch === 1 ? "" : "s"} in its step` : "",
   );
   const table = make("table");
   for (const [text, share] of said.top ?? []) {

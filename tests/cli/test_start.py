@@ -60,6 +60,26 @@ def test_every_verb_has_help() -> None:
         assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("chat MODEL", "no chat_template.jinja"),
+        ("generate MODEL --prompt Once --exit-layer 99", "exit layer 99"),
+        ("generate MODEL --prompt Once --exit-layer auto", "no calibrated exit"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_before_anything_is_compiled(
+    words: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled(*_: object) -> None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr("bitskip_cpu.cli.loading.prepare", compiled)
+    result = CliRunner().invoke(main, words.replace("MODEL", str(folder)).split())
+    assert result.exit_code == 1
+    assert said in result.stderr
+
+
 def test_completion_for_shells() -> None:
     environment = {**os.environ, "_BITSKIP_CPU_COMPLETE": "bash_source"}
     done = command(env=environment)
