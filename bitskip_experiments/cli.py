@@ -72,4 +72,4 @@ def reproduce(
         sys.exit(130)
     reproduce.render(experiments, chosen_seeds, results, strict=name != "all" and not pool.failed)
     if pool.failed:
-        raise click.ClickException(f"failed: {', '.join(pool.failed)}")
+        raise click.ClickException(f"failed: {'; '.join(pool.failed.values())}")

@@ -76,7 +76,8 @@ def page(folder: Path) -> str:
         lines += ["", f"| {title} | {heads} | 24: 95 % interval | p (Holm) |"]
         lines += ["|---|" + "---:|" * (len(EXITS) + 2)]
         last = [difference(losses, plus, minus, "24") for _, plus, minus in pairs]
-        adjusted = holm([found.p_value(0.0) or 0.0 for found in last])
+        p_values = [found.p_value(0.0) for found in last]
+        adjusted = holm([1.0 if p is None else p for p in p_values])  # None: one seed
         for (text, plus, minus), found, p in zip(pairs, last, adjusted, strict=True):
             cells = [_change(difference(losses, plus, minus, n)) for n in EXITS]
             low, high = found.interval or (found.value, found.value)

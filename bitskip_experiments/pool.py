@@ -32,7 +32,7 @@ class Pool:
     say: Callable[[str], None] = print
     measure: Callable[[Run], None] = lambda run: None  # after training, one at a time
     stopping: threading.Event = field(default_factory=threading.Event)
-    failed: dict[str, str] = field(default_factory=dict)  # name of a run -> why
+    failed: dict[str, str] = field(default_factory=dict)  # digest -> name of the run, and why
     running: dict[str, Run] = field(default_factory=dict)  # digest -> run
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class Pool:
         for wait in (False, True):
             with ThreadPoolExecutor(self.jobs) as threads:
                 list(threads.map(lambda run, wait=wait: self.train(run, wait), unique))
-            unique = [run for run in unique if not run.trained and run.name not in self.failed]
+            unique = [run for run in unique if not run.trained and run.digest not in self.failed]
 
     def train(self, run: Run, wait: bool = False) -> bool:
         """Train one run to its end in a child and measure it; False if it failed or was stopped.
@@ -72,13 +72,13 @@ class Pool:
                 with self._measuring:
                     self.measure(run)
         except (OSError, ValueError, RuntimeError) as error:  # those of our packages among them
-            self.failed[run.name] = str(error)
+            self.failed[run.digest] = f"{run.name}: {error}"
         finally:
             self._slots.put(slot)
             self.running.pop(run.digest, None)
-        if run.name in self.failed:
-            self.say(f"{run.name}: failed: {self.failed[run.name]}")
-        return run.trained and run.name not in self.failed
+        if run.digest in self.failed:
+            self.say(f"failed: {self.failed[run.digest]}")
+        return run.trained and run.digest not in self.failed
 
     def _train(self, run: Run, slot: int, lock: int) -> None:
         """Start the child, wait, note time and end."""
@@ -110,7 +110,8 @@ class Pool:
         spent = {key: value + run.about.get(key, 0.0) for key, value in spent.items()}
         run.note(**spent, **({"finished": True} if code == 0 else {}))
         if code not in (0, 130) and not self.stopping.is_set():
-            self.failed[run.name] = f"{_last_line(log)} (exit code {code}; all of it in {log})"
+            why = f"{_last_line(log)} (exit code {code}; all of it in {log})"
+            self.failed[run.digest] = f"{run.name}: {why}"
 
     def stop(self, forward: bool) -> None:
         """Start no further run; with `forward` tell the children, which save and end."""

@@ -14,7 +14,13 @@ from rich.console import Console
 from bitskip_experiments.definitions import Experiment, load, names
 from bitskip_experiments.errors import ExperimentError
 from bitskip_experiments.pool import Pool, stopping_on_signals
-from bitskip_experiments.results import read_result, read_results, result_path, write_result
+from bitskip_experiments.results import (
+    Result,
+    read_result,
+    read_results,
+    result_path,
+    write_result,
+)
 from bitskip_experiments.runs import Run, runs_of
 from bitskip_experiments.showing import Progress
 from bitskip_experiments.sweep import sweep
@@ -87,7 +93,7 @@ class Measuring:
         known: dict[tuple[object, ...], Figures] = {}
         for experiment, named in self.needs[run.digest]:
             path = result_path(self.results, experiment, named.point.label, named.seed)
-            if path.exists() and read_result(path).get("run") == named.digest:
+            if path.exists() and _is_of(read_result(path), experiment, named):
                 continue
             subject, started = Subject(named, experiment), time.monotonic()
             figures: Figures = {}
@@ -97,6 +103,15 @@ class Measuring:
                     known[key] = MEASURES[name](subject)
                 figures[name] = known[key]
             write_result(self.results, experiment, named, figures, time.monotonic() - started)
+
+
+def _is_of(result: Result, experiment: Experiment, run: Run) -> bool:
+    """Whether a result is of this run and has all that the experiment wants of it."""
+    settings = {
+        "run": run.digest, "checkpoint": experiment.checkpoint, "measure_tokens": experiment.tokens
+    }  # fmt: skip
+    same = all(result.get(name) == value for name, value in settings.items())
+    return same and set(experiment.measures) <= set(result["figures"])
 
 
 def _by_seed(

@@ -37,6 +37,8 @@ class Mean:
         if self.error is None:
             return None
         gap = abs(self.value - other)
+        if not math.isfinite(gap + self.error):  # a run diverged: its mean tells nothing
+            return 1.0
         if not self.error:
             return float(gap == 0)
         return student_tail(gap / self.error, self.count - 1)

@@ -11,7 +11,7 @@ import importlib.util
 import itertools
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from bitskip_experiments.errors import ExperimentError
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.documents import END_OF_TEXT, read_documents, read_text
 from bitskip_ref.folder import read_folder
-from bitskip_ref.packing import unpack_ternary
+from bitskip_ref.tensors import parameter_shapes
 from bitskip_text.tokenizer import read_tokenizer
 from bitskip_train.evaluate import evaluate
 from bitskip_train.fast import FastOps
 from bitskip_train.layers import GROUPS
+from bitskip_train.loaded import parameter_values
 from bitskip_train.model import BitskipModel
 
 TOKENS = 512
@@ -172,24 +173,9 @@ def _floats(folder: Path) -> tuple[ModelConfig, BitskipModel]:
         linear="float32", hadamard=False, head_format="float32", gates=False, activation_bits=8
     )
     model = BitskipModel(config)
-    model.load_state_dict(_values(read.tensors, read.config))
+    values = {n: parameter_values(read.config, read.tensors, n) for n in parameter_shapes(config)}
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in values.items()})
     return config, model.eval()
-
-
-def _values(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, values in tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        if leaf == "scale" or ".gate." in name:
-            continue
-        if values.dtype == np.uint8:
-            width = config.linear_shapes()[owner.rpartition(".")[2]][1]
-            values = unpack_ternary(values, width)
-        values = np.asarray(values, np.float32)
-        if (scale := tensors.get(f"{owner}.scale")) is not None and leaf == "weight":
-            values = values * np.asarray(scale, np.float32)[:, None]
-        found[name] = torch.from_numpy(np.array(values))
-    return found
 
 
 def _llama2c(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:

@@ -172,8 +172,14 @@ def _settings(
         from bitskip_train.warm_start import check_config
 
         check_config(model, begun.config)
-    if checkpoint is not None and model != checkpoint.config:
-        raise ConfigError("--resume: the model's settings cannot change")
+    if checkpoint is not None:
+        if model != checkpoint.config:
+            raise ConfigError("--resume: the model's settings cannot change")
+        for name in ("tokenizer", "init"):
+            if getattr(settings, name) != getattr(base[1], name):
+                raise ConfigError(
+                    f"--resume: {name} cannot change; the checkpoint holds what it made"
+                )
     check_settings(model, settings)
     return model, settings, checkpoint
 
@@ -199,14 +205,11 @@ def _run(
         if text is None and world.main:
             text = make_tokenizer(settings.tokenizer, source.documents()).json
         tokenizer = parse_tokenizer(world.share(text), "the tokenizer")
-        first = None
-        if begun is not None:
+        if begun is None:
+            first = None
+            _check_vocabulary(model, tokenizer)
+        else:
             model, first = _begin(model, begun, tokenizer)
-        if tokenizer.size > model.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.size} tokens, the model "
-                f"{model.vocab_size}: --set model.vocab_size={tokenizer.size}"
-            )
         split = load_split(source, tokenizer, cache)
         held_out = None
         if settings.valid:
@@ -246,7 +249,17 @@ def _begin(
     old = parse_tokenizer(read_text(begun.tokenizer), str(begun.tokenizer))
     if tokenizer.json != old.json and model.vocab_size == begun.config.vocab_size:
         model = model.replace(vocab_size=tokenizer.size)
+    _check_vocabulary(model, tokenizer)
     return model, first_weights(model, begun, tokenizer, old)
+
+
+def _check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError for a token that the model has no row for."""
+    if tokenizer.size > model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.size} tokens, the model {model.vocab_size}: "
+            f"--set model.vocab_size={tokenizer.size}"
+        )
 
 
 def _threads(trainer: Trainer) -> str:

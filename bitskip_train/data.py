@@ -108,8 +108,12 @@ def load_split(source: TextSource, tokenizer: Tokenizer, cache: Path) -> Split:
     """The tokens of a source, from the cache folder, or tokenized now and stored there.
 
     The key is the text's fingerprint and the tokenizer, so neither can change unnoticed. A cache
-    that is not whole, or not what was written, is made anew. Raises DataError.
+    that is not whole, or not what was written, is made anew. Raises DataError, for a tokenizer
+    without end-of-text among others.
     """
+    end = tokenizer.token_id(END_OF_TEXT)
+    if end is None:
+        raise DataError(f"the tokenizer has no token {END_OF_TEXT}, which ends documents")
     key = hashlib.sha256(
         f"{CACHE_VERSION} {source.fingerprint()} {tokenizer.json}".encode()
     ).hexdigest()[:32]
@@ -118,7 +122,7 @@ def load_split(source: TextSource, tokenizer: Tokenizer, cache: Path) -> Split:
     split = _stored_split(tokens_path, about_path, dtype)
     if split is None:
         try:
-            _store_split(source, tokenizer, tokens_path, about_path, dtype)
+            _store_split(source, tokenizer, end, tokens_path, about_path, dtype)
         except OSError as error:
             raise DataError(f"{tokens_path}: cannot write the token cache ({error})") from None
         split = _stored_split(tokens_path, about_path, dtype)
@@ -141,10 +145,11 @@ def _stored_split(tokens_path: Path, about_path: Path, dtype: np.dtype) -> Split
 
 
 def _store_split(
-    source: TextSource, tokenizer: Tokenizer, tokens_path: Path, about_path: Path, dtype: np.dtype
-) -> None:
-    """Write the tokens, then what they are: without it they do not count."""
-    end = tokenizer.token_id(END_OF_TEXT)
+    source: TextSource, tokenizer: Tokenizer, end: int, tokens_path: Path, about_path: Path,
+    dtype: np.dtype,
+) -> None:  # fmt: skip
+    """Write the tokens, those of each document and `end`; then what they are: without it they do
+    not count."""
     digest, size = hashlib.sha256(), 0
     with replace_file(tokens_path) as file:
         for group in _groups(source.documents()):

@@ -24,8 +24,10 @@ TOGETHER = 1024  # tokens of a step
 
 
 def with_gates(config: ModelConfig, state: Mapping[str, Tensor]) -> BitskipModel:
-    """The model of a state dict, with gates; new ones, to be fitted, where it has none."""
+    """The model of a state dict, with gates; even ones, to be fitted, where it has none."""
     model = BitskipModel(config.replace(gates=True))
+    if not config.gates:
+        _even_gates(model)
     model.load_state_dict(state, strict=config.gates)
     return model
 
@@ -51,13 +53,19 @@ def of_folder(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Bitskip
         if isinstance(part, Weight) and part.scale is not None and not name.endswith("_proj"):
             part.weight = nn.Parameter(part.weight.float() * part.scale[:, None], False)
             part.scale = None
+    if not config.gates:
+        _even_gates(model)
     for i in range(config.num_hidden_layers):
-        gate = model.block(i).gate
-        if not config.gates:
-            gate.to_empty(device="cpu")
-            reset_gate(gate, torch.Generator().manual_seed(i))
-        gate.requires_grad_(True)
+        model.block(i).gate.requires_grad_(True)
     return model
+
+
+def _even_gates(model: BitskipModel) -> None:
+    """Give a model gates that never stop at a threshold of 1/2 or more; always the same ones."""
+    for i in range(model.config.num_hidden_layers):
+        gate = model.block(i).gate
+        gate.to_empty(device="cpu")
+        reset_gate(gate, torch.Generator().manual_seed(i))
 
 
 @torch.no_grad()

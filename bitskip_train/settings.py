@@ -44,6 +44,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "dropout_max": (0.0, 1.0),
     "log_every": (1, 1 << 40),
     "save_every": (1, 1 << 40),
+    "threads": (0, 4096),
 }
 
 

@@ -36,6 +36,7 @@ from bitskip_train.soft_targets import Soft, SoftTargets, read_soft_targets
 from bitskip_train.threads import time_threads
 from bitskip_train.world import World
 
+YARDSTICK = "validation"  # of a fingerprint: what may change, and begins best.pt anew
 _COMPILERS = ("torch._dynamo", "torch._inductor")  # modules whose errors compiling raises
 
 
@@ -87,10 +88,11 @@ class Trainer:
         self.thread_times: dict[int, float] = {}
         if not train.threads:
             self._choose_threads()
-        self.fingerprint = fingerprint(train, data, world)
+        self.fingerprint = fingerprint(train, data, valid, world)
         self.stopped_by: int | None = None
         self.step = self.position = 0
         self.best_loss: float | None = None
+        self.judged_anew = False  # losses of another text cannot be compared with this one's
         self.history: list[dict[str, Any]] = []
         if resume is not None:
             if resume.optimizer is None:
@@ -102,8 +104,14 @@ class Trainer:
                 restore_optimizer(self.optimizer, resume.optimizer)
             except Damage as error:
                 raise CheckpointError(f"damaged checkpoint ({error})") from None
+            if train.steps < resume.step:
+                raise ConfigError(f"steps = {train.steps}: {resume.step} of the run are done")
             self.step, self.position = resume.step, resume.position
-            self.best_loss, self.history = resume.best_loss, list(resume.history)
+            self.history = list(resume.history)
+            before = resume.fingerprint.get(YARDSTICK)
+            if valid is not None:
+                self.judged_anew = before not in (None, self.fingerprint[YARDSTICK])
+            self.best_loss = None if self.judged_anew else resume.best_loss
         if train.compile:
             for block in self.model.layers:
                 block.compile()
@@ -203,6 +211,8 @@ class Trainer:
             self.out if self.world.main else None, self.train.steps, self.step, self.history,
             tensorboard,
         )  # fmt: skip
+        if self.judged_anew:
+            report.note("other validation text than before: best.pt begins anew")
         try:
             with _signals() as seen:
                 finished = self._loop(report, seen)
@@ -259,15 +269,14 @@ class Trainer:
         train, found = self.train, None
         exits = sorted({*train.eval_exits, self.config.num_hidden_layers})
         if self.world.main:
-            tokens = self.valid.tokens
             results = evaluate(
-                self.model, tokens[: train.eval_tokens + 1] if train.eval_tokens else tokens,
-                self.valid.bytes, context=train.context, batch=train.batch, exits=exits,
-                autocast=self.objective.dtype, targets=self.train.targets,
+                self.model, _judging(train, self.valid), self.valid.bytes, context=train.context,
+                batch=train.batch, exits=exits, autocast=self.objective.dtype,
+                targets=train.targets,
             )  # fmt: skip
             found = [results[n].loss for n in exits]
         found = self.world.share(found)
-        best = self.best_loss is None or found[-1] < self.best_loss
+        best = found[-1] < (math.inf if self.best_loss is None else self.best_loss)
         report.valid(self.step, dict(zip(exits, found, strict=True)), best)
         if best:
             self.best_loss = found[-1]
@@ -275,9 +284,9 @@ class Trainer:
 
     def _patience_is_over(self) -> bool:
         found = [e["valid_loss"] for e in self.history if "valid_loss" in e]
-        if not self.train.patience or not found:
+        if not self.train.patience or self.best_loss not in found:
             return False
-        return len(found) - 1 - int(np.argmin(found)) >= self.train.patience
+        return len(found) - 1 - found.index(self.best_loss) >= self.train.patience
 
     def _save(self, name: str, optimizer: bool = True) -> None:
         if not self.world.main:
@@ -297,14 +306,29 @@ class Trainer:
         save_checkpoint(self.out / name, checkpoint)
 
 
-def fingerprint(train: TrainConfig, data: Split, world: World) -> dict[str, Any]:
-    """What must not change within a run, or it is another one: name -> value."""
+def fingerprint(
+    train: TrainConfig, data: Split, valid: Split | None, world: World
+) -> dict[str, Any]:
+    """What must not change within a run, or it is another one: name -> value. And YARDSTICK."""
+    yardstick = [train.context, train.targets]
+    if valid is not None:
+        yardstick.append(_digest(_judging(train, valid)))
     return {
-        "data": hashlib.sha256(np.ascontiguousarray(data.tokens).data).hexdigest(),
+        "data": _digest(data.tokens),
         "seed": train.seed,
         "context": train.context,
         "windows a step": train.batch * train.accumulation * world.size,
+        YARDSTICK: yardstick,
     }
+
+
+def _judging(train: TrainConfig, valid: Split) -> np.ndarray:
+    """The validation tokens of a run."""
+    return valid.tokens[: train.eval_tokens + 1] if train.eval_tokens else valid.tokens
+
+
+def _digest(tokens: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -313,7 +337,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [
         "other data" if name == "data" else f"{name}: {now[name]}, was {before[name]}"
         for name in now
-        if name in before and before[name] != now[name]
+        if name in before and name != YARDSTICK and before[name] != now[name]
     ]
     if changed:
         raise CheckpointError(

@@ -22,7 +22,7 @@ FREE = (
     "norm_eps",
     "vocab_size",
 )
-"""Settings of a model that may change: no weight's meaning depends on them."""
+"""Settings of a model that may change: no weight's meaning depends on them, but for `_turned`."""
 UNKNOWN = "\ufffd"  # what bytes that are no character decode to
 
 
@@ -35,6 +35,18 @@ def check_config(config: ModelConfig, source: ModelConfig) -> None:
                 f"model.{name} = {value}: with --from it must stay {its[name]}; free are "
                 f"{', '.join(FREE)}"
             )
+    if _turned(config) != _turned(source):
+        name = next(n for n in ("linear", "head_format") if mine[n] != its[n])
+        raise ConfigError(
+            f"model.{name} = {mine[name]}: with --from and hadamard = true it must stay "
+            f"{its[name]}, as weights are turned otherwise there (SPEC 5.1, 5.3, 5.4); a model "
+            "imported with --linear float32 is free"
+        )
+
+
+def _turned(config: ModelConfig) -> tuple[object, ...]:
+    """What the space in which a configuration's weights lie depends on."""
+    return config.rotated_head, *(config.padded(width) for width in config.linear_inputs())
 
 
 def first_weights(
@@ -44,7 +56,8 @@ def first_weights(
 
     Codes become the numbers that they stand for. Where the source's tokenizer `old` is another,
     rows of embedding and heads are those of the same tokens; what `old` lacks gets the mean of the
-    tokens that it makes of its text, or of all. Raises ConfigError as `check_config`.
+    tokens that it makes of its text, or of all. `config` has a row for each token. Raises
+    ConfigError as `check_config`.
     """
     check_config(config, source.config)
     shapes = parameter_shapes(source.config)

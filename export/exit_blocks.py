@@ -119,10 +119,13 @@ def fit(
     """
     from bitskip_export.pack import packed
     from bitskip_train.data import Windows
+    from bitskip_train.errors import DataError
     from bitskip_train.exit_blocks import fit_exit_blocks, with_exit_blocks
 
     config = with_exits(model.config, exits)
     size = min(HELD_BACK, len(tokens) // 10)
+    if not size:
+        raise DataError(f"{len(tokens)} tokens of text: a tenth is held back, so give 10 or more")
     windows = Windows(tokens[size:], context, seed)
     wanted = *exits, config.num_hidden_layers
     held_back = [tokens[i : min(i + context, size) + 1] for i in range(0, size, context)]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import click
 import numpy as np
@@ -59,8 +59,7 @@ def soft_targets(
     FILE.partial.
     """
     from bitskip_cpu.cli.loading import load_model
-    from bitskip_cpu.heldout.text import end_of_text
-    from bitskip_ref.documents import read_text
+    from bitskip_ref.documents import END_OF_TEXT, read_text
     from bitskip_train.data import TextSource, load_split
     from bitskip_train.soft_targets import MOST_IDS, text_digest, write_soft_targets
     from bitskip_train.tokenizer import parse_tokenizer
@@ -92,7 +91,8 @@ def soft_targets(
         "top": top,
         "context": context,
     }
-    parts = list(documents(tokens, end_of_text(loaded), context))
+    end = cast(int, tokenizer.token_id(END_OF_TEXT))  # the model's own end may be another
+    parts = list(documents(tokens, end, context))
     with closing(Rows(partial, about)) as rows, progress_bar("teaching", len(tokens)) as advance:
         left = rows.left(parts)
         advance(len(tokens) - sum(part.new for part in left))

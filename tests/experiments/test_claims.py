@@ -31,6 +31,7 @@ def test_student_tails_give_the_tabled_quantiles() -> None:
     assert student_tail(0.0, 2) == 1
     assert mean([1.0, 2.0, 3.0]).p_value(2.0) == 1
     assert mean([1.0]).p_value(0.0) is None
+    assert mean([1.0, math.inf]).p_value(0.0) == mean([1.0, 2.0, math.nan]).p_value(0.0) == 1
     assert mean([2.0, 2.0]).p_value(2.0) == 1 and mean([2.0, 2.0]).p_value(1.0) == 0
 
 

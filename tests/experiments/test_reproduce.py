@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ from bitskip_experiments import pool as pool_module
 from bitskip_experiments.definitions import load
 from bitskip_experiments.errors import ExperimentError
 from bitskip_experiments.pool import Pool
+from bitskip_experiments.reproduce import Measuring
 from bitskip_experiments.runs import Run, runs_of
 from bitskip_train.checkpoint import load_checkpoint
 from tests.experiments.conftest import reproduce
@@ -59,6 +61,18 @@ def test_all_then_again_then_render(mini: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*.json")}
     again = reproduce(mini, "v2-table1")
     assert again.exit_code == 0 and before == {p: p.stat().st_mtime_ns for p in before}
+    # A result that lacks a figure, or is of another checkpoint, is measured again.
+    path, wanted = folder / "with-exits-seed1.json", load("v2-table1", "cpu")
+    second = runs(mini, "v2-table1", (1,))
+    measuring = Measuring([(0, wanted, second)], mini / "results")
+    for broken in (
+        result | {"figures": {"exits": {}}}, result | {"checkpoint": "last"},
+        result | {"measure_tokens": 1},
+    ):  # fmt: skip
+        path.write_text(json.dumps(broken))
+        measuring.measure(second[0])
+        again_measured = json.loads(path.read_text())
+        assert again_measured["figures"] == figures and again_measured["checkpoint"] == "best"
     # Rendering needs results alone.
     os.rename(mini / "work", mini / "gone")
     (folder / "table.md").unlink()
@@ -87,7 +101,7 @@ def test_a_killed_child_is_reported_and_goes_on_to_the_same_weights(mini: Path) 
     killer.start()
     pool.train_all([first, whole])
     killer.join()
-    assert list(pool.failed) == [first.name] and "exit code -9" in pool.failed[first.name]
+    assert list(pool.failed) == [first.digest] and "exit code -9" in pool.failed[first.digest]
     assert not first.trained and whole.trained
     resumed_from = load_checkpoint(first.last).step
     assert 0 < resumed_from < 60
@@ -97,6 +111,27 @@ def test_a_killed_child_is_reported_and_goes_on_to_the_same_weights(mini: Path) 
     assert f"steps {resumed_from}..60" in (first.folder / "train.log").read_text()
     states = [load_checkpoint(run.last).state for run in (first, whole)]
     assert all((states[0][name] == states[1][name]).all() for name in states[0])
+
+
+def test_a_run_that_fails_does_not_speak_for_its_namesake(mini: Path) -> None:
+    """Several experiments have a run of the name `Baseline`."""
+    first = runs(mini, "v2-table1")[0]
+    other = dataclasses.replace(
+        first, point=dataclasses.replace(first.point, train=first.point.train.replace(lr=0.5))
+    )
+    other.folder.mkdir(parents=True)
+    other.note(finished=True)
+
+    def measure(run: Run) -> None:
+        raise ValueError("no figures")
+
+    pool = Pool(jobs=1, say=lambda text: None, measure=measure)
+    assert other.name == first.name and not pool.train(other)
+    first.folder.mkdir(parents=True)
+    first.note(finished=True)
+    pool.measure = lambda run: None
+    assert pool.train(first)
+    assert list(pool.failed.values()) == [f"{first.name}: no figures"]
 
 
 def test_what_another_process_trains_is_left_and_then_waited_for(

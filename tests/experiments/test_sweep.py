@@ -24,7 +24,7 @@ class FakePool(Pool):
     def train(self, run: Run, wait: bool = False) -> bool:
         """As the real one."""
         if run.point.label in self.bad:
-            self.failed[run.name] = "bad"
+            self.failed[run.digest] = f"{run.name}: bad"
             return False
         if not run.trained:
             self.trained.append(run.point.label)
@@ -41,7 +41,7 @@ def test_a_sweep_is_finished_by_a_later_one(mini: Path, shared: bool) -> None:
     url = f"sqlite:///{mini}/study.db" if shared else None
     first = FakePool("0.2")
     sweep(experiment, runs, first, url, mini / "work")
-    assert first.trained == ["0.0"] and list(first.failed) == ["0.2, seed 0"]
+    assert first.trained == ["0.0"] and list(first.failed.values()) == ["0.2, seed 0: bad"]
     second = FakePool()
     sweep(experiment, runs, second, url, mini / "work")
     assert second.trained == ["0.2"]

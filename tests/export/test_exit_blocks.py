@@ -17,6 +17,7 @@ from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.exits import ConfidenceExit
 from bitskip_ref.folder import read_folder, write_auto_exit
 from bitskip_ref.heldout import log_probabilities
+from bitskip_train.errors import DataError
 from bitskip_train.exit_blocks import TEXT
 from tests.helpers import random_folder, random_tokens
 from tests.train.conftest import small_config, small_split
@@ -117,6 +118,12 @@ def test_the_last_exit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"exit_blocks = \[4\]: must rise within 1..3"):
         fitted(base, tmp_path / "new", [4])
     assert not (tmp_path / "new").exists()
+
+
+def test_a_text_too_short_to_hold_back_a_tenth_is_refused(tmp_path: Path) -> None:
+    model = bitskip_cpu.load(random_folder(tmp_path / "base", small_config()), 1)
+    with pytest.raises(DataError, match=r"9 tokens of text: .* give 10 or more"):
+        fit(model, np.arange(9), [1], steps=1, context=2)
 
 
 def test_the_verb(tmp_path: Path) -> None:

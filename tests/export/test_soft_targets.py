@@ -11,6 +11,7 @@ import pytest
 from bitskip_export import soft_targets
 from bitskip_export.soft_targets import documents, predictions
 from bitskip_ref import load as load_reference
+from bitskip_ref.folder import read_folder
 from bitskip_train.data import TextSource, load_split
 from bitskip_train.soft_targets import UNIT, read_soft_targets
 from bitskip_train.tokenizer import make_tokenizer
@@ -129,3 +130,12 @@ def test_another_file_is_not_written_over(place: Path) -> None:
     assert said.exit_code == 1 and "something else than soft targets" in said.stderr
     assert (place / "text.txt").read_bytes() == text
     assert run(*words(place)).exit_code == 0 and run(*words(place)).exit_code == 0
+
+
+def test_documents_end_as_in_training_whatever_ends_the_models_texts(place: Path) -> None:
+    assert run(*words(place)).exit_code == 0
+    settings = place / "model" / "generation_config.json"
+    settings.write_text(settings.read_text().replace('"eos_token_id": 0', '"eos_token_id": 7'))
+    assert read_folder(place / "model").eos_token_id == 7
+    assert run(*words(place, "other")).exit_code == 0
+    assert (place / "other").read_bytes() == (place / "soft").read_bytes()

@@ -90,6 +90,8 @@ def test_ctrl_c_saves_and_resume_goes_on(text: Path, tmp_path: Path) -> None:
     for wrong, message in (
         (["--preset", "tiny"], "takes its settings from"),
         (["--set", "hidden_size=32"], "the model's settings cannot change"),
+        (["--set", "tokenizer=bpe:280"], "tokenizer cannot change"),
+        (["--set", "init=public"], "init cannot change"),
     ):
         result = run(*resume, *wrong)
         assert (result.exit_code, message in result.stderr) == (1, True)

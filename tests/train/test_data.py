@@ -210,3 +210,10 @@ def test_windows_depend_on_seed_and_position_only() -> None:
 def test_too_little_data() -> None:
     with pytest.raises(DataError, match="at least 9"):
         Windows(np.arange(8, dtype=np.uint16), 8, 0)
+
+
+def test_a_tokenizer_without_end_of_text_divides_nothing(text: Path, tmp_path: Path) -> None:
+    """Of a model folder, whose tokenizer may be any."""
+    words = Tokenizer(Library(models.BPE({"a": 0, "b": 1}, [])), "x")
+    with pytest.raises(DataError, match=r"the tokenizer has no token <\|endoftext\|>"):
+        load_split(TextSource((str(text),), "train"), words, tmp_path)

@@ -108,3 +108,17 @@ def test_gates_of_a_folder(text: Path, tmp_path: Path) -> None:
     assert torch.allclose(found[0], expected, rtol=0.05, atol=1e-4)
     refused = run(*(str(a) for a in (*fit[:-1], tmp_path / "no", "--layers", "4")))
     assert refused.exit_code != 0 and "choose from 1..3" in refused.output
+
+
+def test_gates_that_are_not_fitted_never_stop_and_are_always_the_same() -> None:
+    torch.manual_seed(0)
+    model = BitskipModel(small_config())
+    found = [gates.with_gates(model.config, model.state_dict()) for _ in range(2)]
+    for gated in found:
+        gates.fit_gates(
+            gated, Windows(small_split().tokens, 16, 0), steps=1, batch=1, scale=0.1, layers=[2]
+        )
+    states = [gated.state_dict() for gated in found]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    hidden = torch.randn(3, 5, model.config.hidden_size)
+    assert all((found[0].gate(hidden, n) == 0.5).all() for n in (1, 3, 4))

@@ -58,6 +58,7 @@ def test_recipes_of_the_papers() -> None:
         ({"eval_exits": [2, 2]}, "different layers"),
         ({"dropout_max": 1.5}, "from 0 to 1"),
         ({"patience": 3}, "needs eval_every"),
+        ({"threads": 1 << 40}, "threads = .* from 0 to 4096"),
         ({"min_lr": 1.0}, "not be above lr"),
         ({"learning_rate": 1.0}, r"unknown field\(s\): learning_rate; known: data, valid"),
     ],

@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from bitskip_ref.config import ConfigError
 from bitskip_train import losses, objective, trainer
 from bitskip_train.checkpoint import load_checkpoint
+from bitskip_train.data import Split
 from bitskip_train.draws import Draws
 from bitskip_train.errors import CheckpointError, TrainingError
+from bitskip_train.soft_targets import likeliest, write_soft_targets
 from bitskip_train.trainer import Trainer, make_optimizer
 from tests.train.conftest import small_config, small_split, small_train, small_trainer
 
@@ -164,6 +167,12 @@ def test_weight_decay_is_on_matrices_only() -> None:
 def test_resuming_repeats_the_bits(tmp_path: Path, name: str) -> None:
     config = small_config(name)
     options = EVERYTHING if config.gates else {}
+    if config.activation_bits == 4:
+        tokens = small_split().tokens
+        z = np.random.default_rng(1).normal(0, 3, (len(tokens), 97)).astype(np.float32)
+        write_soft_targets(tmp_path / "soft", tokens, 4, likeliest(z, 4))
+        options = {"soft_targets": str(tmp_path / "soft"), "soft_share": 0.7, "exit_ramp": 4,
+                   "dropout_ramp": 4}  # fmt: skip
     whole = small_trainer(tmp_path / "whole", config, **options)
     assert whole.run(tensorboard=False)
     half = small_trainer(tmp_path / "half", config, **options)
@@ -223,6 +232,29 @@ def test_patience_stops_early(tmp_path: Path) -> None:
     run.history.append({"step": 0, "valid_loss": 0.0})
     assert run.run(tensorboard=False)
     assert run.step == 2
+
+
+def test_other_validation_text_begins_the_best_anew(tmp_path: Path) -> None:
+    run = small_trainer(tmp_path, steps=2, eval_every=1, valid=True)
+    run.run(tensorboard=False)
+    loaded = load_checkpoint(tmp_path / "last.pt")
+    assert loaded.best_loss is not None
+    loaded.best_loss = 0.5
+    loaded.history.append({"step": 2, "valid_loss": 0.5})
+
+    def resumed(valid: Split, **changes: Any) -> Trainer:
+        train = small_train(steps=4, eval_every=1, patience=1, **changes)
+        return Trainer(small_config(), train, small_split(), valid, "{}", tmp_path, loaded)
+
+    assert resumed(small_split()).best_loss == 0.5
+    other = resumed(small_split(count=300))
+    assert other.best_loss is None and not other._patience_is_over()
+    other.run(tensorboard=False)
+    best = load_checkpoint(tmp_path / "best.pt")
+    assert best.step >= 3 and best.best_loss == other.best_loss > 0.5
+    assert resumed(small_split(), eval_tokens=100).best_loss is None
+    with pytest.raises(ConfigError, match="steps = 1: 2 of the run are done"):
+        Trainer(small_config(), small_train(steps=1), small_split(), None, "{}", tmp_path, loaded)
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_remedy(tmp_path: Path) -> None:

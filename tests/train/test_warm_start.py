@@ -15,7 +15,7 @@ from bitskip_train.checkpoint import load_checkpoint
 from bitskip_train.loaded import TorchEngine
 from bitskip_train.model import BitskipModel
 from bitskip_train.tokenizer import make_tokenizer
-from bitskip_train.warm_start import carried, first_weights, token_origins
+from bitskip_train.warm_start import carried, check_config, first_weights, token_origins
 from tests.helpers import random_folder, random_tokens
 from tests.train.conftest import small_config, stories
 from tests.train.test_cli import SMALL, run
@@ -125,3 +125,30 @@ def test_what_would_give_weights_another_meaning_is_refused(changes: dict, tmp_p
     words = make_tokenizer("bpe:300", [stories()])
     with pytest.raises(ConfigError, match=f"model.{next(iter(changes))} = .* must stay"):
         first_weights(config.replace(**changes), folder, words, words)
+
+
+@pytest.mark.parametrize(
+    ("start", "changes", "named"),
+    [
+        ("llama3", {"head_format": "bfloat16"}, "head_format"),  # embedding and head, SPEC 5.4
+        ("llama3", {"linear": "ternary"}, "linear"),
+        ("wt2-bitskip", {"linear": "int8"}, "linear"),
+    ],
+)
+@pytest.mark.parametrize("width", [24, 32])  # padded in ternary layers, and not
+def test_weights_that_are_turned_otherwise_are_refused(
+    start: str, changes: dict, named: str, width: int, tmp_path: Path
+) -> None:
+    kind = {"linear": "int8", "hadamard": True, "head_format": "int8"} if start == "llama3" else {}
+    config = small_config(start, **kind).replace(intermediate_size=width)
+    with pytest.raises(ConfigError, match=rf"model\.{named} = .* must stay .* turned"):
+        check_config(config.replace(**changes), config)
+    check_config(config.replace(head_format="int4"), config)
+
+
+def test_a_vocabulary_below_the_tokenizers_is_one_line(text: Path, tmp_path: Path) -> None:
+    folder = random_folder(tmp_path / "m", small_config("bitskip-v1", vocab_size=320))
+    (folder / "tokenizer.json").write_text(make_tokenizer("bpe:300", [stories()]).json)
+    words = ["--token-cache", tmp_path / "cache", "--set", "model.vocab_size=20"]
+    said = run("train", "--from", folder, "--data", text, "-o", tmp_path / "out", *words)
+    assert said.exit_code == 1 and "--set model.vocab_size=300" in said.stderr
