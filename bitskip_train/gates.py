@@ -15,6 +15,7 @@ from bitskip_ref.config import ModelConfig
 from bitskip_ref.folder import Folder, write_changed
 from bitskip_ref.tensors import expected_tensors
 from bitskip_train.data import Windows
+from bitskip_train.evaluate import LOGIT_BUDGET
 from bitskip_train.layers import Gate, Weight
 from bitskip_train.loaded import TorchEngine
 from bitskip_train.model import BitskipModel
@@ -77,12 +78,16 @@ def divergences(
     exits: n = 1..L, rising; None: all of them.
     """
     depth = model.config.num_hidden_layers
-    teacher = model.logits(hidden[depth], depth).float().log_softmax(-1)
+    rows = max(1, LOGIT_BUDGET // model.config.vocab_size)
     found = []
-    for n in exits or range(1, depth + 1):
-        student = model.logits(hidden[n], n).float().log_softmax(-1)
-        found.append(F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1))
-    return torch.stack(found)
+    for first in range(0, len(hidden[depth]), rows):
+        part = {n: x[first : first + rows] for n, x in hidden.items()}
+        teacher = model.logits(part[depth], depth).float().log_softmax(-1)
+        for n in exits or range(1, depth + 1):
+            student = model.logits(part[n], n).float().log_softmax(-1)
+            found.append(F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1))
+    count = len(exits or range(depth))
+    return torch.stack([torch.cat(found[i::count]) for i in range(count)])
 
 
 def fit_gates(

@@ -36,6 +36,18 @@ def test_divergences_are_from_full_depth() -> None:
     torch.testing.assert_close(found[1], (p * (p / q).log()).sum(-1), atol=1e-5, rtol=1e-3)
 
 
+def test_logits_are_held_for_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = BitskipModel(small_config())
+    hidden = {n: torch.randn(10, model.config.hidden_size) for n in range(1, 5)}
+    whole, held = gates.divergences(model, hidden, [1, 3]), list[int]()
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda x, n: held.append(len(x)) or logits(x, n))
+    monkeypatch.setattr(gates, "LOGIT_BUDGET", 4 * model.config.vocab_size)
+    torch.testing.assert_close(gates.divergences(model, hidden, [1, 3]), whole)
+    assert held == [4, 4, 4, 4, 4, 4, 2, 2, 2]
+
+
 def test_fitting_learns_where_to_stop_and_moves_nothing_else() -> None:
     torch.manual_seed(0)
     model = BitskipModel(small_config())
