@@ -149,6 +149,7 @@ def test_weights_that_are_turned_otherwise_are_refused(
 def test_a_vocabulary_below_the_tokenizers_is_one_line(text: Path, tmp_path: Path) -> None:
     folder = random_folder(tmp_path / "m", small_config("bitskip-v1", vocab_size=320))
     (folder / "tokenizer.json").write_text(make_tokenizer("bpe:300", [stories()]).json)
-    words = ["--token-cache", tmp_path / "cache", "--set", "model.vocab_size=20"]
+    words = ["--token-cache", tmp_path / "cache", "--set", "context=16"]
+    words += ["--set", "model.vocab_size=20"]
     said = run("train", "--from", folder, "--data", text, "-o", tmp_path / "out", *words)
     assert said.exit_code == 1 and "--set model.vocab_size=300" in said.stderr
