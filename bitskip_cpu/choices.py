@@ -49,7 +49,8 @@ class Choices:
                 self._draws[i] = uniform(how.seed, chosen.made + i)
         CHOICE.pack_into(
             self._memory, CHOICE_AT, 0, count, len(seen), len(chosen.ends), choices,
-            min(how.top_k, choices), how.repetition_penalty, how.temperature, -how.reach,
+            how.top_k if how.top_k < choices else 0, how.repetition_penalty, how.temperature,
+            -how.reach,
         )  # fmt: skip
 
     def _room(self) -> None:

@@ -173,9 +173,10 @@ class Engine(contract.Engine):
         return ids, space.logits[0].copy()
 
     def _choose(self, logits: np.ndarray, chosen: Chosen) -> int:
-        how, z = chosen.sampler, np.ascontiguousarray(logits)
+        how = chosen.sampler
         if how.logit_bias or (how.temperature == 0 and not len(chosen.seen)):
             return super()._choose(logits, chosen)
+        z = np.require(logits, requirements="CAW")  # a penalty is written there, for a while
         self._space.choices.set(0, chosen, len(z))
         self._space.set_logits(z.ctypes.data)
         self._call(CHOOSE)

@@ -234,6 +234,8 @@ class TextStream:
             return
         self._tokens.close()
         tokens = [*self._read, *told.ids][: self._context - self._held]
+        # Ctrl-C in the middle of a call may have left there what nobody was told.
+        self._cache.length = min(self._cache.length, self._held + len(tokens))
         behind = tokens[self._cache.length - self._held :]
         if behind:
             depth = self.rule.deepest(self._engine.config)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.excerpt import shown
 
 
 def is_whole(value: Any) -> bool:
@@ -46,6 +47,8 @@ def check_exit_layer(exit_layer: int | None, config: ModelConfig) -> int:
 
 def check_exit_layers(exit_layers: Iterable[int], config: ModelConfig) -> list[int]:
     """The exits in order of depth, without repeats. Raises ValueError for none, or outside 1..L."""
+    if not isinstance(exit_layers, Iterable):
+        raise ValueError(f"exit layers {shown(exit_layers)}: must be numbers of blocks, in a list")
     exits = sorted({check_exit_layer(n, config) for n in exit_layers})
     if not exits:
         raise ValueError("no exit layers: give at least one")
@@ -90,7 +93,10 @@ def check_input(
 
     Raises ValueError for none, ids outside 0..V-1, or no room.
     """
-    ids = np.array(token_ids)
+    try:
+        ids = np.array(token_ids)
+    except ValueError:  # lists of several lengths
+        raise ValueError("token ids must be in a list, not in lists of a list") from None
     if ids.ndim != 1 or ids.size == 0:
         raise ValueError("no tokens: give at least one token id, in a list")
     if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= config.vocab_size:

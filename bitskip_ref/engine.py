@@ -171,14 +171,15 @@ class Engine(ABC):
         Returns those that were chosen and run, and the logits f32 [V] after the last of them, or
         after the token. There are fewer where what follows ends the text or cannot be chosen
         (SPEC 9.5), or where the engine takes fewer in one call. All run to `exit_layer` (None: L).
-        `contenders` as of `step`. Raises ValueError as `extend`, and for a count that is not 0..32.
+        `contenders`: those of the sampler, or None for all logits. Raises ValueError as `extend`,
+        for others, and for a count that is not 0..32.
         """
         n = check_exit_layer(exit_layer, self.config)
-        chosen = check_choice(choice, count, self.config)
+        chosen = check_choice(choice, count, self.config, check_contenders(contenders))
         first = cache.require(n)
         token = check_token(token_id, first, self.config, cache.room)
         check_room(first, 1 + count, cache.room)
-        run = Run((token,), cache, first, check_contenders(contenders))
+        run = Run((token,), cache, first, contenders)
         ids, z = self._on(run, n, count, chosen)
         cache.advance(first, 1 + len(ids), n)
         return ids, z

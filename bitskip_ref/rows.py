@@ -14,7 +14,7 @@ import numpy as np
 from bitskip_ref.checks import check_exit_layer, check_looks, check_room, check_token, is_whole
 from bitskip_ref.config import ModelConfig
 from bitskip_ref.decoding.contenders import Contenders, check_contenders
-from bitskip_ref.decoding.draft import MOST, Draft, GreedyRound
+from bitskip_ref.decoding.draft import MOST, Draft, GreedyRound, check_draft
 from bitskip_ref.rule import ExitRule, check_rule
 
 
@@ -87,7 +87,7 @@ def plan_round(
     """The round, if it may be run. Raises ValueError as `Engine.speculate`."""
     token_id, cache, count, draft, exit_layer = asked
     n = check_exit_layer(exit_layer, config)
-    draft.check(n, config)
+    check_draft(draft, n, config)
     if not is_whole(count) or not 0 <= count <= MOST:
         raise ValueError(f"{count} drafts: a round takes 0..{MOST}")
     first = cache.require(n)

@@ -244,6 +244,8 @@ class Service:
 
     async def _health(self, request: Request) -> Response:
         busy = self.scheduler
+        if busy.failed:
+            return _json(error_body(503, "the server has failed: start it anew"), 503)
         return _json({"status": "ok", "running": busy.running, "waiting": busy.waiting})
 
     async def _metrics(self, request: Request) -> Response:

@@ -115,10 +115,12 @@ def read(body: dict[str, Any], model: Model, name: str, chat: bool) -> Asked:
     if "logit_bias" in changes:
         changes["logit_bias"] = _bias(changes["logit_bias"], model.config.vocab_size)
     options = _options(changes)
+    part = "exit_layer"
     try:
-        options.speculation(options.rule(model.folder), model.folder)
+        rule, part = options.rule(model.folder), "speculate"
+        options.speculation(rule, model.folder)
     except ValueError as error:
-        raise Refusal(str(error), "exit_layer") from None
+        raise Refusal(str(error), part) from None
     stream = _flag(given, "stream")
     n = _whole(given, "n", 1, 1, MOST_TEXTS)
     prompts = _messages(given, model) if chat else _prompts(given, model)
@@ -191,9 +193,11 @@ def _options(changes: Mapping[str, Any]) -> GenerationOptions:
     try:
         return GenerationOptions(**changes)
     except (ValueError, TypeError, OverflowError) as error:
-        for field, value in changes.items():  # whose fault it is
+        first: dict[str, Any] = {}  # some need others, which stand before them
+        for field in filter(changes.__contains__, OPTIONS):  # whose fault it is
+            first[field] = changes[field]
             try:
-                GenerationOptions(**{field: value})
+                GenerationOptions(**first)
             except (ValueError, TypeError, OverflowError) as alone:
                 raise Refusal(f"{field}: {alone}", field) from None
         raise Refusal(str(error)) from None

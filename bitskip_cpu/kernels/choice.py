@@ -85,8 +85,9 @@ def within(z_at, n, top, least, most, heap):
 def draw(z_at, n, largest, temperature, top_k, top_p, min_p, reach, u, room_at):
     """The id that SPEC 9.2 chooses among n logits by a draw u; `largest`: the largest of them.
 
-    top_p, min_p and u are binary64. reach: a weight further than that below the largest is less
-    than min_p. Room: 16 bytes a logit (tempered, weight, id in a heap, id taken), and 4.
+    top_p, min_p and u are binary64. reach, below 0: the weight of a logit further than that below
+    the largest is less than min_p. Room: 16 bytes a logit (tempered, weight, id in a heap, id
+    taken), and 4.
     """
     z, y_at, e_at = floats(z_at, n), room_at, room_at + 4 * n
     y, e = floats(y_at, n), floats(e_at, n)
@@ -101,6 +102,7 @@ def draw(z_at, n, largest, temperature, top_k, top_p, min_p, reach, u, room_at):
     plain = top_k == 0 and top_p == 1.0 and min_p == 0.0
     most = top_k if top_k > 0 else n
     goal = (u if plain else top_p) * f64(total)
+    all_count = top_k > 0 and top_p < 1.0  # top-p is a share of what top-k leaves, min-p or not
     count, running, done = 0, i64(0), False
     above, below = f32(1.0), -STEP
     while not done and above > LAST:
@@ -118,7 +120,7 @@ def draw(z_at, n, largest, temperature, top_k, top_p, min_p, reach, u, room_at):
             if plain:
                 done = f64(running) > goal
             else:
-                done = count == most or y[token] - top < reach
+                done = count == most or (y[token] - top < reach and not all_count)
                 if top_k == 0:
                     done = done or f64(running) >= goal
         above, below = below, f32(below - STEP)

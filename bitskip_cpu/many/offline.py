@@ -116,13 +116,20 @@ def answer_file(model: Any, lines: list[Line], path: Path, parallel: int) -> Ite
         file.truncate(sum(map(len, kept)))
         file.seek(0, 2)
         yield len(kept)
-        todo = list(range(len(kept), len(lines)))
-        asked = (
-            (model.prompt_ids(lines[i].prompt, lines[i].options.special), lines[i].options)
-            for i in todo
-        )
-        ends = in_order(Scheduler(model, parallel=parallel), asked)
-        for i, end in zip(todo, ends, strict=True):
+        latest = len(kept) - 1  # prompt that was asked for
+
+        def asked() -> Iterator[Asked]:
+            nonlocal latest
+            for line in lines[len(kept) :]:
+                latest += 1
+                yield model.prompt_ids(line.prompt, line.options.special), line.options
+
+        ends = in_order(Scheduler(model, parallel=parallel), asked())
+        for i in range(len(kept), len(lines)):
+            try:
+                end = next(ends)
+            except ValueError as error:
+                raise ValueError(f"prompt {latest}: {error}") from None
             if end.error is not None:
                 raise ValueError(f"prompt {i}: {end.error}")
             file.write(_line(i, lines[i], prints[i], end))

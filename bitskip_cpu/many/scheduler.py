@@ -71,6 +71,8 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._changed = threading.Condition()
         self._stopping = False
+        self.failed = False
+        """Whether `run` has ended by an error: no text is taken any more."""
         self._turn = 0  # whose prompt comes first
 
     # ---- called by anybody -----------------------------------------------------------
@@ -80,7 +82,7 @@ class Scheduler:
         texts = list(texts)
         with self._changed:
             if self._stopping:
-                raise Full("the server is stopping")
+                raise Full("the server has failed" if self.failed else "the server is stopping")
             if self._most is not None and len(self._waiting) + len(texts) > self._most + max(
                 0, self.parallel - len(self._running)
             ):
@@ -107,7 +109,20 @@ class Scheduler:
         return len(self._waiting)
 
     def run(self) -> None:
-        """Step until `stop`, waiting while there is nothing to do."""
+        """Step until `stop`, waiting while there is nothing to do.
+
+        What ends a step by a mistake of ours ends all texts, and no more are taken; it is raised.
+        """
+        try:
+            self._run_steps()
+        except BaseException as error:
+            with self._changed:
+                self.failed = self._stopping = True
+            for text in [*self._running, *self._waiting]:
+                text.end(ended=False, error=f"a mistake of the server: {type(error).__name__}")
+            raise
+
+    def _run_steps(self) -> None:
         while True:
             with self._changed:
                 while not (self._running or self._waiting or self._stopping):
@@ -261,8 +276,8 @@ class Scheduler:
                 cache = self.pool.open(ids, text.depth, text.most)
             except NoRoom:
                 return
-            except ValueError as error:
-                text.end(ended=False, error=str(error))
+            except (ValueError, MemoryError) as error:
+                text.end(ended=False, error=str(error) or "not enough memory")
                 self.figures.ended[text.reason] += 1
                 self._waiting.popleft()
                 continue

@@ -272,7 +272,10 @@ class Sequence:
         if self.over:
             return
         self.over, self._told.ended = True, ended
-        rest = self._told.rest()
+        try:
+            rest = self._told.rest()
+        except Exception as wrong:  # of a tokenizer that cannot decode
+            rest, error = Piece(""), error or str(wrong) or type(wrong).__name__
         if rest.text:
             self.tell(Said(rest))
         generation = self._told.generation()

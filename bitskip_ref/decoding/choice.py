@@ -10,6 +10,7 @@ import numpy as np
 
 from bitskip_ref.checks import is_whole
 from bitskip_ref.config import ModelConfig
+from bitskip_ref.decoding.contenders import Contenders
 from bitskip_ref.decoding.sampling import Sampler
 from bitskip_ref.excerpt import shown
 
@@ -50,13 +51,20 @@ class Chosen(NamedTuple):
         return None if token in self.ends else token
 
 
-def check_choice(asked: Choice, count: int, config: ModelConfig) -> Chosen:
-    """Raises ValueError for what is no Choice, a value out of range, or a wrong count."""
+def check_choice(
+    asked: Choice, count: int, config: ModelConfig, contenders: Contenders | None = None
+) -> Chosen:
+    """Raises ValueError for what is no Choice, a value out of range, a wrong count, or contenders
+    of another choice (SPEC 9.6)."""
     if not isinstance(asked, Choice):
         raise ValueError(f"{shown(asked)} is not how tokens are chosen: give a Choice")
     chosen = _checked(asked, config)
     if asked.sampler.logit_bias:
         raise ValueError("a logit bias: tokens that an engine goes on with by itself take none")
+    if contenders not in (None, asked.sampler.contenders):
+        raise ValueError(
+            f"{contenders} are not the sampler's: give its own, or None for all logits"
+        )
     if not is_whole(count) or not 0 <= count <= MOST:
         raise ValueError(f"{shown(count)} tokens after the first: a call takes 0..{MOST}")
     return chosen
@@ -89,8 +97,10 @@ def _ids(ids: Collection[int], config: ModelConfig) -> np.ndarray:
     try:
         if not len(ids):  # as of most tokens that are chosen one by one
             return np.zeros(0, np.int64)
-        found = np.sort(np.fromiter(ids, np.int64, len(ids)))
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"token ids {shown(ids)}: must be a collection of whole numbers") from None
-    found = found[(found >= 0) & (found < config.vocab_size)]
+        found = np.array(list(ids))
+    except (TypeError, ValueError):
+        found = np.zeros(0)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ValueError(f"token ids {shown(ids)}: must be a collection of whole numbers")
+    found = np.sort(found[(found >= 0) & (found < config.vocab_size)].astype(np.int64))
     return np.asarray(found[np.diff(found, prepend=-1) > 0])  # np.unique imports much at first

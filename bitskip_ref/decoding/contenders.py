@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from bitskip_ref.checks import is_number, is_whole
+from bitskip_ref.excerpt import shown
 
 MOST_CONTENDERS = 256  # beyond, finding them costs more than it saves
+LEAST, LARGEST = 1e-6, 100.0  # what f32 logits are divided by, and stay finite
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,22 @@ class Contenders:
     def check(self) -> None:
         """Raise ValueError for a value out of range."""
         if not is_whole(self.count) or not 1 <= self.count <= MOST_CONTENDERS:
-            raise ValueError(f"{self.count} contenders: choose 1..{MOST_CONTENDERS}")
-        if not is_number(self.temperature) or not self.temperature > 0:
-            raise ValueError(f"contenders at temperature {self.temperature}: must be above 0")
-        if not is_number(self.reach) or not 0 <= self.reach < math.inf:
-            raise ValueError(f"contenders within {self.reach}: must be 0 or more")
+            raise ValueError(f"{shown(self.count)} contenders: choose 1..{MOST_CONTENDERS}")
+        for name, value, least in (
+            ("at temperature", self.temperature, LEAST), ("within", self.reach, 0.0),
+        ):  # fmt: skip
+            if not is_number(value) or not least <= value <= LARGEST:
+                raise ValueError(
+                    f"contenders {name} {shown(value)}: must be between {least:g} and {LARGEST:g}"
+                )
 
 
 def check_contenders(contenders: Contenders | None) -> Contenders | None:
     """What an engine was given as such. Raises ValueError if it is none, or out of range."""
     if contenders is not None:
         if not isinstance(contenders, Contenders):
-            raise ValueError(f"{contenders!r} is not which logits are asked for: give Contenders")
+            raise ValueError(
+                f"{shown(contenders)} is not which logits are asked for: give Contenders"
+            )
         contenders.check()
     return contenders

@@ -57,6 +57,13 @@ class Draft:
         return bool(first - second >= np.float32(bounded(self.least_lead)))
 
 
+def check_draft(draft: Draft, exit_layer: int, config: ModelConfig) -> None:
+    """Raise ValueError for what is no Draft, or cannot draft for verification at `exit_layer`."""
+    if not isinstance(draft, Draft):
+        raise ValueError(f"{shown(draft)} is not how tokens are drafted: give a Draft")
+    draft.check(exit_layer, config)
+
+
 def bounded(lead: float) -> float:
     """A lead that can be cast to f32: infinity where it is a number larger than any of those."""
     return lead if lead <= LARGEST else np.inf

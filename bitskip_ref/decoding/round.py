@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bitskip_ref.checks import check_exit_layer
-from bitskip_ref.decoding.draft import Draft
+from bitskip_ref.decoding.draft import Draft, check_draft
 
 
 class Round:
@@ -24,7 +24,7 @@ class Round:
         """exit_layer: the depth N that verifies (None: L). Raises ValueError for what cannot."""
         engine._own(cache)
         self.depth = check_exit_layer(exit_layer, engine.config)
-        draft.check(self.depth, engine.config)
+        check_draft(draft, self.depth, engine.config)
         self._engine, self._cache, self.how = engine, cache, draft
         with cache.turn.lock:
             self.first, self._taken = cache.require(self.depth), cache.turn.taken

@@ -11,11 +11,10 @@ import numpy as np
 
 from bitskip_ref.arithmetic.functions import exp
 from bitskip_ref.checks import check_logits, is_number, is_whole
-from bitskip_ref.decoding.contenders import MOST_CONTENDERS, Contenders
+from bitskip_ref.decoding.contenders import LARGEST, LEAST, MOST_CONTENDERS, Contenders
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-LEAST = 1e-6  # what f32 logits are divided by, and stay finite
 LEAST_MIN_P = 2.0**-20  # so rounded weights and a reach of 9.6 agree on what is below
 UNIT = 2.0**-32  # of weights (SPEC 9.2)
 
@@ -82,12 +81,12 @@ class Sampler:
     def __post_init__(self) -> None:
         t, r = self.temperature, self.repetition_penalty
         for name, value, whole, good, rule in (
-            ("temperature", t, False, lambda x: x == 0 or LEAST <= x <= 100,
+            ("temperature", t, False, lambda x: x == 0 or LEAST <= x <= LARGEST,
              "0, or between 1e-06 and 100"),
             ("top-k", self.top_k, True, lambda x: x >= 0, "0 (all) or more"),
             ("top-p", self.top_p, False, lambda x: 0 < x <= 1, "above 0, at most 1"),
             ("min-p", self.min_p, False, lambda x: 0 <= x <= 1, "between 0 and 1"),
-            ("repetition penalty", r, False, lambda x: LEAST <= x <= 100,
+            ("repetition penalty", r, False, lambda x: LEAST <= x <= LARGEST,
              "between 1e-06 and 100"),
             ("seed", self.seed, True, lambda x: 0 <= x <= _MASK, "between 0 and 2^64 - 1"),
         ):  # fmt: skip
@@ -113,14 +112,14 @@ class Sampler:
             return Contenders()
         if 0 < self.top_k <= MOST_CONTENDERS:
             return Contenders(self.top_k, self.temperature)
-        if self.top_k == 0 and self.top_p == 1 and self.min_p >= LEAST_MIN_P:
+        if self.top_k == 0 and self.top_p == 1 and self.reach < math.inf:
             return Contenders(1, self.temperature, self.reach)
         return None
 
     @property
     def reach(self) -> float:
         """How far below the largest, over the temperature, min-p leaves a logit at most (9.6)."""
-        return 1e-3 - math.log(self.min_p) if self.min_p else math.inf
+        return 1e-3 - math.log(self.min_p) if self.min_p >= LEAST_MIN_P else math.inf
 
     def choose(self, logits: np.ndarray, seen: Collection[int], index: int) -> int:
         """The token id for logits f32 [V] (SPEC 9.1, 9.2).
@@ -171,9 +170,10 @@ class Sampler:
 
     def candidates(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What top-k, top-p and min-p leave of `tempered`: (ids, weights binary64), best first."""
-        most = min(self.top_k, len(z)) or len(z)
+        top_k = self.top_k if self.top_k < len(z) else 0
+        most = top_k or len(z)
         # What top-k leaves is its own total; where top-p leaves all, none is needed.
-        total = None if self.top_k or self.top_p == 1 else weights(z - z.max()).sum()
+        total = None if top_k or self.top_p == 1 else weights(z - z.max()).sum()
         for ids, behind in leading(z, most):
             w = weights(z[ids] - z[ids[0]])
             running = np.cumsum(w)

@@ -133,7 +133,11 @@ class Rounds:
         if count is not None:
             self._first = self._cache.length - (0 if found is None else len(found[1]))
             self._count = None
-            self._tokens = self._verify.round(self._token, self._cache, count, found)
+            try:
+                self._tokens = self._verify.round(self._token, self._cache, count, found)
+            except BaseException:  # Ctrl-C, too: none of the drafts is text
+                self._cache.length = min(self._cache.length, self._first + 1)
+                raise
         return self._tokens
 
     def keep(self, count: int) -> None:

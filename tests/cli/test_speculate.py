@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import bitskip_cpu
+from bitskip_cpu.cache import KVCache
+from bitskip_ref.decoding import generate as decoding
+from bitskip_ref.decoding import speculate
+from bitskip_ref.exits import FixedExit
 from tests.cli.conftest import CONFIG, write_model
 from tests.cli.test_generate import facts, generate, one_line
 
@@ -92,3 +97,39 @@ def test_a_meaningless_combination_is_one_line(
     folder: Path, options: list[str], message: str
 ) -> None:
     one_line(generate(folder, "-p", "a", *options), message)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"speculate": "lookup"}, {"speculate": 4}, {"speculate": 4, "temperature": 1.0}],
+    ids=str,
+)
+def test_ctrl_c_in_a_call_leaves_no_draft_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    """The cache holds what was said, wherever Ctrl-C came: the next text goes on from there."""
+    monkeypatch.setattr(decoding, "CALL_S", 1e9)  # as many tokens a call as there may be
+    model = bitskip_cpu.load(folder, threads=1)
+    prompt = model.prompt_ids("Once, once, once")
+    places = [(KVCache, "advance", 3)] + [(speculate, "settle", 4)] * ("temperature" in how)
+    for where, name, which in places:
+        cache, calls = model.new_cache(), 0
+        run = getattr(where, name)
+
+        def broken(*arguments: Any, run: Any = run, which: int = which) -> Any:
+            nonlocal calls
+            found, calls = run(*arguments), calls + 1
+            if calls == which:
+                raise KeyboardInterrupt
+            return found
+
+        stream = model.stream("Once, once, once", cache=cache, max_tokens=30, **how)
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, broken)
+            with pytest.raises(KeyboardInterrupt):
+                list(stream)
+        stream.finish()
+        said = [*prompt, *stream.generation().token_ids]
+        assert cache.length == len(said)
+        z, _ = model.step(1, cache, FixedExit())
+        assert z.tobytes() == model.logits([*said, 1])[-1].tobytes()

@@ -139,19 +139,22 @@ any_rule = either(
     ),
     of(18, None, "max", FixedExit),
 )  # fmt: skip
-any_draft = made(
-    Draft, mostly(whole(1, L - 1), any_depth),
-    mostly(either(of(None), whole(1, V)), whole(-1, V + 1), odd),
-    mostly(either(of(0.0), lambda draw: draw.uniform(0, 3)), any_float, odd),
+any_draft = mostly(
+    made(
+        Draft, mostly(whole(1, L - 1), any_depth),
+        mostly(either(of(None), whole(1, V)), whole(-1, V + 1), odd),
+        mostly(either(of(0.0), lambda draw: draw.uniform(0, 3)), any_float, odd),
+    ),
+    made(Draft, whole(1, L - 1)), odd,
 )  # fmt: skip
 any_count = mostly(whole(0, 16), whole(-2, 20), odd)
 any_more = mostly(whole(0, 8), whole(-2, 40), odd)
 any_sampler = mostly(
-    of(
-        Sampler(), Sampler(repetition_penalty=1.1), Sampler(0.8, seed=3), Sampler(1.0, min_p=0.1),
-        Sampler(0.9, top_k=5, top_p=0.8, repetition_penalty=0.7), Sampler(logit_bias=((1, 9.0),)),
+    made(
+        Sampler, of(0.0, 0.0, 0.8, 1.0, 9.0), of(0, 5, V - 1, V, 10**30), of(1.0, 0.8, 0.3),
+        of(0.0, 0.02, 0.2), of(1.0, 1.1, 0.7), whole(0, 9),
     ),
-    odd,
+    of(Sampler(logit_bias=((1, 9.0),))), odd,
 )  # fmt: skip
 any_seen = mostly(listed(a_token, 0, 9), any_tokens)
 any_choice = mostly(
@@ -298,7 +301,7 @@ class Calls:
 
     def extend_exits(self) -> None:
         """All exits from one pass."""
-        ids, exits = any_tokens(self.draw), listed(any_depth, 0, 3)(self.draw)
+        ids, exits = any_tokens(self.draw), mostly(listed(any_depth, 0, 3), odd)(self.draw)
         self._same(lambda e, c: exits_of(e, ids, c, exits), self._group())
 
     def step(self) -> None:

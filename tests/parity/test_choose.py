@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ SAMPLERS = [
     Sampler(), Sampler(repetition_penalty=1.4), Sampler(0.7, seed=2),
     Sampler(1.0, top_k=9, repetition_penalty=0.6), Sampler(1.0, top_k=10**30, top_p=0.9),
     Sampler(1.3, min_p=0.04), Sampler(1e-6), Sampler(100.0, min_p=1.0),
+    Sampler(1.0, top_k=VOCAB, top_p=0.9, min_p=0.03), Sampler(1.0, top_k=20, top_p=0.9, min_p=0.1),
     Sampler(1.0, logit_bias=((5, 9.0),)), Sampler(1.0, seed=2**64 - 1, top_p=0.5, min_p=0.01),
 ]  # fmt: skip
 
@@ -63,7 +65,7 @@ def test_logits_that_choose_none_are_refused_alike() -> None:
     assert "token 3 are not finite" in str(told(engine.choose, z, smallest, {7}, 3))
 
 
-def test_logits_of_other_kinds() -> None:
+def test_logits_of_other_kinds(tmp_path: Path) -> None:
     """Strides are taken; nothing else reaches a kernel."""
     engine, sampler = Engine(CONFIG, TENSORS, 1), Sampler(0.8)
     wide = np.random.default_rng(1).standard_normal(6 * VOCAB).astype(np.float32)
@@ -73,6 +75,9 @@ def test_logits_of_other_kinds() -> None:
         with pytest.raises(ValueError, match="must be float32"):
             engine.choose(z, sampler, (), 0)  # type: ignore[arg-type]
     z, penalty = wide[:VOCAB], Sampler(repetition_penalty=2.0)
+    wide.tofile(tmp_path / "logits")  # where a kernel that writes ends the process
+    mapped = np.memmap(tmp_path / "logits", np.float32, "r", shape=VOCAB)
+    assert engine.choose(mapped, penalty, {1, 2}, 0) == penalty.choose(z, {1, 2}, 0)
     with pytest.raises(ValueError, match="give a Sampler"):
         engine.choose(z, None, (), 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="0 or more"):

@@ -113,15 +113,10 @@ def test_each_call_gives_what_it_says(engine: Any) -> None:
         cache, expected = engine.new_cache(), engine.new_cache()
         engine.extend(PROMPT[:-1], cache)
         engine.extend(PROMPT[:-1], expected)
-        ids, z = engine.step_on(
-            PROMPT[-1],
-            cache,
-            count,
-            Choice(Sampler(repetition_penalty=r), (), seen),
-            contenders=Contenders(),
-        )
+        sampler, text = Sampler(repetition_penalty=r), [PROMPT[-1]]
+        how = Choice(sampler, (), seen)
+        ids, z = engine.step_on(PROMPT[-1], cache, count, how, contenders=sampler.contenders)
         assert len(ids) == count and seen == set(PROMPT)
-        text, sampler = [PROMPT[-1]], Sampler(repetition_penalty=r)
         for token in (*ids, None):
             wanted, _ = engine.step(text[-1], expected, FixedExit())
             if token is not None:
@@ -213,6 +208,13 @@ def found(engine: Engine, z: np.ndarray) -> int | None:
         (lambda e, c: e.step_on(CONFIG.vocab_size, c, 1, Choice()), "token ids"),
         (lambda e, c: e.step_on(1, c, 1, Choice(), exit_layer=5), "choose 1..4"),
         (lambda e, c: e.step_on(1, c, 1, Choice(), contenders=3), "give Contenders"),
+        (
+            lambda e, c: e.step_on(1, c, 1, Choice(Sampler(1.0)), contenders=Contenders()),
+            "not the sampler's",
+        ),
+        (lambda e, c: e.step_on(1, c, 1, Choice(ends=[1.5])), "whole numbers"),
+        (lambda e, c: e.step_on(1, c, 1, Choice(ends="12")), "whole numbers"),
+        (lambda e, c: e.step_on(1, c, 1, Choice(ends=[[1]])), "whole numbers"),
     ],
 )
 def test_refused(engine: Any, call: Callable[[Any, Any], Any], says: str) -> None:

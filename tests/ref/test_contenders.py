@@ -53,7 +53,8 @@ def test_who_needs_all_logits() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [Contenders(0), Contenders(257), Contenders(1, 0.0), Contenders(1, 1.0, -1.0),
-     Contenders(1, 1.0, float("inf")), Contenders(1, float("nan"))],
+     Contenders(1, 1.0, float("inf")), Contenders(1, float("nan")), Contenders(1, 1e39),
+     Contenders(1, 10**400), Contenders(1, 1e-46), Contenders(1, 1.0, 1e39)],  # no float32
 )  # fmt: skip
 def test_wrong_ones_are_refused(wrong: Contenders) -> None:
     with pytest.raises(ValueError, match="contenders"):

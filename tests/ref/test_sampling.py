@@ -23,6 +23,9 @@ SAMPLERS = [
     Sampler(1.2, top_p=0.8, min_p=0.02),
     Sampler(1.2, top_k=20, top_p=0.8, min_p=1e-4),
     Sampler(1e-6, top_p=0.5),
+    Sampler(1.0, top_k=40, top_p=0.95, min_p=0.05),  # top-p is a share of all that top-k leaves
+    Sampler(1.0, top_k=300, top_p=0.9, min_p=0.01),
+    Sampler(1.0, top_k=1000, top_p=0.9, min_p=0.01),
 ]
 
 

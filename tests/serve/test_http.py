@@ -217,6 +217,13 @@ def test_facts(client: TestClient, model: Model) -> None:
         assert line.startswith("# ") or math.isfinite(float(line.rsplit(" ", 1)[1])), line
 
 
+def test_health_of_a_server_that_has_failed(model: Model) -> None:
+    scheduler = Scheduler(model)
+    with TestClient(Service(model, scheduler, name="random").app()) as client:
+        scheduler.failed = True
+        refused(client.get("/health"), 503, None, "start it anew")
+
+
 def test_the_page(client: TestClient) -> None:
     page = client.get("/")
     assert page.headers["content-security-policy"].startswith("default-src 'self';")
@@ -259,6 +266,9 @@ def test_the_page(client: TestClient) -> None:
         ({"model": "gpt"}, "model", "there is random"),
         ({"logprobs": 99}, "logprobs", "0..20"),
         ({"speculate": 2, "logprobs": 1}, "logprobs", "speculated"),
+        ({"speculate": 2, "draft_exit": 1, "temperature": -1}, "temperature", "-1"),
+        ({"speculate": 2, "draft_exit": 99}, "speculate", "draft exit 99"),
+        ({"draft_exit": 1}, "draft_exit", "needs speculate"),
         ({"stream_options": {}, "timeout": 0}, "timeout", "seconds"),
         ({"echo": True, "logprobs": 1, "stream": True}, "echo", "not streamed"),
     ],

@@ -21,6 +21,7 @@ from bitskip_cpu.model import Model
 from bitskip_cpu.pages import Pool
 from bitskip_ref.decoding import generate
 from bitskip_ref.decoding.contenders import Contenders
+from bitskip_text.tokenizer import Tokenizer
 from tests.cli.conftest import write_model
 from tests.serve.asked import Heard, check, random_request, run_all
 
@@ -209,6 +210,59 @@ def test_an_error_concerns_one_text(model: Model, monkeypatch: pytest.MonkeyPatc
     check(model, good)
 
 
+def test_a_tokenizer_that_cannot_decode_ends_one_text(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither when a token comes nor when what was held back is asked for."""
+    good, bad = (Heard([n, 2], GenerationOptions(max_tokens=5)) for n in (7, 8))
+    decode = Tokenizer.decode
+
+    def fail(self: Tokenizer, ids: Any) -> str:
+        if 8 in ids and len(ids) > 2:
+            raise ValueError("planted")
+        return decode(self, ids)
+
+    monkeypatch.setattr(Tokenizer, "decode", fail)
+    run_all(Scheduler(model), [good, bad])
+    assert bad.end is not None and bad.end.error == "planted"
+    monkeypatch.undo()
+    check(model, good)
+
+
+def test_memory_that_lacks_for_a_text_ends_that_text(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = (Heard([n, 2], GenerationOptions(max_tokens=5)) for n in (7, 8))
+    lend = Pool.open
+
+    def fail(self: Pool, ids: list[int], depth: int, most: int) -> Any:
+        if 8 in ids:
+            raise MemoryError
+        return lend(self, ids, depth, most)
+
+    monkeypatch.setattr(Pool, "open", fail)
+    run_all(Scheduler(model), [bad, good])
+    assert bad.end is not None and bad.end.error == "not enough memory"
+    check(model, good)
+
+
+def test_a_mistake_of_ours_leaves_nobody_waiting(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = Scheduler(model, parallel=1)
+    asked = [Heard([n, 2], GenerationOptions(max_tokens=5)) for n in (7, 8)]
+    for a in asked:
+        a.text = Sequence(model, a.ids, a.options, a.tell)
+    scheduler.submit([a.text for a in asked])
+    monkeypatch.setattr(Pool, "keep", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        scheduler.run()
+    assert scheduler.failed and all(a.end is not None for a in asked)
+    assert asked[1].end is not None and "ZeroDivisionError" in str(asked[1].end.error)
+    with pytest.raises(Full, match="has failed"):
+        scheduler.submit([Sequence(model, [1], GenerationOptions(), print)])
+
+
 # ---- without a server -------------------------------------------------------------------
 
 
@@ -252,6 +306,14 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(model: Model, tmp_path: Path
     assert [json.loads(x).get("id") for x in whole.read_text().splitlines()][:2] == ["x0", "x1"]
     with pytest.raises(ValueError, match="line 1, is not the answer"):
         list(answer_file(model, read_prompts(file, GenerationOptions(seed=3)), whole, 3))
+
+
+@pytest.mark.parametrize("prompt", ["a " * 999, "", "\ud800"])
+def test_a_prompt_that_is_refused_is_named(model: Model, tmp_path: Path, prompt: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, ["sat", "the", "cat", prompt])))
+    with pytest.raises(ValueError, match=r"prompt 3: the (prompt|text)"):
+        list(answer_file(model, read_prompts(file, GenerationOptions()), tmp_path / "out", 3))
 
 
 @pytest.mark.parametrize(
