@@ -114,7 +114,8 @@ class Chat:
         depth = rule.deepest(model.config)
         same = 0
         if depth <= self._depth:  # what deeper blocks hold beside does not matter (SPEC 8.2)
-            for mine, new in zip(self._held, ids[:-1], strict=False):
+            held = self._held[: self._cache.length]  # less of an answer that was never asked on
+            for mine, new in zip(held, ids[:-1], strict=False):
                 if mine != new:
                     break
                 same += 1

@@ -176,7 +176,8 @@ class Engine(contract.Engine):
         how = chosen.sampler
         if how.logit_bias or (how.temperature == 0 and not len(chosen.seen)):
             return super()._choose(logits, chosen)
-        z = np.require(logits, requirements="CAW")  # a penalty is written there, for a while
+        # A penalty is written there, for a while.
+        z = logits if logits.flags.carray else np.array(logits, order="C")
         self._space.choices.set(0, chosen, len(z))
         self._space.set_logits(z.ctypes.data)
         self._call(CHOOSE)

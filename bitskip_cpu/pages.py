@@ -65,7 +65,7 @@ class Pool:
     def __init__(self, engine: Engine, memory_bytes: int) -> None:
         """memory_bytes: of all pages together; taken from the system as they are first used.
 
-        Raises ValueError if there is not a page in it.
+        Raises ValueError if there is not a page in it, and for more than the machine gives.
         """
         self.engine = engine
         self.page_bytes = Pages(engine.config, engine.kv_cache, 0).memory.shape[1]
@@ -75,7 +75,13 @@ class Pool:
                 f"{memory_bytes} bytes for keys and values: {LANES} positions of this model take "
                 f"{self.page_bytes}, give at least as many"
             )
-        self.pages = Pages(engine.config, engine.kv_cache, self.total)
+        try:
+            self.pages = Pages(engine.config, engine.kv_cache, self.total)
+        except (MemoryError, ValueError) as error:  # NumPy's, for more than there are addresses
+            raise ValueError(
+                f"{memory_bytes} bytes for keys and values are more than this machine gives "
+                f"({error}): take less"
+            ) from None
         self._free = list(range(self.total - 1, -1, -1))
         self._users = [0] * self.total
         self._kept: dict[int, Kept] = {}  # by page; the longest unused first

@@ -68,6 +68,7 @@ class Service:
         self._origins = origins
         self._started = int(time.time())
         self._reading = CapacityLimiter(1)  # one body at a time, beside the event loop
+        self._writing = CapacityLimiter(1)  # one answer at a time
         self._live: set[Sequence] = set()
         self.answered: Counter[int] = Counter()
         """HTTP status -> answers."""
@@ -198,7 +199,8 @@ class Service:
             self._let_go(texts)
         if answer.error is not None:
             raise Refusal(answer.error, None, 500)
-        return _json(answer.whole())
+        # Beside the event loop: of many texts with alternatives it takes seconds.
+        return await run_sync(lambda: _json(answer.whole()), limiter=self._writing)
 
     def _sequences(self, asked: Asked, tell: Callable[[int, Said | End], None]) -> list[Sequence]:
         seconds = min(asked.timeout or self.limits.seconds, self.limits.seconds)

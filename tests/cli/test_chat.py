@@ -120,6 +120,16 @@ def test_a_broken_off_answer_stays_in_the_conversation(folder: Path) -> None:
     assert [p.text for p in fresh.ask("Go on", OPTIONS)] == [p.text for p in follow]
 
 
+def test_what_nobody_read_is_not_taken_for_run(folder: Path) -> None:
+    talk = Chat(bitskip_cpu.load(folder))
+    talk.ask("Hello", OPTIONS)
+    again = talk.ask("Hello", OPTIONS)
+    fresh = Chat(talk.model)
+    fresh.messages = list(talk.messages[:-1])
+    assert [p.text for p in fresh.ask("Hello", OPTIONS)] == [p.text for p in again]
+    assert talk.reused == 0
+
+
 def test_a_prompt_that_does_not_fit_changes_nothing(folder: Path) -> None:
     talk = Chat(bitskip_cpu.load(folder))
     with pytest.raises(ValueError, match="context"):

@@ -112,6 +112,9 @@ def test_memory_is_bounded() -> None:
     assert pool.open(IDS[:20], 4, 20).length == 16
     with pytest.raises(ValueError, match="give at least as many"):
         Pool(pool.engine, pool.page_bytes - 1)
+    for size in (1 << 62, 10**30):
+        with pytest.raises(ValueError, match="more than this machine gives"):
+            Pool(pool.engine, size)
 
 
 def test_what_is_kept_is_never_written(monkeypatch: pytest.MonkeyPatch) -> None:

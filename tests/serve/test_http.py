@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import random
@@ -21,6 +22,7 @@ from bitskip_cpu.model import Model
 from bitskip_ref.folder import ChatForm
 from bitskip_ref.heldout import log_probabilities
 from bitskip_serve import http_server
+from bitskip_serve.answers import Answer
 from bitskip_serve.app import Limits, Service
 from tests.cli.conftest import CONFIG, write_model
 
@@ -86,6 +88,21 @@ def test_a_completion_is_what_generate_says(client: TestClient, model: Model) ->
     assert all(0 < p <= 1 for d in details for _, p in d["top"])
     assert len({c["id"] for c in told}) == 1
     assert told[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_an_answer_is_written_beside_the_event_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many texts with alternatives it takes seconds, which streams would wait for."""
+    whole, loops = Answer.whole, list[object]()
+
+    def noted(self: Answer) -> dict[str, Any]:
+        loops.append(asyncio._get_running_loop())
+        return whole(self)
+
+    monkeypatch.setattr(Answer, "whole", noted)
+    assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).is_success
+    assert loops == [None]
 
 
 def test_several_prompts_and_texts(client: TestClient, model: Model) -> None:
