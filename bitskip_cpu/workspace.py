@@ -374,12 +374,13 @@ class Workspace:
         Returns whether logits are the same function after each of them and after the deepest.
         """
         if self._looks != (looks, deepest, threshold):
-            self._looks = looks, deepest, threshold
+            self._looks = None  # until all of it is set: Ctrl-C may come between
             self._one_exit = all(self.exit(n) == self.exit(deepest) for n in looks)
             self._gates[:] = 0
             for n in looks:
                 self._gates[n - 1] = self.weights.gate_at(n)
             self.state["threshold"] = at_most(threshold)
+            self._looks = looks, deepest, threshold
         return self._one_exit
 
     def looked_up(self, count: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from bitskip_cpu.engine import Engine
 from bitskip_cpu.heldout.watch import Watch
+from bitskip_cpu.weights import Weights
 from bitskip_ref.compare import difference
 from bitskip_ref.decoding.generate import stream
 from bitskip_ref.decoding.sampling import Sampler
@@ -161,3 +162,19 @@ def test_pytorch(name: str, kv_cache: str) -> None:
         for layer in range(rule.deepest(config)):
             for x, y in zip(cache.layer(layer), mine.layer(layer), strict=True):
                 assert (problem := difference(f"{rule}", x, y)) is None, problem
+
+
+def test_ctrl_c_while_gates_are_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call under the same rule asks them all the same."""
+    config = twin("per-layer-exits")
+    engine, rule = Engine(config, random_tensors(config), 1), GateExit(0.0)
+
+    def broken(self: Weights, n: int) -> int:
+        raise KeyboardInterrupt
+
+    cache = engine.new_cache()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Weights, "gate_at", broken)
+        engine.step(1, cache, rule)
+    assert cache.length == 0
+    assert engine.step(1, cache, rule)[1] == 1  # any gate is above 0
