@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
+from types import FrameType
 from typing import Any
 
 from bitskip_cpu.generate import TextStream
@@ -15,6 +18,8 @@ from bitskip_ref.excerpt import one_line
 from bitskip_ref.folder import ChatForm, Folder
 from bitskip_text.tokenizer import Tokenizer
 
+MOST_LINES = 1_000_000  # of a template, run for one prompt; a long conversation takes thousands
+LONGEST = 1 << 26  # characters of a prompt
 Message = Mapping[str, str]
 """{"role": "system", "user" or "assistant", "content": text}."""
 
@@ -24,7 +29,7 @@ def render(form: ChatForm, messages: Sequence[Message], answer: bool = True) -> 
 
     answer: whether it ends with what begins an answer. The template comes with the model, so it
     runs in Jinja's sandbox. Raises ValueError for what the template refuses (some take no system
-    message) and for one that is not Jinja.
+    message), for one that is not Jinja, and for one that does not come to an end.
     """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -41,14 +46,46 @@ def render(form: ChatForm, messages: Sequence[Message], answer: bool = True) -> 
     environment.filters["tojson"] = as_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda how: datetime.now().strftime(how)
+    said: list[str] = []
     try:
-        return environment.from_string(form.template).render(
+        pieces = environment.from_string(form.template).generate(
             messages=[dict(m) for m in messages], add_generation_prompt=answer,
             bos_token=form.bos_token, eos_token=form.eos_token, tools=None, documents=None,
         )  # fmt: skip
-    except (TemplateError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
-        reason = one_line(error)
-        raise ValueError(f"the model's chat template: {reason}") from None
+        with _bounded(lambda: refuse(f"takes more than {MOST_LINES} steps")):
+            size = 0
+            for piece in pieces:
+                said.append(piece)
+                size += len(piece)
+                if size > LONGEST:
+                    refuse(f"writes more than {LONGEST} characters")
+    except Exception as error:  # filters of Jinja raise any
+        raise ValueError(f"the model's chat template: {one_line(error)}") from None
+    return "".join(said)
+
+
+@contextmanager
+def _bounded(refuse: Callable[[], None]) -> Iterator[None]:
+    """Have templates call `refuse` when they have run MOST_LINES lines: the sandbox bounds one
+    loop, not loops within loops."""
+    left = MOST_LINES
+
+    def line(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            refuse()
+        return line
+
+    def call(frame: FrameType, event: str, argument: object) -> Any:
+        return line if frame.f_code.co_filename == "<template>" else None
+
+    before = sys.gettrace()
+    sys.settrace(call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def chat_ids(tokenizer: Tokenizer, form: ChatForm, messages: Sequence[Message]) -> list[int]:

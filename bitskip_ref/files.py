@@ -182,12 +182,17 @@ def _remove_unfinished(folder: Path, of: str | None) -> None:
                 os.close(handle)
 
 
+def _device(path: Path) -> int:
+    return os.stat(path).st_dev
+
+
 def _can_change_places(path: Path) -> bool:
-    """Whether the folder can be renamed: no mount point, not where somebody works from here."""
+    """Whether the folder can be renamed: no mount point, nor one within, which would be emptied
+    with the old folder; not where somebody works from here."""
     above = path.parent
     return (
         os.access(above, os.W_OK)
-        and os.stat(above).st_dev == os.stat(path).st_dev
+        and {_device(path / folder) for folder, _, _ in os.walk(path)} == {_device(above)}
         and not os.path.samefile(path, os.curdir)
     )
 

@@ -143,7 +143,7 @@ def export(
         elif to == "web":
             from bitskip_export.web_site import write_site
 
-            page = write_site(path, out, exits, packages)
+            page = write_site(path, out, exits, packages, force)
             click.echo(f"{page}\n\nTo look at it: python -m http.server --directory {out}")
         else:
             from bitskip_export.foreign.verbs import give

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitskip_export.renumber import frequent_first, reorder
+from bitskip_export.renumber import VOCABULARY, frequent_first, reorder
+from bitskip_ref.arithmetic.hadamard import rotate_unpadded
 from bitskip_ref.arithmetic.quant import SCALE_FLOOR, quantize_activations, quantize_weights
 from bitskip_ref.config import HEAD_BITS, ModelConfig
 from bitskip_ref.documents import END_OF_TEXT, read_documents
@@ -63,6 +64,8 @@ def export_checkpoint(
     if exit_layer is not None and not 1 <= exit_layer <= config.num_hidden_layers:
         raise ExportError(f"exit layer {exit_layer}: must be in 1..{config.num_hidden_layers}")
     state = {name: tensor.numpy() for name, tensor in loaded.state.items()}
+    if config.rotated_head != loaded.config.rotated_head:  # SPEC 5.4: there and back alike
+        state |= {n: rotate_unpadded(w) for n, w in state.items() if n.endswith(VOCABULARY)}
     tokenizer_json, end, draft_vocab = loaded.tokenizer_json, None, None
     if by_frequency is not None:
         if tokenizer_json is None:

@@ -13,6 +13,7 @@ from bitskip_ref.documents import END_OF_TEXT
 from bitskip_text.tokenizer import parse_tokenizer
 
 DOCUMENTS = 256  # encoded at a time
+VOCABULARY = ("embed_tokens.weight", "head.weight")  # ends of parameters with a row for each token
 
 
 def frequent_first(
@@ -66,5 +67,4 @@ def _renumber_template(processor: Any, new: np.ndarray) -> None:
 
 def reorder(state: Mapping[str, np.ndarray], order: np.ndarray) -> dict[str, np.ndarray]:
     """Parameters with the rows of embedding and heads in a new order; the others are shared."""
-    rows = ("embed_tokens.weight", "head.weight")
-    return {name: w[order] if name.endswith(rows) else w for name, w in state.items()}
+    return {name: w[order] if name.endswith(VOCABULARY) else w for name, w in state.items()}

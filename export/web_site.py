@@ -19,6 +19,7 @@ import numpy as np
 
 from bitskip_export.onnx_files import write_onnx
 from bitskip_export.onnx_graph import cache_name
+from bitskip_export.pack import ExportError
 from bitskip_ref.cache import cached_arrays, usual_kv_cache
 from bitskip_ref.files import replace_file
 from bitskip_ref.folder import Folder, read_folder
@@ -27,6 +28,7 @@ from bitskip_text.tokenizer import read_tokenizer
 
 LARGEST = 2_000_000_000  # weights; a browser's WebAssembly has 4 GB for all
 PAGE = ("page.css", "page.js", "index.html")  # the last is what a browser asks for
+FACTS = "model.json"  # what a site says of its model
 OURS = ("sampling.js", "source.js")
 
 
@@ -64,14 +66,18 @@ PACKAGES = (
 
 
 def write_site(
-    folder: Path, out: Path, exits: Sequence[int] | None = None, packages: Path | None = None
-) -> Path:
+    folder: Path, out: Path, exits: Sequence[int] | None = None, packages: Path | None = None,
+    force: bool = False,
+) -> Path:  # fmt: skip
     """Write the site of a model folder; what else `out` holds stays. Returns its index.html.
 
     exits: those to choose from (None: the model's, `Folder.exits`). packages: a folder with the
-    archives of `PACKAGES`; None: npm is asked for them. Raises ValueError for a model that cannot
-    run in a browser with the bits of the other engines, OSError where a package cannot be had.
+    archives of `PACKAGES`; None: npm is asked for them. force: write over another page there.
+    Raises ValueError for a model that cannot run in a browser with the bits of the other engines,
+    and for another page, OSError where a package cannot be had.
     """
+    if (out / PAGE[-1]).exists() and not ((out / FACTS).is_file() or force):
+        raise ExportError(f"{out} holds a page of its own: choose another folder, or --force")
     model = read_folder(folder)
     check_model(model)
     third_party = [(name, data) for p in PACKAGES for name, data in unpacked(p, packages)]
@@ -84,7 +90,7 @@ def write_site(
         *third_party,
         *((name, (files("bitskip_export") / "web" / name).read_bytes()) for name in OURS),
         ("tokenizer.json", read_tokenizer(model.tokenizer).json.encode()),
-        ("model.json", json.dumps(facts(model, exits, kv_cache, graphs, weights)).encode()),
+        (FACTS, json.dumps(facts(model, exits, kv_cache, graphs, weights)).encode()),
         *((name, page_file(name)) for name in PAGE),
     ]
     for name, data in parts:

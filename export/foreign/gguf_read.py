@@ -289,7 +289,8 @@ def _ternary(path: Path, name: str, floats: Floats, scale: Tensor | None) -> Ter
 def _first_id(path: Path, metadata: dict[str, Any], vocab_size: int) -> int | None:
     """The id that every prompt begins with."""
     spm = metadata.get("tokenizer.ggml.model") == "llama"
-    if not metadata.get("tokenizer.ggml.add_bos_token", spm):
+    usual = spm or metadata.get("tokenizer.ggml.pre") == "llama-bpe"  # as llama.cpp has it
+    if not metadata.get("tokenizer.ggml.add_bos_token", usual):
         return None
     bos = metadata.get("tokenizer.ggml.bos_token_id", 1 if spm else None)
     if bos is not None and (type(bos) is not int or not 0 <= bos < vocab_size):

@@ -146,6 +146,8 @@ def _sentencepiece(
 def end_ids(path: Path, metadata: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
     """Ids that end a text: those of the keys, and control tokens named as such."""
     found = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    if found[0] is None and metadata.get("tokenizer.ggml.model") == "llama":
+        found[0] = 2  # as llama.cpp has it
     tokens = metadata.get("tokenizer.ggml.tokens")
     kinds = metadata.get("tokenizer.ggml.token_type")
     if isinstance(tokens, list) and isinstance(kinds, np.ndarray):

@@ -55,16 +55,16 @@ def write_huggingface(
     if exit_layer is None:
         carried |= {"exit_layer": folder.exit_layer, "draft_vocab": folder.draft_vocab}
     config[OURS] = {key: value for key, value in carried.items() if value is not None}
-    text = ""
+    text, words = "", dict[int, str]()
     if folder.tokenizer is not None:  # transformers puts there what this file says, nothing else
         place = str(folder.tokenizer)
         text = with_first(read_text(folder.tokenizer), place, begin)
+        ids = parse_tokenizer(text, place, model.config.vocab_size).vocabulary()
+        words = {i: word for word, i in ids.items()}
     with replace_folder(out, PARTS) as root:
         _write_weights(model, root / WEIGHTS, progress)
         if folder.tokenizer is not None:
             _write(root / TOKENIZER, text)
-            ids = parse_tokenizer(text, str(folder.tokenizer)).vocabulary()
-            words = {i: word for word, i in ids.items()}
             _write_json(root / "tokenizer_config.json", {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "add_bos_token": begin is not None,

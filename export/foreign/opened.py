@@ -6,7 +6,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +79,7 @@ def cached(path: Path) -> Path:
             raise ValueError(f"{path}: changed while it was read: try again when it is whole")
         for line in report.lines():
             click.echo(line, err=True)
-    with replace_file(known) as made:
+    with suppress(OSError), replace_file(known) as made:  # a cache may be there only to be read
         made.write(folder.name.encode("ascii"))
     return folder
 

@@ -64,6 +64,9 @@ def test_templates_are_rendered_as_transformers_does() -> None:
     ("{% if %}", "chat template"),
     ("{{ messages[0].x.y }}", "no attribute"),
     ("{{ 1 / 0 }}", "division"),
+    ("{{ 'abcdef' | truncate(1) }}", "expected length"),
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "steps"),
+    ("{% for a in range(9999) %}{{ 'x' * 99999 }}{% endfor %}", "writes more than"),
 ])  # fmt: skip
 def test_a_bad_template_is_one_line(template: str, words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:

@@ -21,6 +21,7 @@ from bitskip_ref.config import ModelConfig
 from bitskip_ref.exits import FixedExit
 from bitskip_ref.floats import BFLOAT16, stored
 from bitskip_ref.folder import ChatForm, read_folder, write_auto_exit, write_folder
+from bitskip_ref.model import load
 from bitskip_ref.packing import unpack_ternary
 from bitskip_ref.tensors import FormatError
 from bitskip_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -275,3 +276,15 @@ def test_a_place_with_an_odd_config_is_no_model(tmp_path: Path) -> None:
             check_target(tmp_path)
         assert not _foreign(tmp_path)
         config.unlink()
+
+
+@pytest.mark.parametrize("trained", ["int8", "float32"])
+def test_another_head_is_the_same_model(trained: str, tmp_path: Path) -> None:
+    """SPEC 5.4: integer rows beside int8 layers lie turned, floats do not."""
+    config = twin("llama3").replace(linear="int8", hadamard=True, head_format=trained)
+    path = write_checkpoint(tmp_path / "a.pt", config)
+    z = {
+        head: load(export_checkpoint(path, tmp_path / head, head_format=head)).logits([1, 2, 3])
+        for head in ("int8", "float32")
+    }
+    assert np.abs(z["int8"] - z["float32"]).max() < 0.1 * z["float32"].std()

@@ -91,6 +91,18 @@ def test_a_site(tmp_path: Path, packages: Path) -> None:
         assert difference("logits", load(model).logits(ids, n), engine.logits(ids, n)) is None
 
 
+def test_another_page_is_not_written_over(tmp_path: Path, packages: Path) -> None:
+    model, out = write_model(tmp_path / "model"), tmp_path / "home"
+    out.mkdir()
+    (out / "index.html").write_text("mine")
+    words = [model, "--to", "web", "--exit-layer", "1", "--packages", packages, "-o", out]
+    result = run(*words)
+    assert result.exit_code == 1 and "a page of its own" in result.stderr, result.output
+    assert [p.name for p in out.iterdir()] == ["index.html"]
+    assert run(*words, "--force").exit_code == 0 and run(*words).exit_code == 0
+    assert (out / "index.html").read_text() != "mine"
+
+
 def test_exits_are_the_models_unless_given(tmp_path: Path, packages: Path) -> None:
     model = write_model(tmp_path / "model")
     assert run(model, "--to", "web", "--packages", packages).exit_code == 0

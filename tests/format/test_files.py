@@ -130,3 +130,15 @@ def test_two_that_make_one_folder_at_once(tmp_path: Path) -> None:
         (made / "a").write_text("1")
         other.write_text("no folder")
     assert other.read_text() == "no folder" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_is_mounted_within_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    write(out, a="1")
+    (out / "volume").mkdir()
+    (out / "volume" / "data").write_text("kept")
+    before = (out / "volume").stat().st_ino
+    monkeypatch.setattr(files, "_device", lambda path: int(path.name == "volume"))
+    write(out, a="2")
+    assert content(out) == {"a": "2", "volume/data": "kept"}
+    assert (out / "volume").stat().st_ino == before

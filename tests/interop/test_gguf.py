@@ -246,6 +246,23 @@ def test_a_byte_level_tokenizer_comes_back(tmp_path: Path) -> None:
         assert again.decode(again.encode(sample)) == sample
 
 
+@pytest.mark.parametrize(("pre", "added", "first"), [
+    ("llama-bpe", None, 7), ("llama-bpe", False, None), ("gpt-2", None, None), ("gpt-2", True, 7),
+])  # fmt: skip
+def test_the_first_token_where_no_key_says(
+    pre: str, added: bool | None, first: int | None, tmp_path: Path
+) -> None:
+    def keys(out: Any) -> None:
+        tokens = ["a", "b", "ab", *map(chr, range(0x4E00, 0x4E00 + 92)), "<|endoftext|>"]
+        words(out, tokens, ["a b"], pre)
+        out.add_bos_token_id(7)
+        if added is not None:
+            out.add_add_bos_token(added)
+
+    path = write(tmp_path / "m.gguf", theirs(random_model("Llama")), keys=keys)
+    assert read_gguf(path).bos_token_id == first
+
+
 def test_sentencepiece_by_scores(tmp_path: Path) -> None:
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
     kinds = [2, 3, 3] + [6] * 256

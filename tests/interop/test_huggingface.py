@@ -18,6 +18,7 @@ from bitskip_ref.compare import difference
 from bitskip_ref.config import HEAD_BITS, ModelConfig, small_twin
 from bitskip_ref.folder import read_folder
 from bitskip_ref.tensors import expected_tensors
+from bitskip_text.tokenizer import TokenizerError
 from tests.cli.conftest import write_model
 from tests.helpers import random_folder
 from tests.interop.blocks import (
@@ -369,4 +370,7 @@ def test_transformers_begins_texts_as_the_folder_says(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "none")("the cat").input_ids == ids[1:]
     write_model(tmp_path / "m", config, bos_token_id=319)
     with pytest.raises(RefusedError, match="no token of id 319"):
+        write_huggingface(read_folder(tmp_path / "m"), tmp_path / "no")
+    write_model(tmp_path / "m", config.replace(vocab_size=299))  # of 300 tokens
+    with pytest.raises(TokenizerError, match="belongs to another model"):
         write_huggingface(read_folder(tmp_path / "m"), tmp_path / "no")

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from bitskip.program import main
 from bitskip_export.foreign import convert, opened, verbs
+from bitskip_ref import files
 from bitskip_ref.compare import difference
 from bitskip_ref.folder import read_folder
 from tests.cli.conftest import write_model
@@ -158,3 +159,17 @@ def test_a_model_that_changes_while_it_is_read_is_not_kept(
     with pytest.raises(ValueError, match="changed while it was read"):
         opened.cached(tmp_path / "m-hf")
     assert not list((tmp_path / "cache/models").iterdir())
+
+
+def test_a_cache_that_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITSKIP_CACHE_DIR", str(tmp_path / "cache"))
+    assert run("export", write_model(tmp_path / "m"), "--to", "hf").exit_code == 0
+    first = opened.cached(tmp_path / "m-hf")
+    for seen in (tmp_path / "cache/models").glob("seen-*"):
+        seen.unlink()
+
+    def refuse(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "replace_file", refuse)
+    assert opened.cached(tmp_path / "m-hf") == first
