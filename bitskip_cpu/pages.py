@@ -19,8 +19,6 @@ from bitskip_cpu.cache import KVCache, Pages
 from bitskip_cpu.kernels.layout import LANES
 from bitskip_ref.engine import Engine
 
-MOST_BEHIND = 256  # positions that drafts and calls which failed may have left behind the last
-
 
 class NoRoom(Exception):
     """All pages are in use: wait until a sequence has ended."""
@@ -45,12 +43,9 @@ class LentCache(KVCache):
         self.room = most
         self.shared = 0
         """Pages, from the first on, that others may read."""
-        self.longest = 0
-        """The longest that it was."""
 
     def require(self, blocks: int) -> int:
         length = super().require(blocks)
-        self.longest = max(self.longest, length)
         if length < self.shared * LANES:
             self._pool.part_from(self, length // LANES)
         return length
@@ -161,11 +156,10 @@ class Pool:
         """The sequence has ended: its pages are free, or kept; the cache takes nothing more."""
         del self._lent[id(cache)]
         cache.room = cache.shared = 0
-        written = max(cache.longest, cache.length) + MOST_BEHIND
-        for i, page in enumerate(cache.numbers):
+        for page in cache.numbers:
             self._users[page] -= 1
             if not self._users[page] and page not in self._kept:
-                self._give_back(page, written=i * LANES < written)
+                self._free.append(page)
 
     # ---- pages ------------------------------------------------------------------------
 
@@ -196,16 +190,11 @@ class Pool:
         if not self._free:
             page = next(page for page in self._kept if not self._users[page])
             self._forget(page)
-            self._give_back(page)
+            self._free.append(page)
             self.evictions += 1
         page = self._free.pop()
         self._users[page] = 1
         return page
-
-    def _give_back(self, page: int, written: bool = True) -> None:
-        if written:  # what is not finite would reach the next sequence: 0 x inf is no number
-            self.pages.memory[page] = 0
-        self._free.append(page)
 
     # ---- what is kept -----------------------------------------------------------------
 
@@ -239,7 +228,7 @@ class Pool:
             if old.depth <= new.depth and new.ids[: len(old.ids)] == old.ids:
                 self._forget(other)
                 if not self._users[other]:
-                    self._give_back(other)
+                    self._free.append(other)
         if page in self._kept:
             self._forget(page)
         self._kept[page] = new

@@ -211,7 +211,8 @@ class Workspace:
         floats = max(
             1 << (c.vocab_size - 1).bit_length(),  # confidence
             1 << (int(longest) - 1).bit_length(),  # tree sums
-            QUERIES * (seen + LANES + padded + partial),  # attention
+            QUERIES * (seen + LANES + padded + partial)  # attention
+            + LANES * int(s["value_width"]),
             -(-int8_scratch(seen, c.head_dim, int(s["value_width"])) // 4),
         )
         unpacked = -(-4 * floats // 64) * 64

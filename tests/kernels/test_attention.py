@@ -79,8 +79,8 @@ def attend(q: np.ndarray, head: Head, seen: int) -> np.ndarray:
 def test_attend(head_dim: int, seen: int, kind: str) -> None:
     k, v = random(seen, head_dim, seed=1), random(seen, head_dim, seed=2)
     k[0, 0], v[-1, -1] = 1e6, -1e-7  # beyond float16 at both ends
-    # What an abandoned text left behind the last position must not matter.
-    head = Head(k, v, 3e4, kind)
+    # What an abandoned text left behind the last position must not matter, a number or not.
+    head = Head(k, v, np.nan, kind)
     if kind == "float16":
         k, v = half(k).astype(f32), half(v).astype(f32)
     for queries in (1, 2, 4):

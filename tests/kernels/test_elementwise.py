@@ -7,6 +7,7 @@ import pytest
 
 from bitskip_cpu.kernels import layout
 from bitskip_cpu.kernels.arithmetic import elementwise as kernels
+from bitskip_cpu.kernels.arithmetic.exponential import exp_differences
 from bitskip_ref.arithmetic.confidence import confidence
 from bitskip_ref.arithmetic.functions import exp, log, relu2, sigmoid, silu
 from bitskip_ref.arithmetic.hadamard import fwht, rotate_unpadded
@@ -54,6 +55,16 @@ def test_exp() -> None:
     assert y[0] == 1.0
     s = np.array([f32(compiled(kernels.sigmoid)(v)) for v in x])
     assert same_bits(sigmoid(x), s)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_exp_of_no_number_is_none() -> None:
+    x = random(100)
+    x[::7] = np.nan
+    assert np.isnan(compiled(kernels.exp)(x[0])) and np.isnan(compiled(kernels.sigmoid)(x[0]))
+    out = np.zeros_like(x)
+    call(exp_differences, x, f32(0), out, len(x))
+    assert np.array_equal(np.isnan(x), np.isnan(out)) and np.isnan(exp(x[:1]))[0]
 
 
 def test_log() -> None:

@@ -46,6 +46,8 @@ def test_lanes_of_every_finite_half(hardware: bool, monkeypatch: pytest.MonkeyPa
     out = np.zeros(len(FINITE), f32)
     call(kernel(widen_all), FINITE, out, len(FINITE))
     assert same_bits(FINITE.view(np.float16).astype(f32), out)
+    call(kernel(widen_all), np.full(LANES, np.nan, np.float16), out, LANES)
+    assert np.isnan(out[:LANES]).all() and not np.isnan(out[LANES:]).any()
 
 
 def test_every_finite_bfloat16() -> None:
@@ -68,3 +70,5 @@ def test_every_kind_of_rounding() -> None:
     out = np.zeros(len(x), np.uint16)
     call(kernels.narrow, x, out, len(x))
     assert same_bits(half(x), out.view(np.float16))
+    call(kernels.narrow, np.full(9, np.nan, f32), out, 9)
+    assert np.isnan(out[:9].view(np.float16)).all()  # as in the definition (SPEC 9.5)

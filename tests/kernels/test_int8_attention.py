@@ -92,7 +92,15 @@ def test_the_largest_sums() -> None:
 
 
 def test_not_finite_numbers_stay_inside() -> None:
-    """SPEC 4.2 says nothing of them; kernels must find their way all the same."""
-    keys, values, q = random(40, 16), random(40, 16), random(2, 16)
-    keys[3, 5], values[7, 1], q[1, 2] = np.nan, np.inf, -np.inf
-    Head(keys, values).attend(q, 40)
+    """SPEC 4.2 says nothing of them; kernels must find their way all the same, and give none that
+    look like numbers (SPEC 9.5)."""
+    for at in range(3):
+        given = random(40, 16), random(40, 16), random(2, 16)
+        given[at][1, 5] = (np.nan, np.inf, -np.inf)[at]
+        keys, values, q = given
+        out = Head(keys, values).attend(q, 40)
+        assert not np.isfinite(out[1]).any()
+        assert np.isfinite(out[0]).all() == (at == 2)  # only of the query that is no number
+    keys[30] = values[30] = np.nan  # behind what is seen
+    q[1, 5] = 0
+    assert np.isfinite(Head(keys, values).attend(q, 30)).all()

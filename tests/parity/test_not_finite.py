@@ -11,6 +11,7 @@ import pytest
 from bitskip_cpu.engine import Engine
 from bitskip_cpu.heldout.scoring import exit_losses
 from bitskip_cpu.heldout.text import Text
+from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.decoding.generate import stream
 from bitskip_ref.decoding.sampling import Sampler
@@ -83,3 +84,38 @@ def test_a_greedy_draft_is_unsure() -> None:
             assert drafts == [] and len(z) == 1 and np.isfinite(z).all()
         plain = list(stream(engine, [1, 2], FixedExit(), Sampler(), 4))
         assert list(speculate(engine, [1, 2], DRAFTS, Sampler(), 4)) == plain
+
+
+def finite(z: np.ndarray) -> list[bytes | None]:
+    """Rows of logits; None for one that chooses nothing (SPEC 9.5)."""
+    return [row.tobytes() if np.isfinite(row.max()) else None for row in z]
+
+
+@pytest.mark.parametrize("kv_cache", KV_CACHES)
+@pytest.mark.parametrize("name", ["per-layer-exits", "wt2-h", "int8"])
+def test_a_token_that_overflows_reaches_those_behind_it_alone(name: str, kv_cache: str) -> None:
+    """SPEC 12.2: not those before it in a page, nor any once it is forgotten."""
+    config, tensors = twin(name), random_tensors(twin(name))
+    tensors["embed_tokens.scale"][7] = 3e36
+    found = []
+    for engine in (ReferenceModel(config, tensors, kv_cache), Engine(config, tensors, 1, kv_cache)):
+        cache = engine.new_cache()
+        rows = finite(engine.extend([3, 5, 7, 9], cache))
+        assert [row is None for row in rows] == [False, False, True, True]
+        cache.length = 1
+        found.append([*rows, *finite(engine.step(4, cache, FixedExit())[0][None])])
+    assert found[0] == found[1] and found[0][-1] is not None
+
+
+@pytest.mark.parametrize("kv_cache", KV_CACHES)
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "o_proj", "attn_norm", "down_proj"])
+def test_any_part_of_a_block_may_overflow(part: str, kv_cache: str) -> None:
+    """What chooses nothing in the definition does so everywhere."""
+    for name in ("per-layer-exits", "int8"):
+        config, tensors = twin(name), random_tensors(twin(name))
+        for at, values in tensors.items():
+            if at.startswith("layers.1.") and part in at and values.dtype == np.float32:
+                values[:] = HUGE
+        engines = ReferenceModel(config, tensors, kv_cache), Engine(config, tensors, 1, kv_cache)
+        expected, got = (finite(engine.logits([3, 5, 7, 9])) for engine in engines)
+        assert expected == got

@@ -41,9 +41,9 @@ BIAS, MANTISSA = i32(127), i32(23)
 
 @kernel
 def exp(x):
-    """SPEC 2.6, of one float32."""
-    x = x if x > EXP_MIN else EXP_MIN
-    x = x if x < EXP_MAX else EXP_MAX
+    """SPEC 2.6, of one float32; a NaN stays one (SPEC 9.5)."""
+    x = EXP_MIN if x < EXP_MIN else x
+    x = EXP_MAX if x > EXP_MAX else x
     k = (x * LOG2_E + ROUNDER) - ROUNDER
     r = (x - k * LN2_HIGH) - k * LN2_LOW
     p = ((((E0 * r + E1) * r + E2) * r + E3) * r + E4) * r + E5
@@ -67,11 +67,11 @@ def exp_of(builder: ir.IRBuilder, x: Vectors) -> Vectors:
         return [operation(*values) for values in zip(*lists, strict=True)]
 
     def bounded(order: str, value: ir.Value, bound: ir.Value) -> ir.Value:
-        return builder.select(builder.fcmp_ordered(order, value, bound), value, bound)
+        return builder.select(builder.fcmp_ordered(order, value, bound), bound, value)
 
     mul, add, sub = (partial(each, f) for f in (builder.fmul, builder.fadd, builder.fsub))
-    x = each(partial(bounded, ">"), x, _constant(EXP_MIN))
-    x = each(partial(bounded, "<"), x, _constant(EXP_MAX))
+    x = each(partial(bounded, "<"), x, _constant(EXP_MIN))
+    x = each(partial(bounded, ">"), x, _constant(EXP_MAX))
     k = sub(add(mul(x, _constant(LOG2_E)), _constant(ROUNDER)), _constant(ROUNDER))
     r = sub(x, mul(k, _constant(LN2_HIGH)))
     r = sub(r, mul(k, _constant(LN2_LOW)))

@@ -23,19 +23,23 @@ LARGEST = f32(LARGEST_HALF).view(i32)  # its bits
 LEAST_NORMAL = i32(0x38800000)  # of 2^-14
 SUBNORMAL_ROUNDER = f32(0.5)  # whose last bit is float16's least subnormal
 SUBNORMAL_BITS = i32(0x3F000000)  # its bits
+INFINITY_BITS, QUIET_NAN = i32(0x7F800000), i32(0x7E00)  # of a float32; of a float16
+LARGEST_BITS = 0x7BFF  # of a float16 that is a finite number
 REBASE = i32(112 << 10)
 
 
 @kernel
 def float16_bits(x):
-    """SPEC 6.5, of one float32: bits of the float16."""
+    """SPEC 6.5, of one float32: bits of the float16; a NaN stays one (SPEC 9.5)."""
     bits = f32(x).view(i32)
-    m = min(i32(bits & MAGNITUDE), LARGEST)  # floats without a sign order as their bits do
+    magnitude = i32(bits & MAGNITUDE)  # floats without a sign order as their bits do
+    m = min(magnitude, LARGEST)
     odd = i32(i32(m >> i32(13)) & i32(1))
     normal = i32(i32(i32(m + i32(0xFFF)) + odd) >> i32(13)) - REBASE
     rounded = f32(i32(m).view(f32) + SUBNORMAL_ROUNDER)  # the addition rounds
     subnormal = rounded.view(i32) - SUBNORMAL_BITS
     code = subnormal if m < LEAST_NORMAL else normal
+    code = QUIET_NAN if magnitude > INFINITY_BITS else code
     return u16(i32(i32(bits >> i32(16)) & SIGN) | i32(code))
 
 
@@ -68,7 +72,7 @@ def widen_bfloat16(source_at, target_at, n):
 
 
 def load_float16s(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    """Load the LANES float16 there, finite, as a vector of float32.
+    """Load the LANES float16 there, finite or NaN, as a vector of float32.
 
     One instruction where the CPU has it; elsewhere LLVM would call a function for each number.
     """
@@ -82,7 +86,10 @@ def load_float16s(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
 
     kind = ir.VectorType(WORD, LANES)
     bits = builder.zext(builder.load(pointer(builder, address, kind), align=2), LANE_INTS)
-    moved = builder.shl(builder.and_(bits, number(0x7FFF)), number(13))
+    magnitude = builder.and_(bits, number(0x7FFF))
+    moved = builder.shl(magnitude, number(13))
     sign = builder.shl(builder.and_(bits, number(0x8000)), number(16))
     x = builder.bitcast(builder.or_(moved, sign), LANE_FLOATS)
-    return builder.fmul(x, ir.Constant(LANE_FLOATS, [float(EXPONENT_SHIFT)] * LANES))
+    x = builder.fmul(x, ir.Constant(LANE_FLOATS, [float(EXPONENT_SHIFT)] * LANES))
+    finite = builder.icmp_unsigned("<=", magnitude, number(LARGEST_BITS))
+    return builder.select(finite, x, ir.Constant(LANE_FLOATS, [float("nan")] * LANES))

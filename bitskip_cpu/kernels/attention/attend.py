@@ -18,7 +18,13 @@ import math
 
 import numpy as np
 
-from bitskip_cpu.kernels.arithmetic.elementwise import ZERO, copy, fill_zero
+from bitskip_cpu.kernels.arithmetic.elementwise import (
+    INFINITY_BITS,
+    ZERO,
+    copy,
+    fill_zero,
+    magnitude_bits,
+)
 from bitskip_cpu.kernels.arithmetic.exponential import exp_differences
 from bitskip_cpu.kernels.arithmetic.float16 import float16_bits, narrow
 from bitskip_cpu.kernels.arithmetic.lanes import LANE_BYTES, add, larger, largest, reverse_64, scale
@@ -199,7 +205,8 @@ def attending(size: int) -> Kernel:
         those of this head lie. `cold`: they have to come from memory. `next_*`: the same of keys
         that are read after these, and of how many pages; they are fetched meanwhile. Scratch
         (floats): scores, whole pages and one more, per query | queries, E' each | LEVELS + 1
-        partial sums of value_width + LANES floats per query, before them those of branches.
+        partial sums of value_width + LANES floats per query, before them those of branches | a
+        page's values.
         """
         count = (seen + LANES - 1) // LANES
         pages = int64s(table, count)
@@ -218,30 +225,40 @@ def attending(size: int) -> Kernel:
         width = value_width + LANES
         whole = queries * width
         now_at = partial_at + 4 * LEVELS * whole
-        fill_zero(partial_at, whole)  # weigh_page leaves gaps
-        fill_zero(now_at, whole)
-        for page in range(count):
-            to = now_at if page & 1 else partial_at  # number 0 is free after every second page
-            soon_at = to_fetch(count + page + PAGES_AHEAD, table, count, keys, values, cold,
-                               next_table, next_count, next_keys)  # fmt: skip
-            weigh_page(queries, scratch_at + 4 * LANES * page, e_stride, pages[page] + values,
-                       soon_at, value_width, to, 4 * width)  # fmt: skip
-            level = 0
-            while (page >> level) & 1:
-                add_to(partial_at + 4 * level * whole, now_at, whole)
-                level += 1
-            if level:
-                copy(now_at, partial_at + 4 * level * whole, whole)
-        fill_zero(now_at, whole)
-        for level in range(LEVELS):
-            if (count >> level) & 1:
-                add_to(partial_at + 4 * level * whole, now_at, whole)
-        for query in range(queries):
-            at = now_at + 4 * query * width
-            total = floats(at + 4 * value_width, 1)[0] + ZERO
-            sums, out = floats(at, head_dim), floats(out_at + 4 * query * head_dim, head_dim)
-            for i in range(head_dim):
-                out[i] = (sums[i] + ZERO) / total
+        last_at, within = pages[count - 1] + values, seen % LANES
+        done = False
+        while not done:
+            fill_zero(partial_at, whole)  # weigh_page leaves gaps
+            fill_zero(now_at, whole)
+            for page in range(count):
+                to = now_at if page & 1 else partial_at  # number 0 is free after every second page
+                soon_at = to_fetch(count + page + PAGES_AHEAD, table, count, keys, values, cold,
+                                   next_table, next_count, next_keys)  # fmt: skip
+                at = pages[page] + values if page + 1 < count else last_at
+                weigh_page(queries, scratch_at + 4 * LANES * page, e_stride, at, soon_at,
+                           value_width, to, 4 * width)  # fmt: skip
+                level = 0
+                while (page >> level) & 1:
+                    add_to(partial_at + 4 * level * whole, now_at, whole)
+                    level += 1
+                if level:
+                    copy(now_at, partial_at + 4 * level * whole, whole)
+            fill_zero(now_at, whole)
+            for level in range(LEVELS):
+                if (count >> level) & 1:
+                    add_to(partial_at + 4 * level * whole, now_at, whole)
+            for query in range(queries):
+                at = now_at + 4 * query * width
+                total = floats(at + 4 * value_width, 1)[0] + ZERO
+                sums, out = floats(at, head_dim), floats(out_at + 4 * query * head_dim, head_dim)
+                for i in range(head_dim):
+                    out[i] = (sums[i] + ZERO) / total
+            done = within == 0 or magnitude_bits(out_at, queries * head_dim) < INFINITY_BITS
+            if not done:  # what lies behind may be no finite number, and 0 times it none: hide it
+                size_of_row, clean_at = size * value_width, now_at + 4 * whole
+                fill_zero(clean_at, size_of_row * LANES // 4)
+                copy(last_at, clean_at, size_of_row * within // 4)
+                last_at, within = clean_at, 0
 
     return attend  # type: ignore[no-any-return]
 

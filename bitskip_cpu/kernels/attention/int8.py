@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from bitskip_cpu.kernels.arithmetic.elementwise import ZERO, fill_zero, quantize
+from bitskip_cpu.kernels.arithmetic.elementwise import ZERO, fill_zero, magnitude_bits, quantize
 from bitskip_cpu.kernels.arithmetic.lanes import LANE_BYTES
 from bitskip_cpu.kernels.attention.int8_passes import (
     KEY_OFFSET,
@@ -179,11 +179,10 @@ def softmax_end(weights_at, panels, codes_at, stride, state_at, factor_at):
 
     The factor is what the sums of codes are multiplied with.
     """
-    counts, tops = int32s(state_at, LANES), floats(state_at + LANE_BYTES, LANES)
-    total, top = 0, tops[0]
+    counts, total = int32s(state_at, LANES), 0
     for lane in range(LANES):
         total += counts[lane]
-        top = tops[lane] if tops[lane] > top else top
+    top = i32(magnitude_bits(state_at + LANE_BYTES, LANES)).view(f32)  # a NaN, if there is one
     encode(weights_at, LARGEST_WEIGHT / top, panels, codes_at, codes_at + stride)
     floats(factor_at, 1)[0] = (top / LARGEST_WEIGHT) / (f32(total) / UNIT)
 

@@ -194,6 +194,12 @@ def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
+def _larger_weight(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Of floats from 0 up, which order as their bits do: a NaN is above all."""
+    bits = [builder.bitcast(x, LANE_INTS) for x in (a, b)]
+    return builder.select(builder.icmp_unsigned(">", *bits), a, b)
+
+
 def _constant(value: float | np.float32) -> ir.Constant:
     return ir.Constant(LANE_FLOATS, [float(value)] * LANES)
 
@@ -224,7 +230,7 @@ def weigh(builder, x_at, top, steps_at, panels, state_at):
     """Scores -> e * step, in place.
 
     State, brought up to date: int32 [LANES], to add round(e * SOFTMAX_UNIT) to, and f32 [LANES],
-    the largest e * step in some lane.
+    the largest e * step in some lane, a NaN if there is one.
     """
     counted_at = pointer(builder, state_at, LANE_INTS)
     most_at = builder.add(state_at, LONG(LANE_BYTES))
@@ -239,7 +245,7 @@ def weigh(builder, x_at, top, steps_at, panels, state_at):
             count = _rounded(builder, builder.fmul(x, _constant(UNIT)))
             counts = builder.add(counts, count)
             w = builder.fmul(x, load_lanes(builder, step_at))
-            largest_of = _larger(builder, largest_of, w)
+            largest_of = _larger_weight(builder, largest_of, w)
             store_lanes(builder, w, at)
         builder.store(counts, total)
         builder.store(largest_of, most)
