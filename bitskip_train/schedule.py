@@ -31,9 +31,11 @@ def dropout_probabilities(train: TrainConfig, layers: int, step: int | None = No
 
     `v1` (3.3): p_max (l / L)^2 for l = 1..L, scaled so that they sum to 1; p_max cancels, so any
     `dropout_max` above 0 gives the same. `v2` (Eq. 5): p_max (l / L)^2 for l = 0..L-1, unscaled.
-    The last block's is then set to 0. With a step, all are multiplied by `dropout_ramp`'s ramp.
+    The last block's is then set to 0. With a step, all are multiplied by `dropout_ramp`'s ramp, and
+    0 from step `dropout_until` on.
     """
-    if train.dropout_max == 0:
+    ended = step is not None and 0 < train.dropout_until <= step
+    if train.dropout_max == 0 or ended:
         return [0.0] * layers
     first = 1 if train.dropout_form == "v1" else 0
     p = [train.dropout_max * ((i + first) / layers) ** 2 for i in range(layers)]

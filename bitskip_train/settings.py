@@ -139,6 +139,8 @@ class TrainConfig:
     the same for l = 0..L-1, unscaled (v2 Eq. 5). The last block is never skipped."""
     dropout_ramp: int = 0
     """Steps in which the probabilities grow from 0 to their values. 0: at once."""
+    dropout_until: int = 0
+    """Step from which no block is skipped any more. 0: blocks are skipped to the end."""
     # Routing gates and quantization loss (SPEC 10 rows 12 to 14)
     route_lambda: float = 0.0
     """Weight of the route loss, which draws the gates' mean exit layer to L / 2 (v2 Eq. 7 and 9;

@@ -53,4 +53,7 @@ def test_dropout_ramp_and_off() -> None:
     full = dropout_probabilities(train, 4)
     assert dropout_probabilities(train, 4, step=5) == pytest.approx([x / 2 for x in full])
     assert dropout_probabilities(train, 4, step=50) == full
+    ending = TrainConfig(dropout_max=0.7, dropout_form="v2", dropout_until=20)
+    assert dropout_probabilities(ending, 4, step=19) == full
+    assert dropout_probabilities(ending, 4, step=20) == [0.0] * 4
     assert dropout_probabilities(TrainConfig(), 4) == [0.0] * 4
