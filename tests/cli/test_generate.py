@@ -142,7 +142,7 @@ def script(
 
     read = read_folder(folder)
 
-    def load(*_: Any) -> Model:
+    def load(*_: Any, **__: Any) -> Model:
         made = Model(Engine(CONFIG, []), read)
         made.engine.script = [*made.tokenizer.encode(text), 0]
         return made

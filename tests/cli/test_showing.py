@@ -40,7 +40,7 @@ def script(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
                     raise KeyboardInterrupt
                 return super().step(*arguments)
 
-        def load(*_: Any) -> Model:
+        def load(*_: Any, **__: Any) -> Model:
             made = Model(Engine(CONFIG, [], [1, 2, 3, 4] * 50), read_folder(folder))
             made.engine.script = [*made.tokenizer.encode(text), 0]
             return made

@@ -96,7 +96,9 @@ def random_states(engine: Any, count: int, seed: int) -> tuple[int, float]:
 def test_10000_random_states() -> None:
     wrong, settled = random_states(shipped(), 10_000, 0)
     assert wrong == 0
-    assert settled < 0.36  # 0.357: what reaches the logit of the row with the largest bound
+    # 0.953: what reaches the logit of the row with the largest bound. Here these are rows of tokens
+    # that the teacher never named, the largest of all; with the first weights it was 0.357.
+    assert settled < 0.96
 
 
 def test_a_bound_that_is_too_small_is_seen() -> None:
