@@ -24,6 +24,7 @@ from bitskip_train.errors import DataError
 UNIT = 1 << 16  # a probability of 1 in the file
 MOST_IDS = 1 << 16  # of a vocabulary
 FORM = "bitskip soft targets"
+PARTS = ("text", "ids", "probabilities")  # of a file: digest of its text, then rows of halves
 
 
 class Soft(NamedTuple):
@@ -74,7 +75,7 @@ def write_soft_targets(
     shape = (len(tokens), 2 * count)
     write_tensors(
         path,
-        {"text": (np.uint8, (32,)), "ids": (np.uint8, shape), "probabilities": (np.uint8, shape)},
+        dict(zip(PARTS, [(np.uint8, (32,)), (np.uint8, shape), (np.uint8, shape)], strict=True)),
         _pieces(tokens, parts),
         FORM,
     )
@@ -86,11 +87,19 @@ def _pieces(tokens: np.ndarray, parts: Sequence[np.ndarray]) -> Iterator[np.ndar
         yield np.ascontiguousarray(part, "<u2").view(np.uint8)
 
 
+def holds_soft_targets(path: Path) -> bool:
+    """Whether a file is one that `write_soft_targets` made, of whatever text."""
+    try:
+        return read_tensors(path, 3).keys() == set(PARTS)
+    except FormatError:
+        return False
+
+
 def read_soft_targets(path: Path, tokens: np.ndarray, vocab_size: int) -> SoftTargets:
     """Map the soft targets of these tokens. Raises DataError unless the file has them."""
     try:
         found = read_tensors(path, 3)
-        digest, ids, probabilities = (found[n] for n in ("text", "ids", "probabilities"))
+        digest, ids, probabilities = (found[n] for n in PARTS)
     except FileNotFoundError:
         raise DataError(
             f"soft targets {path}: no such file; `bitskip soft-targets` makes it"

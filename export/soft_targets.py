@@ -20,8 +20,6 @@ from bitskip_ref.engine import Engine
 from bitskip_ref.files import lock
 from bitskip_ref.folder import CONFIG
 from bitskip_ref.heldout import windows
-from bitskip_ref.safetensors_file import read_tensors
-from bitskip_ref.tensors import FormatError
 
 
 class Part(NamedTuple):
@@ -61,16 +59,16 @@ def soft_targets(
     from bitskip_cpu.cli.loading import load_model
     from bitskip_ref.documents import END_OF_TEXT, read_text
     from bitskip_train.data import TextSource, load_split
-    from bitskip_train.soft_targets import MOST_IDS, text_digest, write_soft_targets
+    from bitskip_train.soft_targets import (
+        MOST_IDS,
+        holds_soft_targets,
+        text_digest,
+        write_soft_targets,
+    )
     from bitskip_train.tokenizer import parse_tokenizer
 
-    if out.is_file():
-        try:
-            known = read_tensors(out, 3).keys() == {"text", "ids", "probabilities"}
-        except FormatError:
-            known = False
-        if not known:
-            raise ConfigError(f"{out} holds something else than soft targets: choose another --out")
+    if out.is_file() and not holds_soft_targets(out):
+        raise ConfigError(f"{out} holds something else than soft targets: choose another --out")
     loaded = load_model(model, threads)
     folder, config = loaded.folder, loaded.config
     if config.vocab_size > MOST_IDS:
