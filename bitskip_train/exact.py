@@ -174,7 +174,9 @@ def int8_attention(
     step = step * (1.0 / math.sqrt(dim))
     # Queries [B, K, G, T, E]; keys and values [B, K, 1, S, E], steps [B, K, 1, 1, S].
     codes, step = (x.unflatten(2, (groups, share)).permute(0, 2, 3, 1, 4) for x in (codes, step))
-    keys, values = (x.transpose(1, 2)[:, :, None] for x in (keys, values.double()))
+    # What is no finite number shows in its step; its codes, times 0, would reach earlier positions.
+    values = values.double().nan_to_num(0.0)
+    keys, values = (x.transpose(1, 2)[:, :, None] for x in (keys, values))
     key_steps, value_steps = (x.permute(0, 2, 3, 1)[:, :, None] for x in (key_steps, value_steps))
     exact = torch.float32 if 127 * 127 * dim < 1 << 24 else torch.float64
     codes, keys = codes.to(exact), keys.to(exact).transpose(-1, -2)
@@ -188,7 +190,7 @@ def int8_attention(
         scores = products * (step[..., start:end, :] * key_steps[..., :seen])
         largest = scores.masked_fill(hidden, -math.inf).amax(-1, keepdim=True)
         e = exp(scores - largest).masked_fill(hidden, 0.0)  # [B, K, G, rows, seen]
-        w = e * value_steps[..., :seen]
+        w = (e * value_steps[..., :seen]).masked_fill(hidden, 0.0)
         top = w.amax(-1, keepdim=True)
         most = torch.full_like(top, LARGEST_WEIGHT)
         w = (w * (most / top)).round().double()
@@ -305,7 +307,10 @@ class ExactOps(FastOps):
             largest = scores.masked_fill(hidden, -math.inf).amax(-1, keepdim=True)
             e = exp(scores - largest).masked_fill(hidden, 0.0)  # [B, K, G, rows, length]
             e = e.movedim(-1, 0)[..., None].contiguous()  # [length, B, K, G, rows, 1]
-            out[..., start:end, :] = position_sum(e * seen_values[:length]) / position_sum(e)
+            products = e * seen_values[:length]
+            # 0 times a hidden value that is not finite is a NaN.
+            products = products.masked_fill(hidden.T[:, None, None, None, :, None], 0.0)
+            out[..., start:end, :] = position_sum(products) / position_sum(e)
         return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * dim)
 
     @staticmethod

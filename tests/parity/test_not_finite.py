@@ -11,6 +11,7 @@ import pytest
 from bitskip_cpu.engine import Engine
 from bitskip_cpu.heldout.scoring import exit_losses
 from bitskip_cpu.heldout.text import Text
+from bitskip_ref.config import ModelConfig
 from bitskip_ref.constants import KV_CACHES
 from bitskip_ref.decoding.draft import Draft
 from bitskip_ref.decoding.generate import stream
@@ -19,6 +20,7 @@ from bitskip_ref.decoding.speculate import Speculation
 from bitskip_ref.decoding.speculate import stream as speculate
 from bitskip_ref.exits import ConfidenceExit, FixedExit
 from bitskip_ref.model import ReferenceModel
+from bitskip_train.loaded import TorchEngine
 from tests.helpers import random_tensors, twin
 
 HUGE = np.float32(3e38)
@@ -86,6 +88,15 @@ def test_a_greedy_draft_is_unsure() -> None:
         assert list(speculate(engine, [1, 2], DRAFTS, Sampler(), 4)) == plain
 
 
+def all_engines(config: ModelConfig, tensors: dict[str, Any], kv_cache: str) -> tuple[Any, ...]:
+    """Reference, runtime and PyTorch."""
+    return (
+        ReferenceModel(config, tensors, kv_cache),
+        Engine(config, tensors, 1, kv_cache),
+        TorchEngine(config, tensors, kv_cache),
+    )
+
+
 def finite(z: np.ndarray) -> list[bytes | None]:
     """Rows of logits; None for one that chooses nothing (SPEC 9.5)."""
     return [row.tobytes() if np.isfinite(row.max()) else None for row in z]
@@ -98,13 +109,13 @@ def test_a_token_that_overflows_reaches_those_behind_it_alone(name: str, kv_cach
     config, tensors = twin(name), random_tensors(twin(name))
     tensors["embed_tokens.scale"][7] = 3e36
     found = []
-    for engine in (ReferenceModel(config, tensors, kv_cache), Engine(config, tensors, 1, kv_cache)):
+    for engine in all_engines(config, tensors, kv_cache):
         cache = engine.new_cache()
         rows = finite(engine.extend([3, 5, 7, 9], cache))
         assert [row is None for row in rows] == [False, False, True, True]
         cache.length = 1
         found.append([*rows, *finite(engine.step(4, cache, FixedExit())[0][None])])
-    assert found[0] == found[1] and found[0][-1] is not None
+    assert found[0] == found[1] == found[2] and found[0][-1] is not None
 
 
 @pytest.mark.parametrize("kv_cache", KV_CACHES)
@@ -116,6 +127,6 @@ def test_any_part_of_a_block_may_overflow(part: str, kv_cache: str) -> None:
         for at, values in tensors.items():
             if at.startswith("layers.1.") and part in at and values.dtype == np.float32:
                 values[:] = HUGE
-        engines = ReferenceModel(config, tensors, kv_cache), Engine(config, tensors, 1, kv_cache)
-        expected, got = (finite(engine.logits([3, 5, 7, 9])) for engine in engines)
-        assert expected == got
+        engines = all_engines(config, tensors, kv_cache)
+        expected, *got = (finite(engine.logits([3, 5, 7, 9])) for engine in engines)
+        assert [expected] * 2 == got
