@@ -6,7 +6,8 @@ measuring and those held back for the gates, and from a published model, SmolLM2
 
 - the teacher: that model with a vocabulary of 4,096 tokens, tuned on one sixth of the stories;
 - its soft targets for each token of all of them;
-- the student, preset `stories-24`: `TRUNK` from the text alone, then `TAUGHT` from them;
+- the student, preset `stories-24`: `TRUNK` from the text alone, then `TAUGHT` from them, then
+  `AGAIN`, a second training that begins with the weights that the first one's folder holds;
 - gates, then the folder OUT, which recommends a repetition penalty: without one greedy texts of so
   small a model loop.
 
@@ -17,6 +18,7 @@ before them takes another model folder in SmolLM2's place.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -29,6 +31,7 @@ from bitskip_experiments.subjects import smollm2_file
 from bitskip_ref.documents import END_OF_TEXT, read_documents
 from bitskip_ref.files import replace_file, replace_folder
 from bitskip_ref.folder import GENERATION, stored_sampling
+from bitskip_train.settings import TrainConfig
 
 TRAIN = ("tinystories_train.txt", "tinystories_more.txt", "tinystories_more_recased.txt")
 VALID = "tinystories_valid.txt"
@@ -68,7 +71,14 @@ TRUNK = ("steps=5291", "decay=0.0")
 TAUGHT = (
     "steps=12500", "decay=0.335", "exit_weights=uniform", "exit_lambda=4.5", "dropout_until=10000",
 )  # fmt: skip
-"""And from there to the end."""
+"""And from there to the end of the first training."""
+AGAIN = (
+    "context=512", "batch=4", "steps=13000", "lr=3e-3", "min_lr=1e-5", "warmup=100", "schedule=wsd",
+    "decay=0.8", "weight_decay=0.03", "seed=2", "exit_lambda=9", "exit_layers=6,12,18",
+    "exit_detach=true", "eval_every=500", "eval_tokens=50000", "eval_exits=6,12,18",
+    "save_every=100", "dtype=bfloat16", "threads=1", "compile=true",
+)  # fmt: skip
+"""The second training, without layer dropout."""
 
 
 def commands(
@@ -79,8 +89,8 @@ def commands(
     source: the folder of the published model, or the file that it is imported from.
     """
     texts, held_back = split(data, work)
-    trunk, run, gated, teacher, soft = (
-        work / n for n in ("trunk", "run", "gated.pt", "teacher", "soft")
+    trunk, run, first, again, gated, teacher, soft = (
+        work / n for n in ("trunk", "run", "first", "again", "gated.pt", "teacher", "soft")
     )
     tokens = ["--token-cache", str(work / "tokens")]
     words = [word for text in texts for word in ("--data", str(text))]
@@ -89,20 +99,28 @@ def commands(
         yield from _teacher(source, work, [*words, *valid], tokens)
     if not soft.exists():
         yield ["soft-targets", str(teacher), *words, "-o", str(soft), *tokens]
-    if not gated.exists():
+    own = f"tokenizer={teacher / 'tokenizer.json'}"
+    if not first.exists():
         taught = sets(*TAUGHT, f"soft_targets={soft}")
         if not (run / "last.pt").exists():
-            own = sets(f"tokenizer={teacher / 'tokenizer.json'}", *TRUNK)
             if (trunk / "last.pt").exists():  # a run that was at its end ends at once
                 yield ["train", "--resume", "--out", str(trunk), *tokens]
             else:
                 given = ["--preset", "stories-24", *words, *valid, *tokens]
-                yield ["train", *given, "--out", str(trunk), *own, *settings]
+                yield ["train", *given, "--out", str(trunk), *sets(own, *TRUNK), *settings]
             with replace_folder(run, ("*",)) as made:
                 shutil.copytree(trunk, made, dirs_exist_ok=True)
         yield ["train", "--resume", "--out", str(run), *tokens, *taught, *settings]
+        yield ["export", str(run / "last.pt"), "-o", str(first), "--head", "int6"]
+    if not gated.exists():
+        if (again / "last.pt").exists():
+            yield ["train", "--resume", "--out", str(again), *tokens]
+        else:
+            more = sets(own, *AGAIN, f"soft_targets={soft}")
+            given = ["--from", str(first), *words, *valid, *tokens]
+            yield ["train", *given, "--out", str(again), *more, *_of_training(settings)]
         yield [
-            "fit-gates", str(run / "last.pt"), "-o", str(gated), "--data", str(held_back),
+            "fit-gates", str(again / "last.pt"), "-o", str(gated), "--data", str(held_back),
             "--scale", "0.5", *tokens,
         ]  # fmt: skip
     if not out.exists():
@@ -127,6 +145,12 @@ def _teacher(source: Path, work: Path, texts: list[str], tokens: list[str]) -> I
             yield ["train", *given, "--out", str(run), *sets(*TUNING)]
         yield ["export", str(run / "last.pt"), "--to", "hf", "-o", str(whole)]
     yield ["import", str(whole), "-o", str(work / "teacher")]  # int8 rows, several times faster
+
+
+def _of_training(words: tuple[str, ...]) -> list[str]:
+    """Of --set NAME=VALUE ..., those that a model may be trained on with: none of its shape."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    return sets(*(word for word in words[1::2] if word.partition("=")[0] in names))
 
 
 def sets(*values: str) -> list[str]:

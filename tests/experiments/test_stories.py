@@ -55,8 +55,9 @@ def test_what_is_done_is_not_done_again(data: Path, tmp_path: Path) -> None:
     smol, run = f"import {tmp_path / 'smol.gguf'}", work / "teacher-run"
     tune, teach = "train --from", f"soft-targets {work / 'teacher'}"
     whole, given = f"export {run / 'last.pt'}", f"import {work / 'teacher-hf'}"
-    gates, export = f"fit-gates {work / 'run/last.pt'}", f"export {work / 'gated.pt'}"
-    student = ["train --preset", "train --resume", gates, export]
+    packed, gates = f"export {work / 'run/last.pt'}", f"fit-gates {work / 'again/last.pt'}"
+    end = ["train --from", gates, f"export {work / 'gated.pt'}"]
+    student = ["train --preset", "train --resume", packed, *end]
     assert verbs() == [smol, tune, whole, given, teach, *student]
     assert verbs(tmp_path) == [tune, whole, given, teach, *student]
     (work / "published").mkdir()
@@ -71,11 +72,16 @@ def test_what_is_done_is_not_done_again(data: Path, tmp_path: Path) -> None:
     (work / "soft").touch()
     assert verbs() == student
     (work / "trunk/last.pt").write_text("trunk")
-    assert verbs() == ["train --resume", "train --resume", gates, export]
+    assert verbs() == ["train --resume", "train --resume", packed, *end]
     assert (work / "run/last.pt").read_text() == "trunk"
-    assert verbs() == ["train --resume", gates, export]
+    assert verbs() == ["train --resume", packed, *end]
+    (work / "first").mkdir()
+    assert verbs() == end
+    (work / "again").mkdir()
+    (work / "again/last.pt").touch()
+    assert verbs() == ["train --resume", *end[1:]]
     (work / "gated.pt").touch()
-    assert verbs() == [export]
+    assert verbs() == end[2:]
     out.mkdir()
     assert verbs() == []
 
@@ -94,6 +100,7 @@ def test_the_recipe_makes_a_model(
     monkeypatch.setattr(stories, "TUNING", (*stories.TUNING, "steps=3", "compile=false"))
     monkeypatch.setattr(stories, "TRUNK", ("steps=2", "decay=0.0"))
     monkeypatch.setattr(stories, "TAUGHT", ("steps=4", *stories.TAUGHT[1:]))
+    monkeypatch.setattr(stories, "AGAIN", (*stories.AGAIN, "steps=3"))
     config = small_config("llama3", max_position_embeddings=512, vocab_size=4096)
     teacher = random_folder(tmp_path / "smol", config)
     own = make_tokenizer("bpe:4096", [(data / "tinystories" / stories.VALID).read_text()])
@@ -106,6 +113,9 @@ def test_the_recipe_makes_a_model(
     student = load_checkpoint(tmp_path / "work/run/last.pt")
     assert student.step == 4 and student.train["soft_targets"] == str(tmp_path / "work/soft")
     assert student.train["exit_weights"] == "uniform"
+    student = load_checkpoint(tmp_path / "work/again/last.pt")
+    assert student.step == 3 and student.train["soft_targets"] == str(tmp_path / "work/soft")
+    assert student.train["dropout_max"] == 0
 
 
 def test_what_a_loop_is() -> None:
