@@ -73,10 +73,10 @@ TAUGHT = (
 )  # fmt: skip
 """And from there to the end of the first training."""
 AGAIN = (
-    "context=512", "batch=4", "steps=13000", "lr=3e-3", "min_lr=1e-5", "warmup=100", "schedule=wsd",
-    "decay=0.8", "weight_decay=0.03", "seed=2", "exit_lambda=9", "exit_layers=6,12,18",
-    "exit_detach=true", "eval_every=500", "eval_tokens=50000", "eval_exits=6,12,18",
-    "save_every=100", "dtype=bfloat16", "threads=1", "compile=true",
+    "context=512", "batch=4", "steps=10000", "lr=3e-3", "min_lr=1e-5", "warmup=100", "schedule=wsd",
+    "decay=0.9", "weight_decay=0.03", "seed=2", "exit_lambda=15", "exit_weights=uniform",
+    "exit_layers=6,12,18", "exit_detach=true", "eval_every=500", "eval_tokens=50000",
+    "eval_exits=6,12,18", "save_every=100", "dtype=bfloat16", "threads=1", "compile=true",
 )  # fmt: skip
 """The second training, without layer dropout."""
 
