@@ -88,7 +88,7 @@ class Trainer:
         self.thread_times: dict[int, float] = {}
         if not train.threads:
             self._choose_threads()
-        self.fingerprint = fingerprint(train, data, valid, world)
+        self.fingerprint = fingerprint(train, data, valid, world, self.soft)
         self.stopped_by: int | None = None
         self.step = self.position = 0
         self.best_loss: float | None = None
@@ -306,15 +306,22 @@ class Trainer:
         save_checkpoint(self.out / name, checkpoint)
 
 
+DIGESTS = ("data", "soft targets")  # of a fingerprint: what they differ in says nothing to people
+
+
 def fingerprint(
-    train: TrainConfig, data: Split, valid: Split | None, world: World
+    train: TrainConfig, data: Split, valid: Split | None, world: World, soft: SoftTargets | None
 ) -> dict[str, Any]:
-    """What must not change within a run, or it is another one: name -> value. And YARDSTICK."""
+    """What must not change within a run, or it is another one: name -> value. And YARDSTICK.
+
+    A teacher may come or go, as one is a setting; it may not become another under the same name.
+    """
     yardstick = [train.context, train.targets]
     if valid is not None:
         yardstick.append(_digest(_judging(train, valid)))
     return {
         "data": _digest(data.tokens),
+        **({"soft targets": soft.digest()} if soft else {}),
         "seed": train.seed,
         "context": train.context,
         "windows a step": train.batch * train.accumulation * world.size,
@@ -335,7 +342,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise CheckpointError where a fingerprint differs from the checkpoint's, which may be of an
     earlier version and hold less."""
     changed = [
-        "other data" if name == "data" else f"{name}: {now[name]}, was {before[name]}"
+        f"other {name}" if name in DIGESTS else f"{name}: {now[name]}, was {before[name]}"
         for name in now
         if name in before and name != YARDSTICK and before[name] != now[name]
     ]

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from bitskip_ref.config import ConfigError
 from bitskip_train import losses
-from bitskip_train.errors import DataError
+from bitskip_train.checkpoint import Checkpoint, load_checkpoint
+from bitskip_train.errors import CheckpointError, DataError
 from bitskip_train.settings import check_settings
 from bitskip_train.soft_targets import (
     UNIT,
@@ -20,6 +21,7 @@ from bitskip_train.soft_targets import (
     read_soft_targets,
     write_soft_targets,
 )
+from bitskip_train.trainer import Trainer
 from tests.train.conftest import small_config, small_split, small_train, small_trainer
 
 
@@ -107,6 +109,28 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
         read_soft_targets(tmp_path / "nowhere", tokens, 97)
     with pytest.raises(DataError, match="not such a file"):
         read_soft_targets(tmp_path, tokens, 97)
+
+
+def test_a_teacher_may_come_or_go_but_not_become_another(tmp_path: Path) -> None:
+    tokens = small_split().tokens
+    path = tmp_path / "soft"
+    write_soft_targets(path, tokens, 4, made(len(tokens)))
+
+    def saved(soft: str, resume: Checkpoint | None = None, **how: bool) -> Checkpoint:
+        train, split = small_train(soft_targets=soft), small_split()
+        trainer = Trainer(small_config(), train, split, None, "{}", tmp_path, resume, **how)
+        trainer._save("last.pt")
+        return load_checkpoint(tmp_path / "last.pt")
+
+    taught = saved(str(path), saved(""))
+    saved("", taught)
+    saved(str(path), taught)
+    ids, units = made(len(tokens))
+    units[-1, 0] -= 1
+    write_soft_targets(path, tokens, 4, (ids, units))
+    with pytest.raises(CheckpointError, match=r"other soft targets.*--accept-changes"):
+        saved(str(path), taught)
+    saved(str(path), taught, accept_changes=True)
 
 
 def test_a_student_learns_what_the_teacher_says_and_not_the_text(tmp_path: Path) -> None:
