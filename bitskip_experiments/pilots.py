@@ -84,7 +84,8 @@ def page(folder: Path) -> str:
             lines.append(f"| {text} | {' | '.join(cells)} | {low:+.3f} to {high:+.3f} | {p:.2g} |")
     lines += _recipe(json.loads((folder / "recipe.json").read_text("utf-8")))
     lines += _teacher(json.loads((folder / "teacher.json").read_text("utf-8")))
-    lines += _recipe(json.loads((folder / "student.json").read_text("utf-8")))
+    for name in ("student", "again"):
+        lines += _recipe(json.loads((folder / f"{name}.json").read_text("utf-8")))
     lines += [
         "", "- Loss in nats a token, ± the standard error over seeds; differences at equal seed. "
         "p: two-sided t test of the difference at exit 24 against 0, Holm over the rows of its "

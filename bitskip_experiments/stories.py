@@ -73,7 +73,7 @@ TAUGHT = (
 )  # fmt: skip
 """And from there to the end of the first training."""
 AGAIN = (
-    "context=512", "batch=4", "steps=10000", "lr=3e-3", "min_lr=1e-5", "warmup=100", "schedule=wsd",
+    "context=512", "batch=4", "steps=11000", "lr=3e-3", "min_lr=1e-5", "warmup=100", "schedule=wsd",
     "decay=0.9", "weight_decay=0.03", "seed=2", "exit_lambda=15", "exit_weights=uniform",
     "exit_layers=6,12,18", "exit_detach=true", "eval_every=500", "eval_tokens=50000",
     "eval_exits=6,12,18", "save_every=100", "dtype=bfloat16", "threads=1", "compile=true",
@@ -111,7 +111,7 @@ def commands(
             with replace_folder(run, ("*",)) as made:
                 shutil.copytree(trunk, made, dirs_exist_ok=True)
         yield ["train", "--resume", "--out", str(run), *tokens, *taught, *settings]
-        yield ["export", str(run / "last.pt"), "-o", str(first), "--head", "int6"]
+        yield ["export", str(run / "last.pt"), "-o", str(first), "--head", "int8"]
     if not gated.exists():
         if (again / "last.pt").exists():
             yield ["train", "--resume", "--out", str(again), *tokens]
@@ -125,7 +125,7 @@ def commands(
         ]  # fmt: skip
     if not out.exists():
         yield [
-            "export", str(gated), "-o", str(out), "--by-frequency", str(texts[0]), "--head", "int6",
+            "export", str(gated), "-o", str(out), "--by-frequency", str(texts[0]), "--head", "int8",
         ]  # fmt: skip
 
 

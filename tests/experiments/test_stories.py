@@ -109,7 +109,7 @@ def test_the_recipe_makes_a_model(
     stories.main(*places, "--teacher", str(teacher), *stories.sets(*TINY))
     folder = read_folder(tmp_path / "out")
     assert folder.config.gates and folder.config.num_hidden_layers == 3
-    assert folder.config.head_format == "int6" and folder.sampling == stories.SAMPLING
+    assert folder.config.head_format == "int8" and folder.sampling == stories.SAMPLING
     student = load_checkpoint(tmp_path / "work/run/last.pt")
     assert student.step == 4 and student.train["soft_targets"] == str(tmp_path / "work/soft")
     assert student.train["exit_weights"] == "uniform"
