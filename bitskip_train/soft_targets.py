@@ -52,14 +52,6 @@ class SoftTargets:
             torch.from_numpy(self.probabilities[at].astype(np.float32) * (share / UNIT)),
         )
 
-    def digest(self) -> str:
-        """SHA-256 of all rows, in hexadecimal."""
-        found = hashlib.sha256()
-        for part in (self.ids, self.probabilities):
-            for first in range(0, len(part), 1 << 16):
-                found.update(np.ascontiguousarray(part[first : first + (1 << 16)], "<u2").data)
-        return found.hexdigest()
-
 
 def likeliest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The ids with the largest of some logits, f32 [T, V], and their probabilities, both uint16

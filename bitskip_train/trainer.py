@@ -321,7 +321,7 @@ def fingerprint(
         yardstick.append(_digest(_judging(train, valid)))
     return {
         "data": _digest(data.tokens),
-        **({"soft targets": soft.digest()} if soft else {}),
+        **({"soft targets": [_digest(soft.ids), _digest(soft.probabilities)]} if soft else {}),
         "seed": train.seed,
         "context": train.context,
         "windows a step": train.batch * train.accumulation * world.size,
