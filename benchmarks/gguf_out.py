@@ -48,7 +48,9 @@ def texts(
     """For each prompt, whether the first tokens of both greedy texts are the same."""
     same = []
     for prompt in prompts:
-        ours = model.generate(prompt, max_tokens=TOKENS, exit_layer=exit_layer, temperature=0)
+        ours = model.generate(
+            prompt, max_tokens=TOKENS, exit_layer=exit_layer, temperature=0, repetition_penalty=1.0
+        )
         theirs = run(
             tools / "llama-completion", "-m", gguf, "-p", prompt, "-n", TOKENS + MORE, "--temp", 0,
             "-no-cnv", "--no-warmup", "--no-display-prompt", "-t", 1,
