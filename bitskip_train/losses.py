@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ def exit_weights(train: TrainConfig, layers: int) -> dict[int, float]:
     """Exit n (executed blocks) -> weight in the early-exit loss; the weights sum to 1.
 
     v1 Eq. 6: exits 1..L-1, `linear`, n + 1. v2 Eq. 4: exits 1..L (its l + 1), `inverse`, 1 / n.
-    `triangular` n (n + 1) / 2 follows LayerSkip. Raises ConfigError for exits outside 1..L.
+    `triangular` n (n + 1) / 2 follows LayerSkip; `exit_shares` takes the place of all of them.
+    Raises ConfigError for exits outside 1..L.
     """
     last = train.exit_last if train.exit_last > 0 else layers + train.exit_last
     exits = train.exit_layers or tuple(range(train.exit_first, last + 1))
@@ -30,14 +31,14 @@ def exit_weights(train: TrainConfig, layers: int) -> dict[int, float]:
             f"exits {list(exits) or f'{train.exit_first}..{last}'}: must be within 1..{layers}; "
             "set exit_first and exit_last, or exit_layers"
         )
-    raw = {
+    weigh: Callable[[int], float] = {
         "linear": lambda n: n + 1.0,
         "inverse": lambda n: 1.0 / n,
         "triangular": lambda n: n * (n + 1) / 2,
         "uniform": lambda n: 1.0,
     }[train.exit_weights]
-    total = sum(raw(n) for n in exits)
-    return {n: raw(n) / total for n in sorted(exits)}
+    raw = dict(zip(exits, train.exit_shares or map(weigh, exits), strict=True))
+    return {n: raw[n] / sum(raw.values()) for n in sorted(exits)}
 
 
 def exit_subset(weights: dict[int, float], count: int, step: int) -> dict[int, float]:

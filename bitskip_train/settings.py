@@ -116,6 +116,8 @@ class TrainConfig:
     """Last exit that is trained; 0 or less counts from the last layer L (v1: -1, v2: 0)."""
     exit_layers: tuple[int, ...] = ()
     """These exits in place of `exit_first` to `exit_last`."""
+    exit_shares: tuple[int, ...] = ()
+    """Weights of `exit_layers`, one for each, in place of `exit_weights`; scaled to sum 1."""
     exit_subset: int = 0
     """Exits used in one step, in rotation, as every exit costs a head. 0: all in every step."""
     exit_targets: str = "next"
@@ -219,6 +221,12 @@ class TrainConfig:
             layers = getattr(self, name)
             if any(n < 1 for n in layers) or len(set(layers)) != len(layers):
                 raise ConfigError(f"{name} = {layers}: must be different layers from 1")
+        shares = self.exit_shares
+        if shares and (len(shares) != len(self.exit_layers) or min(shares) < 1):
+            raise ConfigError(
+                f"exit_shares = {shares}: must be whole numbers from 1, one for each of "
+                f"exit_layers, which are {self.exit_layers or 'none'}"
+            )
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A checked copy with some fields changed."""

@@ -26,6 +26,8 @@ def test_exit_weights_of_v2() -> None:
 def test_other_exit_weights_and_choices() -> None:
     uniform = TrainConfig(exit_weights="uniform", exit_layers=(4, 2))
     assert losses.exit_weights(uniform, 4) == {2: 0.5, 4: 0.5}
+    shares = TrainConfig(exit_layers=(4, 2), exit_shares=(1, 3))
+    assert losses.exit_weights(shares, 4) == {2: 0.75, 4: 0.25}
     triangular = TrainConfig(exit_weights="triangular", exit_first=2, exit_last=3)
     assert losses.exit_weights(triangular, 4) == pytest.approx({2: 3 / 9, 3: 6 / 9})
 
