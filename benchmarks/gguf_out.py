@@ -59,7 +59,7 @@ def texts(
         if same[-1]:
             continue
         ids, decode = ours.token_ids, model.tokenizer.decode
-        shared = max(n for n in range(len(ids) + 1) if decode(ids[:n]).strip() in theirs)
+        shared = max(n for n in range(len(ids) + 1) if decode(ids[:n]).lstrip() in theirs)
         z = np.sort(model.logits([*model.prompt_ids(prompt), *ids[:shared]], exit_layer)[-1])
         print(f"{prompt!r}: other from token {shared + 1} on, our lead there {z[-1] - z[-2]:.3f}")
     return same
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="held-out text")
     parser.add_argument("--exit-layer", type=int, help="default: all blocks")
     parser.add_argument("--characters", type=int, default=60_000, help="for the perplexity")
-    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--prompts", type=int, default=100)
     given = parser.parse_args()
     from bitskip_export.foreign.gguf_write import write_gguf
 

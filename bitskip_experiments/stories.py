@@ -7,9 +7,10 @@ measuring and those held back for the gates, and from a published model, SmolLM2
 - the teacher: that model with a vocabulary of 4,096 tokens, tuned on one sixth of the stories;
 - its soft targets for each token of all of them;
 - the student, preset `stories-24`: `TRUNK` from the text alone, then `TAUGHT` from them, then
-  `AGAIN`, a second training that begins with the weights that the first one's folder holds;
-- gates, then the folder OUT, which recommends a repetition penalty: without one greedy texts of so
-  small a model loop.
+  `AGAIN`, a second training that begins with the weights that the first one's folder holds, then
+  `AT_TWELVE`;
+- gates, then the folder OUT, with a smoothed head. It recommends a repetition penalty: without one
+  greedy texts of so small a model loop.
 
 Stopped or killed, the same command goes on from WORK; what is done is not done again. Further words
 are settings of the student's trainings, `--set NAME=VALUE`, for smaller trials; `--teacher FOLDER`
@@ -79,6 +80,17 @@ AGAIN = (
     "eval_exits=6,12,18", "save_every=100", "dtype=bfloat16", "threads=1", "compile=true",
 )  # fmt: skip
 """The second training, without layer dropout."""
+AT_TWELVE = (
+    (
+        "steps=15000", "decay=0.2667", "lr=2e-3", "min_lr=6.73e-4", "exit_shares=1,5,2",
+        "exit_lambda=16",
+    ),
+    (
+        "steps=17000", "decay=0.1177", "lr=6.73e-4", "min_lr=1e-5", "exit_shares=1,10,2",
+        "exit_lambda=26",
+    ),
+)  # fmt: skip
+"""And on from there, with more and more weight on exit 12; the rate falls along one line."""
 
 
 def commands(
@@ -89,9 +101,7 @@ def commands(
     source: the folder of the published model, or the file that it is imported from.
     """
     texts, held_back = split(data, work)
-    trunk, run, first, again, gated, teacher, soft = (
-        work / n for n in ("trunk", "run", "first", "again", "gated.pt", "teacher", "soft")
-    )
+    first, gated, teacher, soft = (work / n for n in ("first", "gated.pt", "teacher", "soft"))
     tokens = ["--token-cache", str(work / "tokens")]
     words = [word for text in texts for word in ("--data", str(text))]
     valid = ["--valid", str(data / "tinystories" / VALID)]
@@ -100,32 +110,26 @@ def commands(
     if not soft.exists():
         yield ["soft-targets", str(teacher), *words, "-o", str(soft), *tokens]
     own = f"tokenizer={teacher / 'tokenizer.json'}"
+    taught = f"soft_targets={soft}"
     if not first.exists():
-        taught = sets(*TAUGHT, f"soft_targets={soft}")
-        if not (run / "last.pt").exists():
-            if (trunk / "last.pt").exists():  # a run that was at its end ends at once
-                yield ["train", "--resume", "--out", str(trunk), *tokens]
-            else:
-                given = ["--preset", "stories-24", *words, *valid, *tokens]
-                yield ["train", *given, "--out", str(trunk), *sets(own, *TRUNK), *settings]
-            with replace_folder(run, ("*",)) as made:
-                shutil.copytree(trunk, made, dirs_exist_ok=True)
-        yield ["train", "--resume", "--out", str(run), *tokens, *taught, *settings]
-        yield ["export", str(run / "last.pt"), "-o", str(first), "--head", "int8"]
+        given = ["--preset", "stories-24", *words, *valid, *sets(own, *TRUNK), *settings]
+        parts = [[*sets(*TAUGHT, taught), *settings]]
+        yield from _training([work / "trunk", work / "run"], given, parts, tokens)
+        yield ["export", str(work / "run/last.pt"), "-o", str(first), "--head", "int8"]
     if not gated.exists():
-        if (again / "last.pt").exists():
-            yield ["train", "--resume", "--out", str(again), *tokens]
-        else:
-            more = sets(own, *AGAIN, f"soft_targets={soft}")
-            given = ["--from", str(first), *words, *valid, *tokens]
-            yield ["train", *given, "--out", str(again), *more, *_of_training(settings)]
+        own_settings = _of_training(settings)
+        given = ["--from", str(first), *words, *valid, *sets(own, *AGAIN, taught), *own_settings]
+        parts = [[*sets(*part), *own_settings] for part in AT_TWELVE]
+        again = [work / name for name in ("again", "again-2", "again-3")]
+        yield from _training(again, given, parts, tokens)
         yield [
-            "fit-gates", str(again / "last.pt"), "-o", str(gated), "--data", str(held_back),
+            "fit-gates", str(again[-1] / "last.pt"), "-o", str(gated), "--data", str(held_back),
             "--scale", "0.5", *tokens,
         ]  # fmt: skip
     if not out.exists():
         yield [
             "export", str(gated), "-o", str(out), "--by-frequency", str(texts[0]), "--head", "int8",
+            "--smooth-head", str(texts[0]),
         ]  # fmt: skip
 
 
@@ -145,6 +149,25 @@ def _teacher(source: Path, work: Path, texts: list[str], tokens: list[str]) -> I
             yield ["train", *given, "--out", str(run), *sets(*TUNING)]
         yield ["export", str(run / "last.pt"), "--to", "hf", "-o", str(whole)]
     yield ["import", str(whole), "-o", str(work / "teacher")]  # int8 rows, several times faster
+
+
+def _training(
+    places: list[Path], given: list[str], parts: list[list[str]], tokens: list[str]
+) -> Iterator[list[str]]:
+    """A training in parts, each in a folder of its own that begins as a copy of the one before.
+
+    given: words of the first part; parts: of each further one, what it changes.
+    """
+    begun = [k for k, place in enumerate(places) if (place / "last.pt").exists()]
+    for k in range(begun[-1] if begun else 0, len(places)):
+        out = ["--out", str(places[k]), *tokens]
+        if k:
+            if k not in begun:
+                with replace_folder(places[k], ("*",)) as made:
+                    shutil.copytree(places[k - 1], made, dirs_exist_ok=True)
+            yield ["train", "--resume", *out, *parts[k - 1]]
+        else:  # a run that is at its end ends at once
+            yield ["train", *(["--resume"] if begun else given), *out]
 
 
 def _of_training(words: tuple[str, ...]) -> list[str]:

@@ -74,6 +74,11 @@ TARGETS = {  # --to -> what is put behind the model's name where no --out is giv
     help="Number a checkpoint's tokens by how common they are in a text: for `--draft-vocab`.",
 )  # fmt: skip
 @click.option(
+    "--smooth-head", type=FILE, metavar="TEXT",
+    help="Even out what a checkpoint's head of whole numbers reads, as measured on a text: "
+    "rounding then changes fewer tokens.",
+)  # fmt: skip
+@click.option(
     "--packages", type=FOLDER,
     help="Folder with the two archives of npm that a site holds. Default: npm brings them.",
 )  # fmt: skip
@@ -81,7 +86,7 @@ TARGETS = {  # --to -> what is put behind the model's name where no --out is giv
 def export(
     model: str, to: str | None, out: Path | None, exits: list[int] | None, kv_cache: str | None,
     head: str | None, ternary: bool, default_exit: int | None, by_frequency: Path | None,
-    packages: Path | None, force: bool,
+    smooth_head: Path | None, packages: Path | None, force: bool,
 ) -> None:  # fmt: skip
     """Write MODEL, a checkpoint or a model folder, for bitskip or for another program.
 
@@ -99,6 +104,7 @@ def export(
         ("--ternary", ternary, checkpoint, "is for checkpoints"),
         ("--default-exit", default_exit, checkpoint, "is for checkpoints"),
         ("--by-frequency", by_frequency, checkpoint, "is for checkpoints"),
+        ("--smooth-head", smooth_head, checkpoint, "is for checkpoints"),
         ("--to folder", to == "folder", checkpoint, f"is for checkpoints: {model} is a folder"),
         ("--exit-layer", exits, to != "folder", f"is for --to {' or '.join(OTHERS)}"),
         (
@@ -129,7 +135,8 @@ def export(
 
             path = export_checkpoint(
                 path, out if to == "folder" else Path(scratch) / "model", head_format=head,
-                ternary=ternary, exit_layer=default_exit, by_frequency=by_frequency, force=force,
+                ternary=ternary, exit_layer=default_exit, by_frequency=by_frequency,
+                smooth_head=smooth_head, force=force,
             )  # fmt: skip
         if to == "folder":
             from bitskip_export.report import summary

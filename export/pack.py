@@ -21,6 +21,8 @@ from bitskip_ref.packing import pack_ternary
 from bitskip_ref.tensors import FormatError, expected_tensors, parameter_shapes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bitskip_train.checkpoint import Checkpoint
 
 DRAFTS = 4  # one in so many ids: the commonest quarter covers nearly all of a text; measured
@@ -39,6 +41,7 @@ def export_checkpoint(
     ternary: bool = False,
     exit_layer: int | None = None,
     by_frequency: Path | None = None,
+    smooth_head: Path | None = None,
     force: bool = False,
 ) -> Path:
     """Write the model folder of a training checkpoint, which is only read; returns its path.
@@ -46,8 +49,9 @@ def export_checkpoint(
     head_format: one of CHOICES instead of the configuration's. ternary: the
     linear weights are -a, 0 and a already; keep that. exit_layer: what the folder recommends.
     by_frequency: a text; tokens are numbered by how common they are in it (renumber.py), and the
-    folder recommends to draft among the first quarter. What a folder of a like model at `out` says
-    beside the weights (exits, ends of text, chat template) stays, unless given anew.
+    folder recommends to draft among the first quarter. smooth_head: a text, on which what heads
+    read is evened out (smooth.py). What a folder of a like model at `out` says beside the weights
+    (exits, ends of text, chat template) stays, unless given anew.
     force: write into a folder that holds something else. The end-of-text id is the tokenizer's.
     Raises ExportError, or bitskip_train's CheckpointError; nothing is written then.
     """
@@ -63,7 +67,10 @@ def export_checkpoint(
     config = loaded.config.replace(head_format=head_format or loaded.config.head_format)
     if exit_layer is not None and not 1 <= exit_layer <= config.num_hidden_layers:
         raise ExportError(f"exit layer {exit_layer}: must be in 1..{config.num_hidden_layers}")
-    state = {name: tensor.numpy() for name, tensor in loaded.state.items()}
+    weights = loaded.state
+    if smooth_head is not None:
+        weights = _smoothed(loaded, config, smooth_head)
+    state = {name: tensor.numpy() for name, tensor in weights.items()}
     if config.rotated_head != loaded.config.rotated_head:  # SPEC 5.4: there and back alike
         state |= {n: rotate_unpadded(w) for n, w in state.items() if n.endswith(VOCABULARY)}
     tokenizer_json, end, draft_vocab = loaded.tokenizer_json, None, None
@@ -99,6 +106,25 @@ def _trained_context(loaded: Checkpoint) -> int | None:
     context = loaded.train.get("context")
     fits = type(context) is int and 0 < context <= loaded.config.max_position_embeddings
     return context if fits else None
+
+
+def _smoothed(loaded: Checkpoint, config: ModelConfig, text: Path) -> dict[str, Tensor]:
+    """The checkpoint's parameters with heads that a text has smoothed (smooth.py)."""
+    from bitskip_export.smooth import TOKENS, check_smooth, smooth
+    from bitskip_train.tokenizer import parse_tokenizer
+
+    check_smooth(config)
+    if loaded.tokenizer_json is None:
+        raise ExportError(f"{text}: needs a tokenizer, and the checkpoint has none")
+    tokenizer = parse_tokenizer(loaded.tokenizer_json, f"{text}: the checkpoint's tokenizer")
+    tokens: list[int] = []
+    for document in read_documents(text):
+        if len(tokens) >= TOKENS:
+            break
+        tokens += tokenizer.encode(document)
+    exits = _trained_exits(loaded) or [config.num_hidden_layers]
+    context = _trained_context(loaded) or config.max_position_embeddings
+    return smooth(config, loaded.state, np.array(tokens, np.int64), context, exits)
 
 
 def _trained_exits(loaded: Checkpoint) -> list[int] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,8 @@ from bitskip_experiments.errors import ExperimentError
 from bitskip_ref.documents import END_OF_TEXT, read_documents
 from bitskip_ref.folder import read_folder
 from bitskip_train.checkpoint import load_checkpoint
+from bitskip_train.schedule import learning_rate
+from bitskip_train.settings import TrainConfig
 from bitskip_train.tokenizer import make_tokenizer
 from tests.helpers import random_folder
 from tests.train.conftest import small_config
@@ -47,7 +51,8 @@ def test_stories_are_held_back_from_training(data: Path, tmp_path: Path) -> None
 
 def test_what_is_done_is_not_done_again(data: Path, tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "out"
-    (work / "trunk").mkdir(parents=True)
+    for name in ("trunk", "again"):  # whose trainings are not run here
+        (work / name).mkdir(parents=True)
 
     def verbs(source: Path = tmp_path / "smol.gguf") -> list[str]:
         return [" ".join(words[:2]) for words in stories.commands(data, work, out, source)]
@@ -55,8 +60,8 @@ def test_what_is_done_is_not_done_again(data: Path, tmp_path: Path) -> None:
     smol, run = f"import {tmp_path / 'smol.gguf'}", work / "teacher-run"
     tune, teach = "train --from", f"soft-targets {work / 'teacher'}"
     whole, given = f"export {run / 'last.pt'}", f"import {work / 'teacher-hf'}"
-    packed, gates = f"export {work / 'run/last.pt'}", f"fit-gates {work / 'again/last.pt'}"
-    end = ["train --from", gates, f"export {work / 'gated.pt'}"]
+    packed, gates = f"export {work / 'run/last.pt'}", f"fit-gates {work / 'again-3/last.pt'}"
+    end = ["train --from", "train --resume", "train --resume", gates, f"export {work / 'gated.pt'}"]
     student = ["train --preset", "train --resume", packed, *end]
     assert verbs() == [smol, tune, whole, given, teach, *student]
     assert verbs(tmp_path) == [tune, whole, given, teach, *student]
@@ -76,12 +81,12 @@ def test_what_is_done_is_not_done_again(data: Path, tmp_path: Path) -> None:
     assert (work / "run/last.pt").read_text() == "trunk"
     assert verbs() == ["train --resume", packed, *end]
     (work / "first").mkdir()
-    assert verbs() == end
-    (work / "again").mkdir()
-    (work / "again/last.pt").touch()
+    (work / "again/last.pt").write_text("again")
     assert verbs() == ["train --resume", *end[1:]]
-    (work / "gated.pt").touch()
+    assert (work / "again-3/last.pt").read_text() == "again"
     assert verbs() == end[2:]
+    (work / "gated.pt").touch()
+    assert verbs() == end[4:]
     out.mkdir()
     assert verbs() == []
 
@@ -101,6 +106,10 @@ def test_the_recipe_makes_a_model(
     monkeypatch.setattr(stories, "TRUNK", ("steps=2", "decay=0.0"))
     monkeypatch.setattr(stories, "TAUGHT", ("steps=4", *stories.TAUGHT[1:]))
     monkeypatch.setattr(stories, "AGAIN", (*stories.AGAIN, "steps=3"))
+    further = [
+        (*part, f"steps={4 + k}", "exit_shares=1,2") for k, part in enumerate(stories.AT_TWELVE)
+    ]
+    monkeypatch.setattr(stories, "AT_TWELVE", further)
     config = small_config("llama3", max_position_embeddings=512, vocab_size=4096)
     teacher = random_folder(tmp_path / "smol", config)
     own = make_tokenizer("bpe:4096", [(data / "tinystories" / stories.VALID).read_text()])
@@ -113,9 +122,27 @@ def test_the_recipe_makes_a_model(
     student = load_checkpoint(tmp_path / "work/run/last.pt")
     assert student.step == 4 and student.train["soft_targets"] == str(tmp_path / "work/soft")
     assert student.train["exit_weights"] == "uniform"
-    student = load_checkpoint(tmp_path / "work/again/last.pt")
-    assert student.step == 3 and student.train["soft_targets"] == str(tmp_path / "work/soft")
+    student = load_checkpoint(tmp_path / "work/again-3/last.pt")
+    assert student.train["exit_shares"] == [1, 2]
+    assert student.step == 5 and student.train["soft_targets"] == str(tmp_path / "work/soft")
     assert student.train["dropout_max"] == 0
+
+
+def test_the_last_parts_rates_lie_on_one_line() -> None:
+    whole = rates((*stories.AGAIN, "steps=17000", "decay=0.353", "lr=2e-3"))
+    first, second = (rates((*stories.AGAIN, *part)) for part in stories.AT_TWELVE)
+    for step in (11_000, 12_345, 14_999, 15_000, 16_999):
+        found = (first if step < 15_000 else second)(step)
+        assert found == pytest.approx(whole(step), rel=1e-3)
+
+
+def rates(settings: tuple[str, ...]) -> Callable[[int], float]:
+    """The rate at each step of a training with these settings."""
+    given = dict(word.split("=") for word in settings)
+    values: dict[str, Any] = {n: float(given[n]) for n in ("lr", "min_lr", "decay")}
+    values |= {n: int(given[n]) for n in ("steps", "warmup")}
+    train = TrainConfig(schedule=given["schedule"], **values)
+    return lambda step: learning_rate(train, step)
 
 
 def test_what_a_loop_is() -> None:
