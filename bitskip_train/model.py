@@ -166,7 +166,8 @@ class BitskipModel(nn.Module):
         ids int64 [B, T]; `exit_layer` 1..L counts executed blocks (None: L). keep bool [L, B]:
         where False, block l (from 0) is the identity for sample b; only kept samples are computed.
         `bypass` leaves weights, or weights and activations, unquantized (SPEC 10.20). `cache`
-        holds earlier positions and is advanced. peaks: to be filled (`layers.peak`). Raises ValueError for values out of range.
+        holds earlier positions and is advanced. peaks: to be filled (`layers.peak`). Raises
+        ValueError for values out of range.
         """
         config = self.config
         depth = config.num_hidden_layers if exit_layer is None else exit_layer
