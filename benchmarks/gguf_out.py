@@ -59,9 +59,11 @@ def texts(
         if same[-1]:
             continue
         ids, decode = ours.token_ids, model.tokenizer.decode
+        # The token after it differs, or this one: "the" is the beginning of their "their", too.
         shared = max(n for n in range(len(ids) + 1) if decode(ids[:n]).lstrip() in theirs)
-        z = np.sort(model.logits([*model.prompt_ids(prompt), *ids[:shared]], exit_layer)[-1])
-        print(f"{prompt!r}: other from token {shared + 1} on, our lead there {z[-1] - z[-2]:.3f}")
+        z = np.sort(model.logits([*model.prompt_ids(prompt), *ids[:shared]], exit_layer)[-2:])
+        lead = (z[:, -1] - z[:, -2]).min()
+        print(f"{prompt!r}: other from about token {shared + 1} on, our lead there {lead:.3f}")
     return same
 
 

@@ -49,7 +49,9 @@ class Objective:
         keep = self.keep(step, draws)
         peaks: list[Tensor] | None = [] if train.peak_lambda else None
         with self.autocast():
-            hidden = self.model(ids[:, :-1], keep=keep, collect=collect, peaks=peaks)
+            hidden = self.model(
+                ids[:, :-1], keep=keep, collect=collect, peaks=peaks, peak_blocks=train.peak_blocks
+            )
         leaves = {n: hidden[n].detach().requires_grad_() for n in sorted(collect)}
         terms = self._head_losses(
             leaves, ids, exits, train.exit_lambda * ramp(train.exit_ramp, step), soft

@@ -152,6 +152,8 @@ class TrainConfig:
     peak_lambda: float = 0.0
     """Weight of the peak loss: how far the largest value of a quantized input stands out, its
     square over the mean square. The less it does, the finer are the steps of the 8-bit codes."""
+    peak_blocks: int = 0
+    """Only the inputs of so many first blocks count in the peak loss. 0: of all."""
     quant_lambda: float = 0.0
     """Weight of the quantization loss, which draws weights to their ternary values (v2 Eq. 7 and 8;
     there 0.05). Needs `linear = "ternary"`. 0: none."""

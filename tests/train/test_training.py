@@ -23,7 +23,7 @@ from tests.train.conftest import small_config, small_split, small_train, small_t
 
 EVERYTHING: dict[str, Any] = {
     "exit_weights": "inverse", "exit_last": 0, "exit_distill": 0.5, "route_lambda": 0.2,
-    "quant_lambda": 0.05, "peak_lambda": 0.01,
+    "quant_lambda": 0.05, "peak_lambda": 0.01, "peak_blocks": 2,
 }  # fmt: skip
 
 
@@ -31,7 +31,10 @@ def plain_loss(run: Trainer, ids: torch.Tensor, keep: torch.Tensor | None) -> to
     """The loss of one pass written as one expression, for autograd to take apart."""
     model, train, depth = run.model, run.train, run.config.num_hidden_layers
     peaks: list[torch.Tensor] = []
-    hidden = model(ids[:, :-1], keep=keep, collect=range(1, depth + 1), peaks=peaks)
+    hidden = model(
+        ids[:, :-1], keep=keep, collect=range(1, depth + 1), peaks=peaks,
+        peak_blocks=train.peak_blocks,
+    )  # fmt: skip
     targets = ids[:, 1:].flatten()
 
     def mean_loss(n: int) -> torch.Tensor:
@@ -56,7 +59,8 @@ def plain_loss(run: Trainer, ids: torch.Tensor, keep: torch.Tensor | None) -> to
         mean_layer = losses.mean_exit_layer(gates, train.route_leftover)
         total = total + train.route_lambda * losses.route_loss(mean_layer, depth)
     if train.peak_lambda:
-        assert len(peaks) == 4 * (depth if keep is None else int(keep.any(1).sum()))
+        run_for = torch.ones(depth) if keep is None else keep.any(1)
+        assert len(peaks) == 4 * int(run_for[: train.peak_blocks or depth].sum())
         total = total + train.peak_lambda * sum(peaks) / len(peaks)
     return total
 
