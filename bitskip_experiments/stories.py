@@ -8,7 +8,7 @@ measuring and those held back for the gates, and from a published model, SmolLM2
 - its soft targets for each token of all of them;
 - the student, preset `stories-24`: `TRUNK` from the text alone, then `TAUGHT` from them, then
   `AGAIN`, a second training that begins with the weights that the first one's folder holds, then
-  `AT_TWELVE`;
+  the parts of `FURTHER`;
 - gates, then the folder OUT, with a smoothed head. It recommends a repetition penalty: without one
   greedy texts of so small a model loop.
 
@@ -80,7 +80,7 @@ AGAIN = (
     "eval_exits=6,12,18", "save_every=100", "dtype=bfloat16", "threads=1", "compile=true",
 )  # fmt: skip
 """The second training, without layer dropout."""
-AT_TWELVE = (
+FURTHER = (
     (
         "steps=15000", "decay=0.2667", "lr=2e-3", "min_lr=6.73e-4", "exit_shares=1,5,2",
         "exit_lambda=16",
@@ -119,7 +119,7 @@ def commands(
     if not gated.exists():
         own_settings = _of_training(settings)
         given = ["--from", str(first), *words, *valid, *sets(own, *AGAIN, taught), *own_settings]
-        parts = [[*sets(*part), *own_settings] for part in AT_TWELVE]
+        parts = [[*sets(*part), *own_settings] for part in FURTHER]
         again = [work / name for name in ("again", "again-2", "again-3")]
         yield from _training(again, given, parts, tokens)
         yield [

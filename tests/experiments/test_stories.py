@@ -61,7 +61,7 @@ def test_what_is_done_is_not_done_again(data: Path, tmp_path: Path) -> None:
     tune, teach = "train --from", f"soft-targets {work / 'teacher'}"
     whole, given = f"export {run / 'last.pt'}", f"import {work / 'teacher-hf'}"
     packed, gates = f"export {work / 'run/last.pt'}", f"fit-gates {work / 'again-3/last.pt'}"
-    end = ["train --from", "train --resume", "train --resume", gates, f"export {work / 'gated.pt'}"]
+    end = ["train --from", *["train --resume"] * 2, gates, f"export {work / 'gated.pt'}"]
     student = ["train --preset", "train --resume", packed, *end]
     assert verbs() == [smol, tune, whole, given, teach, *student]
     assert verbs(tmp_path) == [tune, whole, given, teach, *student]
@@ -107,9 +107,9 @@ def test_the_recipe_makes_a_model(
     monkeypatch.setattr(stories, "TAUGHT", ("steps=4", *stories.TAUGHT[1:]))
     monkeypatch.setattr(stories, "AGAIN", (*stories.AGAIN, "steps=3"))
     further = [
-        (*part, f"steps={4 + k}", "exit_shares=1,2") for k, part in enumerate(stories.AT_TWELVE)
+        (*part, f"steps={4 + k}", "exit_shares=1,2") for k, part in enumerate(stories.FURTHER)
     ]
-    monkeypatch.setattr(stories, "AT_TWELVE", further)
+    monkeypatch.setattr(stories, "FURTHER", further)
     config = small_config("llama3", max_position_embeddings=512, vocab_size=4096)
     teacher = random_folder(tmp_path / "smol", config)
     own = make_tokenizer("bpe:4096", [(data / "tinystories" / stories.VALID).read_text()])
@@ -130,7 +130,7 @@ def test_the_recipe_makes_a_model(
 
 def test_the_last_parts_rates_lie_on_one_line() -> None:
     whole = rates((*stories.AGAIN, "steps=17000", "decay=0.353", "lr=2e-3"))
-    first, second = (rates((*stories.AGAIN, *part)) for part in stories.AT_TWELVE)
+    first, second = (rates((*stories.AGAIN, *part)) for part in stories.FURTHER)
     for step in (11_000, 12_345, 14_999, 15_000, 16_999):
         found = (first if step < 15_000 else second)(step)
         assert found == pytest.approx(whole(step), rel=1e-3)
