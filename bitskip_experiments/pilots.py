@@ -84,7 +84,7 @@ def page(folder: Path) -> str:
             lines.append(f"| {text} | {' | '.join(cells)} | {low:+.3f} to {high:+.3f} | {p:.2g} |")
     lines += _recipe(json.loads((folder / "recipe.json").read_text("utf-8")))
     lines += _teacher(json.loads((folder / "teacher.json").read_text("utf-8")))
-    for name in ("student", "again"):
+    for name in ("student", "again", "further"):
         lines += _recipe(json.loads((folder / f"{name}.json").read_text("utf-8")))
     lines += [
         "", "- Loss in nats a token, ± the standard error over seeds; differences at equal seed. "

@@ -50,7 +50,7 @@ def export_checkpoint(
     linear weights are -a, 0 and a already; keep that. exit_layer: what the folder recommends.
     by_frequency: a text; tokens are numbered by how common they are in it (renumber.py), and the
     folder recommends to draft among the first quarter. smooth_head: a text, on which what heads
-    read is evened out (smooth.py). What a folder of a like model at `out` says beside the weights
+    read is evened out (`bitskip_train.smooth`). What a folder of a like model at `out` says beside the weights
     (exits, ends of text, chat template) stays, unless given anew.
     force: write into a folder that holds something else. The end-of-text id is the tokenizer's.
     Raises ExportError, or bitskip_train's CheckpointError; nothing is written then.
@@ -110,7 +110,7 @@ def _trained_context(loaded: Checkpoint) -> int | None:
 
 def _smoothed(loaded: Checkpoint, config: ModelConfig, text: Path) -> dict[str, Tensor]:
     """The checkpoint's parameters with heads that a text has smoothed (smooth.py)."""
-    from bitskip_export.smooth import TOKENS, check_smooth, smooth
+    from bitskip_train.smooth import TOKENS, check_smooth, smooth
     from bitskip_train.tokenizer import parse_tokenizer
 
     check_smooth(config)

@@ -13,10 +13,10 @@ from click.testing import CliRunner
 import bitskip_cpu
 from bitskip_export.cli import export
 from bitskip_export.pack import ExportError, export_checkpoint
-from bitskip_export.smooth import smooth
 from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_train.checkpoint import load_checkpoint, save_checkpoint
 from bitskip_train.model import BitskipModel
+from bitskip_train.smooth import smooth
 from tests.cli.conftest import byte_level_bpe
 from tests.export.test_pack import CONFIG, write_checkpoint
 
