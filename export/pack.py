@@ -50,8 +50,8 @@ def export_checkpoint(
     linear weights are -a, 0 and a already; keep that. exit_layer: what the folder recommends.
     by_frequency: a text; tokens are numbered by how common they are in it (renumber.py), and the
     folder recommends to draft among the first quarter. smooth_head: a text, on which what heads
-    read is evened out (`bitskip_train.smooth`). What a folder of a like model at `out` says beside the weights
-    (exits, ends of text, chat template) stays, unless given anew.
+    read is evened out (`bitskip_train.smooth`). What a folder of a like model at `out` says beside
+    the weights (exits, ends of text, chat template) stays, unless given anew.
     force: write into a folder that holds something else. The end-of-text id is the tokenizer's.
     Raises ExportError, or bitskip_train's CheckpointError; nothing is written then.
     """
