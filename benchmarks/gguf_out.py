@@ -2,10 +2,10 @@
 
     python -m benchmarks.gguf_out stories-24 --llama BIN --text FILE
 
-BIN: a folder with llama-completion and llama-perplexity. The prompts are the first four words of
-documents. Where texts part, the lead of our token over the second best is printed: rounding alone
-decides where it is small. The perplexity is llama-perplexity's: of chunks of 512 tokens the second
-halves count.
+BIN: a folder with llama-completion and llama-perplexity. The prompts are the first four, eight and
+sixteen words of documents. Where texts part, the lead of our token over the second best is
+printed: rounding alone decides where it is small. The perplexity is llama-perplexity's: of chunks
+of 512 tokens the second halves count.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bitskip_ref.documents import END_OF_TEXT
 from bitskip_ref.folder import read_folder
 from bitskip_ref.heldout import token_losses
 
-TOKENS, CHUNK, WORDS = 20, 512, 4
+TOKENS, CHUNK, WORDS = 20, 512, (4, 8, 16)
 MORE = 4  # tokens that llama-completion is asked for beyond: the last are not always printed
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="held-out text")
     parser.add_argument("--exit-layer", type=int, help="default: all blocks")
     parser.add_argument("--characters", type=int, default=60_000, help="for the perplexity")
-    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--prompts", type=int, default=100, help="of each length")
     given = parser.parse_args()
     from bitskip_export.foreign.gguf_write import write_gguf
 
@@ -99,9 +99,12 @@ def main() -> None:
         whole = given.text.read_text("utf-8")
         said = whole[: given.characters]
         text.write_text(said, "utf-8")
-        starts = (document.split()[:WORDS] for document in whole.split(END_OF_TEXT))
-        prompts = list(dict.fromkeys(" ".join(words) for words in starts if words[WORDS - 1 :]))
-        same = texts(model, depth, prompts[: given.prompts], gguf, given.llama)
+        stories, same = [document.split() for document in whole.split(END_OF_TEXT)], []
+        for count in WORDS:
+            starts = dict.fromkeys(" ".join(s[:count]) for s in stories if len(s) >= count)
+            found = texts(model, depth, list(starts)[: given.prompts], gguf, given.llama)
+            print(f"prompts of {count} words: {sum(found)} of {len(found)} texts agree")
+            same += found
         out = run(given.llama / "llama-perplexity", "-m", gguf, "-f", text, "-c", CHUNK, "-t", 1)
         theirs = float(re.findall(r"PPL = ([0-9.]+)", out)[-1])
         ours = perplexity(model, depth, model.tokenizer.encode(said))

@@ -89,8 +89,11 @@ FURTHER = (
         "steps=17000", "decay=0.1177", "lr=6.73e-4", "min_lr=1e-5", "exit_shares=1,10,2",
         "exit_lambda=26",
     ),
+    ("steps=18500", "decay=0.0811", "lr=8e-4", "peak_lambda=0.2", "peak_blocks=6"),
+    ("steps=20500", "decay=0.0976", "lr=6e-4"),
 )  # fmt: skip
-"""And on from there, with more and more weight on exit 12; the rate falls along one line."""
+"""And on from there: with more and more weight on exit 12, the rate falling along one line; then
+with smaller peaks in the first blocks, so that rounding changes fewer tokens."""
 
 
 def commands(
@@ -120,7 +123,7 @@ def commands(
         own_settings = _of_training(settings)
         given = ["--from", str(first), *words, *valid, *sets(own, *AGAIN, taught), *own_settings]
         parts = [[*sets(*part), *own_settings] for part in FURTHER]
-        again = [work / name for name in ("again", "again-2", "again-3")]
+        again = [work / name for name in ("again", *(f"again-{k}" for k in range(2, 6)))]
         yield from _training(again, given, parts, tokens)
         yield [
             "fit-gates", str(again[-1] / "last.pt"), "-o", str(gated), "--data", str(held_back),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitskip_ref.cache import CacheFill, cached_arrays
 from bitskip_ref.config import ModelConfig
-from bitskip_ref.constants import LARGEST_HALF
+from bitskip_ref.constants import LARGEST_HALF, SCALE_FLOOR
 from bitskip_train.exact import int8_attention, quantize
 from bitskip_train.fast import FastOps, Prepared, Rotations
 
@@ -38,6 +38,14 @@ class Pass(NamedTuple):
     cos: Tensor  # f32 [T, E/2], rows of this pass's positions
     sin: Tensor
     rotations: Rotations
+    peaks: list[Tensor] | None = None  # where `peak` of each quantized input is put
+
+
+def peak(x: Tensor) -> Tensor:
+    """How far the largest of a token's values stands out, on average: the square of that over the
+    mean square, 1 or more, grows as the error of its codes does (SPEC 4.2). [..., n] -> scalar."""
+    squares = x.float().square()
+    return (squares.amax(-1) / squares.mean(-1).clamp_min(SCALE_FLOOR)).mean()
 
 
 class Weight(nn.Module):
@@ -177,6 +185,8 @@ class FeedForward(nn.Module):
         if config.linear == "float32" or run.bypass == "activations":
             y = ops.float_product(x, weights)
         else:
+            if run.peaks is not None:
+                run.peaks.append(peak(x))
             codes, step = ops.quantize(x, config.activation_bits)
             if run.bypass == "weights":
                 y = ops.float_product(codes * step, weights)

@@ -159,13 +159,16 @@ class BitskipModel(nn.Module):
         bypass: Bypass = "none",
         cache: Cache | None = None,
         trace: TensorTrace | None = None,
+        peaks: list[Tensor] | None = None,
+        peak_blocks: int = 0,
     ) -> dict[int, Tensor]:
         """Hidden states f32 [B, T, D] after n blocks, for n in `collect` and the last one run.
 
         ids int64 [B, T]; `exit_layer` 1..L counts executed blocks (None: L). keep bool [L, B]:
         where False, block l (from 0) is the identity for sample b; only kept samples are computed.
         `bypass` leaves weights, or weights and activations, unquantized (SPEC 10.20). `cache`
-        holds earlier positions and is advanced. Raises ValueError for values out of range.
+        holds earlier positions and is advanced. peaks: to be filled (`layers.peak`) by the first
+        `peak_blocks` blocks, 0: by all. Raises ValueError for values out of range.
         """
         config = self.config
         depth = config.num_hidden_layers if exit_layer is None else exit_layer
@@ -179,7 +182,12 @@ class BitskipModel(nn.Module):
                 trace("embed", x)
             hidden = {0: x} if 0 in collect else {}
             for i in range(depth):
-                x = self.run_block(i, x, run, None if keep is None else keep[i], cache, trace)
+                found: list[Tensor] = []  # of one block: compiled code is made for a list's length
+                counts = peaks is not None and (i < peak_blocks or not peak_blocks)
+                own = run._replace(peaks=found) if counts else run
+                x = self.run_block(i, x, own, None if keep is None else keep[i], cache, trace)
+                if peaks is not None:
+                    peaks += found
                 if i + 1 in collect or i + 1 == depth:
                     hidden[i + 1] = x
         if cache is not None:

@@ -40,15 +40,18 @@ class Objective:
         Exits rotate with `step`; `draws`, of the B samples, decide layer dropout and gates. soft:
         a teacher's part of the B * T targets, of the last layer and of the exits. The gradient is
         divided by `accumulation`; the terms returned, detached, are not: `loss` of the
-        last layer, and where they are on `exit_loss`, the weighted mean of the step's exits, and
-        `route_loss`.
+        last layer, and where they are on `exit_loss`, the weighted mean of the step's exits,
+        `route_loss`, and `peak_loss`, the mean of `layers.peak` over the quantized inputs.
         """
         train = self.train
         exits = losses.exit_subset(self.exits, train.exit_subset, step)
         collect = set(range(1, self.depth + 1)) if train.route_lambda else {*exits, self.depth}
         keep = self.keep(step, draws)
+        peaks: list[Tensor] | None = [] if train.peak_lambda else None
         with self.autocast():
-            hidden = self.model(ids[:, :-1], keep=keep, collect=collect)
+            hidden = self.model(
+                ids[:, :-1], keep=keep, collect=collect, peaks=peaks, peak_blocks=train.peak_blocks
+            )
         leaves = {n: hidden[n].detach().requires_grad_() for n in sorted(collect)}
         terms = self._head_losses(
             leaves, ids, exits, train.exit_lambda * ramp(train.exit_ramp, step), soft
@@ -62,7 +65,12 @@ class Objective:
             )
             terms["route_loss"] = losses.route_loss(mean_layer, self.depth)
             (train.route_lambda * terms["route_loss"] / train.accumulation).backward()
-        torch.autograd.backward([hidden[n] for n in leaves], [h.grad for h in leaves.values()])
+        ends, gradients = [hidden[n] for n in leaves], [h.grad for h in leaves.values()]
+        if peaks:
+            terms["peak_loss"] = torch.stack(peaks).mean()
+            ends.append(train.peak_lambda * terms["peak_loss"] / train.accumulation)
+            gradients.append(torch.ones_like(ends[-1]))
+        torch.autograd.backward(ends, gradients)
         return {name: term.detach() for name, term in terms.items()}
 
     def _head_losses(

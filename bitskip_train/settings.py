@@ -149,6 +149,11 @@ class TrainConfig:
     there 0.2). Needs `gates`. 0: none."""
     route_leftover: str = "last"
     """A token that no gate stops counts as the last layer (`last`) or as 0 (`zero`)."""
+    peak_lambda: float = 0.0
+    """Weight of the peak loss: how far the largest value of a quantized input stands out, its
+    square over the mean square. The less it does, the finer are the steps of the 8-bit codes."""
+    peak_blocks: int = 0
+    """Only the inputs of so many first blocks count in the peak loss. 0: of all."""
     quant_lambda: float = 0.0
     """Weight of the quantization loss, which draws weights to their ternary values (v2 Eq. 7 and 8;
     there 0.05). Needs `linear = "ternary"`. 0: none."""
@@ -287,6 +292,8 @@ def check_settings(config: ModelConfig, train: TrainConfig) -> None:
                 f"soft_targets: their files hold ids of at most {1 << 16:,} tokens, "
                 f"and model.vocab_size = {config.vocab_size:,}"
             )
+    if train.peak_lambda and config.linear == "float32":
+        raise ConfigError("peak_lambda above 0: needs linear layers whose inputs are quantized")
     if train.quant_lambda and config.linear != "ternary":
         raise ConfigError("quant_lambda above 0: needs model.linear = 'ternary'")
 

@@ -98,7 +98,8 @@ def test_gguf_out(
     with pytest.raises(SystemExit, match="1"):  # the bars are not met
         lines(gguf_out, f"--llama {tmp_path} --text {tmp_path / 'text'}", monkeypatch, capsys)
     out = capsys.readouterr().out.splitlines()
-    assert out[-2].startswith("texts: 0 of 1") and "1.5000 there" in out[-1]
+    assert "prompts of 4 words: 0 of 1 texts agree" in out
+    assert out[-2].startswith("texts: 0 of 3") and "1.5000 there" in out[-1]
 
 
 def test_kv_cache(

@@ -60,8 +60,8 @@ def test_what_is_done_is_not_done_again(data: Path, tmp_path: Path) -> None:
     smol, run = f"import {tmp_path / 'smol.gguf'}", work / "teacher-run"
     tune, teach = "train --from", f"soft-targets {work / 'teacher'}"
     whole, given = f"export {run / 'last.pt'}", f"import {work / 'teacher-hf'}"
-    packed, gates = f"export {work / 'run/last.pt'}", f"fit-gates {work / 'again-3/last.pt'}"
-    end = ["train --from", *["train --resume"] * 2, gates, f"export {work / 'gated.pt'}"]
+    packed, gates = f"export {work / 'run/last.pt'}", f"fit-gates {work / 'again-5/last.pt'}"
+    end = ["train --from", *["train --resume"] * 4, gates, f"export {work / 'gated.pt'}"]
     student = ["train --preset", "train --resume", packed, *end]
     assert verbs() == [smol, tune, whole, given, teach, *student]
     assert verbs(tmp_path) == [tune, whole, given, teach, *student]
@@ -83,10 +83,10 @@ def test_what_is_done_is_not_done_again(data: Path, tmp_path: Path) -> None:
     (work / "first").mkdir()
     (work / "again/last.pt").write_text("again")
     assert verbs() == ["train --resume", *end[1:]]
-    assert (work / "again-3/last.pt").read_text() == "again"
-    assert verbs() == end[2:]
-    (work / "gated.pt").touch()
+    assert (work / "again-5/last.pt").read_text() == "again"
     assert verbs() == end[4:]
+    (work / "gated.pt").touch()
+    assert verbs() == end[6:]
     out.mkdir()
     assert verbs() == []
 
@@ -122,15 +122,15 @@ def test_the_recipe_makes_a_model(
     student = load_checkpoint(tmp_path / "work/run/last.pt")
     assert student.step == 4 and student.train["soft_targets"] == str(tmp_path / "work/soft")
     assert student.train["exit_weights"] == "uniform"
-    student = load_checkpoint(tmp_path / "work/again-3/last.pt")
+    student = load_checkpoint(tmp_path / "work/again-5/last.pt")
     assert student.train["exit_shares"] == [1, 2]
-    assert student.step == 5 and student.train["soft_targets"] == str(tmp_path / "work/soft")
+    assert student.step == 7 and student.train["soft_targets"] == str(tmp_path / "work/soft")
     assert student.train["dropout_max"] == 0
 
 
 def test_the_last_parts_rates_lie_on_one_line() -> None:
     whole = rates((*stories.AGAIN, "steps=17000", "decay=0.353", "lr=2e-3"))
-    first, second = (rates((*stories.AGAIN, *part)) for part in stories.FURTHER)
+    first, second = (rates((*stories.AGAIN, *part)) for part in stories.FURTHER[:2])
     for step in (11_000, 12_345, 14_999, 15_000, 16_999):
         found = (first if step < 15_000 else second)(step)
         assert found == pytest.approx(whole(step), rel=1e-3)

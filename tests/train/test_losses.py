@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from bitskip_ref.config import ConfigError
 from bitskip_train import losses
+from bitskip_train.layers import peak
 from bitskip_train.settings import TrainConfig
 
 
@@ -135,3 +136,9 @@ def test_quant_loss_by_hand() -> None:
     assert losses.quant_loss([a, b], "sum").item() == pytest.approx(mean.item() * 6 / 2)
     mean.backward()
     assert a.grad[0].tolist() == pytest.approx([0.9 / 6, -0.9 / 6, 0.2 / 6, -0.2 / 6])
+
+
+def test_a_peak_is_the_largest_square_over_the_mean() -> None:
+    x = torch.tensor([[1.0, -1.0, 1.0, -1.0], [0.0, 4.0, 0.0, 0.0], [3.0, 1.0, -1.0, 1.0]])
+    assert peak(x).item() == pytest.approx((1 + 4 + 9 / 3) / 3)
+    assert peak(torch.zeros(2, 3)).item() == 0

@@ -23,14 +23,18 @@ from tests.train.conftest import small_config, small_split, small_train, small_t
 
 EVERYTHING: dict[str, Any] = {
     "exit_weights": "inverse", "exit_last": 0, "exit_distill": 0.5, "route_lambda": 0.2,
-    "quant_lambda": 0.05,
+    "quant_lambda": 0.05, "peak_lambda": 0.01, "peak_blocks": 2,
 }  # fmt: skip
 
 
 def plain_loss(run: Trainer, ids: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
     """The loss of one pass written as one expression, for autograd to take apart."""
     model, train, depth = run.model, run.train, run.config.num_hidden_layers
-    hidden = model(ids[:, :-1], keep=keep, collect=range(1, depth + 1))
+    peaks: list[torch.Tensor] = []
+    hidden = model(
+        ids[:, :-1], keep=keep, collect=range(1, depth + 1), peaks=peaks,
+        peak_blocks=train.peak_blocks,
+    )  # fmt: skip
     targets = ids[:, 1:].flatten()
 
     def mean_loss(n: int) -> torch.Tensor:
@@ -54,6 +58,10 @@ def plain_loss(run: Trainer, ids: torch.Tensor, keep: torch.Tensor | None) -> to
         ]
         mean_layer = losses.mean_exit_layer(gates, train.route_leftover)
         total = total + train.route_lambda * losses.route_loss(mean_layer, depth)
+    if train.peak_lambda:
+        run_for = torch.ones(depth) if keep is None else keep.any(1)
+        assert len(peaks) == 4 * int(run_for[: train.peak_blocks or depth].sum())
+        total = total + train.peak_lambda * sum(peaks) / len(peaks)
     return total
 
 
@@ -300,6 +308,7 @@ def test_bfloat16_trains_float32_weights(tmp_path: Path) -> None:
     [
         ("bitskip-v1", {"route_lambda": 0.1}, r"needs model\.gates"),
         ("layerskip", {"quant_lambda": 0.1}, "needs model.linear"),
+        ("layerskip", {"peak_lambda": 0.1}, "inputs are quantized"),
         ("bitskip-v1", {"context": 65}, "the model holds 64 positions"),
         ("bitskip-v1", {"eval_exits": [5]}, r"within 1\.\.4"),
         ("bitskip-v1", {"device": "gpu7"}, "must be auto, cpu, cuda or cuda:N"),
