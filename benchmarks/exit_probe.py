@@ -33,8 +33,8 @@ from bitskip_train.loaded import parameter_values
 PROBES = {  # name -> layers, attention, inner width of the feed-forward part as a multiple
     "a feed-forward part": (1, False, 1),
     "a feed-forward part, four times as wide": (1, False, 4),
-    "a block with attention, four times as wide": (1, True, 4),
-    "three blocks with attention, four times as wide": (3, True, 4),
+    "a block with attention": (1, True, 1),
+    "three blocks with attention": (3, True, 1),
 }
 WINDOWS = 2  # of a step
 RATE, HELD_OUT = 2e-3, 20_000
@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_500_000)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=list(PROBES), help="default: all")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -184,6 +185,8 @@ def main() -> None:
     print(f"full depth {full:.4f}, exit {n} {bare:.4f}, same token {same:.3f}")
     rows = [{"probe": "none", "parameters": 0, "loss": bare, "same_token": same}]
     for name, shape in PROBES.items():
+        if given.only not in (None, name):
+            continue
         torch.manual_seed(0)
         probe = Probe(model, *shape)
         size = sum(p.numel() for p in probe.parameters())

@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="held-out text")
     parser.add_argument("--exit-layer", type=int, help="default: all blocks")
     parser.add_argument("--characters", type=int, default=60_000, help="for the perplexity")
-    parser.add_argument("--prompts", type=int, default=100, help="of each length")
+    parser.add_argument("--prompts", type=int, default=200, help="of each length")
     given = parser.parse_args()
     from bitskip_export.foreign.gguf_write import write_gguf
 
