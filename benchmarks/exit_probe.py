@@ -46,16 +46,17 @@ class Layer(nn.Module):
     def __init__(self, width: int, heads: int, inner: int, attention: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, False) if attention else None
-        self.o = nn.Linear(width, width, False)
+        self.qkv = self.o = None
+        if attention:
+            self.qkv, self.o = nn.Linear(width, 3 * width, False), nn.Linear(width, width, False)
         self.gate, self.up = (nn.Linear(width, inner, False) for _ in range(2))
         self.down = nn.Linear(inner, width, False)
         self.norms = nn.ModuleList(nn.RMSNorm(width, eps=1e-5) for _ in range(2))
-        for last in (self.o, self.down):
+        for last in filter(None, (self.o, self.down)):
             nn.init.normal_(last.weight, 0.0, 0.1 / math.sqrt(last.in_features))
 
     def forward(self, x: Tensor, turn: Tensor) -> Tensor:
-        if self.qkv is not None:
+        if self.qkv is not None and self.o is not None:
             batch, tokens, width = x.shape
             parts = self.qkv(self.norms[0](x)).view(batch, tokens, 3, self.heads, -1)
             q, k, v = parts.permute(2, 3, 0, 1, 4).transpose(1, 2)
