@@ -205,6 +205,8 @@ def gain(figure: Any, experiment: Experiment, results: Results) -> None:
         both = {s: (plus[s], minus[s]) for s in plus if s in minus}
         _band(left, both, pair["name"], colour, style)
     for cliff, colour in zip(plot["cliffs"], COLOURS, strict=False):
+        if cliff["run"] not in results:
+            continue
         last = _curves(results, cliff["run"], False)
         before = _curves(results, cliff["run"], False, str(_layers(results, cliff["run"]) - 1))
         _band(right, {s: (before[s], last[s]) for s in last}, cliff["name"], colour, "-")
