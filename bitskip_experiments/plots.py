@@ -47,6 +47,9 @@ def draw(experiment: Experiment, results: Results, path: Path) -> None:
 
 
 def _means(results: Results, label: str, figure: str, exits: Sequence[int | None]) -> list[Mean]:
+    """A figure of a run at some exits; nan, which is not drawn, of a run that has no result."""
+    if label not in results:
+        return [Mean(math.nan, None, (math.nan,)) for _ in exits]
     return [
         figure_mean(figure, [float(figure_of(r, figure, n)) for r in results[label].values()])
         for n in exits
@@ -67,7 +70,7 @@ def bars(figure: Any, experiment: Experiment, results: Results) -> None:
         color=COLOURS[: len(labels)],
     )  # fmt: skip
     for i, label in enumerate(labels):
-        values = [float(figure_of(r, path)) for r in results[label].values()]
+        values = [float(figure_of(r, path)) for r in results.get(label, {}).values()]
         panels[0].plot([i] * len(values), values, "k.", ms=4)
     column = _column(experiment, path)
     panels[1].bar(labels, [column["paper"][label] for label in labels], color=PAPER)
@@ -162,7 +165,9 @@ def tails(figure: Any, experiment: Experiment, results: Results) -> None:
         for name, style in (("none", "-"), (order, "--")):
             label = model if name == "none" else f"{model}, rotated"
             for group, axes in (("qkv", before_qkv), ("down", before_down)):
-                found = results[f"{model}, {name}"].values()
+                found = results.get(f"{model}, {name}", {}).values()
+                if not found:
+                    continue
                 inputs = [r["figures"]["inputs"][group] for r in found]
                 tail = np.mean([f["tail"] for f in inputs], 0)
                 axes.plot(LEVELS[tail > 0], tail[tail > 0], style, color=colour, label=label)
