@@ -30,13 +30,15 @@ def small_heads_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shipped(equal: bool = False) -> Engine:
-    """The shipped model.
+    """The shipped model, its head of four times finer codes, the lower two bits at random.
 
     equal: whether rows have one scale, so that the row with the largest bound is a likely one.
     """
     folder = read_folder(models.path())
-    config, tensors = folder.config, dict(folder.tensors)
-    assert config.head_format == "int8"
+    config, tensors = folder.config.replace(head_format="int8"), dict(folder.tensors)
+    codes = tensors["lm_head.weight"].astype(np.int16) * 4
+    codes += np.random.default_rng(0).integers(-1, 2, codes.shape, np.int16)
+    tensors["lm_head.weight"] = codes.clip(-127, 127).astype(np.int8)
     if equal:
         scales = tensors["lm_head.scale"]
         tensors["lm_head.scale"] = np.full_like(scales, np.median(scales))
@@ -100,11 +102,11 @@ def random_states(engine: Any, count: int, seed: int) -> tuple[int, float]:
 def test_10000_random_states() -> None:
     wrong, settled = random_states(shipped(), 10_000, 0)
     assert wrong == 0
-    # 0.977: what reaches the logit of the row with the largest bound, a token's that the teacher
-    # hardly ever named. Such rows are the largest of all.
-    assert settled < 0.98
+    # 0.953: what reaches the logit of the row with the largest bound. Here these are rows of tokens
+    # that the teacher hardly ever named, the largest of all; with the first weights it was 0.357.
+    assert settled < 0.96
     wrong, settled = random_states(shipped(equal=True), 2_000, 0)
-    assert wrong == 0 and settled < 0.72  # 0.714
+    assert wrong == 0 and settled < 0.24  # 0.229
 
 
 def test_a_bound_that_is_too_small_is_seen() -> None:
