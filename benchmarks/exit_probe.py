@@ -29,6 +29,7 @@ from bitskip_export.exit_blocks import with_targets
 from bitskip_ref.files import replace_file
 from bitskip_train.exit_blocks import TEXT
 from bitskip_train.loaded import parameter_values
+from bitskip_train.losses import cross_entropy, distillation
 
 PROBES = {  # name -> layers, attention, inner width of the feed-forward part as a multiple
     "a feed-forward part": (1, False, 1),
@@ -116,8 +117,8 @@ def judged(
     for x, y, wanted in zip(hidden, last, targets, strict=True):
         z, whole = probe(x[None])[0], probe.says(y)
         sums += [
-            F.cross_entropy(z, wanted, reduction="sum").item(),
-            F.cross_entropy(whole, wanted, reduction="sum").item(),
+            cross_entropy(z, wanted).item(),
+            cross_entropy(whole, wanted).item(),
             (z.argmax(-1) == whole.argmax(-1)).sum().item(),
         ]
     loss, full, same = sums / targets.numel()
@@ -139,9 +140,8 @@ def fitted(probe: Probe, states: list[Tensor], held_out: list[Tensor], steps: in
             with torch.no_grad():
                 whole = probe.says(last[some])
         z, whole = z.float().flatten(0, 1), whole.float().flatten(0, 1)
-        kl = F.kl_div(z.log_softmax(-1), whole.log_softmax(-1), reduction="sum", log_target=True)
-        named = F.cross_entropy(z, targets[some].flatten(), reduction="sum")
-        ((kl + TEXT * named) / len(z)).backward()
+        named = cross_entropy(z, targets[some].flatten())
+        ((distillation(z, whole) + TEXT * named) / len(z)).backward()
         optimizer.step()
         if (step + 1) % max(1, steps // 10) == 0:
             found = judged(probe, *held_out)
@@ -152,7 +152,7 @@ def fitted(probe: Probe, states: list[Tensor], held_out: list[Tensor], steps: in
 
 def states_of(model: Model, text: Path, n: int, tokens: int, context: int) -> list[Tensor]:
     """[hidden states after block n, after the last, next tokens], in windows of `context`."""
-    ids = read_text(text, model, limit=None).tokens[: tokens + 1]
+    ids = read_text(text, model, limit=tokens).tokens[: tokens + 1]
     texts = [ids[i : i + context + 1] for i in range(0, len(ids) - context, context)]
     depth = model.config.num_hidden_layers
     found, targets = with_targets(model, texts, (n, depth))

@@ -145,11 +145,8 @@ def _teacher(source: Path, work: Path, texts: list[str], tokens: list[str]) -> I
             yield ["import", str(source), "--linear", "float32", "-o", str(floats)]
         source = floats
     if not whole.exists():
-        if (run / "last.pt").exists():
-            yield ["train", "--resume", "--out", str(run), *tokens]
-        else:
-            given = ["--from", str(source), *texts, *tokens]
-            yield ["train", *given, "--out", str(run), *sets(*TUNING)]
+        given = ["--from", str(source), *texts, *sets(*TUNING)]
+        yield from _training([run], given, [], tokens)
         yield ["export", str(run / "last.pt"), "--to", "hf", "-o", str(whole)]
     yield ["import", str(whole), "-o", str(work / "teacher")]  # int8 rows, several times faster
 

@@ -15,12 +15,12 @@ TOKENS = 1 << 14  # of the text, at most
 SHARE = 0.75  # of the activations, beside the head's columns, in a channel's factor; measured
 
 
-def check_smooth(config: ModelConfig) -> None:
+def _check(config: ModelConfig) -> None:
     """Raises ConfigError for a model whose heads cannot be smoothed, or have no need to be."""
     if config.head_format not in HEAD_BITS:
         raise ConfigError(
             f"head_format = {config.head_format!r}: nothing is rounded before such a head; "
-            "smooth one of int8 or int6"
+            f"smooth one of {', '.join(HEAD_BITS)}"
         )
     if config.tie_word_embeddings:
         raise ConfigError("tie_word_embeddings = true: the head is the embedding, which must stay")
@@ -42,9 +42,10 @@ def smooth(
     A few channels that are larger than all others make the step of the others' 8-bit codes too wide
     (SPEC 4.2). A channel's factor is rms ** SHARE / largest ** (1 - SHARE), of what these exits'
     heads read at the text's tokens int64 [N], in windows of `context`, and of the head's column.
-    exits: n = 1..L. Raises ConfigError as `check_smooth` does, ValueError for no tokens.
+    exits: n = 1..L. Raises ConfigError for heads that cannot be smoothed or need not be, ValueError
+    for no tokens.
     """
-    check_smooth(config)
+    _check(config)
     if not len(tokens):
         raise ValueError("no tokens: a head is smoothed by what it reads, so give some text")
     model = BitskipModel(config)

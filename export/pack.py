@@ -110,10 +110,9 @@ def _trained_context(loaded: Checkpoint) -> int | None:
 
 def _smoothed(loaded: Checkpoint, config: ModelConfig, text: Path) -> dict[str, Tensor]:
     """The checkpoint's parameters with heads that a text has smoothed (smooth.py)."""
-    from bitskip_train.smooth import TOKENS, check_smooth, smooth
+    from bitskip_train.smooth import TOKENS, smooth
     from bitskip_train.tokenizer import parse_tokenizer
 
-    check_smooth(config)
     if loaded.tokenizer_json is None:
         raise ExportError(f"{text}: needs a tokenizer, and the checkpoint has none")
     tokenizer = parse_tokenizer(loaded.tokenizer_json, f"{text}: the checkpoint's tokenizer")
