@@ -15,6 +15,7 @@ from benchmarks import (
     exits_bound,
     gguf_out,
     heads,
+    hf_out,
     kv_cache,
     many,
     onnx_graph,
@@ -100,6 +101,20 @@ def test_gguf_out(
     out = capsys.readouterr().out.splitlines()
     assert "prompts of 4 words: 0 of 1 texts agree" in out
     assert out[-2].startswith("texts: 0 of 3") and "1.5000 there" in out[-1]
+
+
+def test_hf_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")  # which transformers demands for ternary models
+    (tmp_path / "text").write_text(TEXT)
+    monkeypatch.setattr(hf_out, "SAME", 1.1)  # the bar is not met
+    with pytest.raises(SystemExit, match="1"):
+        lines(hf_out, f"--text {tmp_path / 'text'} --tokens 100", monkeypatch, capsys)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("100 tokens: the same top-1 in ") and len(out) == 3
+    assert float(out[0].split("in ")[1].split("%")[0]) > 90
 
 
 def test_kv_cache(
