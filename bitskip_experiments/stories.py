@@ -91,9 +91,11 @@ FURTHER = (
     ),
     ("steps=18500", "decay=0.0811", "lr=8e-4", "peak_lambda=0.2", "peak_blocks=6"),
     ("steps=20500", "decay=0.0976", "lr=6e-4"),
+    ("steps=23000", "decay=0.1087", "lr=8e-4", "peak_lambda=0.25", "peak_blocks=12"),
+    ("steps=25000", "decay=0.08", "lr=6e-4", "exit_shares=1,14,2", "exit_lambda=34"),
 )  # fmt: skip
 """And on from there: with more and more weight on exit 12, the rate falling along one line; then
-with smaller peaks in the first blocks, so that rounding changes fewer tokens."""
+with smaller peaks in the first half of the blocks, so that rounding changes fewer tokens."""
 
 
 def commands(
@@ -123,7 +125,8 @@ def commands(
         own_settings = _of_training(settings)
         given = ["--from", str(first), *words, *valid, *sets(own, *AGAIN, taught), *own_settings]
         parts = [[*sets(*part), *own_settings] for part in FURTHER]
-        again = [work / name for name in ("again", *(f"again-{k}" for k in range(2, 6)))]
+        more = (f"again-{k}" for k in range(2, len(FURTHER) + 2))
+        again = [work / name for name in ("again", *more)]
         yield from _training(again, given, parts, tokens)
         yield [
             "fit-gates", str(again[-1] / "last.pt"), "-o", str(gated), "--data", str(held_back),

@@ -116,11 +116,13 @@ def _smoothed(loaded: Checkpoint, config: ModelConfig, text: Path) -> dict[str, 
     if loaded.tokenizer_json is None:
         raise ExportError(f"{text}: needs a tokenizer, and the checkpoint has none")
     tokenizer = parse_tokenizer(loaded.tokenizer_json, f"{text}: the checkpoint's tokenizer")
+    end = tokenizer.token_id(END_OF_TEXT)
+    ends = [] if end is None else [end]  # as in training
     tokens: list[int] = []
     for document in read_documents(text):
         if len(tokens) >= TOKENS:
             break
-        tokens += tokenizer.encode(document)
+        tokens += [*tokenizer.encode(document), *ends]
     exits = _trained_exits(loaded) or [config.num_hidden_layers]
     context = _trained_context(loaded) or config.max_position_embeddings
     return smooth(config, loaded.state, np.array(tokens, np.int64), context, exits)
