@@ -55,6 +55,21 @@ def exit_subset(weights: dict[int, float], count: int, step: int) -> dict[int, f
     return {n: weights[n] * len(exits) / count for n in sorted(chosen)}
 
 
+def peak_loss(peaks: Sequence[Sequence[Tensor]], first: int, rest: float) -> Tensor:
+    """Mean of the peaks (`layers.peak`) of the first lists, 0: of all, + rest * that of the others.
+
+    A list is a block's; one that ran for no sample has none.
+    """
+    counted = [peak for block in peaks[: first or len(peaks)] for peak in block]
+    others = [peak for block in peaks[first or len(peaks) :] for peak in block]
+    total = torch.zeros(())
+    if counted:
+        total = total + torch.stack(counted).mean()
+    if others and rest:
+        total = total + rest * torch.stack(others).mean()
+    return total
+
+
 class _CrossEntropy(torch.autograd.Function):
     """The loss and, at once, its gradient, in pieces that stay in the processor's cache."""
 

@@ -27,6 +27,7 @@ from bitskip_train.layers import (
     Pass,
     TensorTrace,
     Weight,
+    peak,
 )
 from bitskip_train.readings import AfterOps, departures, operations
 from bitskip_train.settings import TrainConfig
@@ -149,6 +150,12 @@ class BitskipModel(nn.Module):
             return x
         return ops.rotate_unpadded(x, ops.unpadded_rotations([x.shape[-1]], x.device))
 
+    def head_peak(self, hidden: Tensor) -> Tensor:
+        """`layers.peak` of what the last head reads: f32 [..., D] after all blocks -> scalar."""
+        ops, norm = self.ops(), self.exit_norm(self.config.num_hidden_layers)
+        with self.region(ops):
+            return peak(self.turn_head(norm(hidden, ops), ops))
+
     def forward(
         self,
         ids: Tensor,
@@ -159,7 +166,7 @@ class BitskipModel(nn.Module):
         bypass: Bypass = "none",
         cache: Cache | None = None,
         trace: TensorTrace | None = None,
-        peaks: list[Tensor] | None = None,
+        peaks: list[list[Tensor]] | None = None,
         peak_blocks: int = 0,
     ) -> dict[int, Tensor]:
         """Hidden states f32 [B, T, D] after n blocks, for n in `collect` and the last one run.
@@ -167,8 +174,8 @@ class BitskipModel(nn.Module):
         ids int64 [B, T]; `exit_layer` 1..L counts executed blocks (None: L). keep bool [L, B]:
         where False, block l (from 0) is the identity for sample b; only kept samples are computed.
         `bypass` leaves weights, or weights and activations, unquantized (SPEC 10.20). `cache`
-        holds earlier positions and is advanced. peaks: to be filled (`layers.peak`) by the first
-        `peak_blocks` blocks, 0: by all. Raises ValueError for values out of range.
+        holds earlier positions and is advanced. peaks: to be filled, a list for each of the first
+        `peak_blocks` blocks, 0: of all (`layers.peak`). Raises ValueError for values out of range.
         """
         config = self.config
         depth = config.num_hidden_layers if exit_layer is None else exit_layer
@@ -186,8 +193,8 @@ class BitskipModel(nn.Module):
                 counts = peaks is not None and (i < peak_blocks or not peak_blocks)
                 own = run._replace(peaks=found) if counts else run
                 x = self.run_block(i, x, own, None if keep is None else keep[i], cache, trace)
-                if peaks is not None:
-                    peaks += found
+                if peaks is not None and counts:
+                    peaks.append(found)
                 if i + 1 in collect or i + 1 == depth:
                     hidden[i + 1] = x
         if cache is not None:

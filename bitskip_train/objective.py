@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitskip_ref.config import HEAD_BITS
 from bitskip_train import losses
 from bitskip_train.draws import Draws
 from bitskip_train.evaluate import LOGIT_BUDGET
@@ -41,17 +42,24 @@ class Objective:
         a teacher's part of the B * T targets, of the last layer and of the exits. The gradient is
         divided by `accumulation`; the terms returned, detached, are not: `loss` of the
         last layer, and where they are on `exit_loss`, the weighted mean of the step's exits,
-        `route_loss`, and `peak_loss`, the mean of `layers.peak` over the quantized inputs.
+        `route_loss`, and `peak_loss` (`losses.peak_loss`).
         """
         train = self.train
         exits = losses.exit_subset(self.exits, train.exit_subset, step)
         collect = set(range(1, self.depth + 1)) if train.route_lambda else {*exits, self.depth}
         keep = self.keep(step, draws)
-        peaks: list[Tensor] | None = [] if train.peak_lambda else None
+        peaks: list[list[Tensor]] | None = [] if train.peak_lambda else None
+        reads_codes = self.model.config.head_format in HEAD_BITS
         with self.autocast():
             hidden = self.model(
-                ids[:, :-1], keep=keep, collect=collect, peaks=peaks, peak_blocks=train.peak_blocks
+                ids[:, :-1],
+                keep=keep,
+                collect=collect,
+                peaks=peaks,
+                peak_blocks=0 if train.peak_rest else train.peak_blocks,
             )
+            if peaks is not None and train.peak_rest and reads_codes:
+                peaks.append([self.model.head_peak(hidden[self.depth])])
         leaves = {n: hidden[n].detach().requires_grad_() for n in sorted(collect)}
         terms = self._head_losses(
             leaves, ids, exits, train.exit_lambda * ramp(train.exit_ramp, step), soft
@@ -66,8 +74,8 @@ class Objective:
             terms["route_loss"] = losses.route_loss(mean_layer, self.depth)
             (train.route_lambda * terms["route_loss"] / train.accumulation).backward()
         ends, gradients = [hidden[n] for n in leaves], [h.grad for h in leaves.values()]
-        if peaks:
-            terms["peak_loss"] = torch.stack(peaks).mean()
+        if any(peaks or ()):
+            terms["peak_loss"] = losses.peak_loss(peaks or [], train.peak_blocks, train.peak_rest)
             ends.append(train.peak_lambda * terms["peak_loss"] / train.accumulation)
             gradients.append(torch.ones_like(ends[-1]))
         torch.autograd.backward(ends, gradients)

@@ -153,7 +153,9 @@ class TrainConfig:
     """Weight of the peak loss: how far the largest value of a quantized input stands out, its
     square over the mean square. The less it does, the finer are the steps of the 8-bit codes."""
     peak_blocks: int = 0
-    """Only the inputs of so many first blocks count in the peak loss. 0: of all."""
+    """The inputs of so many first blocks count in the peak loss. 0: of all."""
+    peak_rest: float = 0.0
+    """Beside their mean: the weight of that of the other inputs, the last head's among them."""
     quant_lambda: float = 0.0
     """Weight of the quantization loss, which draws weights to their ternary values (v2 Eq. 7 and 8;
     there 0.05). Needs `linear = "ternary"`. 0: none."""
@@ -294,6 +296,8 @@ def check_settings(config: ModelConfig, train: TrainConfig) -> None:
             )
     if train.peak_lambda and config.linear == "float32":
         raise ConfigError("peak_lambda above 0: needs linear layers whose inputs are quantized")
+    if train.peak_rest and not train.peak_blocks:
+        raise ConfigError("peak_rest above 0: needs peak_blocks above 0, whose inputs it is beside")
     if train.quant_lambda and config.linear != "ternary":
         raise ConfigError("quant_lambda above 0: needs model.linear = 'ternary'")
 

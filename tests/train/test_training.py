@@ -17,6 +17,7 @@ from bitskip_train.checkpoint import load_checkpoint
 from bitskip_train.data import Split
 from bitskip_train.draws import Draws
 from bitskip_train.errors import CheckpointError, TrainingError
+from bitskip_train.layers import peak
 from bitskip_train.soft_targets import likeliest, write_soft_targets
 from bitskip_train.trainer import Trainer, make_optimizer
 from tests.train.conftest import small_config, small_split, small_train, small_trainer
@@ -24,17 +25,15 @@ from tests.train.conftest import small_config, small_split, small_train, small_t
 EVERYTHING: dict[str, Any] = {
     "exit_weights": "inverse", "exit_last": 0, "exit_distill": 0.5, "route_lambda": 0.2,
     "quant_lambda": 0.05, "peak_lambda": 0.01, "peak_blocks": 2,
+    "peak_rest": 0.5,
 }  # fmt: skip
 
 
 def plain_loss(run: Trainer, ids: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
     """The loss of one pass written as one expression, for autograd to take apart."""
     model, train, depth = run.model, run.train, run.config.num_hidden_layers
-    peaks: list[torch.Tensor] = []
-    hidden = model(
-        ids[:, :-1], keep=keep, collect=range(1, depth + 1), peaks=peaks,
-        peak_blocks=train.peak_blocks,
-    )  # fmt: skip
+    peaks: list[list[torch.Tensor]] = []
+    hidden = model(ids[:, :-1], keep=keep, collect=range(1, depth + 1), peaks=peaks)
     targets = ids[:, 1:].flatten()
 
     def mean_loss(n: int) -> torch.Tensor:
@@ -59,9 +58,13 @@ def plain_loss(run: Trainer, ids: torch.Tensor, keep: torch.Tensor | None) -> to
         mean_layer = losses.mean_exit_layer(gates, train.route_leftover)
         total = total + train.route_lambda * losses.route_loss(mean_layer, depth)
     if train.peak_lambda:
-        run_for = torch.ones(depth) if keep is None else keep.any(1)
-        assert len(peaks) == 4 * int(run_for[: train.peak_blocks or depth].sum())
-        total = total + train.peak_lambda * sum(peaks) / len(peaks)
+        run_for = [1] * depth if keep is None else keep.any(1).tolist()
+        assert [len(block) for block in peaks] == [4 * bool(runs) for runs in run_for]
+        first, rest = peaks[: train.peak_blocks], [*peaks[train.peak_blocks :]]
+        rest.append([peak(model.exit_norm(depth)(hidden[depth], model.ops()))])
+        for weight, blocks in ((1.0, first), (train.peak_rest, rest)):
+            if found := [value for block in blocks for value in block]:
+                total = total + train.peak_lambda * weight * sum(found) / len(found)
     return total
 
 
