@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?")
     parser.add_argument("--text", type=Path, required=True, help="held-out text")
-    parser.add_argument("--tokens", type=int, default=20_480)
+    parser.add_argument("--tokens", type=int, help="of the text; default: all")
     given = parser.parse_args()
     from transformers import AutoModelForCausalLM
 
@@ -67,7 +67,8 @@ def main() -> None:
     torch.set_num_threads(1)
     path = models.resolve(given.model)
     model = bitskip_cpu.load(path)
-    ids = np.array(read_text(given.text, model, given.tokens + 1).tokens[: given.tokens + 1])
+    limit = given.tokens and given.tokens + 1
+    ids = np.array(read_text(given.text, model, limit).tokens[:limit])
     with tempfile.TemporaryDirectory() as place:
         write_huggingface(read_folder(path), Path(place) / "hf")
         theirs = AutoModelForCausalLM.from_pretrained(Path(place) / "hf", dtype=torch.float32)

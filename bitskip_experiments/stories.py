@@ -93,9 +93,10 @@ FURTHER = (
     ("steps=20500", "decay=0.0976", "lr=6e-4"),
     ("steps=23000", "decay=0.1087", "lr=8e-4", "peak_lambda=0.25", "peak_blocks=12"),
     ("steps=25000", "decay=0.08", "lr=6e-4", "exit_shares=1,14,2", "exit_lambda=34"),
+    ("steps=26500", "decay=0.0566", "peak_rest=0.04"),
 )  # fmt: skip
 """And on from there: with more and more weight on exit 12, the rate falling along one line; then
-with smaller peaks in the first half of the blocks, so that rounding changes fewer tokens."""
+with smaller peaks in the first blocks, in the end in all, so that rounding changes fewer tokens."""
 
 
 def commands(
