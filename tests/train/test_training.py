@@ -312,6 +312,7 @@ def test_bfloat16_trains_float32_weights(tmp_path: Path) -> None:
         ("bitskip-v1", {"route_lambda": 0.1}, r"needs model\.gates"),
         ("layerskip", {"quant_lambda": 0.1}, "needs model.linear"),
         ("layerskip", {"peak_lambda": 0.1}, "inputs are quantized"),
+        ("bitskip-v1", {"peak_lambda": 0.1, "peak_rest": 0.1}, "needs peak_blocks"),
         ("bitskip-v1", {"context": 65}, "the model holds 64 positions"),
         ("bitskip-v1", {"eval_exits": [5]}, r"within 1\.\.4"),
         ("bitskip-v1", {"device": "gpu7"}, "must be auto, cpu, cuda or cuda:N"),
