@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bitskip_cpu.model import Model
 
 HELD_BACK = 8192  # tokens, at most, and at most a tenth of the text
-KEPT = 1 << 27  # numbers of hidden states that are kept, about, four bytes each
+KEPT = 1 << 29  # numbers of hidden states that are kept, about, four bytes each
 
 
 @click.command("fit-exits")
