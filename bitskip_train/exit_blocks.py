@@ -18,7 +18,7 @@ States = Mapping[int, np.ndarray]
 """n -> hidden states f32 [N, D] of the same N tokens after n blocks; L among them."""
 
 TOGETHER = 512  # tokens of a step
-TEXT = 0.2
+TEXT = 0.1
 """Weight of the text's next token beside full depth's prediction: with more of it the exit's loss
 is nearer full depth's, with less it names full depth's choice, which drafts live on, more often
 (docs/EXITS.md)."""

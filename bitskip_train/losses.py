@@ -60,13 +60,11 @@ def peak_loss(peaks: Sequence[Sequence[Tensor]], first: int, rest: float) -> Ten
 
     A list is a block's; one that ran for no sample has none.
     """
-    counted = [peak for block in peaks[: first or len(peaks)] for peak in block]
-    others = [peak for block in peaks[first or len(peaks) :] for peak in block]
+    first = first or len(peaks)
     total = torch.zeros(())
-    if counted:
-        total = total + torch.stack(counted).mean()
-    if others and rest:
-        total = total + rest * torch.stack(others).mean()
+    for weight, blocks in ((1.0, peaks[:first]), (rest, peaks[first:])):
+        if found := [peak for block in blocks for peak in block]:
+            total = total + weight * torch.stack(found).mean()
     return total
 
 

@@ -74,8 +74,8 @@ class Objective:
             terms["route_loss"] = losses.route_loss(mean_layer, self.depth)
             (train.route_lambda * terms["route_loss"] / train.accumulation).backward()
         ends, gradients = [hidden[n] for n in leaves], [h.grad for h in leaves.values()]
-        if any(peaks or ()):
-            terms["peak_loss"] = losses.peak_loss(peaks or [], train.peak_blocks, train.peak_rest)
+        if peaks and any(peaks):
+            terms["peak_loss"] = losses.peak_loss(peaks, train.peak_blocks, train.peak_rest)
             ends.append(train.peak_lambda * terms["peak_loss"] / train.accumulation)
             gradients.append(torch.ones_like(ends[-1]))
         torch.autograd.backward(ends, gradients)

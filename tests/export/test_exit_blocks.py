@@ -17,8 +17,8 @@ from bitskip_ref.config import ConfigError, ModelConfig
 from bitskip_ref.exits import ConfidenceExit
 from bitskip_ref.folder import read_folder, write_auto_exit
 from bitskip_ref.heldout import log_probabilities
-from bitskip_train import exit_blocks
 from bitskip_train.errors import DataError
+from bitskip_train.exit_blocks import TEXT
 from tests.helpers import random_folder, random_tokens
 from tests.train.conftest import small_config, small_split
 
@@ -49,10 +49,8 @@ def fitted(
     ids=["hadamard, post-norm", "int8", "ternary, bfloat16", "float32, tied"],
 )
 def test_blocks_learn_what_full_depth_says_and_nothing_else_moves(
-    config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: ModelConfig, tmp_path: Path
 ) -> None:
-    weight = 0.1
-    monkeypatch.setattr(exit_blocks, "TEXT", weight)  # so that full depth is what is learned
     base = random_folder(tmp_path / "base", config)
     model, measured = fitted(base, tmp_path / "new", [1, 3])
     before, after = read_folder(base), read_folder(tmp_path / "new")
@@ -68,7 +66,7 @@ def test_blocks_learn_what_full_depth_says_and_nothing_else_moves(
     texts = [held[start : start + CONTEXT + 1].tolist() for start in range(0, 60, CONTEXT)]
     for n in (1, 3):
         said, text = measures(model, n, texts)
-        assert said + weight * text == pytest.approx(least[n], rel=0.05)
+        assert said + TEXT * text == pytest.approx(least[n], rel=0.05)
         unfitted, _ = measures(bitskip_cpu.load(base, 1), n, texts)
         assert said < 0.95 * unfitted, n  # of what full depth says alone
 

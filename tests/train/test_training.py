@@ -24,8 +24,7 @@ from tests.train.conftest import small_config, small_split, small_train, small_t
 
 EVERYTHING: dict[str, Any] = {
     "exit_weights": "inverse", "exit_last": 0, "exit_distill": 0.5, "route_lambda": 0.2,
-    "quant_lambda": 0.05, "peak_lambda": 0.01, "peak_blocks": 2,
-    "peak_rest": 0.5,
+    "quant_lambda": 0.05, "peak_lambda": 0.01, "peak_blocks": 2, "peak_rest": 0.5,
 }  # fmt: skip
 
 
