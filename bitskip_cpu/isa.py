@@ -25,6 +25,28 @@ NEVER = 1 << 30  # tokens: more than there ever are
 
 
 @dataclass(frozen=True)
+class Fetch:
+    """How a maker's CPUs want to be asked for weights before their use; all figures measured.
+
+    `ternary` and `codes` (rows of 8, 6 and 4 bits) say how many bytes ahead a line is asked for in
+    the second cache, and in the first (0: not at all).
+    """
+
+    name: str = ""
+    ternary: tuple[int, int] = (8192, 1280)
+    codes: tuple[int, int] = (8192, 1280)
+    sparse: bool = False  # of codes one line in eight: the CPU's own prefetch needs but a hint
+
+
+FETCHES = {
+    "": Fetch(),  # any other CPU; tuned on Intel's, Cascade Lake reads at half the speed without
+    "znver": Fetch("zen", ternary=(12288, 1280), codes=(8192, 0), sparse=True),
+    "znver5": Fetch("zen5", ternary=(8192, 0), codes=(8192, 0)),
+}
+"""By how LLVM's name of a CPU begins; the longest that fits."""
+
+
+@dataclass(frozen=True)
 class Path:
     """An instruction set: what a CPU needs for it, and what its layouts and kernels ask.
 
@@ -45,8 +67,7 @@ class Path:
     columns: int = 4  # unpacked rows are padded to a multiple of so many
     unpack_above: int = 16  # with more tokens, ternary tiles are unpacked before products
     bytes_above: int = 4  # with more tokens, the vocabulary's 8-bit rows count as unpacked tiles
-    fetch_all: bool = True  # every line of codes is asked for ahead, not one in eight (dot.py)
-    amd_fetch_all: bool = True  # the same for AMD's CPUs (`tuned`)
+    fetch: Fetch = Fetch()  # put there by `tuned`
     matrix_unit: bool = False  # whether there is one (AMX)
     few_above: tuple[int, int] = (NEVER, NEVER)  # with more, it takes packed tiles (amx.py)
     accumulators: int = 0  # sums that hide `dot`'s latency when `bench` takes its peak; 0: none
@@ -63,12 +84,12 @@ _VBMI512 = (*_VNNI512, "avx512vbmi")
 PATHS = [
     Path("amx512", (*_VBMI512, "amx-tile", "amx-int8"), kernels="amx", dense=8, columns=64,
          matrix_unit=True, few_above=(2, 4), accumulators=4),
-    Path("vbmi512", _VBMI512, dense=8, bytes_above=16, amd_fetch_all=False, accumulators=20),
-    Path("vnni512", _VNNI512, dense=16, bytes_above=16, amd_fetch_all=False, accumulators=20),
+    Path("vbmi512", _VBMI512, dense=8, bytes_above=16, accumulators=20),
+    Path("vnni512", _VNNI512, dense=16, bytes_above=16, accumulators=20),
     # More accumulators would not fit the 16 registers of the next two.
     Path("vnni256", ("avx2", "avxvnni"), width=32, panel=(1, 4), accumulators=13),
     Path("avx2", ("avx2",), dot="vpmaddubsw", width=32, pairs=True, signed_bytes=True,
-         panel=(1, 4), unpack_above=7, bytes_above=NEVER, amd_fetch_all=False, accumulators=12),
+         panel=(1, 4), unpack_above=7, bytes_above=NEVER, accumulators=12),
     Path("dotprod", ("dotprod",), dot="sdot", width=16, signed_bytes=True, panel=(1, 6),
          accumulators=16),
     Path("plain", (), kernels="plain", panel=(1, 4), bytes_above=NEVER),
@@ -168,17 +189,14 @@ def tiles_permitted() -> bool:
 
 
 def tuned(path: Path, cpu: str) -> Path:
-    """The path for a CPU of that LLVM name, as its maker's own prefetch wants it.
-
-    Zen 4 reads rows of 8, 6 and 4 bits at 29, 29 and 26 GB/s where it is not asked for every line,
-    else at 27, 19 and 21; Cascade Lake at half the speed where it is not.
-    """
-    return replace(path, fetch_all=path.amd_fetch_all) if cpu.startswith("znver") else path
+    """The path for a CPU of that LLVM name, asked for weights ahead as its kind wants it."""
+    return replace(path, fetch=FETCHES[max(filter(cpu.startswith, FETCHES), key=len)])
 
 
 def choose_path(wanted: str | None = None) -> Path:
     """The best available path, or the one so named. Raises IsaError where that cannot run."""
-    available = {path.name: tuned(path, cpu_name()) for path in available_paths()}
+    cpu = llvm.get_host_cpu_name()  # what runs it, whatever it is compiled for
+    available = {path.name: tuned(path, cpu) for path in available_paths()}
     if not wanted:
         return next(iter(available.values()))
     if wanted in available:

@@ -25,7 +25,7 @@ from bitskip_cpu.kernels.numba_inside.emit import (
 LINE = 64  # bytes
 # Places read at once and cache lines of each: as fast as any of 24 mixtures, with each line asked
 # for AHEAD bytes before its use; where the CPU's own prefetch is faster, one place.
-STREAMS, LINES = (2, 4) if isa.PATH.fetch_all else (1, 8)
+STREAMS, LINES = (1, 8) if isa.PATH.fetch.sparse else (2, 4)
 AHEAD = 4096
 MATRIX_TURN = 4 * 16 * 16 * 64  # four products of 16 tokens, 16 rows, 64 columns
 
@@ -46,7 +46,7 @@ def reader() -> Compiled:
             for i, total in enumerate(sums):
                 start = builder.mul(stream, LONG(i // LINES))
                 at = builder.add(builder.add(offset, start), LONG(i % LINES * LINE))
-                if isa.PATH.fetch_all:
+                if not isa.PATH.fetch.sparse:
                     prefetch(builder, builder.add(at, LONG(AHEAD)), 3)
                 value = builder.load(pointer(builder, at, vector), align=8)
                 builder.store(builder.xor(builder.load(total), value), total)

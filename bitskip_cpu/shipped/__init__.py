@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 
 def set_name(machine: str, path: isa.Path) -> str:
     """The name of a path's object code for Linux on a machine, as `platform.machine` says it."""
-    return f"linux-{machine}-{path.name}{'' if path.fetch_all else '-own-prefetch'}"
+    return "-".join(filter(None, ("linux", machine, path.name, path.fetch.name)))
 
 
 def code(name: str) -> bytes | None:

@@ -3,9 +3,9 @@
     python -m bitskip_cpu.shipped.make && python -m build --wheel
 
 It needs Numba, and Linux on x86-64, whose LLVM writes the code for ARM, too; none of the CPUs that
-the code is for. A set is the code of one instruction-set path, tuned for a maker's CPUs
-(`isa.tuned`); without names all are made. Each is made in a process of its own, as a path is chosen
-before any kernel is declared.
+the code is for. A set is the code of one instruction-set path, tuned for a kind of CPU
+(`isa.FETCHES`); without names all are made. Each is made in a process of its own, as a path is
+chosen before any kernel is declared.
 """
 
 from __future__ import annotations
@@ -31,11 +31,18 @@ ARM_TRIPLE = "aarch64-unknown-linux-gnu"
 ALSO = ("f16c", "bmi", "bmi2", "lzcnt")
 ALSO_512 = (*ALSO, "avx512dq")
 
+
+def tunings(path: isa.Path) -> list[isa.Path]:
+    """The path as each kind of CPU that may have it wants to be asked for weights."""
+    elsewhere = path.matrix_unit or "dotprod" in path.needs  # Intel's and ARM's
+    return [isa.tuned(path, cpu) for cpu in isa.FETCHES if not (cpu and elsewhere)]
+
+
 SETS = {
     shipped.set_name("aarch64" if "dotprod" in path.needs else "x86_64", tuned): tuned
     for path in isa.PATHS
     if path.compiled
-    for tuned in (path, isa.tuned(path, "znver"))
+    for tuned in tunings(path)
 }
 
 

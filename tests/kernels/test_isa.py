@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bitskip_cpu import isa
@@ -62,13 +64,20 @@ def test_a_wish_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         isa.choose_path("sse9")
 
 
-def test_whether_every_line_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the CPU's maker, not by the path alone."""
-    fetches = {}
-    for name in ("znver5", "cascadelake"):
-        pretend(monkeypatch, name, "")
-        fetches[name] = isa.choose_path("vnni512").fetch_all
-    assert fetches == {"znver5": False, "cascadelake": True}
+@pytest.mark.parametrize(("cpu", "kind"), [
+    ("znver1", "zen"), ("znver4", "zen"), ("znver5", "zen5"), ("cascadelake", ""), ("", ""),
+])  # fmt: skip
+def test_weights_are_asked_for_as_the_cpu_wants(
+    monkeypatch: pytest.MonkeyPatch, cpu: str, kind: str
+) -> None:
+    """By the CPU that runs the code, not by the path, nor by what the code is compiled for."""
+    monkeypatch.setattr(isa.llvm, "get_host_cpu_name", lambda: cpu)
+    pretend(monkeypatch, "haswell", "")
+    assert isa.choose_path("avx2").fetch.name == kind
+    for path in isa.PATHS:
+        tuned = isa.tuned(path, cpu)
+        assert (tuned.fetch.name, replace(tuned, fetch=path.fetch)) == (kind, path)
+        assert isa.tuned(tuned, "haswell") == path
 
 
 @pytest.mark.parametrize(("name", "features", "converts"), [

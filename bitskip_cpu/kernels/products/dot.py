@@ -14,9 +14,7 @@ from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, LONG, WORD, call, pointer, prefetch
 from bitskip_cpu.kernels.products.ternary_layout import LINE
 
-FAR, NEAR = 8192, 1280  # bytes; measured
-EVERY = 512  # bytes of which one line is asked for, where not all are
-TERNARY_FAR = FAR if PATH.fetch_all else 12288  # Zen 4 reads ternary tiles 3 to 5 % faster so
+SPARSE = 8 * LINE  # bytes of which one line is asked for, where not all are
 WIDTH = PATH.width
 BYTES = ir.VectorType(BYTE, WIDTH)
 WORDS = ir.VectorType(WORD, WIDTH // 2)
@@ -84,25 +82,26 @@ def load(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
     return builder.load(pointer(builder, builder.add(base, offset), BYTES), align=1)
 
 
-def fetch_ahead(builder: ir.IRBuilder, base: ir.Value, offset: int = 0) -> None:
-    """Ask for the bytes TERNARY_FAR further on in the second cache, NEAR further on in the first.
+def fetch_line(builder: ir.IRBuilder, line: ir.Value, ahead: tuple[int, int]) -> None:
+    """Ask for a line of 64 bytes so many bytes further on, in the second and the first cache."""
+    for distance, level in zip(ahead, (2, 3), strict=True):
+        if distance:
+            prefetch(builder, builder.add(line, LONG(distance)), level)
 
-    Ternary tiles, whose digits take most of the time, are read at half the speed without it.
-    """
-    at = builder.add(base, LONG(offset))
-    for distance, level in ((TERNARY_FAR, 2), (NEAR, 3)):
-        prefetch(builder, builder.add(at, LONG(distance)), level)
+
+def fetch_ternary(builder: ir.IRBuilder, line: ir.Value) -> None:
+    """Ask ahead for a line of ternary tiles, whose digits take most of the time."""
+    fetch_line(builder, line, PATH.fetch.ternary)
 
 
 def fetch_unit(builder: ir.IRBuilder, unit: ir.Value, lines: int) -> None:
-    """The same for the lines of a unit of codes, which take little time.
+    """Ask ahead for the lines of a unit of codes, which take little time.
 
-    Where the CPU's own prefetch reads faster alone, it is only told of the next page (isa.Path), by
-    one line in eight. One in two, as units of two lines would have it, halves Zen 4's speed.
+    Or for one line in eight: one in two, as units of two lines would have it, halves Zen 4's speed.
     """
-    if PATH.fetch_all:
-        for i in range(lines):
-            fetch_ahead(builder, unit, i * LINE)
-    else:
-        at = builder.add(unit, LONG(FAR))
-        prefetch(builder, builder.and_(at, LONG(-EVERY)), 2)
+    if PATH.fetch.sparse:
+        at = builder.add(unit, LONG(PATH.fetch.codes[0]))
+        prefetch(builder, builder.and_(at, LONG(-SPARSE)), 2)
+        return
+    for i in range(lines):
+        fetch_line(builder, builder.add(unit, LONG(i * LINE)), PATH.fetch.codes)

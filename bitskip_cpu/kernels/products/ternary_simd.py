@@ -30,7 +30,7 @@ from bitskip_cpu.kernels.products.dot import (
     add_pairs,
     constant,
     dot,
-    fetch_ahead,
+    fetch_ternary,
     load,
     starts,
     sums_of_pairs,
@@ -239,14 +239,14 @@ def over_lines(builder: ir.IRBuilder, tile: ir.Value, units: ir.Value, tail: ir.
     with loop(builder, units) as index:
         at = builder.add(tile, builder.mul(index, LONG(UNIT_LINES * LINE)))
         for i in range(UNIT_LINES):
-            fetch_ahead(builder, at, i * LINE)
+            fetch_ternary(builder, builder.add(at, LONG(i * LINE)))
         stored = [load_line(builder, at, i * LINE) for i in range(UNIT_LINES)]
         do(unit_lines(builder, stored), builder.mul(index, LONG(UNIT_COLUMNS)))
     rest = builder.add(tile, builder.mul(units, LONG(UNIT_LINES * LINE)))
     first = builder.mul(units, LONG(UNIT_COLUMNS))
     with loop(builder, tail) as index:
         at = builder.add(rest, builder.mul(index, LONG(LINE)))
-        fetch_ahead(builder, at)
+        fetch_ternary(builder, at)
         column = builder.add(first, builder.mul(index, LONG(LINE_COLUMNS)))
         do([tail_line(builder, load_line(builder, at, 0))], column)
 
