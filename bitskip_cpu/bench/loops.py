@@ -47,7 +47,7 @@ def reader() -> Compiled:
                 start = builder.mul(stream, LONG(i // LINES))
                 at = builder.add(builder.add(offset, start), LONG(i % LINES * LINE))
                 if not isa.PATH.fetch.sparse:
-                    prefetch(builder, builder.add(at, LONG(AHEAD)), 3)
+                    prefetch(builder, builder.add(at, LONG(AHEAD)), 1)
                 value = builder.load(pointer(builder, at, vector), align=8)
                 builder.store(builder.xor(builder.load(total), value), total)
         return _fold(builder, [builder.load(total) for total in sums])

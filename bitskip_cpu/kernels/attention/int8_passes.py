@@ -151,7 +151,8 @@ def value_lines(queries: int) -> Kernel:
 def fetch(builder, at, lines):
     """Ask for so many lines of memory."""
     with loop(builder, lines) as index:
-        prefetch(builder, builder.add(at, builder.mul(index, LONG(LINE))), 2)
+        line = builder.add(at, builder.mul(index, LONG(LINE)))
+        prefetch(builder, line, PATH.fetch.scattered)
 
 
 def _repeated(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:

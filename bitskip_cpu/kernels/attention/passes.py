@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
+from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.arithmetic.float16 import load_float16s
 from bitskip_cpu.kernels.arithmetic.lanes import load_lanes, load_splat, paired, store_lanes
 from bitskip_cpu.kernels.layout import CACHED_FLOAT16, LANES, QUERIES
@@ -77,7 +78,7 @@ def _emit_products(leaves: int, size: int) -> Emit:
             for j in range(first, first + count):
                 offset = builder.mul(pitch, LONG(j * size))
                 if cold:
-                    prefetch(builder, builder.add(soon, offset), 2)
+                    prefetch(builder, builder.add(soon, offset), PATH.fetch.scattered)
                 keys.append(_load(builder, size, builder.add(k, offset)))
             for base in query_at:
                 products = []
@@ -101,7 +102,7 @@ def _emit_weighed(size: int) -> Emit:
         for j in range(LANES):
             offset = builder.mul(pitch, LONG(j * size))
             if cold:
-                prefetch(builder, builder.add(soon, offset), 2)
+                prefetch(builder, builder.add(soon, offset), PATH.fetch.scattered)
             values.append(_load(builder, size, builder.add(v, offset)))
         for _ in range(queries):
             products = []

@@ -57,7 +57,7 @@ def _nothing(address: int, lines: int) -> None:
 def fetch(builder, address, lines):
     """Ask for cache lines from there on in the second cache; nothing else comes of it."""
     with loop(builder, lines) as index:
-        prefetch(builder, builder.add(address, builder.shl(index, LONG(6))), 2)
+        prefetch(builder, builder.add(address, builder.shl(index, LONG(6))))
 
 
 @intrinsic()

@@ -56,7 +56,7 @@ def pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value
     return builder.inttoptr(address, kind.as_pointer())
 
 
-def prefetch(builder: ir.IRBuilder, address: ir.Value, level: int) -> None:
-    """Ask for the cache line there. `level`: 3 the first cache, 2 the second."""
-    at = pointer(builder, address, BYTE)
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), at, INT(0), INT(level), INT(1))  # read, data
+def prefetch(builder: ir.IRBuilder, address: ir.Value, cache: int = 2) -> None:
+    """Ask for the cache line there, in the first cache or the second."""
+    at, locality = pointer(builder, address, BYTE), INT(4 - cache)
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), at, INT(0), locality, INT(1))  # read, data

@@ -84,9 +84,9 @@ def load(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
 
 def fetch_line(builder: ir.IRBuilder, line: ir.Value, ahead: tuple[int, int]) -> None:
     """Ask for a line of 64 bytes so many bytes further on, in the second and the first cache."""
-    for distance, level in zip(ahead, (2, 3), strict=True):
+    for distance, cache in zip(ahead, (2, 1), strict=True):
         if distance:
-            prefetch(builder, builder.add(line, LONG(distance)), level)
+            prefetch(builder, builder.add(line, LONG(distance)), cache)
 
 
 def fetch_ternary(builder: ir.IRBuilder, line: ir.Value) -> None:
@@ -101,7 +101,7 @@ def fetch_unit(builder: ir.IRBuilder, unit: ir.Value, lines: int) -> None:
     """
     if PATH.fetch.sparse:
         at = builder.add(unit, LONG(PATH.fetch.codes[0]))
-        prefetch(builder, builder.and_(at, LONG(-SPARSE)), 2)
+        prefetch(builder, builder.and_(at, LONG(-SPARSE)))
         return
     for i in range(lines):
         fetch_line(builder, builder.add(unit, LONG(i * LINE)), PATH.fetch.codes)

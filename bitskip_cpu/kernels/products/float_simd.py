@@ -55,7 +55,7 @@ def _emit_rows(
         places = [builder.add(row, builder.mul(pitch, LONG(k))) for k in range(leaves)]
         weights.append([_load(builder, at) for at in places])
         for at in places:
-            prefetch(builder, builder.add(at, builder.mul(row_bytes, LONG(FLOAT_BLOCK))), 2)
+            prefetch(builder, builder.add(at, builder.mul(row_bytes, LONG(FLOAT_BLOCK))))
 
     def total(at: ir.Value, k: int, step: int) -> list[ir.Value]:
         """Per row the sum of leaves k, k + step, ...: first those that lie furthest apart."""

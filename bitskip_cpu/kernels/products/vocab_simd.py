@@ -122,9 +122,10 @@ def row_sum(row_at, codes_at, n):
 
 @intrinsic()
 def fetch_row(builder, row, n):
-    """Ask for n bytes in the second cache: the first cannot wait for so many lines at once."""
+    """Ask for a row of n bytes that lies far from the one before."""
     with loop(builder, builder.udiv(n, LONG(LINE))) as index:
-        prefetch(builder, builder.add(row, builder.mul(index, LONG(LINE))), 2)
+        at = builder.add(row, builder.mul(index, LONG(LINE)))
+        prefetch(builder, at, PATH.fetch.scattered)
 
 
 int4_1, int4_4 = vocab_tile(4, 1, 4), vocab_tile(4, 4, 4)
