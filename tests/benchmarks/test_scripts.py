@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from benchmarks import (
     batches,
     exit_blocks,
     exits_bound,
+    fetch,
     gguf_out,
     heads,
     hf_out,
@@ -64,6 +66,20 @@ def test_exits_bound(
     out = lines(exits_bound, arguments, monkeypatch, capsys)
     assert out[0].startswith("stories-24: a block ") and "gate > 0.99 at 6, else 12" in out[-1]
     assert json.loads((tmp_path / "found.json").read_text())["tokens"] > 300
+
+
+def test_fetch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = random_folder(tmp_path / "model", small_twin("bitskip-v1"))
+    ours, other = isa.PATH.fetch, isa.Fetch(ternary=(0, 0), codes=(0, 0))
+    tried = {replace(given, name="") for given in fetch.SETTINGS.values()}
+    assert {replace(given, name="") for given in isa.FETCHES.values()} <= tried
+    monkeypatch.setattr(fetch, "SETTINGS", {"none": other})
+    out = lines(fetch, f"{folder} -n 2 -r 2", monkeypatch, capsys)
+    setting, *speeds = (cell.strip() for cell in out[-1].split("|")[1:-1])
+    assert setting == "none" and [len(cell.split(",")) for cell in speeds] == [2, 2]
+    assert isa.PATH.fetch == ours  # tried in other processes
 
 
 def test_heads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
