@@ -26,7 +26,7 @@ NEVER = 1 << 30  # tokens: more than there ever are
 
 @dataclass(frozen=True)
 class Fetch:
-    """How a maker's CPUs want to be asked for weights before their use; all figures measured.
+    """How a kind of CPU wants to be asked for weights before their use; all figures measured.
 
     `ternary` and `codes` (rows of 8, 6 and 4 bits) say how many bytes ahead a line is asked for in
     the second cache, and in the first (0: not at all).
