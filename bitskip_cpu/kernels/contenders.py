@@ -17,10 +17,11 @@ import numpy as np
 from bitskip_cpu.kernels.arithmetic.elementwise import INFINITY, copy, first_of
 from bitskip_cpu.kernels.arithmetic.lanes import larger, largest
 from bitskip_cpu.kernels.layout import ACC_STRIDE, BAND, INT4, LANES
+from bitskip_cpu.kernels.numba_inside.atomics import fetch_scattered
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s
-from bitskip_cpu.kernels.products.rows import fetch_row, row_sum, vocab_sums
-from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS
+from bitskip_cpu.kernels.products.rows import row_sum, vocab_sums
+from bitskip_cpu.kernels.products.ternary_layout import LINE, TILE_ROWS
 from bitskip_cpu.kernels.products.vocab_layout import OFFSET, ROUND_UP, VOCAB_COLUMNS
 
 f32, i32 = np.float32, np.int32
@@ -53,7 +54,7 @@ def bound_rows(s, first, last, acc_at):
         n = min(BAND, last - start)
         tiles_at, tiles = s.upper_weights + start * s.upper_row_bytes, -(-n // TILE_ROWS)
         for array in (s.vocab_scale, s.upper_norms, s.logits):
-            fetch_row(array + 4 * (start + BAND), 4 * BAND)
+            fetch_scattered(array + 4 * (start + BAND), 4 * BAND // LINE)
         vocab_sums(INT4, s.tokens, tiles_at, tiles, size, units, s.codes, s.codes_stride, acc_at)
         scale, lower = floats(s.vocab_scale + 4 * start, n), floats(s.upper_norms + 4 * start, n)
         for t in range(s.tokens):
@@ -163,7 +164,7 @@ def settle_rows(s, first, last, scratch_at):
                 z[i] = -INFINITY
         for j in range(-AHEAD, found):
             if j + AHEAD < found:
-                fetch_row(s.head_codes + rows[j + AHEAD] * s.hidden, s.hidden)
+                fetch_scattered(s.head_codes + rows[j + AHEAD] * s.hidden, s.hidden // LINE)
             if j >= 0:
                 z[rows[j]] = logit(s, t, rows[j])
 

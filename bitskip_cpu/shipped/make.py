@@ -32,17 +32,16 @@ ALSO = ("f16c", "bmi", "bmi2", "lzcnt")
 ALSO_512 = (*ALSO, "avx512dq")
 
 
-def tunings(path: isa.Path) -> list[isa.Path]:
-    """The path as each kind of CPU that may have it wants to be asked for weights."""
-    elsewhere = path.matrix_unit or "dotprod" in path.needs  # Intel's and ARM's
-    return [isa.tuned(path, cpu) for cpu in isa.FETCHES if not (cpu and elsewhere)]
-
+TAKEN = {"znver": ("vbmi512", "avx2"), "znver5": ("vbmi512",)}
+"""The paths that a kind of CPU takes unasked; another may take any."""
 
 SETS = {
     shipped.set_name("aarch64" if "dotprod" in path.needs else "x86_64", tuned): tuned
     for path in isa.PATHS
     if path.compiled
-    for tuned in tunings(path)
+    for cpu in isa.FETCHES
+    if path.name in TAKEN.get(cpu, (path.name,))
+    for tuned in [isa.tuned(path, cpu)]
 }
 
 

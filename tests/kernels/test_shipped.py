@@ -88,14 +88,26 @@ def test_only_linux_has_any(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert shipped.code("run") is None
 
 
-def test_every_compiled_path_has_a_set() -> None:
-    """For each kind of CPU that may have it; what a set may use includes what its path needs."""
-    only = {"amx512": ["sapphirerapids"], "dotprod": ["neoverse-n1"]}
-    assert set(make.SETS.values()) == {
-        isa.tuned(path, cpu)
-        for path in isa.PATHS
-        if path.compiled
-        for cpu in only.get(path.name, ["icelake-server", "znver3", "znver4", "znver5"])
-    }
+V3 = ("avx2", "f16c")
+VBMI = (*V3, "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512vbmi")
+
+
+@pytest.mark.parametrize(
+    ("cpu", "features"),
+    [
+        ("haswell", V3), ("alderlake", (*V3, "avxvnni")), ("cascadelake", VBMI[:-1]),
+        ("icelake-server", VBMI), ("sapphirerapids", (*VBMI, "amx-tile", "amx-int8")),
+        ("znver1", V3), ("znver3", V3), ("znver4", VBMI), ("znver5", (*VBMI, "avxvnni")),
+        ("neoverse-n1", ("dotprod",)),
+    ],
+)  # fmt: skip
+def test_every_usual_cpu_has_a_set(cpu: str, features: tuple[str, ...]) -> None:
+    """The best path that it has, asked for weights as it wants, with no feature that it lacks."""
+    path = next(path for path in isa.PATHS if set(features).issuperset(path.needs))
+    assert isa.tuned(path, cpu) in make.SETS.values()
+
+
+def test_a_set_may_use_what_its_path_needs() -> None:
+    assert {path.name for path in make.SETS.values()} == {p.name for p in isa.PATHS if p.compiled}
     for path in make.SETS.values():
         assert set(make.features(path)) >= set(path.needs)

@@ -25,7 +25,6 @@ from bitskip_cpu.kernels.attention.int8_passes import (
     UNIT,
     UPPER,
     encode,
-    fetch,
     largest,
     scores_1,
     scores_4,
@@ -34,6 +33,7 @@ from bitskip_cpu.kernels.attention.int8_passes import (
     weigh,
 )
 from bitskip_cpu.kernels.layout import LANES, PANEL, QUERIES
+from bitskip_cpu.kernels.numba_inside.atomics import fetch_scattered
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s, int64s
 from bitskip_cpu.kernels.products.ternary_layout import COLUMNS, LINE
@@ -192,4 +192,4 @@ def fetch_pages(table, first, end, pages, offset, lines):
     """Ask for what lies at `offset` in pages first..end-1, if there are so many: lines, and one."""
     page_at = int64s(table, pages)
     for page in range(first, min(end, pages)):
-        fetch(page_at[page] + offset, lines + 1)
+        fetch_scattered(page_at[page] + offset, lines + 1)

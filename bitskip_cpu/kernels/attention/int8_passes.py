@@ -25,7 +25,7 @@ from bitskip_cpu.kernels.arithmetic.lanes import (
 )
 from bitskip_cpu.kernels.layout import LANES, PANEL
 from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
-from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, LONG, loop, pointer, prefetch, variable
+from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, LONG, loop, pointer, variable
 from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s, int64s, uint8s
 from bitskip_cpu.kernels.products.dot import INTS, WIDTH, Kernel, load, starts
 from bitskip_cpu.kernels.products.ternary_layout import COLUMNS, LINE
@@ -145,14 +145,6 @@ def value_lines(queries: int) -> Kernel:
             to = builder.add(to, out_stride)
 
     return lines_sums
-
-
-@intrinsic(lambda at, lines: None)
-def fetch(builder, at, lines):
-    """Ask for so many lines of memory."""
-    with loop(builder, lines) as index:
-        line = builder.add(at, builder.mul(index, LONG(LINE)))
-        prefetch(builder, line, PATH.fetch.scattered)
 
 
 def _repeated(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:

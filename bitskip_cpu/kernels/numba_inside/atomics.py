@@ -5,6 +5,9 @@ Addresses are of int64. What a thread wrote before `write` or `exchange` is seen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import llvmlite.binding as llvm
 from llvmlite import ir
 
@@ -50,14 +53,25 @@ def pause(builder):
 
 
 def _nothing(address: int, lines: int) -> None:
-    """What `fetch` is without JIT."""
+    """What asking for memory is without JIT."""
 
 
-@intrinsic(_nothing)
-def fetch(builder, address, lines):
-    """Ask for cache lines from there on in the second cache; nothing else comes of it."""
-    with loop(builder, lines) as index:
-        prefetch(builder, builder.add(address, builder.shl(index, LONG(6))))
+def fetching(cache: int) -> Callable[..., Any]:
+    """(address, lines): ask for cache lines from there on in that cache; nothing else comes of it.
+
+    The cache is the first or the second.
+    """
+
+    @intrinsic(_nothing)
+    def asked_for(builder, address, lines):
+        with loop(builder, lines) as index:
+            prefetch(builder, builder.add(address, builder.shl(index, LONG(6))), cache)
+
+    return asked_for
+
+
+fetch = fetching(2)
+fetch_scattered = fetching(isa.PATH.fetch.scattered)  # what lies far from what was read before
 
 
 @intrinsic()

@@ -99,11 +99,6 @@ def row_sum(row_at, codes_at, n):
 
 
 @kernel
-def fetch_row(row_at, n):
-    """Nothing: where there are instructions for it, memory is asked for a row (simd.py)."""
-
-
-@kernel
 def ternary_sums(
     tokens, tiles_at, tiles, size, units, tail, padded, codes_at, stride, acc_at, room_at
 ):

@@ -29,8 +29,7 @@ from bitskip_cpu.kernels.products.vocab_layout import OFFSET, VOCAB_COLUMNS
 path = import_module(f"bitskip_cpu.kernels.products.{PATH.kernels}")
 ternary_sums, vocab_sums = path.ternary_sums, path.vocab_sums
 float_sums, order = path.float_sums, path.order
-single = import_module(f"{__package__}.{'vocab_simd' if PATH.compiled else 'plain'}")
-row_sum, fetch_row = single.row_sum, single.fetch_row
+row_sum = import_module(f"{__package__}.{'vocab_simd' if PATH.compiled else 'plain'}").row_sum
 
 OFFSET4, OFFSET6, OFFSET8 = (np.int32(OFFSET[bits]) for bits in (4, 6, 8))
 

@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
-from bitskip_cpu.kernels.numba_inside.emit import INT, LONG, call, loop, prefetch, variable
+from bitskip_cpu.kernels.numba_inside.emit import INT, LONG, call, loop, variable
 from bitskip_cpu.kernels.products import plain
 from bitskip_cpu.kernels.products.dot import (
     BYTES,
@@ -118,14 +118,6 @@ def row_sum(row_at, codes_at, n):
     whole = n // LINE * LINE
     total = lines_sum(row_at, codes_at, n // LINE)
     return np.int32(total + plain.row_sum(row_at + whole, codes_at + whole, n - whole))
-
-
-@intrinsic()
-def fetch_row(builder, row, n):
-    """Ask for a row of n bytes that lies far from the one before."""
-    with loop(builder, builder.udiv(n, LONG(LINE))) as index:
-        at = builder.add(row, builder.mul(index, LONG(LINE)))
-        prefetch(builder, at, PATH.fetch.scattered)
 
 
 int4_1, int4_4 = vocab_tile(4, 1, 4), vocab_tile(4, 4, 4)
