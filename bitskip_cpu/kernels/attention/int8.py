@@ -19,6 +19,7 @@ import numpy as np
 from bitskip_cpu.kernels.arithmetic.elementwise import ZERO, fill_zero, magnitude_bits, quantize
 from bitskip_cpu.kernels.arithmetic.lanes import LANE_BYTES
 from bitskip_cpu.kernels.attention.int8_passes import (
+    ASKED,
     KEY_OFFSET,
     LINES,
     PAGES,
@@ -45,9 +46,7 @@ LARGEST_CODE = f32(127.0)
 LARGEST_WEIGHT = f32(constants.LARGEST_WEIGHT)
 MINUS_INFINITY = f32(-np.inf)
 PAGES_AHEAD = 8  # between asking for a page and its use
-PAGES_KEPT = 256  # whose values of a head the second cache holds
 COLD_PAGES, HOT_PAGES = 8, 32  # whose values all queries take before the next
-PANELS = 4  # of scores between asking for values
 SHIFTED = f64(1 << UPPER)  # what an upper code counts
 FLIP = i32(0x80808080 - (1 << 32) if KEY_OFFSET else 0)  # adds KEY_OFFSET to four codes
 
@@ -95,6 +94,7 @@ def over_int8(
     codes_at = state_at + 2 * LANE_BYTES
     sums_at = codes_at + (queries * padded + LINE - 1) // LINE * LINE
     sums = 4 * width + LINES * LINE  # bytes of a row's
+    asks_at = sums_at + 2 * queries * sums
     last_line = width // LANES - 1
 
     scale = f32(1.0 / math.sqrt(float(head_dim)))
@@ -104,27 +104,28 @@ def over_int8(
                                codes_at + i * padded, padded)  # fmt: skip
         floats(fact, 1)[0] = step * scale
         int32s(fact + 4, 1)[0] = total
+    lines = width // LANES
+    value_steps_at = values + LANES * width
     for page in range(0, pages, PAGES):
         at, last, to = table + 8 * page, pages - 1 - page, scratch_at + LANE_BYTES * page
-        if cold:
-            fetch_pages(table, page + PAGES_AHEAD, page + PAGES_AHEAD + PAGES, pages, keys, fours)
+        ahead = PAGES_AHEAD if cold and last > PAGES_AHEAD else 0
+        soon, last_soon = at + 8 * ahead, last - ahead if ahead else 0
         if queries == 1:
-            scores_1(at, keys, last, fours, codes_at, padded, facts_at, 0, to, row)
+            scores_1(at, keys, last, fours, codes_at, padded, facts_at, 0, to, row, soon,
+                     last_soon, value_steps_at)  # fmt: skip
         else:
-            scores_4(at, keys, last, fours, codes_at, padded, facts_at, queries - 1, to, row)
-    lines = width // LANES
-    value_steps(table, values + LANES * width, pages, seen, panels * PANEL, steps_at)
+            scores_4(at, keys, last, fours, codes_at, padded, facts_at, queries - 1, to, row, soon,
+                     last_soon, value_steps_at)  # fmt: skip
+    value_steps(table, value_steps_at, pages, seen, panels * PANEL, steps_at)
+    parts = (lines * COLUMNS + ASKED - 1) // ASKED  # of a page's values
+    most = queries * panels if cold and pages > PAGES_AHEAD else 0
+    asked = values_to_ask(table, values, pages, parts, most, asks_at)
     for i in range(queries):
         at, codes = scratch_at + i * row, weights_at + 2 * i * weights
         softmax_begin(at, seen, panels, state_at)
         top = largest(at, panels)
-        for panel in range(0, panels, PANELS):
-            some = min(PANELS, panels - panel)
-            if cold:  # meanwhile the values come, each query's share of them
-                first = (i * panels + panel) * pages // (queries * panels)
-                end = (i * panels + panel + some) * pages // (queries * panels)
-                fetch_pages(table, first, end, min(pages, PAGES_KEPT), values, lines * COLUMNS)
-            weigh(at + 4 * PANEL * panel, top, steps_at + 4 * PANEL * panel, some, state_at)
+        left, left_at = asked * parts - i * panels, asks_at + 8 * i * panels
+        weigh(at, top, steps_at, panels, state_at, left, left_at)
         softmax_end(at, panels, codes, weights, state_at, facts_at + 8 * i)
     fetch_pages(next_table, 0, PAGES_AHEAD, next_count, next_keys, fours)
     fill_zero(sums_at, queries * sums // 2)  # two rows a query, 4 bytes a number
@@ -132,8 +133,8 @@ def over_int8(
     for page in range(0, pages, chunk):
         some = min(chunk, pages - page)
         if cold:
-            first = page + PAGES_AHEAD
-            fetch_pages(table, first, first + some, pages, values, lines * COLUMNS)
+            first = max(page + PAGES_AHEAD, asked)
+            fetch_pages(table, first, page + PAGES_AHEAD + some, pages, values, lines * COLUMNS)
         for i in range(0, queries, 2):
             rows, to = weights_at + 2 * i * weights + page * LANES, sums_at + 2 * i * sums
             for line in range(0, lines, LINES):
@@ -149,6 +150,20 @@ def over_int8(
         out = floats(out_at + 4 * i * head_dim, head_dim)
         for j in range(head_dim):
             out[j] = f32(f64(upper[j]) * SHIFTED + f64(lower[j])) * factor  # exact, then rounded
+
+
+@kernel
+def values_to_ask(table, values, pages, parts, most, asks_at):
+    """Put down for `weigh` where values begin that it asks for, at most so many addresses.
+
+    Of each page `parts`, ASKED lines each. Return how many pages' these are.
+    """
+    page_at, asks = int64s(table, pages), int64s(asks_at, most)
+    whole = min(most // parts, pages)
+    for page in range(whole):
+        for part in range(parts):
+            asks[page * parts + part] = page_at[page] + values + part * ASKED * LINE
+    return whole
 
 
 @kernel

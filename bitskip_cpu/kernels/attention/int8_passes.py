@@ -25,7 +25,7 @@ from bitskip_cpu.kernels.arithmetic.lanes import (
 )
 from bitskip_cpu.kernels.layout import LANES, PANEL
 from bitskip_cpu.kernels.numba_inside.decorators import intrinsic, kernel
-from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, LONG, loop, pointer, variable
+from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, LONG, loop, pointer, prefetch, variable
 from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s, int64s, uint8s
 from bitskip_cpu.kernels.products.dot import INTS, WIDTH, Kernel, load, starts
 from bitskip_cpu.kernels.products.ternary_layout import COLUMNS, LINE
@@ -40,6 +40,7 @@ KEY_OFFSET = OFFSET[8]  # added to a key's codes where `dot` takes unsigned byte
 assert PANEL == AT_ONCE * LANES
 UNIT = f32(constants.SOFTMAX_UNIT)
 UPPER = 7  # bits that a weight's upper code is shifted by; both have so many
+ASKED = 16  # lines that `weigh` asks for with each panel
 PAGES = 4 if WIDTH == 64 else 1  # whose scores fit the registers
 LINES = 4 if WIDTH == 64 else 1  # of values, likewise
 PART = ir.VectorType(ir.FloatType(), WIDTH // 4)
@@ -49,22 +50,23 @@ PART = ir.VectorType(ir.FloatType(), WIDTH // 4)
 
 
 def score_pages(queries: int, chains: int) -> Kernel:
-    """(table, keys, last page, fours, codes, stride, facts, last, out, out stride): scores.
+    """(table, keys, last page, fours, codes, stride, facts, last, out, out stride, soon, last soon,
+    value steps): scores.
 
     Of the pages in `table`, int64 addresses, and `queries` queries. `facts`: f32 step, with
     1 / sqrt(E) in it, and int32 sum of a query's codes. The keys' steps follow their codes.
+    Meanwhile the keys of the pages at `soon`, a table, too, and the steps of their values are
+    asked for, unless the last one is the first.
     """
 
     @intrinsic()
     def pages_scores(
-        builder, table, keys, last_page, fours, codes, stride, facts, last, out, out_stride
-    ):
-        page_at = []
-        for i in range(PAGES):
-            page = LONG(i)
-            page = builder.select(builder.icmp_signed("<", page, last_page), page, last_page)
-            at = builder.add(table, builder.mul(page, LONG(8)))
-            page_at.append(builder.add(builder.load(pointer(builder, at, LONG)), keys))
+        builder, table, keys, last_page, fours, codes, stride, facts, last, out, out_stride, soon,
+        last_soon, value_steps,
+    ):  # fmt: skip
+        page_at = _page_parts(builder, table, last_page, keys)
+        soon_at = _page_parts(builder, soon, last_soon, keys)
+        asks = builder.icmp_signed(">", last_soon, LONG(0))
         code_at = starts(builder, codes, stride, last, queries)
         sums = Sums(builder, queries, PAGES * REGISTERS, chains)
         with loop(builder, fours) as index:
@@ -73,6 +75,9 @@ def score_pages(queries: int, chains: int) -> Kernel:
                 load(builder, builder.add(base, line), LONG(h * WIDTH))
                 for base in page_at for h in range(REGISTERS)
             ]  # fmt: skip
+            with builder.if_then(asks):
+                for base in soon_at:
+                    prefetch(builder, builder.add(base, line), PATH.fetch.scattered)
             for t in range(queries):
                 four = broadcast(builder, code_at[t], builder.mul(index, LONG(COLUMNS)))
                 for r, code in enumerate(codes_of):
@@ -80,6 +85,10 @@ def score_pages(queries: int, chains: int) -> Kernel:
                     sums.add(t, r, *pair, 0)
             sums.flush()
         steps_at = builder.mul(fours, LONG(LINE))
+        with builder.if_then(asks):
+            for base in soon_at:
+                for steps in (steps_at, builder.sub(value_steps, keys)):
+                    prefetch(builder, builder.add(base, steps), PATH.fetch.scattered)
         steps = [
             builder.load(pointer(builder, builder.add(base, builder.add(steps_at, LONG(h * WIDTH))),
                                  PART), align=4)
@@ -100,6 +109,18 @@ def score_pages(queries: int, chains: int) -> Kernel:
             to = builder.add(to, out_stride)
 
     return pages_scores
+
+
+def _page_parts(
+    builder: ir.IRBuilder, table: ir.Value, last: ir.Value, part: ir.Value
+) -> list[ir.Value]:
+    """Addresses of a part of each of PAGES pages; those above the last one repeat it."""
+    found = []
+    for i in range(PAGES):
+        page = builder.select(builder.icmp_signed("<", LONG(i), last), LONG(i), last)
+        at = builder.add(table, builder.mul(page, LONG(8)))
+        found.append(builder.add(builder.load(pointer(builder, at, LONG)), part))
+    return found
 
 
 def value_lines(queries: int) -> Kernel:
@@ -161,7 +182,9 @@ def _largest(x_at: int, panels: int) -> Any:
     return floats(x_at, panels * PANEL).max()
 
 
-def _weigh(x_at: int, top: Any, steps_at: int, panels: int, state_at: int) -> None:
+def _weigh(
+    x_at: int, top: Any, steps_at: int, panels: int, state_at: int, asks: int, asks_at: int
+) -> None:
     x, steps = floats(x_at, panels * PANEL), floats(steps_at, panels * PANEL)
     e = np.array([exp(score - top) for score in x])
     int32s(state_at, LANES)[:] += np.rint(e * UNIT).astype(i32).reshape(-1, LANES).sum(0, i32)
@@ -219,11 +242,13 @@ def _top(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
 
 
 @intrinsic(_weigh, top="float32")
-def weigh(builder, x_at, top, steps_at, panels, state_at):
+def weigh(builder, x_at, top, steps_at, panels, state_at, asks, asks_at):
     """Scores -> e * step, in place.
 
     State, brought up to date: int32 [LANES], to add round(e * SOFTMAX_UNIT) to, and f32 [LANES],
-    the largest e * step in some lane, a NaN if there is one.
+    the largest e * step in some lane, a NaN if there is one. `asks_at`: for each of the first
+    `asks` panels an address from which ASKED lines are asked for meanwhile. One of them is read:
+    a CPU with too many on their way leaves out what is asked for, not what it has to wait for.
     """
     counted_at = pointer(builder, state_at, LANE_INTS)
     most_at = builder.add(state_at, LONG(LANE_BYTES))
@@ -232,6 +257,12 @@ def weigh(builder, x_at, top, steps_at, panels, state_at):
     top = splat(builder, top)
     with loop(builder, panels) as index:
         places = _panel(builder, x_at, index)
+        with builder.if_then(builder.icmp_signed("<", index, asks)):
+            at = builder.add(asks_at, builder.mul(index, LONG(8)))
+            asked = builder.load(pointer(builder, at, LONG))
+            builder.load_atomic(pointer(builder, asked, LONG), "monotonic", 8)
+            for line in range(1, ASKED):
+                prefetch(builder, builder.add(asked, LONG(line * LINE)), PATH.fetch.scattered)
         e = exp_of(builder, [builder.fsub(load_lanes(builder, at), top) for at in places])
         counts, largest_of = builder.load(total), builder.load(most)
         for x, at, step_at in zip(e, places, _panel(builder, steps_at, index), strict=True):
@@ -276,7 +307,8 @@ def encode(builder, w_at, factor, panels, upper_at, lower_at):
 def _plain_scores() -> Callable[..., None]:
     @kernel
     def pages_scores(
-        table, keys, last_page, fours, codes, stride, facts, last, out, out_stride
+        table, keys, last_page, fours, codes, stride, facts, last, out, out_stride, soon,
+        last_soon, value_steps,
     ):  # fmt: skip
         """As `score_pages` does, one page."""
         at = int64s(table, 1)[0] + keys
