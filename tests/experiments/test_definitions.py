@@ -24,6 +24,7 @@ OURS = [
     "data-limited",
     "no-mask",
     "no-mask-long",
+    "own-rates",
     "public-code",
     "rates",
     "readings-v1",
