@@ -27,8 +27,8 @@ SETTINGS = {
     "both caches, 8 and 1.25 KiB ahead": FETCHES[""],
     "ternary both, 12 and 1.25; of codes one line in eight, 8": FETCHES["znver"],
     **{f"second, {n}": Fetch(ternary=(n * KIB, 0), codes=(n * KIB, 0)) for n in (4, 8, 12, 16, 24)},
-    "second, 8; what is scattered in the first": FETCHES["znver5"],
-    "first, 2": Fetch(ternary=(0, 2 * KIB), codes=(0, 2 * KIB)),
+    "ternary first, 16 (by words second, 8); codes second, 8; scattered first": FETCHES["znver5"],
+    **{f"first, {n}": Fetch(ternary=(0, n * KIB), codes=(0, n * KIB)) for n in (2, 8, 16)},
     "none": Fetch(ternary=(0, 0), codes=(0, 0)),
 }
 

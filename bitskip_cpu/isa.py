@@ -34,6 +34,7 @@ class Fetch:
 
     name: str = ""
     ternary: tuple[int, int] = (8192, 1280)
+    words: tuple[int, int] | None = None  # ternary tiles by words (`Path.dense`), where otherwise
     codes: tuple[int, int] = (8192, 1280)
     sparse: bool = False  # of codes one line in eight: the CPU's own prefetch needs but a hint
     scattered: int = 2  # the cache in which rows and pages that lie here and there are asked for
@@ -42,7 +43,7 @@ class Fetch:
 FETCHES = {
     "": Fetch(),  # any other CPU; tuned on Intel's, Cascade Lake reads at half the speed without
     "znver": Fetch("zen", ternary=(12288, 1280), codes=(8192, 0), sparse=True),
-    "znver5": Fetch("zen5", ternary=(8192, 0), codes=(8192, 0), scattered=1),
+    "znver5": Fetch("zen5", ternary=(0, 16384), words=(8192, 0), codes=(8192, 0), scattered=1),
 }
 """By how LLVM's name of a CPU begins; the longest that fits."""
 

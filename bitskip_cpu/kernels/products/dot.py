@@ -91,7 +91,8 @@ def fetch_line(builder: ir.IRBuilder, line: ir.Value, ahead: tuple[int, int]) ->
 
 def fetch_ternary(builder: ir.IRBuilder, line: ir.Value) -> None:
     """Ask ahead for a line of ternary tiles, whose digits take most of the time."""
-    fetch_line(builder, line, PATH.fetch.ternary)
+    by_words = PATH.fetch.words if PATH.dense == 16 else None
+    fetch_line(builder, line, by_words or PATH.fetch.ternary)
 
 
 def fetch_unit(builder: ir.IRBuilder, unit: ir.Value, lines: int) -> None:
