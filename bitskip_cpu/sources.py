@@ -17,9 +17,12 @@ IMPORT = re.compile(
 )
 
 
-def digest() -> str:
-    """A hash of the path's record and of `sources`; neither of the CPU nor of what compiles."""
-    found = hashlib.sha256(repr(isa.PATH).encode())
+def digest(path: isa.Path | None = None) -> str:
+    """A hash of the path's record and of `sources`; neither of the CPU nor of what compiles.
+
+    path: this process's, or that path as another kind of CPU wants it (`isa.tuned`).
+    """
+    found = hashlib.sha256(repr(path or isa.PATH).encode())
     for _, content in _sources():
         found.update(content)
     return found.hexdigest()

@@ -28,17 +28,23 @@ def set_name(machine: str, path: isa.Path) -> str:
 def code(name: str) -> bytes | None:
     """A kernel's object file for this process; None if there is none, or not a whole one.
 
-    It must have been made of these very sources, for features that the CPU has.
+    It must have been made of these very sources, for features that the CPU has. Where a path has
+    no set for this kind of CPU, the path's own is taken, which asks for memory otherwise.
     """
     if not sys.platform.startswith("linux"):
         return None
-    wanted = set_name(platform.machine(), isa.PATH)
+    found = (_code(path, name) for path in (isa.PATH, isa.tuned(isa.PATH, "")))
+    return next((content for content in found if content is not None), None)
+
+
+def _code(path: isa.Path, name: str) -> bytes | None:
+    wanted = set_name(platform.machine(), path)
     try:
         found = json.loads((FOLDER / MANIFEST).read_bytes())[wanted]
         if not isa.cpu_features().issuperset(found["features"]):
             return None
         content = (FOLDER / f"{wanted}-{name}.o").read_bytes()
         whole = hashlib.sha256(content).hexdigest() == found["files"][name]
-        return content if whole and found["sources"] == sources.digest() else None
+        return content if whole and found["sources"] == sources.digest(path) else None
     except (OSError, ValueError, LookupError, TypeError):
         return None

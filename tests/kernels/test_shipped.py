@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,22 @@ def test_what_is_not_for_here_is_not_used(manifest: Path, made: list[str], damag
     assert kernels.run == b"code of run"
     of_one_file = damage in ("a byte", "cut short", "gone", "a folder")
     assert made == (["run"] if of_one_file else list(ARGUMENTS))
+
+
+def test_a_path_without_a_set_for_this_kind_of_cpu_takes_its_own(
+    manifest: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(isa.PATH, fetch=replace(isa.PATH.fetch, name="another"))
+    monkeypatch.setattr(isa, "PATH", other)
+    untuned = isa.tuned(other, "")
+    own = shipped.set_name(platform.machine(), untuned)
+    facts = json.loads(manifest.read_text())[NAME]
+    manifest.write_text(json.dumps({own: facts | {"sources": sources.digest(untuned)}}))
+    for file in manifest.parent.glob("*.o"):
+        file.rename(file.with_name(file.name.replace(NAME, own)))
+    assert shipped.code("run") == CODE
+    (manifest.parent / f"{own}-run.o").write_bytes(b"another")
+    assert shipped.code("run") is None
 
 
 def test_only_linux_has_any(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
