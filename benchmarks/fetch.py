@@ -21,6 +21,8 @@ from dataclasses import replace
 from bitskip.tables import table
 from bitskip_cpu import isa
 from bitskip_cpu.isa import FETCHES, Fetch
+from bitskip_cpu.models import resolve
+from bitskip_ref.folder import read_folder
 
 KIB = 1024
 SETTINGS = {
@@ -33,16 +35,13 @@ SETTINGS = {
 }
 
 
-def write(setting: str, model: str, threads: int, tokens: int) -> None:
-    """Print tokens/s after one block and after all; in a process that has no kernels yet."""
+def write(setting: str, model: str, depth: int, threads: int, tokens: int) -> None:
+    """Print tokens/s after one block and after all `depth`; in a process without kernels yet."""
     isa.PATH = replace(isa.PATH, fetch=replace(SETTINGS[setting], name="tried"))
     from bitskip_cpu.bench.timing import Task
     from bitskip_cpu.bench.verb import bench
-    from bitskip_cpu.models import resolve
-    from bitskip_ref.folder import read_folder
 
-    exits = 1, read_folder(resolve(model)).config.num_hidden_layers
-    report, _ = bench(model, None, [Task(0, tokens, 0)], threads=[threads], exits=exits,
+    report, _ = bench(model, None, [Task(0, tokens, 0)], threads=[threads], exits=(1, depth),
                       repetitions=3, seed=0)  # fmt: skip
     print(json.dumps([row["tokens_per_s"]["median"] for row in report.rows]))
 
@@ -56,6 +55,7 @@ def main() -> None:
     options.add_argument("-n", "--tokens", type=int, default=64)
     options.add_argument("-r", "--rounds", type=int, default=5)
     given = options.parse_args()
+    depth = read_folder(resolve(given.model)).config.num_hidden_layers
     found: dict[str, list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "BITSKIP_CACHE_DIR": cache}
@@ -63,7 +63,7 @@ def main() -> None:
             environment["BITSKIP_ISA"] = given.isa
         for number in range(given.rounds):
             for setting in SETTINGS:
-                run = setting, given.model, given.threads, given.tokens
+                run = setting, given.model, depth, given.threads, given.tokens
                 code = f"from benchmarks.fetch import write; write(*{run!r})"
                 done = subprocess.run([sys.executable, "-c", code], env=environment, check=True,
                                       stdout=subprocess.PIPE, text=True)  # fmt: skip

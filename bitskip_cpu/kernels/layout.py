@@ -129,7 +129,7 @@ def key_slots(padded: int) -> np.ndarray:
 
 
 def int8_scratch(positions: int, head_dim: int, value_width: int) -> int:
-    """Bytes that `attention.int8.attend_codes` needs for QUERIES queries over so many positions."""
+    """Bytes that `attention.int8.over_int8` needs for QUERIES queries over so many positions."""
     row = -(-positions // PANEL) * PANEL
     scores, weights, sums = 4 * row, 2 * row, 2 * (4 * value_width + 256)
     asks = 8 * (row // PANEL)

@@ -33,7 +33,8 @@ def code(name: str) -> bytes | None:
     """
     if not sys.platform.startswith("linux"):
         return None
-    found = (_code(path, name) for path in (isa.PATH, isa.tuned(isa.PATH, "")))
+    paths = dict.fromkeys((isa.PATH, isa.tuned(isa.PATH, "")))  # the same on most CPUs
+    found = (_code(path, name) for path in paths)
     return next((content for content in found if content is not None), None)
 
 

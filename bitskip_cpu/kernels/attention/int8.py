@@ -95,7 +95,9 @@ def over_int8(
     sums_at = codes_at + (queries * padded + LINE - 1) // LINE * LINE
     sums = 4 * width + LINES * LINE  # bytes of a row's
     asks_at = sums_at + 2 * queries * sums
-    last_line = width // LANES - 1
+    lines = width // LANES
+    value_steps_at = values + LANES * width
+    parts = (lines * COLUMNS + ASKED - 1) // ASKED  # of a page's values
 
     scale = f32(1.0 / math.sqrt(float(head_dim)))
     for i in range(queries):
@@ -104,8 +106,6 @@ def over_int8(
                                codes_at + i * padded, padded)  # fmt: skip
         floats(fact, 1)[0] = step * scale
         int32s(fact + 4, 1)[0] = total
-    lines = width // LANES
-    value_steps_at = values + LANES * width
     for page in range(0, pages, PAGES):
         at, last, to = table + 8 * page, pages - 1 - page, scratch_at + LANE_BYTES * page
         ahead = PAGES_AHEAD if cold and last > PAGES_AHEAD else 0
@@ -117,7 +117,6 @@ def over_int8(
             scores_4(at, keys, last, fours, codes_at, padded, facts_at, queries - 1, to, row, soon,
                      last_soon, value_steps_at)  # fmt: skip
     value_steps(table, value_steps_at, pages, seen, panels * PANEL, steps_at)
-    parts = (lines * COLUMNS + ASKED - 1) // ASKED  # of a page's values
     most = queries * panels if cold and pages > PAGES_AHEAD else 0
     asked = values_to_ask(table, values, pages, parts, most, asks_at)
     for i in range(queries):
@@ -139,10 +138,10 @@ def over_int8(
             rows, to = weights_at + 2 * i * weights + page * LANES, sums_at + 2 * i * sums
             for line in range(0, lines, LINES):
                 if queries - i == 1:
-                    values_1(table + 8 * page, values, some, lines, line, last_line, rows, weights,
+                    values_1(table + 8 * page, values, some, lines, line, lines - 1, rows, weights,
                              1, to + line * LINE, sums)  # fmt: skip
                 else:
-                    values_2(table + 8 * page, values, some, lines, line, last_line, rows, weights,
+                    values_2(table + 8 * page, values, some, lines, line, lines - 1, rows, weights,
                              3, to + line * LINE, sums)  # fmt: skip
     for i in range(queries):
         at, factor = sums_at + 2 * i * sums, floats(facts_at + 8 * i, 1)[0]

@@ -87,8 +87,8 @@ def score_pages(queries: int, chains: int) -> Kernel:
         steps_at = builder.mul(fours, LONG(LINE))
         with builder.if_then(asks):
             for base in soon_at:
-                for steps in (steps_at, builder.sub(value_steps, keys)):
-                    prefetch(builder, builder.add(base, steps), PATH.fetch.scattered)
+                for offset in (steps_at, builder.sub(value_steps, keys)):
+                    prefetch(builder, builder.add(base, offset), PATH.fetch.scattered)
         steps = [
             builder.load(pointer(builder, builder.add(base, builder.add(steps_at, LONG(h * WIDTH))),
                                  PART), align=4)

@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from bitskip_cpu.isa import PATH
 from bitskip_cpu.kernels.numba_inside.emit import BYTE, INT, LONG, WORD, call, pointer, prefetch
-from bitskip_cpu.kernels.products.ternary_layout import LINE
+from bitskip_cpu.kernels.products.ternary_layout import BY_WORDS, LINE
 
 SPARSE = 8 * LINE  # bytes of which one line is asked for, where not all are
 WIDTH = PATH.width
@@ -91,7 +91,7 @@ def fetch_line(builder: ir.IRBuilder, line: ir.Value, ahead: tuple[int, int]) ->
 
 def fetch_ternary(builder: ir.IRBuilder, line: ir.Value) -> None:
     """Ask ahead for a line of ternary tiles, whose digits take most of the time."""
-    by_words = PATH.fetch.words if PATH.dense == 16 else None
+    by_words = PATH.fetch.words if BY_WORDS else None
     fetch_line(builder, line, by_words or PATH.fetch.ternary)
 
 
