@@ -34,9 +34,9 @@ class Pages:
         self.kind = np.dtype(kv_cache)
         if kv_cache == "int8":
             self.padded = -(-config.head_dim // COLUMNS) * COLUMNS
-        steps = 4 * LANES if kv_cache == "int8" else 0  # bytes, behind keys and behind values
+        steps = 8 * LANES if kv_cache == "int8" else 0  # bytes, of keys and of values
         self.values = self.kind.itemsize * self.padded * LANES + steps  # where they begin
-        self.head_bytes = self.values + self.kind.itemsize * LANES * self.width + steps
+        self.head_bytes = self.values + self.kind.itemsize * LANES * self.width
         # An odd number of parts: else one head's would meet in few sets of the caches.
         parts = self.shape[0] * self.shape[1] | 1
         # One piece: NumPy asks for large pages from 4 MiB on; small ones cost 6 % of a short text.
@@ -61,17 +61,16 @@ class Pages:
             values = values.view(self.kind).reshape(*part.shape[:2], LANES, self.width)
             order = key_slots(self.padded)[:head_dim]
             return _rows(keys.swapaxes(2, 3)[..., order]), _rows(values[..., :head_dim])
-        codes, steps = keys[..., : -4 * LANES], keys[..., -4 * LANES :].view(np.float32)
+        codes, steps = keys[..., : -8 * LANES], keys[..., -8 * LANES :].view(np.float32)
         codes = codes + np.uint8(OFFSET[8])  # once more: two are 256
         shape = *part.shape[:2], self.padded // COLUMNS, LANES, COLUMNS
         codes = codes.view(np.int8).reshape(shape).swapaxes(2, 3)
         k = codes.reshape(*part.shape[:2], LANES, self.padded)[..., :head_dim]
-        more = values[..., -4 * LANES :].view(np.float32)
-        codes = values[..., : -4 * LANES].view(np.int8)
         shape = *part.shape[:2], LANES // COLUMNS, self.width, COLUMNS
-        codes = codes.reshape(shape).swapaxes(3, 4)
+        codes = values.view(np.int8).reshape(shape).swapaxes(3, 4)
         v = codes.reshape(*part.shape[:2], LANES, self.width)[..., :head_dim]
-        return _rows(k), _rows(steps[..., None]), _rows(v), _rows(more[..., None])
+        of_keys, of_values = steps[..., :LANES, None], steps[..., LANES:, None]
+        return _rows(k), _rows(of_keys), _rows(v), _rows(of_values)
 
 
 def _rows(x: np.ndarray) -> np.ndarray:

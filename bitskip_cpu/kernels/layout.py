@@ -133,7 +133,7 @@ def int8_scratch(positions: int, head_dim: int, value_width: int) -> int:
     row = -(-positions // PANEL) * PANEL
     scores, weights, sums = 4 * row, 2 * row, 2 * (4 * value_width + 256)
     asks = 8 * (row // PANEL)
-    return QUERIES * (scores + weights + 8 + head_dim + 67 + sums + asks) + 4 * row + 128
+    return QUERIES * (scores + weights + 8 + head_dim + 67 + sums + asks) + 4 * row + 160
 
 
 def float_room(width: int) -> int:

@@ -21,10 +21,10 @@ class Head:
     def __init__(self, keys: np.ndarray, values: np.ndarray) -> None:
         size, self.dim = keys.shape
         self.padded, self.width = -(-self.dim // 4) * 4, padded_values(self.dim)
-        self.values = LANES * self.padded + 4 * LANES
+        self.values = LANES * self.padded + 8 * LANES
         count = -(-size // LANES)
         rng = np.random.default_rng(size)
-        part = self.values + LANES * self.width + 4 * LANES
+        part = self.values + LANES * self.width
         self.pages = rng.integers(0, 256, (3 * count, part), np.uint8)
         order = rng.permutation(3 * count)[:count]
         self.table = self.pages.ctypes.data + self.pages.strides[0] * order

@@ -5,9 +5,9 @@ Of one block and key-value head a page (`layout.CACHE`) has
     keys    [E' / 4, LANES, 4]  E' = E padded to a multiple of 4; a line holds 4 features of LANES
                                 positions, codes + KEY_OFFSET
     steps   f32 [LANES]         of the keys
+    steps   f32 [LANES]         of the values
     values  [LANES / 4, W, 4]   W = E padded to a multiple of 16; a line holds 4 positions of 16
                                 features
-    steps   f32 [LANES]         of the values
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from bitskip_cpu.kernels.arithmetic.elementwise import ZERO, fill_zero, magnitud
 from bitskip_cpu.kernels.arithmetic.lanes import LANE_BYTES
 from bitskip_cpu.kernels.attention.int8_passes import (
     ASKED,
+    BEHIND,
     KEY_OFFSET,
     LINES,
     PAGES,
@@ -70,7 +71,7 @@ def store_value_codes(value_at, values_at, head_dim, width, lane, scratch_at):
     lines = int8s(values_at + lane // COLUMNS * size, size)
     for i in range(width):
         lines[i * COLUMNS + lane % COLUMNS] = codes[i]
-    floats(values_at + LANES * width, LANES)[lane] = step
+    floats(values_at - LINE, LANES)[lane] = step
 
 
 @kernel
@@ -87,7 +88,7 @@ def over_int8(
     fours = (head_dim + COLUMNS - 1) // COLUMNS
     padded = fours * COLUMNS
     row = 4 * panels * PANEL  # bytes of a query's scores
-    steps_at = scratch_at + queries * row  # of values
+    steps_at = scratch_at + QUERIES * row  # of values; so many rows `scores_4` writes
     weights_at, weights = steps_at + row, row // 4  # of each query upper, then lower codes
     facts_at = weights_at + 2 * queries * weights
     state_at = facts_at + 8 * QUERIES
@@ -96,7 +97,6 @@ def over_int8(
     sums = 4 * width + LINES * LINE  # bytes of a row's
     asks_at = sums_at + 2 * queries * sums
     lines = width // LANES
-    value_steps_at = values + LANES * width
     parts = (lines * COLUMNS + ASKED - 1) // ASKED  # of a page's values
 
     scale = f32(1.0 / math.sqrt(float(head_dim)))
@@ -107,16 +107,19 @@ def over_int8(
         floats(fact, 1)[0] = step * scale
         int32s(fact + 4, 1)[0] = total
     for page in range(0, pages, PAGES):
-        at, last, to = table + 8 * page, pages - 1 - page, scratch_at + LANE_BYTES * page
+        at, last = table + 8 * page, pages - 1 - page
+        to, steps_to = scratch_at + LANE_BYTES * page, steps_at + LANE_BYTES * page
         ahead = PAGES_AHEAD if cold and last > PAGES_AHEAD else 0
         soon, last_soon = at + 8 * ahead, last - ahead if ahead else 0
         if queries == 1:
-            scores_1(at, keys, last, fours, codes_at, padded, facts_at, 0, to, row, soon,
-                     last_soon, value_steps_at)  # fmt: skip
+            scores_1(at, keys, last, fours, codes_at, padded, facts_at, 0, to, row, steps_to, soon,
+                     last_soon)  # fmt: skip
         else:
-            scores_4(at, keys, last, fours, codes_at, padded, facts_at, queries - 1, to, row, soon,
-                     last_soon, value_steps_at)  # fmt: skip
-    value_steps(table, value_steps_at, pages, seen, panels * PANEL, steps_at)
+            scores_4(at, keys, last, fours, codes_at, padded, facts_at, queries - 1, to, row,
+                     steps_to, soon, last_soon)  # fmt: skip
+    value_steps = floats(steps_at, panels * PANEL)
+    for s in range(seen, panels * PANEL):
+        value_steps[s] = ZERO
     most = queries * panels if cold and pages > PAGES_AHEAD else 0
     asked = values_to_ask(table, values, pages, parts, most, asks_at)
     for i in range(queries):
@@ -126,7 +129,7 @@ def over_int8(
         left, left_at = asked * parts - i * panels, asks_at + 8 * i * panels
         weigh(at, top, steps_at, panels, state_at, left, left_at)
         softmax_end(at, panels, codes, weights, state_at, facts_at + 8 * i)
-    fetch_pages(next_table, 0, PAGES_AHEAD, next_count, next_keys, fours)
+    fetch_pages(next_table, 0, PAGES_AHEAD, next_count, next_keys, fours + 2)
     fill_zero(sums_at, queries * sums // 2)  # two rows a query, 4 bytes a number
     chunk = COLD_PAGES if cold else HOT_PAGES
     for page in range(0, pages, chunk):
@@ -155,26 +158,17 @@ def over_int8(
 def values_to_ask(table, values, pages, parts, most, asks_at):
     """Put down for `weigh` where values begin that it asks for, at most so many addresses.
 
-    Of each page `parts`, ASKED lines each. Return how many pages' these are.
+    Of each page `parts`, ASKED lines each; before them the first, BEHIND times. Return how many
+    pages' these are.
     """
-    page_at, asks = int64s(table, pages), int64s(asks_at, most)
+    page_at, asks = int64s(table, pages), int64s(asks_at, BEHIND + most)
     whole = min(most // parts, pages)
+    for i in range(BEHIND):
+        asks[i] = page_at[0] + values
     for page in range(whole):
         for part in range(parts):
-            asks[page * parts + part] = page_at[page] + values + part * ASKED * LINE
+            asks[BEHIND + page * parts + part] = page_at[page] + values + part * ASKED * LINE
     return whole
-
-
-@kernel
-def value_steps(table, steps, pages, seen, padded, out_at):
-    """The steps of values side by side; zeros from `seen` on."""
-    page_at, out = int64s(table, pages), floats(out_at, padded)
-    for page in range(pages):
-        held = floats(page_at[page] + steps, LANES)
-        for lane in range(LANES):
-            out[page * LANES + lane] = held[lane]
-    for s in range(seen, padded):
-        out[s] = ZERO
 
 
 @kernel
@@ -203,7 +197,7 @@ def softmax_end(weights_at, panels, codes_at, stride, state_at, factor_at):
 
 @kernel
 def fetch_pages(table, first, end, pages, offset, lines):
-    """Ask for what lies at `offset` in pages first..end-1, if there are so many: lines, and one."""
+    """Ask for the lines that lie at `offset` in pages first..end-1, if there are so many."""
     page_at = int64s(table, pages)
     for page in range(first, min(end, pages)):
-        fetch_scattered(page_at[page] + offset, lines + 1)
+        fetch_scattered(page_at[page] + offset, lines)

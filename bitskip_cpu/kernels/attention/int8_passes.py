@@ -13,6 +13,7 @@ import numpy as np
 from llvmlite import ir
 
 from bitskip_cpu.isa import PATH
+from bitskip_cpu.kernels.arithmetic.elementwise import copy
 from bitskip_cpu.kernels.arithmetic.exponential import AT_ONCE, ROUNDER, exp, exp_of
 from bitskip_cpu.kernels.arithmetic.lanes import (
     LANE_BYTES,
@@ -41,6 +42,7 @@ assert PANEL == AT_ONCE * LANES
 UNIT = f32(constants.SOFTMAX_UNIT)
 UPPER = 7  # bits that a weight's upper code is shifted by; both have so many
 ASKED = 16  # lines that `weigh` asks for with each panel
+BEHIND = 4  # panels between asking for lines and waiting for them
 PAGES = 4 if WIDTH == 64 else 1  # whose scores fit the registers
 LINES = 4 if WIDTH == 64 else 1  # of values, likewise
 PART = ir.VectorType(ir.FloatType(), WIDTH // 4)
@@ -50,19 +52,19 @@ PART = ir.VectorType(ir.FloatType(), WIDTH // 4)
 
 
 def score_pages(queries: int, chains: int) -> Kernel:
-    """(table, keys, last page, fours, codes, stride, facts, last, out, out stride, soon, last soon,
-    value steps): scores.
+    """(table, keys, last page, fours, codes, stride, facts, last, out, out stride, steps out, soon,
+    last soon): scores.
 
     Of the pages in `table`, int64 addresses, and `queries` queries. `facts`: f32 step, with
-    1 / sqrt(E) in it, and int32 sum of a query's codes. The keys' steps follow their codes.
-    Meanwhile the keys of the pages at `soon`, a table, too, and the steps of their values are
-    asked for, unless the last one is the first.
+    1 / sqrt(E) in it, and int32 sum of a query's codes. The steps of the keys, and then those of
+    the values, follow the keys' codes; the latter are put side by side. Meanwhile all that of the
+    pages at `soon`, a table, too, is asked for, unless the last one is the first.
     """
 
     @intrinsic()
     def pages_scores(
-        builder, table, keys, last_page, fours, codes, stride, facts, last, out, out_stride, soon,
-        last_soon, value_steps,
+        builder, table, keys, last_page, fours, codes, stride, facts, last, out, out_stride,
+        steps_out, soon, last_soon,
     ):  # fmt: skip
         page_at = _page_parts(builder, table, last_page, keys)
         soon_at = _page_parts(builder, soon, last_soon, keys)
@@ -87,13 +89,19 @@ def score_pages(queries: int, chains: int) -> Kernel:
         steps_at = builder.mul(fours, LONG(LINE))
         with builder.if_then(asks):
             for base in soon_at:
-                for offset in (steps_at, builder.sub(value_steps, keys)):
+                for offset in (steps_at, builder.add(steps_at, LONG(LINE))):
                     prefetch(builder, builder.add(base, offset), PATH.fetch.scattered)
-        steps = [
-            builder.load(pointer(builder, builder.add(base, builder.add(steps_at, LONG(h * WIDTH))),
-                                 PART), align=4)
-            for base in page_at for h in range(REGISTERS)
-        ]  # fmt: skip
+        steps, value_steps = (
+            [
+                builder.load(pointer(builder, builder.add(base, builder.add(at, LONG(h * WIDTH))),
+                                     PART), align=4)
+                for base in page_at for h in range(REGISTERS)
+            ]
+            for at in (steps_at, builder.add(steps_at, LONG(LINE)))
+        )  # fmt: skip
+        for r, step in enumerate(value_steps):
+            place = builder.add(steps_out, LONG(r * WIDTH))
+            builder.store(step, pointer(builder, place, PART), align=4)
         fact_at, to = starts(builder, facts, LONG(8), last, queries), out
         for t in range(queries):
             fact = builder.load(pointer(builder, fact_at[t], ir.FloatType()), align=4)
@@ -246,9 +254,10 @@ def weigh(builder, x_at, top, steps_at, panels, state_at, asks, asks_at):
     """Scores -> e * step, in place.
 
     State, brought up to date: int32 [LANES], to add round(e * SOFTMAX_UNIT) to, and f32 [LANES],
-    the largest e * step in some lane, a NaN if there is one. `asks_at`: for each of the first
-    `asks` panels an address from which ASKED lines are asked for meanwhile. One of them is read:
-    a CPU with too many on their way leaves out what is asked for, not what it has to wait for.
+    the largest e * step in some lane, a NaN if there is one. Meanwhile, with each of the first
+    `asks` panels, ASKED lines are asked for: `asks_at` holds the address of the first ones
+    BEHIND + panel. What was asked for BEHIND panels ago is read: that waits if memory is late. A
+    CPU with too many lines on their way leaves out what is asked for.
     """
     counted_at = pointer(builder, state_at, LANE_INTS)
     most_at = builder.add(state_at, LONG(LANE_BYTES))
@@ -259,9 +268,12 @@ def weigh(builder, x_at, top, steps_at, panels, state_at, asks, asks_at):
         places = _panel(builder, x_at, index)
         with builder.if_then(builder.icmp_signed("<", index, asks)):
             at = builder.add(asks_at, builder.mul(index, LONG(8)))
-            asked = builder.load(pointer(builder, at, LONG))
-            builder.load_atomic(pointer(builder, asked, LONG), "monotonic", 8)
-            for line in range(1, ASKED):
+            before, asked = (
+                builder.load(pointer(builder, builder.add(at, LONG(8 * ahead)), LONG))
+                for ahead in (0, BEHIND)
+            )
+            builder.load_atomic(pointer(builder, before, LONG), "monotonic", 8)
+            for line in range(ASKED):
                 prefetch(builder, builder.add(asked, LONG(line * LINE)), PATH.fetch.scattered)
         e = exp_of(builder, [builder.fsub(load_lanes(builder, at), top) for at in places])
         counts, largest_of = builder.load(total), builder.load(most)
@@ -307,12 +319,13 @@ def encode(builder, w_at, factor, panels, upper_at, lower_at):
 def _plain_scores() -> Callable[..., None]:
     @kernel
     def pages_scores(
-        table, keys, last_page, fours, codes, stride, facts, last, out, out_stride, soon,
-        last_soon, value_steps,
+        table, keys, last_page, fours, codes, stride, facts, last, out, out_stride, steps_out, soon,
+        last_soon,
     ):  # fmt: skip
         """As `score_pages` does, one page."""
         at = int64s(table, 1)[0] + keys
         key_codes, steps = uint8s(at, fours * LINE), floats(at + fours * LINE, LANES)
+        copy(at + (fours + 1) * LINE, steps_out, LANES)
         for t in range(last + 1):
             query, fact = int8s(codes + t * stride, fours * COLUMNS), facts + 8 * t
             step, surplus = floats(fact, 1)[0], KEY_OFFSET * int32s(fact + 4, 1)[0]
