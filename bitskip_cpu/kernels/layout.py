@@ -132,8 +132,9 @@ def int8_scratch(positions: int, head_dim: int, value_width: int) -> int:
     """Bytes that `attention.int8.over_int8` needs for QUERIES queries over so many positions."""
     row = -(-positions // PANEL) * PANEL
     scores, weights, sums = 4 * row, 2 * row, 2 * (4 * value_width + 256)
-    asks = 8 * (row // PANEL)
-    return QUERIES * (scores + weights + 8 + head_dim + 67 + sums + asks) + 4 * row + 160
+    tops, asks = 8 * PANEL, 8 * (row // PANEL)
+    query = scores + weights + 8 + head_dim + 67 + sums + tops + asks
+    return QUERIES * query + 4 * row + 160
 
 
 def float_room(width: int) -> int:

@@ -21,7 +21,7 @@ TRIPLE = "aarch64-unknown-linux-gnu"
 WIDTH, ROWS, TOKENS = 300, 29, 8  # one unit of columns and a tail; two tiles; all that a call takes
 TERNARY = {f"packed_{n}": n for n in (1, 2, 3, 4, 8)}  # tokens of a call
 VOCAB = {f"int{bits}_{tokens}": (bits, tokens) for bits in (4, 6, 8) for tokens in (1, 4)}
-CACHE = {"scores_4": 13, "values_2": 11}  # number of arguments; an int8 cache's (SPEC 6.8)
+CACHE = {"scores_4": 14, "values_2": 11}  # number of arguments; an int8 cache's (SPEC 6.8)
 FLOATS = {"silu_products": 4, "dot_tree": 4, "rope": 4}  # number of arguments
 
 
@@ -150,9 +150,10 @@ def int8_cache(program: Program) -> None:
     values = rng.integers(-127, 128, (16, 64)).astype(np.int8)
     weights = rng.integers(0, 128, (4, 16)).astype(np.uint8)
     keys[0], queries[0], values[:, 0], weights[0] = -127, 127, -127, 127
-    steps, own = rng.random(16, np.float32), rng.random(4, np.float32)
+    (steps, value_steps), own = rng.random((2, 16), np.float32), rng.random(4, np.float32)
     page = [
         keys.reshape(16, 16, 4).swapaxes(0, 1).reshape(-1).view(np.uint8), steps.view(np.uint8),
+        value_steps.view(np.uint8),
         values.reshape(4, 4, 64).swapaxes(1, 2).reshape(-1).view(np.uint8),
     ]  # fmt: skip
     sums = queries.astype(np.int32).sum(1, dtype=np.int32)
@@ -160,15 +161,23 @@ def int8_cache(program: Program) -> None:
     program.array("cache_queries", queries)
     program.array("cache_facts", np.stack([own.view(np.int32), sums], 1))
     program.array("cache_weights", weights)
+    tops = np.full((4, 64), -np.inf, np.float32)
+    tops[1, 3] = 1e9
+    program.array("cache_tops", tops.view(np.int32))
+    program.array("cache_steps", np.zeros(16, np.int32))
     program.data += "static int64_t table[1];\n"
     program.calls += "  table[0] = (int64_t)cache_page;\n"
     program.call("scores_4", "table", 0, 0, 16, "cache_queries", 64, "cache_facts", 3, "out", 256,
-                 "table", 0, 1088)  # fmt: skip
+                 "cache_tops", "cache_steps", "table", 0)  # fmt: skip
     scores = (queries.astype(np.int32) @ keys.astype(np.int32).T).astype(np.float32)
-    program.compare("scores_4", "out", (scores * (own[:, None] * steps)).view(np.int32), 64)
+    scores *= own[:, None] * steps
+    program.compare("scores_4", "out", scores.view(np.int32), 64)
+    tops[:, :16] = np.maximum(tops[:, :16], scores)
+    program.compare("scores_4", "cache_tops", tops.view(np.int32), 64)
+    program.compare("scores_4", "cache_steps", value_steps[None].view(np.int32), 16)
     program.calls += "  memset(out, 0, sizeof out);\n"
     for line in range(4):
-        program.call("values_2", "table", 1088, 1, 4, line, 3, "cache_weights", 16, 3,
+        program.call("values_2", "table", 1152, 1, 4, line, 3, "cache_weights", 16, 3,
                      f"out + {16 * line}", 256)  # fmt: skip
     exact = weights.astype(np.int32) @ values.astype(np.int32)
     program.compare("values_2", "out", exact, 64)

@@ -95,7 +95,8 @@ def over_int8(
     codes_at = state_at + 2 * LANE_BYTES
     sums_at = codes_at + (queries * padded + LINE - 1) // LINE * LINE
     sums = 4 * width + LINES * LINE  # bytes of a row's
-    asks_at = sums_at + 2 * queries * sums
+    tops_at = sums_at + 2 * queries * sums
+    asks_at = tops_at + 2 * QUERIES * 4 * PANEL
     lines = width // LANES
     parts = (lines * COLUMNS + ASKED - 1) // ASKED  # of a page's values
 
@@ -106,16 +107,21 @@ def over_int8(
                                codes_at + i * padded, padded)  # fmt: skip
         floats(fact, 1)[0] = step * scale
         int32s(fact + 4, 1)[0] = total
+    all_tops = floats(tops_at, 2 * QUERIES * PANEL)
+    for i in range(2 * QUERIES * PANEL):
+        all_tops[i] = MINUS_INFINITY
     for page in range(0, pages, PAGES):
         at, last = table + 8 * page, pages - 1 - page
+        # What lies behind `seen` does not count: the last panel's are looked at once it is hidden.
+        tops = tops_at if last >= PAGES else tops_at + QUERIES * 4 * PANEL
         to, steps_to = scratch_at + LANE_BYTES * page, steps_at + LANE_BYTES * page
         ahead = PAGES_AHEAD if cold and last > PAGES_AHEAD else 0
         soon, last_soon = at + 8 * ahead, last - ahead if ahead else 0
         if queries == 1:
-            scores_1(at, keys, last, fours, codes_at, padded, facts_at, 0, to, row, steps_to, soon,
-                     last_soon)  # fmt: skip
+            scores_1(at, keys, last, fours, codes_at, padded, facts_at, 0, to, row, tops, steps_to,
+                     soon, last_soon)  # fmt: skip
         else:
-            scores_4(at, keys, last, fours, codes_at, padded, facts_at, queries - 1, to, row,
+            scores_4(at, keys, last, fours, codes_at, padded, facts_at, queries - 1, to, row, tops,
                      steps_to, soon, last_soon)  # fmt: skip
     value_steps = floats(steps_at, panels * PANEL)
     for s in range(seen, panels * PANEL):
@@ -125,16 +131,17 @@ def over_int8(
     for i in range(queries):
         at, codes = scratch_at + i * row, weights_at + 2 * i * weights
         softmax_begin(at, seen, panels, state_at)
-        top = largest(at, panels)
+        top = max(largest(at + 4 * PANEL * (panels - 1)), largest(tops_at + 4 * PANEL * i))
         left, left_at = asked * parts - i * panels, asks_at + 8 * i * panels
         weigh(at, top, steps_at, panels, state_at, left, left_at)
-        softmax_end(at, panels, codes, weights, state_at, facts_at + 8 * i)
+        softmax_end(at, panels, codes, weights, state_at, facts_at + 8 * i, left, left_at)
     fetch_pages(next_table, 0, PAGES_AHEAD, next_count, next_keys, fours + 2)
     fill_zero(sums_at, queries * sums // 2)  # two rows a query, 4 bytes a number
-    chunk = COLD_PAGES if cold else HOT_PAGES
+    asking = cold and asked < pages
+    chunk = COLD_PAGES if asking else HOT_PAGES
     for page in range(0, pages, chunk):
         some = min(chunk, pages - page)
-        if cold:
+        if asking:
             first = max(page + PAGES_AHEAD, asked)
             fetch_pages(table, first, page + PAGES_AHEAD + some, pages, values, lines * COLUMNS)
         for i in range(0, queries, 2):
@@ -182,7 +189,7 @@ def softmax_begin(scores_at, seen, panels, state_at):
 
 
 @kernel
-def softmax_end(weights_at, panels, codes_at, stride, state_at, factor_at):
+def softmax_end(weights_at, panels, codes_at, stride, state_at, factor_at, asks, asks_at):
     """e * step -> the upper codes of weights and `stride` bytes further the lower ones.
 
     The factor is what the sums of codes are multiplied with.
@@ -191,7 +198,8 @@ def softmax_end(weights_at, panels, codes_at, stride, state_at, factor_at):
     for lane in range(LANES):
         total += counts[lane]
     top = i32(magnitude_bits(state_at + LANE_BYTES, LANES)).view(f32)  # a NaN, if there is one
-    encode(weights_at, LARGEST_WEIGHT / top, panels, codes_at, codes_at + stride)
+    factor = LARGEST_WEIGHT / top
+    encode(weights_at, factor, panels, codes_at, codes_at + stride, asks, asks_at)
     floats(factor_at, 1)[0] = (top / LARGEST_WEIGHT) / (f32(total) / UNIT)
 
 

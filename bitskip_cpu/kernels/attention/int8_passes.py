@@ -52,18 +52,19 @@ PART = ir.VectorType(ir.FloatType(), WIDTH // 4)
 
 
 def score_pages(queries: int, chains: int) -> Kernel:
-    """(table, keys, last page, fours, codes, stride, facts, last, out, out stride, steps out, soon,
-    last soon): scores.
+    """(table, keys, last page, fours, codes, stride, facts, last, out, out stride, tops, steps out,
+    soon, last soon): scores.
 
     Of the pages in `table`, int64 addresses, and `queries` queries. `facts`: f32 step, with
-    1 / sqrt(E) in it, and int32 sum of a query's codes. The steps of the keys, and then those of
-    the values, follow the keys' codes; the latter are put side by side. Meanwhile all that of the
+    1 / sqrt(E) in it, and int32 sum of a query's codes. `tops`, f32 [queries, PANEL]: the first
+    LANES are kept to the largest score in each. The steps of the keys, and then those of the
+    values, follow the keys' codes; the latter are put side by side. Meanwhile all that of the
     pages at `soon`, a table, too, is asked for, unless the last one is the first.
     """
 
     @intrinsic()
     def pages_scores(
-        builder, table, keys, last_page, fours, codes, stride, facts, last, out, out_stride,
+        builder, table, keys, last_page, fours, codes, stride, facts, last, out, out_stride, tops,
         steps_out, soon, last_soon,
     ):  # fmt: skip
         page_at = _page_parts(builder, table, last_page, keys)
@@ -109,11 +110,19 @@ def score_pages(queries: int, chains: int) -> Kernel:
             at = pointer(builder, builder.add(fact_at[t], LONG(4)), INT)
             surplus = builder.mul(builder.load(at, align=4), INT(KEY_OFFSET))
             surplus = _repeated(builder, surplus, INTS)
+            scores = []
             for r, total in enumerate(sums.finished(t)):
                 score = builder.sitofp(builder.sub(total, surplus), PART)
-                score = builder.fmul(score, builder.fmul(step, steps[r]))
+                scores.append(builder.fmul(score, builder.fmul(step, steps[r])))
                 place = builder.add(to, LONG(r * WIDTH))
-                builder.store(score, pointer(builder, place, PART), align=4)
+                builder.store(scores[r], pointer(builder, place, PART), align=4)
+            for h in range(REGISTERS):
+                place = builder.add(tops, LONG(4 * PANEL * t + h * WIDTH))
+                place = pointer(builder, place, PART)
+                top = builder.load(place, align=4)
+                for score in scores[h::REGISTERS]:
+                    top = _larger(builder, top, score)
+                builder.store(top, place, align=4)
             to = builder.add(to, out_stride)
 
     return pages_scores
@@ -186,8 +195,8 @@ def _repeated(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir
 # ---- softmax ---------------------------------------------------------------------------
 
 
-def _largest(x_at: int, panels: int) -> Any:
-    return floats(x_at, panels * PANEL).max()
+def _largest(x_at: int) -> Any:
+    return floats(x_at, PANEL).max()
 
 
 def _weigh(
@@ -201,7 +210,9 @@ def _weigh(
     most[:] = np.maximum(most, x.reshape(-1, LANES).max(0))
 
 
-def _encode(w_at: int, factor: Any, panels: int, upper_at: int, lower_at: int) -> None:
+def _encode(
+    w_at: int, factor: Any, panels: int, upper_at: int, lower_at: int, asks: int, asks_at: int
+) -> None:
     n = panels * PANEL
     codes = np.rint(floats(w_at, n) * factor).astype(i32)
     uint8s(upper_at, n)[:] = codes >> UPPER
@@ -229,24 +240,36 @@ def _constant(value: float | np.float32) -> ir.Constant:
 
 
 @intrinsic(_largest, returns="float32")
-def largest(builder, x_at, panels):
-    """The largest of whole panels of floats."""
-    tops = [variable(builder, _constant(-np.inf)) for _ in range(AT_ONCE)]
-    with loop(builder, panels) as index:
-        for top, at in zip(tops, _panel(builder, x_at, index), strict=True):
-            builder.store(_larger(builder, builder.load(top), load_lanes(builder, at)), top)
-    return _top(builder, [builder.load(top) for top in tops])
-
-
-def _top(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
-    x = vectors[0]
-    for other in vectors[1:]:
-        x = _larger(builder, x, other)
+def largest(builder, x_at):
+    """The largest of a panel of floats."""
+    x = _constant(-np.inf)
+    for at in _panel(builder, x_at, LONG(0)):
+        x = _larger(builder, x, load_lanes(builder, at))
     h = LANES // 2
     while h:
         x = _larger(builder, x, swapped(builder, x, h))
         h //= 2
     return builder.extract_element(x, INT(0))
+
+
+def _ask(
+    builder: ir.IRBuilder, index: ir.Value, asks: ir.Value, asks_at: ir.Value, waiting: bool
+) -> None:
+    """Ask for the panel's lines, if it is one of those that ask.
+
+    A CPU with too many lines on their way leaves out what is asked for. So `waiting` reads one that
+    was asked for BEHIND panels ago, which waits if memory is late.
+    """
+    with builder.if_then(builder.icmp_signed("<", index, asks)):
+        at = builder.add(asks_at, builder.mul(index, LONG(8)))
+        before, asked = (
+            builder.load(pointer(builder, builder.add(at, LONG(8 * ahead)), LONG))
+            for ahead in (0, BEHIND)
+        )
+        if waiting:
+            builder.load_atomic(pointer(builder, before, LONG), "monotonic", 8)
+        for line in range(ASKED):
+            prefetch(builder, builder.add(asked, LONG(line * LINE)), PATH.fetch.scattered)
 
 
 @intrinsic(_weigh, top="float32")
@@ -256,8 +279,7 @@ def weigh(builder, x_at, top, steps_at, panels, state_at, asks, asks_at):
     State, brought up to date: int32 [LANES], to add round(e * SOFTMAX_UNIT) to, and f32 [LANES],
     the largest e * step in some lane, a NaN if there is one. Meanwhile, with each of the first
     `asks` panels, ASKED lines are asked for: `asks_at` holds the address of the first ones
-    BEHIND + panel. What was asked for BEHIND panels ago is read: that waits if memory is late. A
-    CPU with too many lines on their way leaves out what is asked for.
+    BEHIND + panel.
     """
     counted_at = pointer(builder, state_at, LANE_INTS)
     most_at = builder.add(state_at, LONG(LANE_BYTES))
@@ -266,15 +288,7 @@ def weigh(builder, x_at, top, steps_at, panels, state_at, asks, asks_at):
     top = splat(builder, top)
     with loop(builder, panels) as index:
         places = _panel(builder, x_at, index)
-        with builder.if_then(builder.icmp_signed("<", index, asks)):
-            at = builder.add(asks_at, builder.mul(index, LONG(8)))
-            before, asked = (
-                builder.load(pointer(builder, builder.add(at, LONG(8 * ahead)), LONG))
-                for ahead in (0, BEHIND)
-            )
-            builder.load_atomic(pointer(builder, before, LONG), "monotonic", 8)
-            for line in range(ASKED):
-                prefetch(builder, builder.add(asked, LONG(line * LINE)), PATH.fetch.scattered)
+        _ask(builder, index, asks, asks_at, waiting=True)
         e = exp_of(builder, [builder.fsub(load_lanes(builder, at), top) for at in places])
         counts, largest_of = builder.load(total), builder.load(most)
         for x, at, step_at in zip(e, places, _panel(builder, steps_at, index), strict=True):
@@ -298,12 +312,16 @@ def _rounded(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 @intrinsic(_encode, factor="float32")
-def encode(builder, w_at, factor, panels, upper_at, lower_at):
-    """Codes round(w * factor): their upper bits and their lower UPPER bits, uint8 each."""
+def encode(builder, w_at, factor, panels, upper_at, lower_at, asks, asks_at):
+    """Codes round(w * factor): their upper bits and their lower UPPER bits, uint8 each.
+
+    What `weigh` asked for is asked for once more: some of it was left out.
+    """
     factor, kind = splat(builder, factor), ir.VectorType(BYTE, LANES)
     low = ir.Constant(LANE_INTS, [(1 << UPPER) - 1] * LANES)
     shift = ir.Constant(LANE_INTS, [UPPER] * LANES)
     with loop(builder, panels) as index:
+        _ask(builder, index, asks, asks_at, waiting=False)
         for i, at in enumerate(_panel(builder, w_at, index)):
             code = _rounded(builder, builder.fmul(load_lanes(builder, at), factor))
             place = builder.add(builder.mul(index, LONG(PANEL)), LONG(i * LANES))
@@ -319,8 +337,8 @@ def encode(builder, w_at, factor, panels, upper_at, lower_at):
 def _plain_scores() -> Callable[..., None]:
     @kernel
     def pages_scores(
-        table, keys, last_page, fours, codes, stride, facts, last, out, out_stride, steps_out, soon,
-        last_soon,
+        table, keys, last_page, fours, codes, stride, facts, last, out, out_stride, tops, steps_out,
+        soon, last_soon,
     ):  # fmt: skip
         """As `score_pages` does, one page."""
         at = int64s(table, 1)[0] + keys
@@ -329,7 +347,8 @@ def _plain_scores() -> Callable[..., None]:
         for t in range(last + 1):
             query, fact = int8s(codes + t * stride, fours * COLUMNS), facts + 8 * t
             step, surplus = floats(fact, 1)[0], KEY_OFFSET * int32s(fact + 4, 1)[0]
-            scores = floats(out + t * out_stride, LANES)
+            scores, largest_of = floats(out + t * out_stride, LANES), floats(tops, LANES)
+            tops += 4 * PANEL
             for s in range(LANES):
                 total = i32(0)
                 for i in range(fours):
@@ -337,6 +356,7 @@ def _plain_scores() -> Callable[..., None]:
                         code = i32(key_codes[i * LINE + s * COLUMNS + c])
                         total = i32(total + code * i32(query[i * COLUMNS + c]))
                 scores[s] = f32(i32(total - surplus)) * (step * steps[s])
+                largest_of[s] = max(largest_of[s], scores[s])
 
     return pages_scores
 
