@@ -134,7 +134,7 @@ def over_int8(
         top = max(largest(at + 4 * PANEL * (panels - 1)), largest(tops_at + 4 * PANEL * i))
         left, left_at = asked * parts - i * panels, asks_at + 8 * i * panels
         weigh(at, top, steps_at, panels, state_at, left, left_at)
-        softmax_end(at, panels, codes, weights, state_at, facts_at + 8 * i, left, left_at)
+        softmax_end(at, panels, codes, weights, state_at, facts_at + 8 * i)
     fetch_pages(next_table, 0, PAGES_AHEAD, next_count, next_keys, fours + 2)
     fill_zero(sums_at, queries * sums // 2)  # two rows a query, 4 bytes a number
     asking = cold and asked < pages
@@ -165,16 +165,18 @@ def over_int8(
 def values_to_ask(table, values, pages, parts, most, asks_at):
     """Put down for `weigh` where values begin that it asks for, at most so many addresses.
 
-    Of each page `parts`, ASKED lines each; before them the first, BEHIND times. Return how many
-    pages' these are.
+    Of each page `parts`, ASKED lines each, the first pages last: they are multiplied first, and
+    are in the nearest cache if not all fit there. Before these, BEHIND times, one that is on its
+    way or there. Return of how many pages.
     """
     page_at, asks = int64s(table, pages), int64s(asks_at, BEHIND + most)
     whole = min(most // parts, pages)
     for i in range(BEHIND):
-        asks[i] = page_at[0] + values
-    for page in range(whole):
+        asks[i] = page_at[max(whole - 1, 0)] + values
+    for i in range(whole):
         for part in range(parts):
-            asks[BEHIND + page * parts + part] = page_at[page] + values + part * ASKED * LINE
+            at = page_at[whole - 1 - i] + values + part * ASKED * LINE
+            asks[BEHIND + i * parts + part] = at
     return whole
 
 
@@ -189,7 +191,7 @@ def softmax_begin(scores_at, seen, panels, state_at):
 
 
 @kernel
-def softmax_end(weights_at, panels, codes_at, stride, state_at, factor_at, asks, asks_at):
+def softmax_end(weights_at, panels, codes_at, stride, state_at, factor_at):
     """e * step -> the upper codes of weights and `stride` bytes further the lower ones.
 
     The factor is what the sums of codes are multiplied with.
@@ -198,8 +200,7 @@ def softmax_end(weights_at, panels, codes_at, stride, state_at, factor_at, asks,
     for lane in range(LANES):
         total += counts[lane]
     top = i32(magnitude_bits(state_at + LANE_BYTES, LANES)).view(f32)  # a NaN, if there is one
-    factor = LARGEST_WEIGHT / top
-    encode(weights_at, factor, panels, codes_at, codes_at + stride, asks, asks_at)
+    encode(weights_at, LARGEST_WEIGHT / top, panels, codes_at, codes_at + stride)
     floats(factor_at, 1)[0] = (top / LARGEST_WEIGHT) / (f32(total) / UNIT)
 
 

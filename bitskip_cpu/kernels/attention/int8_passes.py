@@ -210,9 +210,7 @@ def _weigh(
     most[:] = np.maximum(most, x.reshape(-1, LANES).max(0))
 
 
-def _encode(
-    w_at: int, factor: Any, panels: int, upper_at: int, lower_at: int, asks: int, asks_at: int
-) -> None:
+def _encode(w_at: int, factor: Any, panels: int, upper_at: int, lower_at: int) -> None:
     n = panels * PANEL
     codes = np.rint(floats(w_at, n) * factor).astype(i32)
     uint8s(upper_at, n)[:] = codes >> UPPER
@@ -252,26 +250,6 @@ def largest(builder, x_at):
     return builder.extract_element(x, INT(0))
 
 
-def _ask(
-    builder: ir.IRBuilder, index: ir.Value, asks: ir.Value, asks_at: ir.Value, waiting: bool
-) -> None:
-    """Ask for the panel's lines, if it is one of those that ask.
-
-    A CPU with too many lines on their way leaves out what is asked for. So `waiting` reads one that
-    was asked for BEHIND panels ago, which waits if memory is late.
-    """
-    with builder.if_then(builder.icmp_signed("<", index, asks)):
-        at = builder.add(asks_at, builder.mul(index, LONG(8)))
-        before, asked = (
-            builder.load(pointer(builder, builder.add(at, LONG(8 * ahead)), LONG))
-            for ahead in (0, BEHIND)
-        )
-        if waiting:
-            builder.load_atomic(pointer(builder, before, LONG), "monotonic", 8)
-        for line in range(ASKED):
-            prefetch(builder, builder.add(asked, LONG(line * LINE)), PATH.fetch.scattered)
-
-
 @intrinsic(_weigh, top="float32")
 def weigh(builder, x_at, top, steps_at, panels, state_at, asks, asks_at):
     """Scores -> e * step, in place.
@@ -279,7 +257,8 @@ def weigh(builder, x_at, top, steps_at, panels, state_at, asks, asks_at):
     State, brought up to date: int32 [LANES], to add round(e * SOFTMAX_UNIT) to, and f32 [LANES],
     the largest e * step in some lane, a NaN if there is one. Meanwhile, with each of the first
     `asks` panels, ASKED lines are asked for: `asks_at` holds the address of the first ones
-    BEHIND + panel.
+    BEHIND + panel. A CPU with too many lines on their way leaves out what is asked for, so one
+    that was asked for BEHIND panels ago is read: that waits if memory is late.
     """
     counted_at = pointer(builder, state_at, LANE_INTS)
     most_at = builder.add(state_at, LONG(LANE_BYTES))
@@ -288,7 +267,15 @@ def weigh(builder, x_at, top, steps_at, panels, state_at, asks, asks_at):
     top = splat(builder, top)
     with loop(builder, panels) as index:
         places = _panel(builder, x_at, index)
-        _ask(builder, index, asks, asks_at, waiting=True)
+        with builder.if_then(builder.icmp_signed("<", index, asks)):
+            at = builder.add(asks_at, builder.mul(index, LONG(8)))
+            before, asked = (
+                builder.load(pointer(builder, builder.add(at, LONG(8 * ahead)), LONG))
+                for ahead in (0, BEHIND)
+            )
+            builder.load_atomic(pointer(builder, before, LONG), "monotonic", 8)
+            for line in range(ASKED):
+                prefetch(builder, builder.add(asked, LONG(line * LINE)), PATH.fetch.scattered)
         e = exp_of(builder, [builder.fsub(load_lanes(builder, at), top) for at in places])
         counts, largest_of = builder.load(total), builder.load(most)
         for x, at, step_at in zip(e, places, _panel(builder, steps_at, index), strict=True):
@@ -312,16 +299,12 @@ def _rounded(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 @intrinsic(_encode, factor="float32")
-def encode(builder, w_at, factor, panels, upper_at, lower_at, asks, asks_at):
-    """Codes round(w * factor): their upper bits and their lower UPPER bits, uint8 each.
-
-    What `weigh` asked for is asked for once more: some of it was left out.
-    """
+def encode(builder, w_at, factor, panels, upper_at, lower_at):
+    """Codes round(w * factor): their upper bits and their lower UPPER bits, uint8 each."""
     factor, kind = splat(builder, factor), ir.VectorType(BYTE, LANES)
     low = ir.Constant(LANE_INTS, [(1 << UPPER) - 1] * LANES)
     shift = ir.Constant(LANE_INTS, [UPPER] * LANES)
     with loop(builder, panels) as index:
-        _ask(builder, index, asks, asks_at, waiting=False)
         for i, at in enumerate(_panel(builder, w_at, index)):
             code = _rounded(builder, builder.fmul(load_lanes(builder, at), factor))
             place = builder.add(builder.mul(index, LONG(PANEL)), LONG(i * LANES))
