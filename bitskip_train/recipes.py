@@ -40,13 +40,13 @@ _WT2_EXITS: dict[str, Any] = {
     "dropout_max": 0.7, "dropout_form": "v2",
 }  # fmt: skip
 
-# The shipped model's successor in one run, about five hours of one core; the card
+# The shipped model's successor in one run, about ten hours of one core; the card
 # (bitskip_cpu/models/stories-24/README.md) tells how what ships now was made, in several. Exits are
 # to be used: lambda above the papers', three of them in every step, and the norm and head they
 # share learn from the last layer alone; steps are small (docs/EXITS.md). Gates are fitted
 # afterwards (`fit-gates`).
 _STORIES = TrainConfig(
-    data=("tinystories",), tokenizer="bpe:4096", context=512, batch=4, steps=10_000, lr=3e-3,
+    data=("tinystories",), tokenizer="bpe:4096", context=512, batch=4, steps=20_000, lr=3e-3,
     min_lr=1e-5, warmup=200, schedule="wsd", decay=0.2, weight_decay=0.03, seed=1,
     **{**_PHASE2, "exit_lambda": 3.0}, exit_layers=(6, 12, 18), exit_detach=True,
     eval_every=500, eval_tokens=50_000, eval_exits=(6, 12, 18), save_every=100, log_every=20,
