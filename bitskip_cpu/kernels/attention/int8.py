@@ -166,13 +166,13 @@ def values_to_ask(table, values, pages, parts, most, asks_at):
     """Put down for `weigh` where values begin that it asks for, at most so many addresses.
 
     Of each page `parts`, ASKED lines each, the first pages last: they are multiplied first, and
-    are in the nearest cache if not all fit there. Before these, BEHIND times, one that is on its
-    way or there. Return of how many pages.
+    are in the nearest cache if not all fit there. Before these, BEHIND times, steps of values,
+    which are there. Return of how many pages.
     """
     page_at, asks = int64s(table, pages), int64s(asks_at, BEHIND + most)
     whole = min(most // parts, pages)
     for i in range(BEHIND):
-        asks[i] = page_at[max(whole - 1, 0)] + values
+        asks[i] = page_at[0] + values - LINE
     for i in range(whole):
         for part in range(parts):
             at = page_at[whole - 1 - i] + values + part * ASKED * LINE
