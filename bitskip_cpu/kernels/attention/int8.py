@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from bitskip_cpu.kernels.arithmetic.elementwise import ZERO, fill_zero, magnitude_bits, quantize
+from bitskip_cpu.kernels.arithmetic.elementwise import fill_zero, magnitude_bits, quantize
 from bitskip_cpu.kernels.arithmetic.lanes import LANE_BYTES
 from bitskip_cpu.kernels.attention.int8_passes import (
     ASKED,
@@ -107,9 +107,9 @@ def over_int8(
                                codes_at + i * padded, padded)  # fmt: skip
         floats(fact, 1)[0] = step * scale
         int32s(fact + 4, 1)[0] = total
-    all_tops = floats(tops_at, 2 * QUERIES * PANEL)
-    for i in range(2 * QUERIES * PANEL):
-        all_tops[i] = MINUS_INFINITY
+    none = floats(tops_at, queries * PANEL)
+    for i in range(queries * PANEL):
+        none[i] = MINUS_INFINITY
     for page in range(0, pages, PAGES):
         at, last = table + 8 * page, pages - 1 - page
         # What lies behind `seen` does not count: the last panel's are looked at once it is hidden.
@@ -123,9 +123,7 @@ def over_int8(
         else:
             scores_4(at, keys, last, fours, codes_at, padded, facts_at, queries - 1, to, row, tops,
                      steps_to, soon, last_soon)  # fmt: skip
-    value_steps = floats(steps_at, panels * PANEL)
-    for s in range(seen, panels * PANEL):
-        value_steps[s] = ZERO
+    fill_zero(steps_at + 4 * seen, panels * PANEL - seen)
     most = queries * panels if cold and pages > PAGES_AHEAD else 0
     asked = values_to_ask(table, values, pages, parts, most, asks_at)
     for i in range(queries):
