@@ -4,14 +4,16 @@
         [--looks 6 --last 12 --thresholds 0.4,0.5,0.6] [--impose bitskip-v1]
         [-o results/exits-bound/stories-24.json]
 
-Three kinds of rules, at equal loss with fixed exits (between two: mixed):
+Three kinds of rules, at equal loss with fixed exits (two neighbours, mixed), and with a coin thrown
+between any two of them, which is the better comparison where exits between were not trained:
 - an oracle that stops at the first of some blocks whose most likely token is full depth's;
 - an oracle that stops at the first whose prediction is near full depth's (KL below a bound, chosen
   so that its loss is that of a fixed exit);
 - gates (SPEC 8.4), run token by token.
-Oracles are judged on full-depth passes: skipped blocks harm no later token. Times are least ones of
-short bursts in turns: a block, a look, a skipped block's keys and values, and all the rest. `least`
-counts blocks and the rest alone; `skipped` adds keys and values; `looks` adds gates, too.
+Oracles are judged on full-depth passes: skipped blocks harm no later token. Costs are medians of
+differences of short bursts in turns: a block, a look, a skipped block's keys and values, and all
+the rest. `least` counts blocks and the rest alone; `skipped` adds keys and values; `looks` adds
+gates, too.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def survey(engine: Engine, text: Text) -> Survey:
 
 
 def measure(engine: Engine, rounds: int) -> Costs:
-    """Least times of single steps; the model has gates."""
+    """Medians of differences of single steps in turns; the model has gates."""
     config = engine.config
     half, full = config.num_hidden_layers // 2, config.num_hidden_layers
     looks = (half // 2, half)
@@ -95,33 +97,65 @@ def measure(engine: Engine, rounds: int) -> Costs:
         "never": GateExit(1.0, layers=looks), "at once": GateExit(0.0, layers=(half,)),
         "one": GateExit(1.0, layers=(half,)),
     }  # fmt: skip
-    caches, least = {}, dict.fromkeys(rules, float("inf"))
+    caches = {}
     for name, rule in rules.items():
         caches[name] = engine.new_cache()
         engine.extend([1] * DEEP, caches[name], exit_layer=rule.deepest(config), last_only=True)
+    taken: dict[str, list[float]] = {name: [] for name in rules}
     for _ in range(rounds):
         for name, rule in rules.items():
             caches[name].length = DEEP
             for token in range(BURST):
                 start = time.perf_counter()
                 engine.step(token, caches[name], rule)
-                least[name] = min(least[name], time.perf_counter() - start)
-    block = (least["full"] - least["half"]) / (full - half)
-    first = least["one"] - least["full"]  # with what a rule costs at all
-    skipped = (least["at once"] - least["half"] - first) / (full - half)
+                taken[name].append(time.perf_counter() - start)
+
+    def more(name: str, than: str) -> float:
+        return float(np.median(np.subtract(taken[name], taken[than])))
+
+    block = more("full", "half") / (full - half)
+    first = more("one", "full")  # with what a rule costs at all
+    skipped = (more("at once", "half") - first) / (full - half)
     shapes = config.linear_shapes()
     size = {name: rows * width for name, (rows, width) in shapes.items()}
     share = (size["k_proj"] + size["v_proj"]) / sum(size.values())
-    look = (least["never"] - least["full"]) / len(looks)
-    return Costs(least["full"] - full * block, block, look, max(0.0, skipped), share)
+    look = more("never", "full") / len(looks)
+    whole = float(np.median(taken["full"]))
+    return Costs(whole - full * block, block, look, max(0.0, skipped), share)
 
 
-def fixed_at(loss: float, fixed: dict[int, float]) -> float | None:
-    """Blocks of the shallowest mixture of two neighbouring fixed exits with that loss."""
-    for low, high in itertools.pairwise(sorted(fixed)):
-        if fixed[low] >= loss >= fixed[high]:
-            return low + (fixed[low] - loss) / (fixed[low] - fixed[high]) * (high - low)
-    return None
+class Mixture(NamedTuple):
+    """Two fixed exits in such shares that their mean loss is one wanted."""
+
+    low: int
+    high: int
+    share: float  # of the higher
+
+    @property
+    def depth(self) -> float:
+        """Mean blocks."""
+        return self.of(self.low, self.high)
+
+    def of(self, low: float, high: float) -> float:
+        """What a token takes, given what it takes at each."""
+        return low * (1 - self.share) + high * self.share
+
+
+def mixture(
+    loss: float, fixed: dict[int, float], pairs: Callable[..., Any] = itertools.pairwise
+) -> Mixture | None:
+    """The shallowest mixture of two fixed exits with that loss; of neighbours, unless told."""
+    found = [
+        Mixture(low, high, (fixed[low] - loss) / ((fixed[low] - fixed[high]) or 1.0))
+        for low, high in pairs(sorted(fixed))
+        if fixed[low] >= loss >= fixed[high]
+    ]
+    return min(found, key=lambda m: m.depth, default=None)
+
+
+def any_two(exits: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """All pairs: a coin may be thrown between exits far apart."""
+    return itertools.combinations(exits, 2)
 
 
 def stopped_at(stops: np.ndarray, places: Sequence[int], last: int) -> np.ndarray:
@@ -139,11 +173,13 @@ def facts(
     """A rule's row: its time over that of the fixed exit of the same loss, for each shape."""
     depth, looks = float(depths.mean()), float(sum((depths >= n).mean() for n in places))
     made: dict[str, Any] = {"rule": name, "depth": depth, "loss": loss}
-    made["fixed"] = same = fixed_at(loss, fixed)
-    for shape, c in costs.items() if same is not None else ():
-        parts = c.block * depth + c.rest, c.skipped * (last - depth), c.look * looks
-        whole = c.rest + c.block * same
-        made[shape] = [float(t / whole) for t in np.cumsum(parts)]
+    made["fixed"] = same = mixture(loss, fixed)
+    made["coin"] = mixture(loss, fixed, any_two)
+    if same is not None:
+        for shape, c in costs.items():
+            parts = c.block * depth + c.rest, c.skipped * (last - depth), c.look * looks
+            whole = c.rest + c.block * same.depth
+            made[shape] = [float(t / whole) for t in np.cumsum(parts)]
     return made
 
 
@@ -193,10 +229,13 @@ def gates(
         name = f"gate > {rule.threshold} at {', '.join(map(str, places))}, else {last}"
         row = facts(name, s.depths, s.losses.loss, places, last, fixed, costs)
         if row["fixed"] is not None:
-            row["run"] = _seconds(s) / float(
-                np.interp(row["fixed"], [*seconds], [*seconds.values()])
-            )
+            row["run"] = [_seconds(s) / mixed(row[name], seconds) for name in ("fixed", "coin")]
         yield row, s.depths
+
+
+def mixed(m: Mixture, seconds: dict[int, float]) -> float:
+    """Of a token, where so many of each of two exits are run."""
+    return m.of(seconds[m.low], seconds[m.high])
 
 
 def _seconds(s: Any) -> float:
@@ -232,25 +271,21 @@ class Imposed:
 def imposed(
     engine: Engine, row: dict[str, Any], depths: np.ndarray, looks: tuple[int, ...], last: int,
     rounds: int,
-) -> float:  # fmt: skip
-    """Time a token over the best fixed exit's: least times of 32 steps, in turns."""
-    low = int(row["fixed"])
+) -> list[float]:  # fmt: skip
+    """Time a token over that of the fixed exit, and of the coin: least times of 32 steps."""
     some = np.sort(depths)[np.linspace(0, len(depths) - 1, 32).astype(int)]
     some = np.random.default_rng(0).permutation(some).tolist()
-    makes: dict[str, Callable[[], Any]] = {
-        "gates": lambda: Imposed(some, looks, last),
-        "low": lambda: FixedExit(low), "high": lambda: FixedExit(low + 1),
-    }  # fmt: skip
-    least = dict.fromkeys(makes, float("inf"))
+    exits = sorted({n for m in (row["fixed"], row["coin"]) for n in (m.low, m.high)})
+    least = dict.fromkeys([0, *exits], float("inf"))  # 0: the gates
     for _ in range(rounds):
-        for name, make in makes.items():
-            rule, cache = make(), engine.new_cache()
+        for n in least:
+            rule: Any = FixedExit(n) if n else Imposed(some, looks, last)
+            cache = engine.new_cache()
             start = time.perf_counter()
             for token in range(32):
                 engine.step(token, cache, rule)
-            least[name] = min(least[name], time.perf_counter() - start)
-    share = row["fixed"] - low
-    return least["gates"] / (least["low"] * (1 - share) + least["high"] * share)
+            least[n] = min(least[n], time.perf_counter() - start)
+    return [least[0] / mixed(row[name], least) for name in ("fixed", "coin")]
 
 
 def render(found: dict[str, Any]) -> str:
@@ -263,17 +298,20 @@ def render(found: dict[str, Any]) -> str:
             f"{c.rest / c.block:.2f}, a gate's look {c.look / c.block:.3f}, a skipped block's keys "
             f"and values {c.skipped / c.block:.3f} (of the weights {c.bytes_skipped:.3f})"
         )
-    header = ["rule", "depth", "loss", "fixed exit of that loss"]
+    header = ["rule", "depth", "loss", "fixed exit of that loss", "coin"]
     for shape in shapes:
         header += [f"{shape}: least", "skipped", "looks"]
     rows = []
     for r in found["rows"]:
-        same = "" if r["fixed"] is None else f"{r['fixed']:.2f}"
-        cells = [r["rule"], f"{r['depth']:.2f}", f"{r['loss']:.4f}", same]
+        same = ["" if r[k] is None else f"{Mixture(*r[k]).depth:.2f}" for k in ("fixed", "coin")]
+        cells = [r["rule"], f"{r['depth']:.2f}", f"{r['loss']:.4f}", *same]
         for shape in shapes:
             cells += [f"{t:.3f}" for t in r.get(shape, [])] or [""] * 3
-        rows.append((*cells, *(f"{r[k]:.3f}" if k in r else "" for k in ("run", "imposed"))))
-    return "\n".join([*parts, "", table((*header, "run", "imposed"), rows)])
+        for k in ("run", "imposed"):
+            cells += [f"{t:.3f}" for t in r.get(k, [])] or [""] * 2
+        rows.append(cells)
+    header += ["run", "coin", "imposed", "coin"]
+    return "\n".join([*parts, "", table(header, rows)])
 
 
 def main() -> None:

@@ -50,8 +50,13 @@ def test_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 def test_exits_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert exits_bound.fixed_at(2.5, {1: 4.0, 2: 3.0, 4: 2.0}) == 3.0
-    assert exits_bound.fixed_at(1.5, {1: 4.0, 2: 3.0, 4: 2.0}) is None
+    same = exits_bound.mixture(2.5, {1: 4.0, 2: 3.0, 4: 2.0})
+    assert same is not None and same == (2, 4, 0.5) and same.depth == 3.0
+    assert exits_bound.mixture(1.5, {1: 4.0, 2: 3.0, 4: 2.0}) is None
+    untrained = {1: 3.0, 2: 2.9, 3: 2.0}
+    assert exits_bound.mixture(2.95, untrained) == (1, 2, pytest.approx(0.5))
+    coin = exits_bound.mixture(2.5, untrained, exits_bound.any_two)
+    assert coin is not None and coin == (1, 3, 0.5) and exits_bound.mixed(coin, {1: 1, 3: 5}) == 3
     stops = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0]], bool)
     assert exits_bound.stopped_at(stops, (1, 2), 4).tolist() == [1, 2, 4]
     costs = {"shape": exits_bound.Costs(2.0, 1.0, 0.5, 0.25, 0.1)}
