@@ -198,26 +198,34 @@ def tails(figure: Any, experiment: Experiment, results: Results) -> None:
 
 def gain(figure: Any, experiment: Experiment, results: Results) -> None:
     """What a change is worth, best so far, over the epochs seen, a line for each pair of runs; and
-    what the last block gains over the exit before it. Bands are 95 % intervals over seeds."""
-    figure.set_size_inches(11.5, 5.4)
-    plot, (left, right) = experiment.plot, figure.subplots(1, 2)
+    what the last block gains over the exit before it, if that is asked for, too. Bands are 95 %
+    intervals over seeds. Gains below a tenth are drawn to scale, larger ones by their logarithms.
+    """
+    plot = experiment.plot
+    cliffs = plot.get("cliffs", [])
+    figure.set_size_inches(11.5 if cliffs else 7.5, 5.4)
+    panels = figure.subplots(1, 2 if cliffs else 1, squeeze=False)[0]
+    left, *others = panels
     left.axvspan(*plot["epochs"], color="#eeeeee", label="the paper's best, of WikiText-2 whole")
     left.axhline(plot["paper"], ls="--", color=PAPER, label="the paper's gain")
     left.axhline(0, lw=0.8, color="#555555")
-    styles = ("-", "-", "--", "--", ":", ":")  # a colour for each norm placement, a style a width
-    for pair, colour, style in zip(plot["pairs"], COLOURS[:2] * 3, styles, strict=True):
+    for pair in plot["pairs"]:
         plus, minus = (_curves(results, pair[side], True) for side in ("plus", "minus"))
         both = {s: (plus[s], minus[s]) for s in plus if s in minus}
-        _band(left, both, pair["name"], colour, style)
-    for cliff, colour in zip(plot["cliffs"], COLOURS, strict=False):
-        if cliff["run"] not in results:
-            continue
-        last = _curves(results, cliff["run"], False)
-        before = _curves(results, cliff["run"], False, str(_layers(results, cliff["run"]) - 1))
-        _band(right, {s: (before[s], last[s]) for s in last}, cliff["name"], colour, "-")
+        _band(left, both, pair["name"], COLOURS[pair["colour"]], pair["line"])
     left.set(xscale="log", xlabel="epochs seen", ylabel="Hadamard less baseline, bits a byte")
-    right.set(xscale="log", xlabel="epochs seen", ylabel="last exit but one less last, bits a byte")
-    for axes in (left, right):
+    left.set_yscale("symlog", linthresh=0.1)
+    left.yaxis.set_major_formatter("{x:g}")
+    for right in others:
+        for cliff, colour in zip(cliffs, COLOURS, strict=False):
+            if cliff["run"] not in results:
+                continue
+            last = _curves(results, cliff["run"], False)
+            before = _curves(results, cliff["run"], False, str(_layers(results, cliff["run"]) - 1))
+            _band(right, {s: (before[s], last[s]) for s in last}, cliff["name"], colour, "-")
+        right.set(xscale="log", xlabel="epochs seen",
+                  ylabel="last exit but one less last, bits a byte")  # fmt: skip
+    for axes in panels:
         axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.14))
 
 
