@@ -22,7 +22,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,28 +134,23 @@ class Mixture(NamedTuple):
     @property
     def depth(self) -> float:
         """Mean blocks."""
-        return self.of(self.low, self.high)
+        return self.low + self.share * (self.high - self.low)
 
-    def of(self, low: float, high: float) -> float:
-        """What a token takes, given what it takes at each."""
-        return low * (1 - self.share) + high * self.share
+    def of(self, seconds: dict[int, float]) -> float:
+        """What a token takes, given what it takes at each exit."""
+        return seconds[self.low] * (1 - self.share) + seconds[self.high] * self.share
 
 
 def mixture(
-    loss: float, fixed: dict[int, float], pairs: Callable[..., Any] = itertools.pairwise
+    loss: float, fixed: dict[int, float], pairs: Iterable[tuple[int, int]]
 ) -> Mixture | None:
-    """The shallowest mixture of two fixed exits with that loss; of neighbours, unless told."""
+    """The shallowest mixture with that loss of one of the pairs (lower exit, higher one)."""
     found = [
         Mixture(low, high, (fixed[low] - loss) / ((fixed[low] - fixed[high]) or 1.0))
-        for low, high in pairs(sorted(fixed))
+        for low, high in pairs
         if fixed[low] >= loss >= fixed[high]
     ]
     return min(found, key=lambda m: m.depth, default=None)
-
-
-def any_two(exits: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """All pairs: a coin may be thrown between exits far apart."""
-    return itertools.combinations(exits, 2)
 
 
 def stopped_at(stops: np.ndarray, places: Sequence[int], last: int) -> np.ndarray:
@@ -173,8 +168,9 @@ def facts(
     """A rule's row: its time over that of the fixed exit of the same loss, for each shape."""
     depth, looks = float(depths.mean()), float(sum((depths >= n).mean() for n in places))
     made: dict[str, Any] = {"rule": name, "depth": depth, "loss": loss}
-    made["fixed"] = same = mixture(loss, fixed)
-    made["coin"] = mixture(loss, fixed, any_two)
+    exits = sorted(fixed)
+    made["fixed"] = same = mixture(loss, fixed, itertools.pairwise(exits))
+    made["coin"] = mixture(loss, fixed, itertools.combinations(exits, 2))
     if same is not None:
         for shape, c in costs.items():
             parts = c.block * depth + c.rest, c.skipped * (last - depth), c.look * looks
@@ -229,13 +225,8 @@ def gates(
         name = f"gate > {rule.threshold} at {', '.join(map(str, places))}, else {last}"
         row = facts(name, s.depths, s.losses.loss, places, last, fixed, costs)
         if row["fixed"] is not None:
-            row["run"] = [_seconds(s) / mixed(row[name], seconds) for name in ("fixed", "coin")]
+            row["run"] = [_seconds(s) / row[name].of(seconds) for name in ("fixed", "coin")]
         yield row, s.depths
-
-
-def mixed(m: Mixture, seconds: dict[int, float]) -> float:
-    """Of a token, where so many of each of two exits are run."""
-    return m.of(seconds[m.low], seconds[m.high])
 
 
 def _seconds(s: Any) -> float:
@@ -285,7 +276,7 @@ def imposed(
             for token in range(32):
                 engine.step(token, cache, rule)
             least[n] = min(least[n], time.perf_counter() - start)
-    return [least[0] / mixed(row[name], least) for name in ("fixed", "coin")]
+    return [least[0] / row[name].of(least) for name in ("fixed", "coin")]
 
 
 def render(found: dict[str, Any]) -> str:

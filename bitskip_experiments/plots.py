@@ -205,7 +205,7 @@ def gain(figure: Any, experiment: Experiment, results: Results) -> None:
     cliffs = plot.get("cliffs", [])
     figure.set_size_inches(11.5 if cliffs else 7.5, 5.4)
     panels = figure.subplots(1, 2 if cliffs else 1, squeeze=False)[0]
-    left, *others = panels
+    left = panels[0]
     left.axvspan(*plot["epochs"], color="#eeeeee", label="the paper's best, of WikiText-2 whole")
     left.axhline(plot["paper"], ls="--", color=PAPER, label="the paper's gain")
     left.axhline(0, lw=0.8, color="#555555")
@@ -216,17 +216,20 @@ def gain(figure: Any, experiment: Experiment, results: Results) -> None:
     left.set(xscale="log", xlabel="epochs seen", ylabel="Hadamard less baseline, bits a byte")
     left.set_yscale("symlog", linthresh=0.1)
     left.yaxis.set_major_formatter("{x:g}")
-    for right in others:
-        for cliff, colour in zip(cliffs, COLOURS, strict=False):
-            if cliff["run"] not in results:
-                continue
-            last = _curves(results, cliff["run"], False)
-            before = _curves(results, cliff["run"], False, str(_layers(results, cliff["run"]) - 1))
-            _band(right, {s: (before[s], last[s]) for s in last}, cliff["name"], colour, "-")
-        right.set(xscale="log", xlabel="epochs seen",
-                  ylabel="last exit but one less last, bits a byte")  # fmt: skip
+    if cliffs:
+        _draw_cliffs(panels[1], cliffs, results)
     for axes in panels:
         axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.14))
+
+
+def _draw_cliffs(axes: Any, cliffs: list[dict[str, str]], results: Results) -> None:
+    for cliff, colour in zip(cliffs, COLOURS, strict=False):
+        if cliff["run"] not in results:
+            continue
+        last = _curves(results, cliff["run"], False)
+        before = _curves(results, cliff["run"], False, str(_layers(results, cliff["run"]) - 1))
+        _band(axes, {s: (before[s], last[s]) for s in last}, cliff["name"], colour, "-")
+    axes.set(xscale="log", xlabel="epochs seen", ylabel="last exit but one less last, bits a byte")
 
 
 Curve = dict[float, float]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +51,14 @@ def test_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 def test_exits_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    same = exits_bound.mixture(2.5, {1: 4.0, 2: 3.0, 4: 2.0})
+    fixed, untrained = {1: 4.0, 2: 3.0, 4: 2.0}, {1: 3.0, 2: 2.9, 3: 2.0}
+    same = exits_bound.mixture(2.5, fixed, pairwise(fixed))
     assert same is not None and same == (2, 4, 0.5) and same.depth == 3.0
-    assert exits_bound.mixture(1.5, {1: 4.0, 2: 3.0, 4: 2.0}) is None
-    untrained = {1: 3.0, 2: 2.9, 3: 2.0}
-    assert exits_bound.mixture(2.95, untrained) == (1, 2, pytest.approx(0.5))
-    coin = exits_bound.mixture(2.5, untrained, exits_bound.any_two)
-    assert coin is not None and coin == (1, 3, 0.5) and exits_bound.mixed(coin, {1: 1, 3: 5}) == 3
+    assert exits_bound.mixture(1.5, fixed, pairwise(fixed)) is None
+    near = exits_bound.mixture(2.95, untrained, pairwise(untrained))
+    assert near == (1, 2, pytest.approx(0.5))
+    coin = exits_bound.mixture(2.5, untrained, combinations(untrained, 2))
+    assert coin is not None and coin == (1, 3, 0.5) and coin.of({1: 1, 3: 5}) == 3
     stops = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0]], bool)
     assert exits_bound.stopped_at(stops, (1, 2), 4).tolist() == [1, 2, 4]
     costs = {"shape": exits_bound.Costs(2.0, 1.0, 0.5, 0.25, 0.1)}
