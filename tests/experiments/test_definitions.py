@@ -30,6 +30,7 @@ OURS = [
     "readings-v1",
     "readings-v2",
     "rotation",
+    "seen-once",
     "stories-pilots",
     "v1-activations",
     "v2-length",
