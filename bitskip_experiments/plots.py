@@ -214,8 +214,9 @@ def gain(figure: Any, experiment: Experiment, results: Results) -> None:
         both = {s: (plus[s], minus[s]) for s in plus if s in minus}
         _band(left, both, pair["name"], COLOURS[pair["colour"]], pair["line"])
     left.set(xscale="log", xlabel="epochs seen", ylabel="Hadamard less baseline, bits a byte")
-    left.set_yscale("symlog", linthresh=0.1)
+    left.set_yscale("symlog", linthresh=0.1, subs=[3])
     left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:.1g}")
     if cliffs:
         _draw_cliffs(panels[1], cliffs, results)
     for axes in panels:
