@@ -30,6 +30,12 @@ SETTINGS = {
     "ternary both, 12 and 1.25; of codes one line in eight, 8": FETCHES["znver"],
     **{f"second, {n}": Fetch(ternary=(n * KIB, 0), codes=(n * KIB, 0)) for n in (4, 8, 12, 16, 24)},
     "ternary first, 16 (by words second, 8); codes second, 8; scattered first": FETCHES["znver5"],
+    "first, 2 and 1; both halves of a product in turns": FETCHES["znver3"],
+    "second, 8 and 8; both halves": Fetch(ternary=(8 * KIB, 0), codes=(8 * KIB, 0), halves=True),
+    "second, 8; both halves; of codes one line in eight, 8": Fetch(
+        ternary=(8 * KIB, 0), codes=(8 * KIB, 0), sparse=True, halves=True
+    ),
+    "first, 16; both halves": Fetch(ternary=(0, 16 * KIB), codes=(0, 16 * KIB), halves=True),
     **{f"first, {n}": Fetch(ternary=(0, n * KIB), codes=(0, n * KIB)) for n in (2, 8, 16)},
     "none": Fetch(ternary=(0, 0), codes=(0, 0)),
 }

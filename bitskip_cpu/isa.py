@@ -37,12 +37,14 @@ class Fetch:
     words: tuple[int, int] | None = None  # ternary tiles by words (`Path.dense`), where otherwise
     codes: tuple[int, int] = (8192, 1280)
     sparse: bool = False  # of codes one line in eight: the CPU's own prefetch needs but a hint
+    halves: bool = False  # one token's products read both halves of their rows in turns
     scattered: int = 2  # the cache in which rows and pages that lie here and there are asked for
 
 
 FETCHES = {
     "": Fetch(),  # any other CPU; tuned on Intel's, Cascade Lake reads at half the speed without
     "znver": Fetch("zen", ternary=(12288, 1280), codes=(8192, 0), sparse=True),
+    "znver3": Fetch("zen3", ternary=(0, 2048), codes=(0, 1024), halves=True),
     "znver5": Fetch("zen5", ternary=(0, 16384), words=(8192, 0), codes=(8192, 0), scattered=1),
 }
 """By how LLVM's name of a CPU begins; the longest that fits."""

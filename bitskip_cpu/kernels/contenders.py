@@ -20,9 +20,9 @@ from bitskip_cpu.kernels.layout import ACC_STRIDE, BAND, INT4, LANES
 from bitskip_cpu.kernels.numba_inside.atomics import fetch_scattered
 from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.views import floats, int8s, int32s
-from bitskip_cpu.kernels.products.rows import row_sum, vocab_sums
-from bitskip_cpu.kernels.products.ternary_layout import LINE, TILE_ROWS
-from bitskip_cpu.kernels.products.vocab_layout import OFFSET, ROUND_UP, VOCAB_COLUMNS
+from bitskip_cpu.kernels.products.rows import IN_HALVES, apart_from, integer_sums, row_sum
+from bitskip_cpu.kernels.products.ternary_layout import LINE
+from bitskip_cpu.kernels.products.vocab_layout import OFFSET, ROUND_UP
 
 f32, i32 = np.float32, np.int32
 OFFSET4 = i32(OFFSET[4])
@@ -45,32 +45,48 @@ def norms_of_codes(s):
 def bound_rows(s, first, last, acc_at):
     """Upper bounds of logits first..last-1 over the temperature, in their places, per token.
 
-    And the largest of each band. What lies beside the tiles is asked for a band ahead.
+    And of those apart from them, if the part has such.
     """
-    steps, sums = floats(s.steps, s.tokens), int32s(s.sums, s.tokens)
-    norms = floats(s.code_norms, s.tokens)
-    size, units = TILE_ROWS * s.upper_row_bytes, -(-s.hidden // VOCAB_COLUMNS)
     for start in range(first, last, BAND):
-        n = min(BAND, last - start)
-        tiles_at, tiles = s.upper_weights + start * s.upper_row_bytes, -(-n // TILE_ROWS)
-        for array in (s.vocab_scale, s.upper_norms, s.logits):
-            fetch_scattered(array + 4 * (start + BAND), 4 * BAND // LINE)
-        vocab_sums(INT4, s.tokens, tiles_at, tiles, size, units, s.codes, s.codes_stride, acc_at)
-        scale, lower = floats(s.vocab_scale + 4 * start, n), floats(s.upper_norms + 4 * start, n)
-        for t in range(s.tokens):
-            step, norm = steps[t], norms[t]
-            total, middle = i32(OFFSET4 * sums[t]), i32(i32(i32(15) * sums[t]) + 1)
-            z = floats(s.logits + 4 * (t * s.vocab + start), n)
-            acc = int32s(acc_at + t * ACC_STRIDE, n)
+        stop = min(start + BAND, last)
+        ask_beside(s, start + BAND)
+        if IN_HALVES and s.apart:
+            ask_beside(s, start + s.apart + BAND)
+        integer_sums(s, INT4, s.upper_weights, s.upper_row_bytes, s.hidden, start, stop, acc_at)
+        bound_band(s, start, stop, acc_at)
+        if IN_HALVES and s.apart:
+            other, other_stop = apart_from(s, start, stop)
+            if other < other_stop:
+                bound_band(s, other, other_stop, acc_at + ACC_STRIDE)
+
+
+@kernel
+def ask_beside(s, start):
+    """Ask for what lies beside the tiles of a band, before it is reached."""
+    for array in (s.vocab_scale, s.upper_norms, s.logits):
+        fetch_scattered(array + 4 * start, 4 * BAND // LINE)
+
+
+@kernel
+def bound_band(s, start, stop, acc_at):
+    """Upper bounds of a band of logits, from the sums of their upper bits, and the largest."""
+    steps, sums = floats(s.steps, s.tokens), int32s(s.sums, s.tokens)
+    norms, n = floats(s.code_norms, s.tokens), stop - start
+    scale, lower = floats(s.vocab_scale + 4 * start, n), floats(s.upper_norms + 4 * start, n)
+    for t in range(s.tokens):
+        step, norm = steps[t], norms[t]
+        total, middle = i32(OFFSET4 * sums[t]), i32(i32(i32(15) * sums[t]) + 1)
+        z = floats(s.logits + 4 * (t * s.vocab + start), n)
+        acc = int32s(acc_at + t * ACC_STRIDE, n)
+        for i in range(n):
+            known = i32(i32(i32(acc[i] - total) << i32(5)) + middle)
+            z[i] = f32(i32(i32(known + i32(lower[i] * norm)) >> 1)) * (step * scale[i])
+        if s.contender_temperature != ONE:
             for i in range(n):
-                known = i32(i32(i32(acc[i] - total) << i32(5)) + middle)
-                z[i] = f32(i32(i32(known + i32(lower[i] * norm)) >> 1)) * (step * scale[i])
-            if s.contender_temperature != ONE:
-                for i in range(n):
-                    z[i] = z[i] / s.contender_temperature
-            z_at = s.logits + 4 * (t * s.vocab + start)
-            largest_bounds = floats(s.band_bounds + 4 * t * bands(s), bands(s))
-            largest_bounds[start // BAND] = largest_of(z_at, n, acc_at + t * ACC_STRIDE)
+                z[i] = z[i] / s.contender_temperature
+        z_at = s.logits + 4 * (t * s.vocab + start)
+        largest_bounds = floats(s.band_bounds + 4 * t * bands(s), bands(s))
+        largest_bounds[start // BAND] = largest_of(z_at, n, acc_at + t * ACC_STRIDE)
 
 
 @kernel

@@ -8,7 +8,6 @@ from bitskip_cpu.kernels.arithmetic.elementwise import copy, largest_id, rotate_
 from bitskip_cpu.kernels.arithmetic.float16 import widen, widen_bfloat16
 from bitskip_cpu.kernels.choice import choose
 from bitskip_cpu.kernels.layout import (
-    BAND,
     BFLOAT16,
     BLOCKS,
     BOUND,
@@ -51,6 +50,7 @@ from bitskip_cpu.kernels.numba_inside.views import (
     product_structs,
     state_structs,
 )
+from bitskip_cpu.kernels.parts import cost_of, parts_of, rows_apart, rows_of_part
 from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS
 from bitskip_cpu.kernels.share import help_out, run_stage, shared
 from bitskip_cpu.kernels.stages import (
@@ -72,7 +72,6 @@ f32 = np.float32
 fetch = atomics.fetch
 ZERO, ONE = f32(0.0), f32(1.0)
 
-PART_BYTES = 1 << 15  # of weights, about, in one part of a product
 SETTLE_BYTES = 16  # of a row, on average, where few are read
 
 
@@ -102,26 +101,9 @@ def product(s, products, index, first, last, row_bytes):
     """Rows first..last-1 of a product for all tokens."""
     s.product, s.first_row, s.last_row = index, first, last
     s.part_rows = rows_of_part(s, index, first, last, row_bytes)
-    parts = -(-(last - first) // s.part_rows)
+    s.apart = rows_apart(s, index, first, last, s.part_rows)
+    parts = parts_of(first, last, s.part_rows, s.apart)
     run_stage(s, products, ROWS, parts, cost_of(s, first, last, row_bytes))
-
-
-@kernel
-def cost_of(s, first, last, row_bytes):
-    """Bytes that a product reads, as `run_stage` counts them."""
-    return (last - first) * row_bytes * ((s.tokens + 3) // 4)
-
-
-@kernel
-def rows_of_part(s, index, first, last, row_bytes):
-    """How many rows of a product are a part: half a band of a block's long ones for one token.
-
-    So threads end together; several tokens, and bounds of a vocabulary (SPEC 9.6), need bands.
-    """
-    if s.tokens == 1 and index < VOCAB and row_bytes * BAND > 2 * PART_BYTES:
-        return BAND // 2
-    bands = max(1, PART_BYTES // (row_bytes * BAND), (last - first) // (BAND * 60_000))
-    return bands * BAND
 
 
 @kernel
@@ -134,9 +116,10 @@ def expect_nothing(s):
 def expect(s, index, weights_at, first, last, row_bytes):
     """A product comes after the stages at hand: who has to wait may read its weights meanwhile."""
     rows = rows_of_part(s, index, first, last, row_bytes)
+    apart = rows_apart(s, index, first, last, rows)
     s.ahead, s.ahead_bytes = weights_at + first * row_bytes, (last - first) * row_bytes
-    s.ahead_part = rows * row_bytes
-    if not shared(s, -(-(last - first) // rows), cost_of(s, first, last, row_bytes)):
+    s.ahead_part, s.ahead_apart = rows * row_bytes, apart * row_bytes
+    if not shared(s, parts_of(first, last, rows, apart), cost_of(s, first, last, row_bytes)):
         expect_nothing(s)
 
 

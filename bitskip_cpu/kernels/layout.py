@@ -36,8 +36,8 @@ _STATE = """
     contender_count contender_temperature contender_reach
     code_norms band_bounds least_contenders contenders_found
 
-    helpers share_from sync stage layer product first_row last_row part_rows
-    ahead ahead_bytes ahead_part
+    helpers share_from sync stage layer product first_row last_row part_rows apart
+    ahead ahead_bytes ahead_part ahead_apart
 """
 _FLOATS = {
     "norm_eps", "largest_code", "confidence_max", "confidence_margin",
@@ -56,8 +56,10 @@ are, a CACHE each; the stage at hand, which threads share (`kernels.share`).
 (`kernels.stages`, `contenders`, `measures`, `choice`): those that this model needs, and the last
 three only once they are used.
 
+A product's part is `part_rows` rows from `first_row` on, part after part; and as many `apart` rows
+further on, below `last_row`, unless `apart` is 0.
 `ahead`: the `ahead_bytes` of weights that the product after the one at hand reads, in parts of
-`ahead_part` bytes; 0 bytes: not known.
+`ahead_part` bytes, and as many `ahead_apart` bytes further on; 0 bytes: not known.
 
 Exit blocks are numbered behind the blocks: `exit_layer` is the number of that of the exit at hand,
 0: it has none; `exit_weights` is to its products what `weights` is to a block's.
@@ -150,6 +152,7 @@ EMBED, DRAFT, BLOCKS, LOOK, FILL, EXIT, CONTEND, STEPS, CHOOSE, MEASURE, GATE, H
 )
 
 SYNC_STAGE, SYNC_AHEAD, SYNC_AHEAD_AT, SYNC_AHEAD_END, SYNC_AHEAD_PART = 0, 8, 16, 24, 32
+SYNC_AHEAD_APART = 40
 SYNC_PENDING, SYNC_STOP, SYNC_RANGES = 64, 128, 192
 """Bytes from `sync` to what threads share (`kernels.share`)."""
 

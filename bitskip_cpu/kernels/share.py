@@ -4,7 +4,8 @@
 
     STAGE     number of the latest stage that was shared; the leader's own
     AHEAD     number of the stage whose weights are known, so that they can be read before it
-    ...AT, ...END, ...PART   where they begin and end, and bytes of a part
+    ...AT, ...END, ...PART, ...APART    where they begin and end, bytes of a part, and how many
+              further on its other half is (0: it has none)
     PENDING   parts not yet finished, as far as threads have told
     STOP      not 0: helpers leave
     RANGES    for each thread: number of the stage << 32 | begin << 16 | end of its parts left
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 from bitskip_cpu.kernels.layout import (
     SYNC_AHEAD,
+    SYNC_AHEAD_APART,
     SYNC_AHEAD_AT,
     SYNC_AHEAD_END,
     SYNC_AHEAD_PART,
@@ -66,6 +68,7 @@ def tell_ahead(s):
         atomic_write(s.sync + SYNC_AHEAD_AT, s.ahead)
         atomic_write(s.sync + SYNC_AHEAD_END, s.ahead + s.ahead_bytes)
         atomic_write(s.sync + SYNC_AHEAD_PART, s.ahead_part)
+        atomic_write(s.sync + SYNC_AHEAD_APART, s.ahead_apart)
         atomic_write(s.sync + SYNC_AHEAD, number)
 
 
@@ -94,14 +97,24 @@ def read_ahead(s, thread, stage):
         return False
     first, last = atomic_read(s.sync + SYNC_AHEAD_AT), atomic_read(s.sync + SYNC_AHEAD_END)
     part_bytes, threads = atomic_read(s.sync + SYNC_AHEAD_PART), s.helpers + 1
-    parts = (last - first + part_bytes - 1) // part_bytes
+    apart = atomic_read(s.sync + SYNC_AHEAD_APART)
+    parts = ((apart or last - first) + part_bytes - 1) // part_bytes
     at = first + thread * parts // threads * part_bytes
-    stop = min(first + (thread + 1) * parts // threads * part_bytes, last, at + AHEAD)
+    most = AHEAD // 2 if apart else AHEAD
+    stop = min(first + (thread + 1) * parts // threads * part_bytes, last, at + most)
     at = at // LINE * LINE
     while at < stop and waits(s, thread, stage):
-        touch(at, min(LINES, (stop - at + LINE - 1) // LINE))
+        touch_lines(at, stop)
+        if apart:
+            touch_lines(at + apart, min(stop + apart, last))
         at += LINES * LINE
     return True
+
+
+@kernel
+def touch_lines(at, stop):
+    """Read the next LINES lines, if they begin before `stop`."""
+    touch(at, min(LINES, max(0, (stop - at + LINE - 1) // LINE)))
 
 
 @kernel

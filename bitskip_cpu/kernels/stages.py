@@ -60,6 +60,8 @@ from bitskip_cpu.kernels.numba_inside.decorators import kernel
 from bitskip_cpu.kernels.numba_inside.pieces import piece
 from bitskip_cpu.kernels.numba_inside.views import cache_structs, floats, int32s, int64s
 from bitskip_cpu.kernels.products.rows import (
+    IN_HALVES,
+    apart_from,
     int8_rows,
     linear_floats,
     order,
@@ -330,11 +332,20 @@ def bounds(s, part):
 
 @kernel
 def add_bias(s, p, first, last):
-    """A product's bias, if there is one, to some rows, for all tokens (SPEC 4.7)."""
+    """A product's bias, if there is one, to a part's rows, for all tokens (SPEC 4.7)."""
     if p.bias:
-        for t in range(s.tokens):
-            out = p.out + t * p.out_stride + 4 * first
-            residual(out, params(s) + p.bias + 4 * first, out, last - first)
+        bias_rows(s, p, first, last)
+        if IN_HALVES and s.apart:
+            other, other_last = apart_from(s, first, last)
+            bias_rows(s, p, other, other_last)
+
+
+@kernel
+def bias_rows(s, p, first, last):
+    """A product's bias to rows first..last-1, for all tokens."""
+    for t in range(s.tokens):
+        out = p.out + t * p.out_stride + 4 * first
+        residual(out, params(s) + p.bias + 4 * first, out, last - first)
 
 
 # ---- what they have in common --------------------------------------------------------

@@ -32,7 +32,7 @@ ALSO = ("f16c", "bmi", "bmi2", "lzcnt")
 ALSO_512 = (*ALSO, "avx512dq")
 
 
-TAKEN = {"znver": ("vbmi512", "avx2"), "znver5": ("vbmi512",)}
+TAKEN = {"znver": ("vbmi512", "avx2"), "znver3": ("avx2",), "znver5": ("vbmi512",)}
 """The paths that a kind of CPU takes unasked; another may take any."""
 
 SETS = {

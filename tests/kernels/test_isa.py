@@ -65,7 +65,8 @@ def test_a_wish_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("cpu", "kind"), [
-    ("znver1", "zen"), ("znver4", "zen"), ("znver5", "zen5"), ("cascadelake", ""), ("", ""),
+    ("znver1", "zen"), ("znver3", "zen3"), ("znver4", "zen"), ("znver5", "zen5"),
+    ("cascadelake", ""), ("", ""),
 ])  # fmt: skip
 def test_weights_are_asked_for_as_the_cpu_wants(
     monkeypatch: pytest.MonkeyPatch, cpu: str, kind: str

@@ -80,6 +80,26 @@ def test_any_number_of_tiles_and_tokens(width: int, tiles: int) -> None:
         check(weights("random", tiles * TILE_ROWS, width), "random", tokens)
 
 
+@pytest.mark.parametrize("width", [1, 60, 96, 257, 440, 2048])
+@pytest.mark.parametrize(("tiles", "others"), [(1, 0), (1, 1), (2, 1), (4, 4)])
+def test_tiles_of_two_places(width: int, tiles: int, others: int) -> None:
+    """Those that one token reads in turns, `others` of them at the second place."""
+    size, behind = ternary_layout.tile_bytes(width), ternary_layout.padded_width(width)
+    codes = np.zeros((33, behind), np.int8)
+    codes[:, :width] = activations("random", len(codes), width)
+    for w in ("random", "plus", "minus"):
+        values = weights(w, (tiles + others) * TILE_ROWS, width)
+        packed, out = tiled(values), np.full((3, ACC_STRIDE // 4), 7, np.int32)
+        call(rows.ternary_sums_of_halves, tiles, packed, others, at(packed) + tiles * size, size,
+             ternary_layout.units(width), ternary_layout.tail_lines(width), codes,
+             out)  # fmt: skip
+        exact = (values.astype(np.int32) + 1) @ codes[0, :width].astype(np.int32)
+        first, second = tiles * TILE_ROWS, others * TILE_ROWS
+        assert same_bits(exact[:first], out[0, :first])
+        assert same_bits(exact[first:], out[1, :second])
+        assert (out[0, first:] == 7).all() and (out[1:, second:] == 7).all()
+
+
 @pytest.mark.parametrize("width", [1, 60, 192, 257])
 def test_unpacked_tiles(width: int) -> None:
     values, padded = weights("random", TILE_ROWS, width), ternary_layout.padded_width(width)

@@ -11,7 +11,7 @@ from bitskip_cpu.kernels.contenders import largest_of
 from bitskip_cpu.kernels.layout import ACC_STRIDE, INT4, INT6, INT8, LANES
 from bitskip_cpu.kernels.products import plain, rows, vocab_layout
 from bitskip_cpu.kernels.products.ternary_layout import TILE_ROWS, padded_rows
-from tests.kernels.calling import call, same_bits
+from tests.kernels.calling import at, call, same_bits
 
 KINDS = {4: INT4, 6: INT6, 8: INT8}
 
@@ -44,6 +44,30 @@ def test_products(path: Any, bits: int, width: int, kind: str) -> None:
              TILE_ROWS * row_bytes, units, codes, codes.strides[0], out)  # fmt: skip
         found = np.ascontiguousarray(out[:tokens, : len(codes_of_rows)])
         assert same_bits(exact[:tokens], found), tokens
+
+
+@pytest.mark.parametrize("bits", KINDS)
+@pytest.mark.parametrize("width", [1, 48, 2048])
+@pytest.mark.parametrize(("tiles", "others"), [(1, 0), (2, 1), (4, 4)])
+def test_tiles_of_two_places(bits: int, width: int, tiles: int, others: int) -> None:
+    """Those that one token reads in turns, `others` of them at the second place."""
+    rng, top = np.random.default_rng(0), 2 ** (bits - 1) - 1
+    count = (tiles + others) * TILE_ROWS
+    codes_of_rows = rng.integers(-top, top + 1, (count, width)).astype(np.int8)
+    codes = np.zeros(vocab_layout.padded_width(width, bits) + 64, np.int8)
+    codes[:width] = rng.integers(-127, 128, width)
+    row_bytes, units = vocab_layout.row_bytes(width, bits), -(-width // vocab_layout.VOCAB_COLUMNS)
+    packed = np.zeros((count, row_bytes), np.uint8)
+    vocab_layout.pack(codes_of_rows, bits, packed)
+    exact = codes_of_rows.astype(np.int32) @ codes[:width].astype(np.int32)
+    exact += vocab_layout.OFFSET[bits] * codes.sum(dtype=np.int32)
+    first, second = tiles * TILE_ROWS, others * TILE_ROWS
+    out = np.full((3, ACC_STRIDE // 4), 7, np.int32)
+    call(rows.vocab_sums_of_halves, KINDS[bits], tiles, packed, others,
+         at(packed) + first * row_bytes, TILE_ROWS * row_bytes, units, codes, out)  # fmt: skip
+    assert same_bits(exact[:first], out[0, :first])
+    assert same_bits(exact[first:], out[1, :second])
+    assert (out[0, first:] == 7).all() and (out[1:, second:] == 7).all()
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 33, 64])

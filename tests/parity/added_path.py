@@ -1,5 +1,7 @@
 """Paths that are not in `bitskip_cpu.isa`, added as a contributor would: a record, maybe a `dot`.
 
+And paths whose weights are read as no CPU at hand may want it: both halves of a product in turns.
+
 `python -m tests.parity.added_path PATH NAME ...` compares an engine on that path with the
 reference, as `engine_check` does.
 """
@@ -8,12 +10,16 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 from bitskip_cpu import isa
-from bitskip_cpu.isa import Path
+from bitskip_cpu.isa import Fetch, Path
 
+HALVES = Fetch("halves", halves=True)
 ADDED = [
+    *(replace(path, name=f"halves-{path.name}", matrix_unit=False, fetch=HALVES)
+      for path in isa.PATHS if path.name in ("vbmi512", "vnni512", "avx2", "plain")),
     # VNNI in registers of 256 bits with thresholds of its own: nothing but a record.
     Path("narrow", ("avx512vl", "avx512vnni"), width=32, panel=(2, 2), unpack_above=5,
          bytes_above=1),
@@ -42,6 +48,11 @@ def main(path: str, names: list[str]) -> None:
     """Add the paths, choose one, and only then declare kernels."""
     isa.PATHS[:0] = ADDED
     isa.PATH = isa.choose_path(path)
+    if path.startswith("halves"):
+        from bitskip_cpu.kernels import parts
+
+        isa.PATH = replace(isa.PATH, fetch=HALVES)  # not what this CPU wants
+        parts.PART_BYTES = 1  # so that small products have parts of two runs, too
     if isa.PATH.compiled:
         from bitskip_cpu.kernels.products.dot import DOTS
 

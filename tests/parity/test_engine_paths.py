@@ -28,7 +28,13 @@ COMPILED = ["extreme", "wide", "wide-hadamard", "wt2-bitskip", "bitskip-v2", "bi
             "long:float16", "wide:float16", "bitnet-2b4t:float16", "long:int8", "wide:int8",
             "extreme:int8", "int8", "wide-floats"]  # fmt: skip
 INTERPRETED = ["smallest", "smallest:float16", "smallest:int8", "pages", "pages:int8"]
+HALVES = ["extreme", "wide", "wide-hadamard", "wide:int8", "bitnet-2b4t", "int8", "int6-head",
+          "int4-head", "biases", "wide-floats", "float16-head", "smallest"]  # fmt: skip
 ADDED = {  # paths of `added_path`: environment, what they run
+    "halves-vbmi512": ({}, HALVES),
+    "halves-vnni512": ({}, ["extreme", "wide"]),
+    "halves-avx2": ({}, HALVES),
+    "halves-plain": ({}, ["wide", "int8", "int4-head"]),
     "narrow": ({}, ["extreme", "wide", "bitnet-2b4t", "layerskip"]),
     "widening": ({}, ["extreme", "wide", "bitnet-2b4t", "layerskip", "wide:int8"]),
     "eager": ({"NUMBA_DISABLE_JIT": "1"}, ["smallest"]),

@@ -21,6 +21,8 @@ from bitskip_cpu.kernels.products.dot import INTS, Kernel
 from bitskip_cpu.kernels.products.float_simd import float_sums as float_sums
 from bitskip_cpu.kernels.products.float_simd import order as order
 from bitskip_cpu.kernels.products.simd import by_panels, packed_sums, vocab_sums_with
+from bitskip_cpu.kernels.products.simd import ternary_sums_of_halves as ternary_sums_of_halves
+from bitskip_cpu.kernels.products.simd import vocab_sums_of_halves as vocab_sums_of_halves
 from bitskip_cpu.kernels.products.ternary_layout import (
     COLUMNS,
     LINE,

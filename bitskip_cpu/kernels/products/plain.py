@@ -115,6 +115,16 @@ def ternary_sums(
                 packed_sums(at, units, tail, codes, to)
 
 
+@kernel
+def ternary_sums_of_halves(tiles, at, others, other_at, size, units, tail, codes_at, acc_at):
+    """As `simd.ternary_sums_of_halves`, but one place after the other."""
+    for i in range(tiles):
+        packed_sums(at + i * size, units, tail, codes_at, acc_at + 4 * TILE_ROWS * i)
+    for i in range(others):
+        to = acc_at + ACC_STRIDE + 4 * TILE_ROWS * i
+        packed_sums(other_at + i * size, units, tail, codes_at, to)
+
+
 def vocab_tile(bits: int) -> Callable[..., None]:
     """(tile, units, codes, out): sums of a tile of rows of 4 or 6 bits with one token."""
     lines = VOCAB_LINES[bits]
@@ -161,6 +171,13 @@ def vocab_sums(kind, tokens, tiles_at, tiles, size, units, codes_at, stride, acc
                 int6_tile(at, units, codes, to)
             else:  # lies as an unpacked tile does
                 bytes_sums(at, size // LINE, codes, to)
+
+
+@kernel
+def vocab_sums_of_halves(kind, tiles, at, others, other_at, size, units, codes_at, acc_at):
+    """As `simd.vocab_sums_of_halves`, but one place after the other."""
+    vocab_sums(kind, 1, at, tiles, size, units, codes_at, 0, acc_at)
+    vocab_sums(kind, 1, other_at, others, size, units, codes_at, 0, acc_at + ACC_STRIDE)
 
 
 @kernel

@@ -28,46 +28,77 @@ from bitskip_cpu.kernels.products.vocab_layout import OFFSET, VOCAB_COLUMNS
 
 path = import_module(f"bitskip_cpu.kernels.products.{PATH.kernels}")
 ternary_sums, vocab_sums = path.ternary_sums, path.vocab_sums
+ternary_sums_of_halves = path.ternary_sums_of_halves
+vocab_sums_of_halves = path.vocab_sums_of_halves
 float_sums, order = path.float_sums, path.order
 row_sum = import_module(f"{__package__}.{'vocab_simd' if PATH.compiled else 'plain'}").row_sum
 
 OFFSET4, OFFSET6, OFFSET8 = (np.int32(OFFSET[bits]) for bits in (4, 6, 8))
 
+IN_HALVES = PATH.fetch.halves  # whether one token's parts may be of two runs of rows: `apart`
+
 f32 = np.float32
+
+
+@kernel
+def apart_from(s, start, stop):
+    """A part's other run of rows, beside its rows start..stop-1 (STATE's `apart`)."""
+    other = start + s.apart
+    return other, max(other, min(stop + s.apart, s.last_row))
+
+
+@kernel
+def tiles_of(start, stop):
+    """How many tiles rows start..stop-1 are."""
+    return -(-(stop - start) // TILE_ROWS)
 
 
 @kernel
 def ternary_rows(s, p, first, last, acc_at, unpacked_at):
     """Rows first..last-1 of one of the block's products, for every token (SPEC 4.3, 4.6).
 
-    `first` is a multiple of TILE_ROWS.
+    And those apart from them, if the part has such. `first` is a multiple of TILE_ROWS.
     """
     weights_at = s.weights + s.layer * s.layer_bytes + p.weights
-    alphas = floats(s.params + s.layer * s.params_stride + 4 * p.alphas, 3)
-    steps, sums = floats(s.steps, s.tokens), int32s(s.sums, s.tokens)
+    size = TILE_ROWS * p.row_bytes
     for start in range(first, last, BAND):
         stop = min(start + BAND, last)
-        rows_at, tiles = weights_at + start * p.row_bytes, -(-(stop - start) // TILE_ROWS)
-        ternary_sums(s.tokens, rows_at, tiles, TILE_ROWS * p.row_bytes, p.units, p.tail, p.padded,
-                     s.codes, s.codes_stride, acc_at, unpacked_at)  # fmt: skip
-        for t in range(s.tokens):
-            out_at, from_at = p.out + t * p.out_stride + 4 * start, acc_at + t * ACC_STRIDE
-            step, total = steps[t], sums[t]
-            begin = start
-            for member in range(3):  # q, k, v or gate, up have each their own scale
-                end = min(stop, p.end0 if member == 0 else (p.end1 if member == 1 else p.rows))
-                scale = step * alphas[member]
-                while begin + LANES <= end:
-                    at = 4 * (begin - start)
-                    scaled_sums(from_at + at, total, scale, out_at + at)
-                    begin += LANES
-                if begin < end:
-                    out, acc = floats(out_at, end - start), int32s(from_at, end - start)
-                    for i in range(begin - start, end - start):
-                        out[i] = f32(np.int32(acc[i] - total)) * scale
-                    begin = end
-            if s.squared:
-                relu2(out_at, stop - start)
+        rows_at, tiles = weights_at + start * p.row_bytes, tiles_of(start, stop)
+        if IN_HALVES and s.apart:
+            other, other_stop = apart_from(s, start, stop)
+            ternary_sums_of_halves(tiles, rows_at, tiles_of(other, other_stop),
+                                   weights_at + other * p.row_bytes, size, p.units, p.tail,
+                                   s.codes, acc_at)  # fmt: skip
+            scale_ternary(s, p, other, other_stop, acc_at + ACC_STRIDE)
+        else:
+            ternary_sums(s.tokens, rows_at, tiles, size, p.units, p.tail, p.padded, s.codes,
+                         s.codes_stride, acc_at, unpacked_at)  # fmt: skip
+        scale_ternary(s, p, start, stop, acc_at)
+
+
+@kernel
+def scale_ternary(s, p, start, stop, acc_at):
+    """Results start..stop-1 of a product from their sums, for every token (SPEC 4.3, 4.6)."""
+    alphas = floats(s.params + s.layer * s.params_stride + 4 * p.alphas, 3)
+    steps, sums = floats(s.steps, s.tokens), int32s(s.sums, s.tokens)
+    for t in range(s.tokens):
+        out_at, from_at = p.out + t * p.out_stride + 4 * start, acc_at + t * ACC_STRIDE
+        step, total = steps[t], sums[t]
+        begin = start
+        for member in range(3):  # q, k, v or gate, up have each their own scale
+            end = min(stop, p.end0 if member == 0 else (p.end1 if member == 1 else p.rows))
+            scale = step * alphas[member]
+            while begin + LANES <= end:
+                at = 4 * (begin - start)
+                scaled_sums(from_at + at, total, scale, out_at + at)
+                begin += LANES
+            if begin < end:
+                out, acc = floats(out_at, end - start), int32s(from_at, end - start)
+                for i in range(begin - start, end - start):
+                    out[i] = f32(np.int32(acc[i] - total)) * scale
+                begin = end
+        if s.squared:
+            relu2(out_at, stop - start)
 
 
 @kernel
@@ -123,24 +154,52 @@ def int8_rows(s, p, first, last, acc_at):
     if s.squared:
         for t in range(s.tokens):
             relu2(p.out + t * p.out_stride + 4 * first, last - first)
+            if IN_HALVES and s.apart:
+                other, other_last = apart_from(s, first, last)
+                relu2(p.out + 4 * other, other_last - other)
 
 
 @kernel
 def integer_rows(
     s, kind, weights_at, row_bytes, width, scales_at, out_at, out_stride, first, last, acc_at
 ):
-    """Rows of 8, 6 or 4 bits with a scale each (SPEC 4.4); `first` is a multiple of TILE_ROWS."""
-    steps, sums = floats(s.steps, s.tokens), int32s(s.sums, s.tokens)
+    """Rows of 8, 6 or 4 bits with a scale each (SPEC 4.4); `first` is a multiple of TILE_ROWS.
+
+    And those apart from them, if the part has such.
+    """
     offset = OFFSET4 if kind == INT4 else (OFFSET6 if kind == INT6 else OFFSET8)
-    size, units = TILE_ROWS * row_bytes, (width + VOCAB_COLUMNS - 1) // VOCAB_COLUMNS
     for start in range(first, last, BAND):
-        n = min(BAND, last - start)
-        tiles_at, tiles = weights_at + start * row_bytes, -(-n // TILE_ROWS)
+        stop = min(start + BAND, last)
+        integer_sums(s, kind, weights_at, row_bytes, width, start, stop, acc_at)
+        scale_codes(s, offset, scales_at, out_at, out_stride, start, stop, acc_at)
+        if IN_HALVES and s.apart:
+            other, other_stop = apart_from(s, start, stop)
+            scale_codes(s, offset, scales_at, out_at, out_stride, other, other_stop,
+                        acc_at + ACC_STRIDE)  # fmt: skip
+
+
+@kernel
+def integer_sums(s, kind, weights_at, row_bytes, width, start, stop, acc_at):
+    """Sums of a band of rows of 8, 6 or 4 bits with every token, and of those apart from them."""
+    size, units = TILE_ROWS * row_bytes, (width + VOCAB_COLUMNS - 1) // VOCAB_COLUMNS
+    tiles_at, tiles = weights_at + start * row_bytes, tiles_of(start, stop)
+    if IN_HALVES and s.apart:
+        other, other_stop = apart_from(s, start, stop)
+        vocab_sums_of_halves(kind, tiles, tiles_at, tiles_of(other, other_stop),
+                             weights_at + other * row_bytes, size, units, s.codes,
+                             acc_at)  # fmt: skip
+    else:
         vocab_sums(kind, s.tokens, tiles_at, tiles, size, units, s.codes, s.codes_stride, acc_at)
-        scale = floats(scales_at + 4 * start, n)
-        for t in range(s.tokens):
-            step, total = steps[t], np.int32(offset * sums[t])
-            z = floats(out_at + t * out_stride + 4 * start, n)
-            acc = int32s(acc_at + t * ACC_STRIDE, n)
-            for i in range(n):
-                z[i] = f32(np.int32(acc[i] - total)) * (step * scale[i])
+
+
+@kernel
+def scale_codes(s, offset, scales_at, out_at, out_stride, start, stop, acc_at):
+    """Results start..stop-1 of rows of 8, 6 or 4 bits from their sums, for every token."""
+    steps, sums, n = floats(s.steps, s.tokens), int32s(s.sums, s.tokens), stop - start
+    scale = floats(scales_at + 4 * start, n)
+    for t in range(s.tokens):
+        step, total = steps[t], np.int32(offset * sums[t])
+        z = floats(out_at + t * out_stride + 4 * start, n)
+        acc = int32s(acc_at + t * ACC_STRIDE, n)
+        for i in range(n):
+            z[i] = f32(np.int32(acc[i] - total)) * (step * scale[i])

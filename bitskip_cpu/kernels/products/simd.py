@@ -16,16 +16,20 @@ from bitskip_cpu.kernels.products.ternary_simd import (
     packed_3,
     packed_4,
     packed_8,
+    packed_pair,
     unpack_tile,
 )
 from bitskip_cpu.kernels.products.vocab_simd import (
     int4_1,
     int4_4,
+    int4_pair,
     int6_1,
     int6_4,
+    int6_pair,
     int8_1,
     int8_4,
     int8_8,
+    int8_pair,
 )
 
 UNPACK_ABOVE, BYTES_ABOVE = PATH.unpack_above, PATH.bytes_above
@@ -91,6 +95,43 @@ def ternary_sums(
     for i in range(tiles):
         unpack_tile(tiles_at + i * size, units, tail, room_at + i * unpacked)
     bytes_sums(tokens, room_at, tiles, unpacked, padded // COLUMNS, codes_at, stride, acc_at)
+
+
+@kernel
+def ternary_sums_of_halves(tiles, at, others, other_at, size, units, tail, codes_at, acc_at):
+    """Sums of packed tiles of two places, read in turns, with one token: int32 [2, BAND].
+
+    `others` <= `tiles` of them lie at the second place.
+    """
+    for i in range(tiles):
+        to = acc_at + 4 * TILE_ROWS * i
+        if i < others:
+            packed_pair(at + i * size, other_at + i * size, units, tail, codes_at, to,
+                        to + ACC_STRIDE)  # fmt: skip
+        else:
+            packed_1(at + i * size, units, tail, codes_at, 0, 0, to, 0)
+
+
+@kernel
+def vocab_sums_of_halves(kind, tiles, at, others, other_at, size, units, codes_at, acc_at):
+    """As `ternary_sums_of_halves`, of tiles of rows of the vocabulary."""
+    for i in range(tiles):
+        to = acc_at + 4 * TILE_ROWS * i
+        first, other, other_to = at + i * size, other_at + i * size, to + ACC_STRIDE
+        if kind == INT4:
+            if i < others:
+                int4_pair(first, other, units, codes_at, to, other_to)
+            else:
+                int4_1(first, units, codes_at, 0, 0, to, 0)
+        elif kind == INT6:
+            if i < others:
+                int6_pair(first, other, units, codes_at, to, other_to)
+            else:
+                int6_1(first, units, codes_at, 0, 0, to, 0)
+        elif i < others:
+            int8_pair(first, other, units, codes_at, to, other_to)
+        else:
+            int8_1(first, units, codes_at, 0, 0, to, 0)
 
 
 def vocab_sums_with(bytes_sums: Kernel) -> Kernel:

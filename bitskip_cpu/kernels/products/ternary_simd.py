@@ -234,68 +234,92 @@ class Sums:
             out = builder.add(out, out_stride)
 
 
-def over_lines(builder: ir.IRBuilder, tile: ir.Value, units: ir.Value, tail: ir.Value, do: Any):
-    """Emit do(lines, first column) along a tile: for each unit, then for each line of its tail."""
+def over_lines(
+    builder: ir.IRBuilder, tiles: list[ir.Value], units: ir.Value, tail: ir.Value, do: Any
+):
+    """Emit do(tile's number, lines, first column) along tiles, of which each unit in turns: for
+    each unit, then for each line of their tails."""
     with loop(builder, units) as index:
-        at = builder.add(tile, builder.mul(index, LONG(UNIT_LINES * LINE)))
-        for i in range(UNIT_LINES):
-            fetch_ternary(builder, builder.add(at, LONG(i * LINE)))
-        stored = [load_line(builder, at, i * LINE) for i in range(UNIT_LINES)]
-        do(unit_lines(builder, stored), builder.mul(index, LONG(UNIT_COLUMNS)))
-    rest = builder.add(tile, builder.mul(units, LONG(UNIT_LINES * LINE)))
+        for n, tile in enumerate(tiles):
+            at = builder.add(tile, builder.mul(index, LONG(UNIT_LINES * LINE)))
+            for i in range(UNIT_LINES):
+                fetch_ternary(builder, builder.add(at, LONG(i * LINE)))
+            stored = [load_line(builder, at, i * LINE) for i in range(UNIT_LINES)]
+            do(n, unit_lines(builder, stored), builder.mul(index, LONG(UNIT_COLUMNS)))
+    rest = builder.mul(units, LONG(UNIT_LINES * LINE))
     first = builder.mul(units, LONG(UNIT_COLUMNS))
     with loop(builder, tail) as index:
-        at = builder.add(rest, builder.mul(index, LONG(LINE)))
-        fetch_ternary(builder, at)
-        column = builder.add(first, builder.mul(index, LONG(LINE_COLUMNS)))
-        do([tail_line(builder, load_line(builder, at, 0))], column)
+        for n, tile in enumerate(tiles):
+            at = builder.add(builder.add(tile, rest), builder.mul(index, LONG(LINE)))
+            fetch_ternary(builder, at)
+            column = builder.add(first, builder.mul(index, LONG(LINE_COLUMNS)))
+            do(n, [tail_line(builder, load_line(builder, at, 0))], column)
 
 
-def packed_tile(tokens: int, chains: int) -> Kernel:
-    """(tile, units, tail, codes, codes stride, last, out, out stride): 16 rows x tokens.
+def multiply_packed(
+    builder: ir.IRBuilder, tiles: list[ir.Value], units: ir.Value, tail: ir.Value,
+    token_at: list[ir.Value], chains: int,
+) -> list[Sums]:  # fmt: skip
+    """Emit the products of packed tiles with every token; the sums of each.
 
     With one token QUARTERED planes stay at bits 2 and 3, where that saves shifts.
     """
+    tokens = len(token_at)
     by_quarters = tokens == 1 and (PATH.pairs or BY_WORDS)
+    sums, fours = ([Sums(builder, tokens, REGISTERS, chains) for _ in tiles] for _ in range(2))
+
+    def multiply(n: int, lines: list[Line], first: ir.Value) -> None:
+        for chain, (column, weights) in enumerate(planes(builder, lines, by_quarters)):
+            at, to = builder.add(first, LONG(column)), sums[n]
+            if by_quarters and chain % PLANES in QUARTERED:
+                to = fours[n]
+            for t in range(tokens):
+                four = broadcast(builder, token_at[t], at)
+                for h in range(REGISTERS):
+                    to.add(t, h, weights[h], four, chain)
+        if PATH.pairs:
+            sums[n].add_quarters(fours[n])
+            sums[n].flush()
+
+    over_lines(builder, tiles, units, tail, multiply)
+    if by_quarters and not PATH.pairs:
+        for mine, four in zip(sums, fours, strict=True):
+            mine.add_quarters(four)
+    return sums
+
+
+def packed_tile(tokens: int, chains: int) -> Kernel:
+    """(tile, units, tail, codes, codes stride, last, out, out stride): 16 rows x tokens."""
 
     @intrinsic()
     def tile_sums(builder, tile, units, tail, codes, codes_stride, last, out, out_stride):
         token_at = starts(builder, codes, codes_stride, last, tokens)
-        sums, fours = (Sums(builder, tokens, REGISTERS, chains) for _ in range(2))
-
-        def multiply(lines: list[Line], first: ir.Value) -> None:
-            for chain, (column, weights) in enumerate(planes(builder, lines, by_quarters)):
-                at, to = builder.add(first, LONG(column)), sums
-                if by_quarters and chain % PLANES in QUARTERED:
-                    to = fours
-                for t in range(tokens):
-                    four = broadcast(builder, token_at[t], at)
-                    for h in range(REGISTERS):
-                        to.add(t, h, weights[h], four, chain)
-            if PATH.pairs:
-                sums.add_quarters(fours)
-                sums.flush()
-
-        over_lines(builder, tile, units, tail, multiply)
-        if by_quarters and not PATH.pairs:
-            sums.add_quarters(fours)
+        (sums,) = multiply_packed(builder, [tile], units, tail, token_at, chains)
         sums.store(out, out_stride)
 
     return tile_sums
 
 
 @intrinsic()
+def packed_pair(builder, tile, other, units, tail, codes, out, other_out):
+    """Sums of two packed tiles, read in turns, with one token."""
+    found = multiply_packed(builder, [tile, other], units, tail, [codes], 2)
+    for sums, to in zip(found, (out, other_out), strict=True):
+        sums.store(to, LONG(0))
+
+
+@intrinsic()
 def unpack_tile(builder, tile, units, tail, out):
     """Unpack a tile's codes into bytes: 64 for every 4 columns, in the order of a line."""
 
-    def unpack(lines: list[Line], first: ir.Value) -> None:
+    def unpack(_: int, lines: list[Line], first: ir.Value) -> None:
         for column, weights in planes(builder, lines):
             at = builder.mul(builder.add(first, LONG(column)), LONG(LINE // COLUMNS))
             for h, codes in enumerate(weights):
                 to = builder.add(builder.add(out, at), LONG(h * WIDTH))
                 builder.store(codes, pointer(builder, to, BYTES), align=1)
 
-    over_lines(builder, tile, units, tail, unpack)
+    over_lines(builder, [tile], units, tail, unpack)
 
 
 def bytes_tiles(tiles: int, tokens: int, unroll: int) -> Kernel:

@@ -59,23 +59,23 @@ def unsigned(builder: ir.IRBuilder, w: ir.Value, codes: ir.Value) -> tuple[ir.Va
     return call(builder, sign, BYTES, w, w), call(builder, sign, BYTES, codes, w)
 
 
-def vocab_tile(bits: int, tokens: int, chains: int) -> Kernel:
-    """(tile, units, codes, codes stride, last, out, out stride): 16 rows x tokens."""
-
-    @intrinsic()
-    def tile_sums(builder, tile, units, codes, codes_stride, last, out, out_stride):
-        token_at = starts(builder, codes, codes_stride, last, tokens)
-        sums = Sums(builder, tokens, REGISTERS, chains)
-        with loop(builder, units) as index:
+def multiply_vocab(
+    builder: ir.IRBuilder, bits: int, tiles: list[ir.Value], units: ir.Value,
+    token_at: list[ir.Value], chains: int,
+) -> list[Sums]:  # fmt: skip
+    """Emit the products of tiles, of which each unit in turns, with every token; sums of each."""
+    found = [Sums(builder, len(token_at), REGISTERS, chains) for _ in tiles]
+    with loop(builder, units) as index:
+        first = builder.mul(index, LONG(VOCAB_COLUMNS))
+        for tile, sums in zip(tiles, found, strict=True):
             at = builder.add(tile, builder.mul(index, LONG(VOCAB_LINES[bits] * LINE)))
             fetch_unit(builder, at, VOCAB_LINES[bits])
             lines = [load_line(builder, at, i * LINE) for i in range(VOCAB_LINES[bits])]
             weights = [planes(builder, bits, lines, h) for h in range(REGISTERS)]
-            first = builder.mul(index, LONG(VOCAB_COLUMNS))
             for p in range(4):
                 column = builder.add(first, LONG(p * COLUMNS))
-                for t in range(tokens):
-                    four = broadcast(builder, token_at[t], column)
+                for t, codes in enumerate(token_at):
+                    four = broadcast(builder, codes, column)
                     for h in range(REGISTERS):
                         operands = weights[h][p], four
                         if bits == 8 and PATH.pairs:
@@ -83,7 +83,29 @@ def vocab_tile(bits: int, tokens: int, chains: int) -> Kernel:
                         sums.add(t, h, *operands, p)
                 if (p + 1) % SUMMED[bits] == 0:
                     sums.flush()
+    return found
+
+
+def vocab_tile(bits: int, tokens: int, chains: int) -> Kernel:
+    """(tile, units, codes, codes stride, last, out, out stride): 16 rows x tokens."""
+
+    @intrinsic()
+    def tile_sums(builder, tile, units, codes, codes_stride, last, out, out_stride):
+        token_at = starts(builder, codes, codes_stride, last, tokens)
+        (sums,) = multiply_vocab(builder, bits, [tile], units, token_at, chains)
         sums.store(out, out_stride)
+
+    return tile_sums
+
+
+def vocab_pair(bits: int) -> Kernel:
+    """(tile, other, units, codes, out, other out): sums of two tiles, read in turns, one token."""
+
+    @intrinsic()
+    def tile_sums(builder, tile, other, units, codes, out, other_out):
+        found = multiply_vocab(builder, bits, [tile, other], units, [codes], 2)
+        for sums, to in zip(found, (out, other_out), strict=True):
+            sums.store(to, LONG(0))
 
     return tile_sums
 
@@ -123,3 +145,4 @@ def row_sum(row_at, codes_at, n):
 int4_1, int4_4 = vocab_tile(4, 1, 4), vocab_tile(4, 4, 4)
 int6_1, int6_4 = vocab_tile(6, 1, 4), vocab_tile(6, 4, 4)
 int8_1, int8_4, int8_8 = vocab_tile(8, 1, 4), vocab_tile(8, 4, 4), vocab_tile(8, 8, 1)
+int4_pair, int6_pair, int8_pair = vocab_pair(4), vocab_pair(6), vocab_pair(8)
