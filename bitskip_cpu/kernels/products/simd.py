@@ -103,35 +103,11 @@ def ternary_sums_of_halves(tiles, at, others, other_at, size, units, tail, codes
 
     `others` <= `tiles` of them lie at the second place.
     """
-    for i in range(tiles):
+    for i in range(others):
         to = acc_at + 4 * TILE_ROWS * i
-        if i < others:
-            packed_pair(at + i * size, other_at + i * size, units, tail, codes_at, to,
-                        to + ACC_STRIDE)  # fmt: skip
-        else:
-            packed_1(at + i * size, units, tail, codes_at, 0, 0, to, 0)
-
-
-@kernel
-def vocab_sums_of_halves(kind, tiles, at, others, other_at, size, units, codes_at, acc_at):
-    """As `ternary_sums_of_halves`, of tiles of rows of the vocabulary."""
-    for i in range(tiles):
-        to = acc_at + 4 * TILE_ROWS * i
-        first, other, other_to = at + i * size, other_at + i * size, to + ACC_STRIDE
-        if kind == INT4:
-            if i < others:
-                int4_pair(first, other, units, codes_at, to, other_to)
-            else:
-                int4_1(first, units, codes_at, 0, 0, to, 0)
-        elif kind == INT6:
-            if i < others:
-                int6_pair(first, other, units, codes_at, to, other_to)
-            else:
-                int6_1(first, units, codes_at, 0, 0, to, 0)
-        elif i < others:
-            int8_pair(first, other, units, codes_at, to, other_to)
-        else:
-            int8_1(first, units, codes_at, 0, 0, to, 0)
+        packed_pair(at + i * size, other_at + i * size, units, tail, codes_at, to, to + ACC_STRIDE)
+    packed_sums(1, at + others * size, tiles - others, size, units, tail, codes_at, 0,
+                acc_at + 4 * TILE_ROWS * others)  # fmt: skip
 
 
 def vocab_sums_with(bytes_sums: Kernel) -> Kernel:
@@ -174,3 +150,18 @@ vocab_sums = vocab_sums_with(bytes_sums)
 
 `kind`: INT4, INT6 or INT8; `size`: bytes of a tile, of `units`.
 """
+
+
+@kernel
+def vocab_sums_of_halves(kind, tiles, at, others, other_at, size, units, codes_at, acc_at):
+    """As `ternary_sums_of_halves`, of tiles of rows of the vocabulary."""
+    for i in range(others):
+        first, other, to = at + i * size, other_at + i * size, acc_at + 4 * TILE_ROWS * i
+        if kind == INT4:
+            int4_pair(first, other, units, codes_at, to, to + ACC_STRIDE)
+        elif kind == INT6:
+            int6_pair(first, other, units, codes_at, to, to + ACC_STRIDE)
+        else:
+            int8_pair(first, other, units, codes_at, to, to + ACC_STRIDE)
+    vocab_sums(kind, 1, at + others * size, tiles - others, size, units, codes_at, 0,
+               acc_at + 4 * TILE_ROWS * others)  # fmt: skip
